@@ -1,0 +1,3 @@
+"""act-export: attention sink calibration baked into ONNX models."""
+
+__version__ = "0.1.0"

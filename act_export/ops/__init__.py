@@ -1,0 +1,1 @@
+"""The calibrated attention operator: schema, portable function bodies and native library."""
