@@ -1,0 +1,359 @@
+"""Puts an attention of our own into a transformers model, through its attention registry.
+
+    with attention_hook(model, ReferenceAttention(calibration)) as hooked:
+        outputs = hooked(input_ids, attention_mask, cache)
+
+Every attention layer of the model then calls `AttentionHook.attend` with the plain 2-D mask, and the hook, not the
+model's own cache, joins past and new keys. No T x T mask is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+
+from act_export.calibration import Calibration
+from act_export.checkpoint import layers_and_heads
+from act_export.errors import ActExportError
+from act_export.reference import calibrated_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_NAME = "act_export"
+
+
+class UnsupportedModelError(ActExportError):
+    """A model whose attention can't be replaced faithfully."""
+
+
+class LayerState(NamedTuple):
+    """What one layer keeps between calls.
+
+    Attributes:
+        key: (batch, kv_num_heads, past, head_size).
+        value: As `key`.
+        sink_scores: Running column sums (batch, calibrated heads, past, 1), float32.
+    """
+
+    key: Tensor
+    value: Tensor
+    sink_scores: Tensor
+
+
+class AttentionCall(NamedTuple):
+    """One layer's attention, as the model calls it.
+
+    Attributes:
+        layer: Index of the layer.
+        query: (batch, num_heads, sequence, head_size), rotary already applied.
+        key: (batch, kv_num_heads, sequence, head_size).
+        value: As `key`.
+        attention_mask: (batch, past + sequence), true for real tokens.
+        scale: Multiplies the logits.
+        softcap: 0 for none.
+        sliding_window: -1 for none.
+        past: None on a first call.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: Tensor
+    scale: float
+    softcap: float
+    sliding_window: int
+    past: LayerState | None
+
+
+class AttentionHook(Protocol):
+    """An attention that stands in for the model's own."""
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
+        """Returns the output (batch, sequence, num_heads * head_size) and the layer's present state."""
+        ...
+
+
+class SinkCache(Cache):
+    """A transformers cache that never joins keys: `update` hands the new ones on, and the hook owns the state."""
+
+    is_compileable = False
+
+    def __init__(self, layers: Sequence[LayerState | None]) -> None:
+        """Takes the state of each layer, None for a first call."""
+        self.states: list[LayerState | None] = list(layers)
+        self.calls = [0] * len(self.states)
+        self.layers = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.states)
+
+    @property
+    def past_length(self) -> int:
+        """Number of cached positions, padding included."""
+        first = self.states[0]
+        return 0 if first is None else first.key.shape[2]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer drops keys: the attention itself applies the window."""
+        return [False] * len(self.states)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is a linear attention."""
+        return [False] * len(self.states)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """No layer is a placeholder."""
+        return [False] * len(self.states)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hands the new keys and values on as they are."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of cached positions, padding included."""
+        return self.past_length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the first new token."""
+        return self.past_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of keys of a call, and the first key's position."""
+        return self.past_length + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum."""
+        return -1
+
+
+class HookedOutputs(NamedTuple):
+    """Result of a hooked forward pass.
+
+    Attributes:
+        logits: (batch, sequence, vocabulary), or (batch, logits_to_keep, vocabulary).
+        state: One per layer; pass it to the next call.
+    """
+
+    logits: Tensor
+    state: list[LayerState]
+
+
+@dataclass(frozen=True)
+class HookedModel:
+    """A model under a hook; see `attention_hook`."""
+
+    model: PreTrainedModel
+    hook: AttentionHook
+    num_layers: int
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        state: Sequence[LayerState] | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> HookedOutputs:
+        """One forward pass.
+
+        Args:
+            input_ids: (batch, sequence).
+            attention_mask: (batch, past + sequence), 1 for real tokens.
+            state: The previous call's state; None for a first call.
+            position_ids: (batch, sequence); None to count the real tokens.
+            logits_to_keep: Number of last positions to compute logits for; 0 for all.
+
+        Raises:
+            UnsupportedModelError: If the model's attention didn't pass through the hook exactly once per layer, or asks
+                for something the operator doesn't have.
+        """
+        if position_ids is None:
+            position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
+        cache = SinkCache(state if state is not None else [None] * self.num_layers)
+        token = _active.set((self.hook, cache))
+        try:
+            extra = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                **extra,
+            ).logits
+        finally:
+            _active.reset(token)
+        _check_calls(cache.calls, self.model.config.model_type)
+        return HookedOutputs(logits, [layer for layer in cache.states if layer is not None])
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids (batch, total) that count the real tokens of a mask (batch, total); padding gets 0 or more."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class ReferenceAttention:
+    """The reference, calibrated or (with None) plain, as a hook."""
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        """Takes the calibration to apply; None leaves every head as it is."""
+        self.calibration = calibration
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
+        """Runs `act_export.reference.calibrated_attention`."""
+        layer = self.calibration.layer(call.layer) if self.calibration is not None else None
+        heads = layer.heads if layer is not None else ()
+        past = call.past if call.past is not None else empty_state(call, len(heads))
+        outputs = calibrated_attention(
+            flatten_heads(call.query),
+            flatten_heads(call.key),
+            flatten_heads(call.value),
+            *past,
+            call.attention_mask,
+            num_heads=call.query.shape[1],
+            kv_num_heads=call.key.shape[1],
+            scale=call.scale,
+            softcap=call.softcap,
+            sliding_window=call.sliding_window,
+            calibrated_heads=heads,
+            beta=layer.beta if layer is not None else (),
+            threshold=layer.threshold if layer is not None else 0.0,
+            threshold_mode=layer.threshold_mode if layer is not None else "absolute",
+        )
+        return outputs.output, LayerState(*outputs[1:])
+
+
+def flatten_heads(x: Tensor) -> Tensor:
+    """(batch, heads, sequence, head_size) -> (batch, sequence, heads * head_size)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def empty_state(call: AttentionCall, num_calibrated: int) -> LayerState:
+    """State of a layer before its first call."""
+    sums = call.key.new_zeros((call.key.shape[0], num_calibrated, 0, 1), dtype=torch.float32)
+    return LayerState(call.key[:, :, :0], call.value[:, :, :0], sums)
+
+
+@contextmanager
+def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[HookedModel]:
+    """Routes the model's attention through `hook` for the duration of the block.
+
+    Raises:
+        UnsupportedModelError: If the model's class has no exchangeable attention, or masks that a 2-D mask can't express.
+    """
+    config = model.config
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedModelError(f"{config.model_type} uses chunked attention, which the operator can't express")
+    num_layers, _ = layers_and_heads(config)
+    before = config._attn_implementation
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+    except ValueError as error:
+        raise UnsupportedModelError(_not_routed(config.model_type)) from error
+    try:
+        yield HookedModel(model, hook, num_layers)
+    finally:
+        model.set_attn_implementation(before)
+
+
+_active: ContextVar[tuple[AttentionHook, SinkCache]] = ContextVar("act_export_hook")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of the model's own attention."""
+    active = _active.get(None)
+    if active is None:
+        raise RuntimeError("the act_export attention runs only inside attention_hook(...)")
+    hook, cache = active
+    layer = getattr(module, "layer_idx", None)
+    name = type(module).__name__
+    if layer is None:
+        raise UnsupportedModelError(f"{name} doesn't know its layer_idx")
+    if s_aux is not None or position_bias is not None:
+        what = "learned sink logits" if s_aux is not None else "a position bias"
+        raise UnsupportedModelError(f"{name} adds {what} to the attention, which the operator can't express yet")
+    if attention_mask is None or attention_mask.ndim != 2:
+        raise UnsupportedModelError(f"{name} builds an attention mask of its own, which the operator can't express")
+    cache.calls[layer] += 1
+    output, cache.states[layer] = hook.attend(
+        AttentionCall(
+            layer=layer,
+            query=query,
+            key=key,
+            value=value,
+            attention_mask=attention_mask,
+            scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+            softcap=float(softcap or 0.0),
+            sliding_window=int(sliding_window) if sliding_window else -1,
+            past=cache.states[layer],
+        )
+    )
+    return output.unflatten(-1, (query.shape[1], -1)), None
+
+
+def _plain_mask(
+    *,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    mask_function: Callable[..., Any] | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """Hands the 2-D mask on; refuses masks that are more than causal, windowed and padded."""
+    if use_vmap or not allow_is_causal_skip:
+        raise UnsupportedModelError(
+            "the model overlays its causal mask with another (packed, blockwise or bidirectional); the operator can't "
+            "express that"
+        )
+    return attention_mask
+
+
+def _check_calls(calls: Sequence[int], architecture: str) -> None:
+    if any(count != 1 for count in calls):
+        raise UnsupportedModelError(
+            f"{_not_routed(architecture)} (calls by layer, expected one each: {list(calls)})"
+        )
+
+
+def _not_routed(architecture: str) -> str:
+    return (
+        f"the attention of {architecture} doesn't pass through transformers' attention interface once per layer, so it "
+        f"can't be replaced"
+    )
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _plain_mask)

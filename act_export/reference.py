@@ -1,0 +1,332 @@
+"""ACT in plain PyTorch: the definition that every kernel, function body and export is tested against.
+
+The method is from Yu et al., "Unveiling and Harnessing Hidden Attention Sinks" (ICML 2024, arXiv 2406.15765); padding,
+batches, prompts in chunks, decode and sliding windows follow the definition below. One sequence, one calibrated head; P
+tokens are already in the cache, this call brings S, T = P + S. Only real (not padding) tokens count.
+
+    C[j]     = sum over all real rows i >= j seen so far of A[i, j]                     running column sums
+    a[j]     = C[j] / (number of real rows that can see key j)                          sink scores
+    K        = { j : a[j] > tau, j is not the initial token }                           later sinks
+    s[i]     = sum_{j in K} A[i, j]          n[i] = sum_{j not in K} A[i, j]
+    A'[i, j] = beta * A[i, j]                                     for j in K
+    A'[i, j] = A[i, j] * (1 + (1 - beta) * s[i] / n[i])           otherwise
+    A'[i, :] = A[i, :]                                            where n[i] <= 1e-6
+
+Where (beta - 1) * s[i] > n[i], row i uses beta = 1 + n[i] / s[i], so that no probability turns negative. tau is absolute, or
+relative: alpha / (number of real tokens so far).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+THRESHOLD_MODES = ("absolute", "relative")
+SMALLEST_REST = 1e-6  # n[i] at or below this leaves row i as it is
+
+
+class CalibratedProbabilities(NamedTuple):
+    """What `calibrate_with_state` returns.
+
+    Attributes:
+        probabilities: A', shape (..., sequence, total).
+        column_sums: C after this call, shape (..., total).
+        sinks: K as a boolean mask, shape (..., total).
+    """
+
+    probabilities: Tensor
+    column_sums: Tensor
+    sinks: Tensor
+
+
+class AttentionOutputs(NamedTuple):
+    """What `calibrated_attention` returns, shapes as in the operator's table.
+
+    Attributes:
+        output: (batch, sequence, num_heads * head_size).
+        present_key: (batch, kv_num_heads, total, head_size).
+        present_value: (batch, kv_num_heads, total, head_size).
+        present_sink_scores: running column sums (batch, calibrated heads, total, 1), float32.
+    """
+
+    output: Tensor
+    present_key: Tensor
+    present_value: Tensor
+    present_sink_scores: Tensor
+
+
+def visible_rows(real: Tensor, sliding_window: int = -1) -> Tensor:
+    """Number of real rows that can see each key.
+
+    Args:
+        real: Boolean (..., total), true for real tokens.
+        sliding_window: A row sees this many keys, itself included; -1 for all.
+
+    Returns:
+        Integer (..., total). A padding key's count is meaningless; its column sum is zero.
+    """
+    rows_from = real.long().flip(-1).cumsum(-1).flip(-1)
+    if sliding_window < 0:
+        return rows_from
+    beyond = torch.zeros_like(rows_from)
+    reach = max(real.shape[-1] - sliding_window, 0)
+    beyond[..., :reach] = rows_from[..., sliding_window:]
+    return rows_from - beyond
+
+
+def later_sinks(
+    column_sums: Tensor,
+    real: Tensor,
+    *,
+    threshold: float,
+    threshold_mode: str = "absolute",
+    sliding_window: int = -1,
+) -> Tensor:
+    """The set K: keys whose sink score exceeds the threshold, without the initial token.
+
+    Args:
+        column_sums: C, shape (..., total).
+        real: Boolean, broadcastable to (..., total).
+        threshold: tau, or alpha where the mode is "relative".
+        threshold_mode: "absolute", or "relative" (tau = alpha / number of real tokens).
+        sliding_window: As in `visible_rows`.
+
+    Returns:
+        Boolean (..., total).
+
+    Raises:
+        ValueError: If the threshold is negative or the mode unknown.
+    """
+    if threshold < 0:
+        raise ValueError(f"threshold is {threshold}; it must not be negative")
+    if threshold_mode not in THRESHOLD_MODES:
+        raise ValueError(f"threshold_mode is {threshold_mode!r}; it must be one of {', '.join(THRESHOLD_MODES)}")
+    scores = column_sums / visible_rows(real, sliding_window).clamp(min=1)
+    tau: float | Tensor = threshold
+    if threshold_mode == "relative":
+        tau = threshold / real.sum(-1, keepdim=True).clamp(min=1)
+    initial = real & (real.long().cumsum(-1) == 1)
+    return (scores > tau) & real & ~initial
+
+
+def move_sink_mass(probabilities: Tensor, sinks: Tensor, beta: float | Tensor) -> Tensor:
+    """A' from A and K: scales the later sinks by beta and gives what they lose to the row's other keys in proportion.
+
+    Args:
+        probabilities: A, shape (..., sequence, total). A row may sum to less than one; its sum is kept.
+        sinks: K, boolean (..., total).
+        beta: In [0, 2]; a float, or a tensor that broadcasts to (..., 1, 1).
+
+    Returns:
+        A', same shape and type as `probabilities`.
+    """
+    in_sinks = sinks.unsqueeze(-2)
+    s = probabilities.masked_fill(~in_sinks, 0).sum(-1, keepdim=True)
+    n = probabilities.masked_fill(in_sinks, 0).sum(-1, keepdim=True)
+    has_rest = n > SMALLEST_REST
+    n_safe = torch.where(has_rest, n, torch.ones_like(n))
+    clamped = (beta - 1) * s > n
+    s_safe = torch.where(clamped, s, torch.ones_like(s))
+    on_sinks = torch.where(clamped, 1 + n / s_safe, torch.ones_like(s) * beta)
+    on_rest = torch.where(clamped, torch.zeros_like(s), 1 + (1 - beta) * s / n_safe)
+    moved = probabilities * torch.where(in_sinks, on_sinks, on_rest)
+    return torch.where(has_rest, moved, probabilities)
+
+
+def calibrate_with_state(
+    probabilities: Tensor,
+    *,
+    beta: float | Tensor,
+    threshold: float,
+    threshold_mode: str = "absolute",
+    real: Tensor | None = None,
+    past_column_sums: Tensor | None = None,
+    sliding_window: int = -1,
+) -> CalibratedProbabilities:
+    """Calibrates attention maps and returns the running column sums with them.
+
+    Args:
+        probabilities: A, shape (..., sequence, total): the last `sequence` of `total` positions are this call's rows.
+        beta: In [0, 2]; a float, or a tensor that broadcasts to (..., 1, 1).
+        threshold: tau, or alpha where the mode is "relative".
+        threshold_mode: "absolute" or "relative".
+        real: Boolean, broadcastable to (..., total), true for real tokens; None for all.
+        past_column_sums: C before this call, shape (..., total - sequence); None for zeros.
+        sliding_window: Number of keys a row sees, itself included; -1 for all.
+
+    Returns:
+        A', C and K.
+
+    Raises:
+        ValueError: For shapes that don't fit, beta outside [0, 2], a negative threshold or an unknown mode.
+    """
+    sequence, total = probabilities.shape[-2:]
+    past = total - sequence
+    if past < 0:
+        raise ValueError(f"probabilities have {sequence} rows but only {total} columns; each row needs its own column")
+    if not torch.all(torch.as_tensor((beta >= 0) & (beta <= 2) if isinstance(beta, Tensor) else 0 <= beta <= 2)):
+        raise ValueError(f"beta is {beta}; it must lie in [0, 2]")
+    if real is None:
+        real = torch.ones(total, dtype=torch.bool, device=probabilities.device)
+    if real.shape[-1] != total:
+        raise ValueError(f"real has length {real.shape[-1]}; the probabilities have {total} columns")
+    if past_column_sums is not None and past_column_sums.shape[-1] != past:
+        raise ValueError(f"past_column_sums has length {past_column_sums.shape[-1]}; {past} columns came before this call")
+    real_rows = real[..., past:].unsqueeze(-1)
+    column_sums = probabilities.masked_fill(~real_rows, 0).sum(-2)
+    if past_column_sums is not None:
+        column_sums = torch.cat([column_sums[..., :past] + past_column_sums, column_sums[..., past:]], -1)
+    sinks = later_sinks(
+        column_sums, real, threshold=threshold, threshold_mode=threshold_mode, sliding_window=sliding_window
+    )
+    return CalibratedProbabilities(move_sink_mass(probabilities, sinks, beta), column_sums, sinks)
+
+
+def calibrate_probabilities(
+    probabilities: Tensor,
+    *,
+    beta: float | Tensor,
+    threshold: float,
+    threshold_mode: str = "absolute",
+    real: Tensor | None = None,
+    past_column_sums: Tensor | None = None,
+    sliding_window: int = -1,
+) -> Tensor:
+    """A' for attention maps A of shape (..., sequence, total); arguments and errors as in `calibrate_with_state`."""
+    return calibrate_with_state(
+        probabilities,
+        beta=beta,
+        threshold=threshold,
+        threshold_mode=threshold_mode,
+        real=real,
+        past_column_sums=past_column_sums,
+        sliding_window=sliding_window,
+    ).probabilities
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    real: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sliding_window: int = -1,
+) -> Tensor:
+    """The uncalibrated attention map A.
+
+    Args:
+        query: (batch, heads, sequence, head_size).
+        key: (batch, heads, total, head_size); the rows are the last `sequence` positions.
+        real: Boolean (batch, total), true for real tokens.
+        scale: Multiplies the logits.
+        softcap: c in c * tanh(logits / c), applied after the scale; 0 for none.
+        sliding_window: Number of keys a row sees, itself included; -1 for all.
+
+    Returns:
+        (batch, heads, sequence, total), at least float32. A row that sees no key is all zeros.
+    """
+    sequence, total = query.shape[2], key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = (query.to(dtype) @ key.to(dtype).transpose(2, 3)) * scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    columns = torch.arange(total, device=query.device)
+    rows = columns[total - sequence :, None]
+    visible = columns <= rows
+    if sliding_window >= 0:
+        visible = visible & (columns > rows - sliding_window)
+    visible = visible & real[:, None, None, :]
+    logits = logits.masked_fill(~visible, torch.finfo(dtype).min)
+    return torch.softmax(logits, -1).masked_fill(~visible, 0)
+
+
+def calibrated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_scores: Tensor,
+    attention_mask: Tensor,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    calibrated_heads: Sequence[int] = (),
+    beta: Sequence[float] = (),
+    threshold: float = 0.0,
+    threshold_mode: str = "absolute",
+    softcap: float = 0.0,
+    sliding_window: int = -1,
+) -> AttentionOutputs:
+    """The operator `act.CalibratedAttention`, input for input; with no calibrated head, ordinary attention.
+
+    Args:
+        query: (batch, sequence, num_heads * head_size), rotary already applied.
+        key: (batch, sequence, kv_num_heads * head_size).
+        value: As `key`.
+        past_key: (batch, kv_num_heads, past, head_size).
+        past_value: As `past_key`.
+        past_sink_scores: Running column sums (batch, len(calibrated_heads), past, 1), float32.
+        attention_mask: (batch, past + sequence), nonzero for real tokens.
+        num_heads: Query heads.
+        kv_num_heads: Key and value heads; divides num_heads.
+        scale: Multiplies the logits.
+        calibrated_heads: Query heads to calibrate.
+        beta: One value for all calibrated heads, or one each.
+        threshold: tau, or alpha where the mode is "relative".
+        threshold_mode: "absolute" or "relative".
+        softcap: As in `attention_probabilities`.
+        sliding_window: As in `attention_probabilities`.
+
+    Returns:
+        Output, present cache and present column sums. Rows of padding tokens are finite and otherwise meaningless.
+
+    Raises:
+        ValueError: For a mask or beta that doesn't fit, beta outside [0, 2], a negative threshold or an unknown mode.
+    """
+    batch, sequence = query.shape[:2]
+    past = past_key.shape[2]
+    if attention_mask.shape[-1] != past + sequence:
+        raise ValueError(
+            f"attention_mask has length {attention_mask.shape[-1]}; {past} cached and {sequence} new tokens need {past + sequence}"
+        )
+    real = attention_mask != 0
+    present_key = torch.cat([past_key, key.view(batch, sequence, kv_num_heads, -1).transpose(1, 2)], 2)
+    present_value = torch.cat([past_value, value.view(batch, sequence, kv_num_heads, -1).transpose(1, 2)], 2)
+    group = num_heads // kv_num_heads
+    probabilities = attention_probabilities(
+        query.view(batch, sequence, num_heads, -1).transpose(1, 2),
+        present_key.repeat_interleave(group, 1),
+        real,
+        scale=scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+    )
+    heads = list(calibrated_heads)
+    column_sums = probabilities.new_zeros(batch, 0, past + sequence)
+    if heads:
+        if len(beta) not in (1, len(heads)):
+            raise ValueError(f"beta has {len(beta)} values; {len(heads)} calibrated heads need 1 or {len(heads)}")
+        calibrated = calibrate_with_state(
+            probabilities[:, heads],
+            beta=probabilities.new_tensor(list(beta)).view(-1, 1, 1),
+            threshold=threshold,
+            threshold_mode=threshold_mode,
+            real=real[:, None],
+            past_column_sums=past_sink_scores.squeeze(-1).to(probabilities.dtype),
+            sliding_window=sliding_window,
+        )
+        probabilities = probabilities.index_copy(1, torch.tensor(heads, device=query.device), calibrated.probabilities)
+        column_sums = calibrated.column_sums
+    output = probabilities @ present_value.repeat_interleave(group, 1).to(probabilities.dtype)
+    return AttentionOutputs(
+        output.transpose(1, 2).reshape(batch, sequence, -1).to(query.dtype),
+        present_key,
+        present_value,
+        column_sums.unsqueeze(-1).float(),
+    )
