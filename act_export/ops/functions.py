@@ -1,0 +1,215 @@
+"""The operators as model-local ONNX functions in standard operators, for runtimes without the native library.
+
+A model carries the function of each operator that it uses. It computes the definition in `act_export.reference` step by
+step, in float32 whatever the storage type, with full attention maps: correct everywhere, fast nowhere.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from act_export.ops import schema
+
+OPSET = 23
+_FAR = 2**31 - 1
+
+# Names of the values follow the definition: A, C, a (scores), K (sinks), s, n.
+_ATTENTION_MAP = f"""
+  i0 = Constant <value_ints: ints = [0]> ()
+  i1 = Constant <value_ints: ints = [1]> ()
+  i2 = Constant <value_ints: ints = [2]> ()
+  i3 = Constant <value_ints: ints = [3]> ()
+  last = Constant <value_ints: ints = [-1]> ()
+  far = Constant <value_ints: ints = [{_FAR}]> ()
+  zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  f0 = Constant <value_float: float = 0.0> ()
+  f1 = Constant <value_float: float = 1.0> ()
+  heads_all = Constant <value_int: int = @num_heads> ()
+  heads_kv = Constant <value_int: int = @kv_num_heads> ()
+  heads_all_1 = Unsqueeze (heads_all, i0)
+  heads_kv_1 = Unsqueeze (heads_kv, i0)
+  sequence = Shape <start: int = 1, end: int = 2> (query)
+  total = Shape <start: int = 1, end: int = 2> (attention_mask)
+  past = Sub (total, sequence)
+
+  split_kv = Concat <axis: int = 0> (i0, i0, heads_kv_1, last)
+  key_split = Reshape (key, split_kv)
+  value_split = Reshape (value, split_kv)
+  key_new = Transpose <perm: ints = [0, 2, 1, 3]> (key_split)
+  value_new = Transpose <perm: ints = [0, 2, 1, 3]> (value_split)
+  past_key_used = Slice (past_key, i0, past, i2)
+  past_value_used = Slice (past_value, i0, past, i2)
+  past_key_rest = Slice (past_key, total, far, i2)
+  past_value_rest = Slice (past_value, total, far, i2)
+  present_key = Concat <axis: int = 2> (past_key_used, key_new, past_key_rest)
+  present_value = Concat <axis: int = 2> (past_value_used, value_new, past_value_rest)
+  keys_any = Slice (present_key, i0, total, i2)
+  values_any = Slice (present_value, i0, total, i2)
+  keys = Cast <to: int = 1> (keys_any)
+  values = Cast <to: int = 1> (values_any)
+
+  real = Cast <to: int = 9> (attention_mask)
+  real_4d_axes = Constant <value_ints: ints = [1, 2]> ()
+  real_4d = Unsqueeze (real, real_4d_axes)
+  total_0 = Squeeze (total, i0)
+  past_0 = Squeeze (past, i0)
+  columns = Range (zero, total_0, one)
+  rows_flat = Range (past_0, total_0, one)
+  rows = Unsqueeze (rows_flat, i1)
+  window_given = Constant <value_int: int = @sliding_window> ()
+  no_window = Less (window_given, zero)
+  window = Where (no_window, total_0, window_given)
+  causal = LessOrEqual (columns, rows)
+  first_in_window = Sub (rows, window)
+  in_window = Greater (columns, first_in_window)
+  visible_2d = And (causal, in_window)
+  visible = And (visible_2d, real_4d)
+
+  query_f = Cast <to: int = 1> (query)
+  group = Div (heads_all_1, heads_kv_1)
+  split_groups = Concat <axis: int = 0> (i0, i0, heads_kv_1, group, last)
+  query_split = Reshape (query_f, split_groups)
+  query_heads = Transpose <perm: ints = [0, 2, 3, 1, 4]> (query_split)
+  keys_t = Transpose <perm: ints = [0, 1, 3, 2]> (keys)
+  keys_g = Unsqueeze (keys_t, i2)
+  products_g = MatMul (query_heads, keys_g)
+  map_shape = Concat <axis: int = 0> (i0, heads_all_1, sequence, total)
+  products = Reshape (products_g, map_shape)
+  scale = Constant <value_float: float = @scale> ()
+  scaled = Mul (products, scale)
+  softcap = Constant <value_float: float = @softcap> ()
+  has_softcap = Greater (softcap, f0)
+  logits = If (has_softcap) <
+    then_branch = capped_graph () => (float[b, h, s, t] capped) {{
+      ratio = Div (scaled, softcap)
+      squashed = Tanh (ratio)
+      capped = Mul (squashed, softcap)
+    }},
+    else_branch = plain_graph () => (float[b, h, s, t] uncapped) {{ uncapped = Identity (scaled) }}
+  >
+  lowest = Constant <value_float: float = -3.4e38> ()
+  masked = Where (visible, logits, lowest)
+  soft = Softmax <axis: int = -1> (masked)
+  A_all = Where (visible, soft, f0)
+
+  groups_shape = Concat <axis: int = 0> (i0, heads_kv_1, group, sequence, total)
+  A_groups = Reshape (A_all, groups_shape)
+  values_g = Unsqueeze (values, i2)
+  mixed_g = MatMul (A_groups, values_g)
+  mixed_shape = Concat <axis: int = 0> (i0, heads_all_1, sequence, last)
+  mixed = Reshape (mixed_g, mixed_shape)
+"""
+
+_CALIBRATION = """
+  heads = Constant <value_ints: ints = @calibrated_heads> ()
+  A = Gather <axis: int = 1> (A_all, heads)
+
+  real_f = Cast <to: int = 1> (attention_mask)
+  real_rows_2d = Slice (real_f, past, total, i1)
+  real_rows_axes = Constant <value_ints: ints = [1, 3]> ()
+  real_rows = Unsqueeze (real_rows_2d, real_rows_axes)
+  A_real = Mul (A, real_rows)
+  C_new = ReduceSum <keepdims: int = 0> (A_real, i2)
+  C_past_4d = Slice (past_sink_scores, i0, past, i2)
+  C_past = Squeeze (C_past_4d, last)
+  padding = Concat <axis: int = 0> (i0, i0, i0, i0, i0, sequence)
+  C_padded = Pad (C_past, padding)
+  C = Add (C_padded, C_new)
+  C_4d = Unsqueeze (C, last)
+  C_rest = Slice (past_sink_scores, total, far, i2)
+  present_sink_scores = Concat <axis: int = 2> (C_4d, C_rest)
+
+  rows_from = CumSum <reverse: int = 1> (real_f, one)
+  window_1 = Unsqueeze (window, i0)
+  window_in = Min (window_1, total)
+  rows_beyond_kept = Slice (rows_from, window_in, far, i1)
+  batch = Shape <start: int = 0, end: int = 1> (attention_mask)
+  none_shape = Concat <axis: int = 0> (batch, window_in)
+  none = Expand (f0, none_shape)
+  rows_beyond = Concat <axis: int = 1> (rows_beyond_kept, none)
+  rows_seeing = Sub (rows_from, rows_beyond)
+  rows_safe = Max (rows_seeing, f1)
+  rows_3d = Unsqueeze (rows_safe, i1)
+  a = Div (C, rows_3d)
+
+  threshold = Constant <value_float: float = @threshold> ()
+  mode = Constant <value_string: string = @threshold_mode> ()
+  relative_word = Constant <value_string: string = "relative"> ()
+  is_relative = Equal (mode, relative_word)
+  num_real = ReduceSum <keepdims: int = 1> (real_f, i1)
+  num_real_safe = Max (num_real, f1)
+  tau_relative = Div (threshold, num_real_safe)
+  tau = Where (is_relative, tau_relative, threshold)
+  tau_3d = Unsqueeze (tau, i1)
+  over = Greater (a, tau_3d)
+  real_so_far = CumSum (real_f, one)
+  not_initial = Greater (real_so_far, f1)
+  eligible = And (not_initial, real)
+  eligible_3d = Unsqueeze (eligible, i1)
+  K_3d = And (over, eligible_3d)
+  K = Unsqueeze (K_3d, i2)
+
+  A_sinks = Where (K, A, f0)
+  A_rest = Where (K, f0, A)
+  s = ReduceSum (A_sinks, last)
+  n = ReduceSum (A_rest, last)
+  smallest = Constant <value_float: float = 1e-6> ()
+  has_rest = Greater (n, smallest)
+  n_safe = Where (has_rest, n, f1)
+  betas = Constant <value_floats: floats = @beta> ()
+  beta = Unsqueeze (betas, real_4d_axes)
+  stronger = Sub (beta, f1)
+  wanted = Mul (stronger, s)
+  is_clamped = Greater (wanted, n)
+  s_safe = Where (is_clamped, s, f1)
+  all_of_it = Div (n, s_safe)
+  clamped_gain = Add (f1, all_of_it)
+  on_sinks = Where (is_clamped, clamped_gain, beta)
+  taken = Div (wanted, n_safe)
+  rest_gain = Sub (f1, taken)
+  on_rest = Where (is_clamped, f0, rest_gain)
+  moved_sinks = Mul (A_sinks, on_sinks)
+  moved_rest = Mul (A_rest, on_rest)
+  moved = Add (moved_sinks, moved_rest)
+  A_calibrated = Where (has_rest, moved, A)
+
+  group_0 = Div (heads_all, heads_kv)
+  heads_of_values = Div (heads, group_0)
+  values_calibrated = Gather <axis: int = 1> (values, heads_of_values)
+  mixed_calibrated = MatMul (A_calibrated, values_calibrated)
+  heads_first = Transpose <perm: ints = [1, 0, 2, 3]> (mixed)
+  calibrated_first = Transpose <perm: ints = [1, 0, 2, 3]> (mixed_calibrated)
+  head_indices = Unsqueeze (heads, i1)
+  merged_first = ScatterND (heads_first, head_indices, calibrated_first)
+  merged = Transpose <perm: ints = [1, 2, 0, 3]> (merged_first)
+"""
+
+_UNCALIBRATED = """
+  merged = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
+"""
+
+_OUTPUT = """
+  joined_shape = Constant <value_ints: ints = [0, 0, -1]> ()
+  output_f = Reshape (merged, joined_shape)
+  output = CastLike (output_f, query)
+"""
+
+
+def function_body(operator: str) -> onnx.FunctionProto:
+    """The function of `schema.CALIBRATED` or `schema.PLAIN`, opset 23."""
+    described = schema.schema(operator)
+    body = _ATTENTION_MAP + (_CALIBRATION if operator == schema.CALIBRATED else _UNCALIBRATED) + _OUTPUT
+    text = f"""
+<opset_import: ["" : {OPSET}], domain: "{schema.DOMAIN}">
+{operator} <{", ".join(schema.attribute_names(operator))}>
+  ({", ".join(i.name for i in described.inputs)}) => ({", ".join(o.name for o in described.outputs)}) {{ {body} }}
+"""
+    function = onnx.parser.parse_function(text)
+    defaults = schema.attribute_defaults(operator)
+    required = [name for name in function.attribute if name not in defaults]
+    del function.attribute[:]
+    function.attribute.extend(required)
+    function.attribute_proto.extend(onnx.helper.make_attribute(name, value) for name, value in defaults.items())
+    return function
