@@ -1,0 +1,58 @@
+// Attention over a KV cache with attention sink calibration (ACT, https://arxiv.org/abs/2406.15765). Kernels know
+// nothing of ONNX Runtime: raw pointers, sizes and a parallel for. Every kernel has this name and these arguments.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace act {
+
+// Calls body(0) ... body(count - 1), in any order and on any threads, and returns when all have returned.
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
+
+// Tensors are contiguous, in the layout of their comment. past_* and present_* of the same name may be the same memory.
+// Storage is float, Float16 or BFloat16; all arithmetic is float32.
+template <typename T>
+struct AttentionArguments {
+  int64_t batch = 0;
+  int64_t sequence = 0;          // S: new tokens in this call
+  int64_t total = 0;             // cached and new tokens; row i of this call sits at position total - sequence + i
+  int64_t past_capacity = 0;     // positions that the past buffers have room for, at least total - sequence
+  int64_t present_capacity = 0;  // the same for the present buffers: max(past_capacity, total)
+  int64_t num_heads = 0;
+  int64_t kv_num_heads = 0;  // divides num_heads
+  int64_t head_size = 0;
+  int64_t value_head_size = 0;
+
+  const T* query = nullptr;                 // (batch, sequence, num_heads, head_size)
+  const T* key = nullptr;                   // (batch, sequence, kv_num_heads, head_size)
+  const T* value = nullptr;                 // (batch, sequence, kv_num_heads, value_head_size)
+  const T* past_key = nullptr;              // (batch, kv_num_heads, past_capacity, head_size)
+  const T* past_value = nullptr;            // (batch, kv_num_heads, past_capacity, value_head_size)
+  const float* past_sink_scores = nullptr;  // (batch, calibrated_count, past_capacity)
+  const int64_t* attention_mask = nullptr;  // (batch, total), 0 = padding
+  T* output = nullptr;                      // (batch, sequence, num_heads, value_head_size)
+  T* present_key = nullptr;                 // (batch, kv_num_heads, present_capacity, head_size)
+  T* present_value = nullptr;               // (batch, kv_num_heads, present_capacity, value_head_size)
+  float* present_sink_scores = nullptr;     // (batch, calibrated_count, present_capacity)
+
+  float scale = 1.0f;           // logits = scale * query . key
+  float softcap = 0.0f;         // 0 = none, otherwise logits = softcap * tanh(logits / softcap)
+  int64_t sliding_window = -1;  // -1 = none, otherwise a row sees this many positions, its own included
+
+  int64_t calibrated_count = 0;
+  const int64_t* calibrated_index = nullptr;  // (num_heads): index of a head in the sink scores, -1 = not calibrated
+  const float* beta = nullptr;                // (calibrated_count)
+  float threshold = 0.0f;                     // sinks score above it
+  bool relative_threshold = false;            // threshold is a multiple of 1 / real tokens of the sequence
+};
+
+namespace plain {
+
+// Memory: the present buffers, and O(sequence + total) floats for each head in flight.
+template <typename T>
+void Attention(const AttentionArguments<T>& arguments, const ParallelFor& parallel_for);
+
+}  // namespace plain
+
+}  // namespace act

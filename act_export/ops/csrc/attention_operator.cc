@@ -1,0 +1,169 @@
+#include "attention_operator.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention.h"
+#include "float16.h"
+
+namespace act {
+namespace {
+
+using ort::Concatenate;
+using ort::InvalidArgument;
+using ort::Shape;
+using ort::Tensor;
+using ort::ToString;
+
+// Throws the message unless `condition`.
+template <typename... Parts>
+void Expect(bool condition, const Parts&... message) {
+  if (!condition) throw InvalidArgument(Concatenate(message...));
+}
+
+void ExpectRank(const char* name, const Shape& shape, size_t rank, const char* dimensions) {
+  Expect(shape.size() == rank, name, " has shape ", ToString(shape), ", expected ", rank, " dimensions: ", dimensions);
+}
+
+void ExpectShape(const char* name, const Shape& shape, const Shape& expected, const char* dimensions) {
+  Expect(shape == expected, name, " has shape ", ToString(shape), ", expected ", ToString(expected), " = ", dimensions);
+}
+
+// In place where past and present are the same memory: then nothing may move.
+void ExpectSameLayout(const char* name, const void* past, const void* present, int64_t past_capacity,
+                      int64_t present_capacity) {
+  Expect(past != present || past_capacity == present_capacity || past_capacity == 0, "past and present ", name,
+         " are the same memory, which has room for ", past_capacity, " tokens, but ", present_capacity, " are needed");
+}
+
+}  // namespace
+
+AttentionAttributes::AttentionAttributes(const ort::Attributes& attributes, bool is_calibrated)
+    : calibrated(is_calibrated),
+      num_heads(attributes.Required<int64_t>("num_heads")),
+      kv_num_heads(attributes.Required<int64_t>("kv_num_heads")),
+      scale(attributes.Required<float>("scale")),
+      softcap(attributes.Optional<float>("softcap", 0.0f)),
+      sliding_window(attributes.Optional<int64_t>("sliding_window", -1)) {
+  Expect(num_heads > 0 && kv_num_heads > 0, "num_heads is ", num_heads, " and kv_num_heads is ", kv_num_heads,
+         ", expected both to be positive");
+  Expect(num_heads % kv_num_heads == 0, "num_heads is ", num_heads, ", expected a multiple of kv_num_heads, ",
+         kv_num_heads);
+  Expect(std::isfinite(scale), "scale is ", scale, ", expected a finite number");
+  Expect(std::isfinite(softcap) && softcap >= 0.0f, "softcap is ", softcap, ", expected 0 (none) or a positive number");
+  Expect(sliding_window == -1 || sliding_window > 0, "sliding_window is ", sliding_window,
+         ", expected -1 (none) or a positive number");
+  if (calibrated) ReadCalibration(attributes);
+}
+
+void AttentionAttributes::ReadCalibration(const ort::Attributes& attributes) {
+  const auto heads = attributes.Required<std::vector<int64_t>>("calibrated_heads");
+  Expect(!heads.empty(), "calibrated_heads is empty, expected at least one head: use Attention for a layer without");
+  calibrated_count = static_cast<int64_t>(heads.size());
+  calibrated_index.assign(num_heads, -1);
+  for (int64_t i = 0; i < calibrated_count; ++i) {
+    Expect(heads[i] >= 0 && heads[i] < num_heads, "calibrated_heads has head ", heads[i], ", expected 0 to ",
+           num_heads - 1);
+    Expect(calibrated_index[heads[i]] == -1, "calibrated_heads has head ", heads[i], " twice");
+    calibrated_index[heads[i]] = i;
+  }
+
+  beta = attributes.Required<std::vector<float>>("beta");
+  Expect(beta.size() == 1 || beta.size() == heads.size(), "beta has ", beta.size(), " values, expected 1 or ",
+         heads.size(), ", one for each calibrated head");
+  for (const float value : beta) Expect(value >= 0.0f && value <= 2.0f, "beta has ", value, ", expected 0 to 2");
+  if (beta.size() == 1) beta.resize(heads.size(), beta.front());
+
+  threshold = attributes.Required<float>("threshold");
+  Expect(std::isfinite(threshold) && threshold >= 0.0f, "threshold is ", threshold, ", expected 0 or more");
+  const auto mode = attributes.Optional<std::string>("threshold_mode", "absolute");
+  Expect(mode == "absolute" || mode == "relative", "threshold_mode is \"", mode,
+         "\", expected \"absolute\" or \"relative\"");
+  relative_threshold = mode == "relative";
+}
+
+template <typename T>
+void RunAttention(const AttentionAttributes& attributes, const ort::Call& call) {
+  size_t next = 0;
+  const auto query = call.Input<T>(next++);
+  const auto key = call.Input<T>(next++);
+  const auto value = call.Input<T>(next++);
+  const auto past_key = call.Input<T>(next++);
+  const auto past_value = call.Input<T>(next++);
+  const auto past_sink_scores = attributes.calibrated ? call.Input<float>(next++) : Tensor<const float>{};
+  const auto attention_mask = call.Input<int64_t>(next++);
+
+  ExpectRank("query", query.shape, 3, "(batch, sequence, num_heads * head_size)");
+  ExpectRank("key", key.shape, 3, "(batch, sequence, kv_num_heads * head_size)");
+  ExpectRank("value", value.shape, 3, "(batch, sequence, kv_num_heads * head_size)");
+  ExpectRank("past_key", past_key.shape, 4, "(batch, kv_num_heads, past, head_size)");
+  ExpectRank("attention_mask", attention_mask.shape, 2, "(batch, past + sequence)");
+
+  AttentionArguments<T> a;
+  a.batch = query.shape[0];
+  a.sequence = query.shape[1];
+  a.total = attention_mask.shape[1];
+  a.num_heads = attributes.num_heads;
+  a.kv_num_heads = attributes.kv_num_heads;
+  a.head_size = query.shape[2] / a.num_heads;
+  a.value_head_size = value.shape[2] / a.kv_num_heads;
+  a.past_capacity = past_key.shape[2];
+  a.present_capacity = std::max(a.past_capacity, a.total);
+
+  Expect(a.head_size > 0 && query.shape[2] % a.num_heads == 0, "query has shape ", ToString(query.shape),
+         ", expected a last dimension that is a multiple of num_heads, ", a.num_heads);
+  Expect(a.value_head_size > 0 && value.shape[2] % a.kv_num_heads == 0, "value has shape ", ToString(value.shape),
+         ", expected a last dimension that is a multiple of kv_num_heads, ", a.kv_num_heads);
+  ExpectShape("key", key.shape, {a.batch, a.sequence, a.kv_num_heads * a.head_size},
+              "(batch, sequence, kv_num_heads * head_size)");
+  ExpectShape("value", value.shape, {a.batch, a.sequence, a.kv_num_heads * a.value_head_size},
+              "(batch, sequence, kv_num_heads * head_size)");
+  ExpectShape("past_key", past_key.shape, {a.batch, a.kv_num_heads, a.past_capacity, a.head_size},
+              "(batch, kv_num_heads, past, head_size)");
+  ExpectShape("past_value", past_value.shape, {a.batch, a.kv_num_heads, a.past_capacity, a.value_head_size},
+              "(batch, kv_num_heads, past, head_size), past as in past_key");
+  if (attributes.calibrated) {
+    ExpectShape("past_sink_scores", past_sink_scores.shape, {a.batch, attributes.calibrated_count, a.past_capacity, 1},
+                "(batch, calibrated heads, past, 1), past as in past_key");
+  }
+  ExpectShape("attention_mask", attention_mask.shape, {a.batch, a.total}, "(batch, past + sequence)");
+  Expect(a.total >= a.sequence, "attention_mask has ", a.total, " positions, expected at least the ", a.sequence,
+         " of query: it covers the past and this call");
+  Expect(a.past_capacity >= a.total - a.sequence, "past_key has room for ", a.past_capacity,
+         " tokens, but attention_mask (", a.total, " positions) and query (", a.sequence, ") say that ",
+         a.total - a.sequence, " are in the cache");
+
+  a.query = query.data;
+  a.key = key.data;
+  a.value = value.data;
+  a.past_key = past_key.data;
+  a.past_value = past_value.data;
+  a.past_sink_scores = past_sink_scores.data;
+  a.attention_mask = attention_mask.data;
+  a.output = call.Output<T>(0, {a.batch, a.sequence, a.num_heads * a.value_head_size});
+  a.present_key = call.Output<T>(1, {a.batch, a.kv_num_heads, a.present_capacity, a.head_size});
+  a.present_value = call.Output<T>(2, {a.batch, a.kv_num_heads, a.present_capacity, a.value_head_size});
+  ExpectSameLayout("keys", a.past_key, a.present_key, a.past_capacity, a.present_capacity);
+  ExpectSameLayout("values", a.past_value, a.present_value, a.past_capacity, a.present_capacity);
+  if (attributes.calibrated) {
+    a.present_sink_scores =
+        call.Output<float>(3, {a.batch, attributes.calibrated_count, a.present_capacity, int64_t{1}});
+    ExpectSameLayout("sink scores", a.past_sink_scores, a.present_sink_scores, a.past_capacity, a.present_capacity);
+  }
+
+  a.scale = attributes.scale;
+  a.softcap = attributes.softcap;
+  a.sliding_window = attributes.sliding_window;
+  a.calibrated_count = attributes.calibrated_count;
+  a.calibrated_index = attributes.calibrated_index.data();
+  a.beta = attributes.beta.data();
+  a.threshold = attributes.threshold;
+  a.relative_threshold = attributes.relative_threshold;
+  plain::Attention(a, [&call](int64_t count, const auto& body) { call.RunInParallel(count, body); });
+}
+
+template void RunAttention<float>(const AttentionAttributes&, const ort::Call&);
+template void RunAttention<Float16>(const AttentionAttributes&, const ort::Call&);
+template void RunAttention<BFloat16>(const AttentionAttributes&, const ort::Call&);
+
+}  // namespace act

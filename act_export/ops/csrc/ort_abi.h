@@ -1,0 +1,130 @@
+// The small, append-only part of ONNX Runtime's C ABI that a custom operator needs, declared here because no package
+// registry carries the C headers for Linux. ort_abi_check.cc compares every slot with the real header where one is
+// given.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef _WIN32
+#define ACT_ORT_CALL __stdcall
+#define ACT_EXPORT __declspec(dllexport)
+#else
+#define ACT_ORT_CALL
+#define ACT_EXPORT __attribute__((visibility("default")))
+#endif
+
+namespace act::ort {
+
+// The oldest API with everything below; newer runtimes keep serving it.
+constexpr uint32_t kApiVersion = 17;
+
+struct CustomOp;
+struct CustomOpDomain;
+struct KernelContext;
+struct KernelInfo;
+struct SessionOptions;
+struct ShapeInferContext;
+struct Status;
+struct TensorTypeAndShapeInfo;
+struct Value;
+
+enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
+enum ElementType { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum Characteristic { kRequired = 0 };
+enum MemoryType { kMemoryDefault = 0 };
+
+#define ACT_ORT_FUNCTION(name, ...) Status*(ACT_ORT_CALL * name)(__VA_ARGS__)
+#define ACT_ORT_RELEASE(name, type) void(ACT_ORT_CALL * name)(type*)
+
+// OrtApi up to KernelContext_ParallelFor; the gaps are functions that are not used here.
+struct Api {
+  ACT_ORT_FUNCTION(CreateStatus, ErrorCode code, const char* message);
+  void* unused_1;
+  const char*(ACT_ORT_CALL* GetErrorMessage)(const Status*);
+  void* unused_3[23];
+  ACT_ORT_FUNCTION(CreateCustomOpDomain, const char* domain, CustomOpDomain** out);
+  ACT_ORT_FUNCTION(CustomOpDomain_Add, CustomOpDomain*, const CustomOp*);
+  ACT_ORT_FUNCTION(AddCustomOpDomain, SessionOptions*, CustomOpDomain*);
+  void* unused_29[22];
+  ACT_ORT_FUNCTION(GetTensorMutableData, Value*, void** out);
+  void* unused_52[5];
+  ACT_ORT_FUNCTION(CreateTensorTypeAndShapeInfo, TensorTypeAndShapeInfo** out);
+  void* unused_58;
+  ACT_ORT_FUNCTION(SetDimensions, TensorTypeAndShapeInfo*, const int64_t* dimensions, size_t rank);
+  void* unused_60;
+  ACT_ORT_FUNCTION(GetDimensionsCount, const TensorTypeAndShapeInfo*, size_t* out);
+  ACT_ORT_FUNCTION(GetDimensions, const TensorTypeAndShapeInfo*, int64_t* dimensions, size_t rank);
+  ACT_ORT_FUNCTION(GetSymbolicDimensions, const TensorTypeAndShapeInfo*, const char** names, size_t rank);
+  void* unused_64;
+  ACT_ORT_FUNCTION(GetTensorTypeAndShape, const Value*, TensorTypeAndShapeInfo** out);
+  void* unused_66[19];
+  ACT_ORT_FUNCTION(KernelInfoGetAttribute_float, const KernelInfo*, const char* name, float* out);
+  ACT_ORT_FUNCTION(KernelInfoGetAttribute_int64, const KernelInfo*, const char* name, int64_t* out);
+  ACT_ORT_FUNCTION(KernelInfoGetAttribute_string, const KernelInfo*, const char* name, char* out, size_t* size);
+  void* unused_88[2];
+  ACT_ORT_FUNCTION(KernelContext_GetInput, const KernelContext*, size_t index, const Value** out);
+  ACT_ORT_FUNCTION(KernelContext_GetOutput, KernelContext*, size_t index, const int64_t* dimensions, size_t rank,
+                   Value** out);
+  void* unused_92;
+  ACT_ORT_RELEASE(ReleaseStatus, Status);
+  void* unused_94[5];
+  ACT_ORT_RELEASE(ReleaseTensorTypeAndShapeInfo, TensorTypeAndShapeInfo);
+  void* unused_100[62];
+  ACT_ORT_FUNCTION(KernelInfoGetAttributeArray_float, const KernelInfo*, const char* name, float* out, size_t* size);
+  ACT_ORT_FUNCTION(KernelInfoGetAttributeArray_int64, const KernelInfo*, const char* name, int64_t* out, size_t* size);
+  void* unused_164[103];
+  ACT_ORT_FUNCTION(ShapeInferContext_GetInputCount, const ShapeInferContext*, size_t* out);
+  // The result belongs to the context: it is not to be released.
+  ACT_ORT_FUNCTION(ShapeInferContext_GetInputTypeShape, const ShapeInferContext*, size_t index,
+                   TensorTypeAndShapeInfo** out);
+  void* unused_269;
+  ACT_ORT_FUNCTION(ShapeInferContext_SetOutputTypeShape, const ShapeInferContext*, size_t index,
+                   const TensorTypeAndShapeInfo*);
+  ACT_ORT_FUNCTION(SetSymbolicDimensions, TensorTypeAndShapeInfo*, const char** names, size_t rank);
+  void* unused_272[2];
+  ACT_ORT_FUNCTION(KernelContext_ParallelFor, const KernelContext*, void (*body)(void*, size_t), size_t total,
+                   size_t batches, void* data);
+};
+
+#undef ACT_ORT_FUNCTION
+#undef ACT_ORT_RELEASE
+
+struct ApiBase {
+  const Api*(ACT_ORT_CALL* GetApi)(uint32_t version);
+  const char*(ACT_ORT_CALL* GetVersionString)();
+};
+
+// OrtCustomOp. A null entry means ONNX Runtime's default.
+struct CustomOp {
+  uint32_t version = kApiVersion;
+  void*(ACT_ORT_CALL* CreateKernel)(const CustomOp*, const Api*, const KernelInfo*) = nullptr;
+  const char*(ACT_ORT_CALL* GetName)(const CustomOp*) = nullptr;
+  const char*(ACT_ORT_CALL* GetExecutionProviderType)(const CustomOp*) = nullptr;
+  ElementType(ACT_ORT_CALL* GetInputType)(const CustomOp*, size_t) = nullptr;
+  size_t(ACT_ORT_CALL* GetInputTypeCount)(const CustomOp*) = nullptr;
+  ElementType(ACT_ORT_CALL* GetOutputType)(const CustomOp*, size_t) = nullptr;
+  size_t(ACT_ORT_CALL* GetOutputTypeCount)(const CustomOp*) = nullptr;
+  void(ACT_ORT_CALL* KernelCompute)(void* kernel, KernelContext*) = nullptr;
+  void(ACT_ORT_CALL* KernelDestroy)(void* kernel) = nullptr;
+  Characteristic(ACT_ORT_CALL* GetInputCharacteristic)(const CustomOp*, size_t) = nullptr;
+  Characteristic(ACT_ORT_CALL* GetOutputCharacteristic)(const CustomOp*, size_t) = nullptr;
+  MemoryType(ACT_ORT_CALL* GetInputMemoryType)(const CustomOp*, size_t) = nullptr;
+  int(ACT_ORT_CALL* GetVariadicInputMinArity)(const CustomOp*) = nullptr;
+  int(ACT_ORT_CALL* GetVariadicInputHomogeneity)(const CustomOp*) = nullptr;
+  int(ACT_ORT_CALL* GetVariadicOutputMinArity)(const CustomOp*) = nullptr;
+  int(ACT_ORT_CALL* GetVariadicOutputHomogeneity)(const CustomOp*) = nullptr;
+  Status*(ACT_ORT_CALL* CreateKernelV2)(const CustomOp*, const Api*, const KernelInfo*, void** kernel) = nullptr;
+  Status*(ACT_ORT_CALL* KernelComputeV2)(void* kernel, KernelContext*) = nullptr;
+  Status*(ACT_ORT_CALL* InferOutputShapeFn)(const CustomOp*, ShapeInferContext*) = nullptr;
+  int(ACT_ORT_CALL* GetStartVersion)(const CustomOp*) = nullptr;
+  int(ACT_ORT_CALL* GetEndVersion)(const CustomOp*) = nullptr;
+  // Left null: past and present are graph inputs and outputs, which ONNX Runtime never merges through these, and an
+  // alias map lets a kernel write into the caller's input. A caller shares a buffer by binding it to both.
+  size_t(ACT_ORT_CALL* GetMayInplace)(int**, int**) = nullptr;
+  void(ACT_ORT_CALL* ReleaseMayInplace)(int*, int*) = nullptr;
+  size_t(ACT_ORT_CALL* GetAliasMap)(int**, int**) = nullptr;
+  void(ACT_ORT_CALL* ReleaseAliasMap)(int*, int*) = nullptr;
+};
+
+}  // namespace act::ort

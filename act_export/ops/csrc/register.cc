@@ -1,0 +1,200 @@
+// The entry point that ONNX Runtime looks for, the table of operators, and their types and shapes.
+#include <algorithm>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "attention_operator.h"
+#include "float16.h"
+#include "ort_abi.h"
+#include "ort_context.h"
+
+namespace act {
+namespace {
+
+constexpr char kDomain[] = "act";
+
+struct Operator : ort::CustomOp {
+  const char* name;
+  bool calibrated;
+  ort::ElementType type;
+  void (*run)(const AttentionAttributes&, const ort::Call&);
+
+  Operator(const char* name, bool calibrated, ort::ElementType type,
+           void (*run)(const AttentionAttributes&, const ort::Call&));
+};
+
+// What one node keeps between calls.
+struct Kernel {
+  const ort::Api& api;
+  const Operator& op;
+  AttentionAttributes attributes;
+};
+
+const Operator& AsOperator(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
+
+// Types in the order of DESIGN: query, key, value, past_key, past_value, [past_sink_scores,] attention_mask.
+ort::ElementType InputType(const Operator& op, size_t index) {
+  if (index < 5) return op.type;
+  return op.calibrated && index == 5 ? ort::kFloat : ort::kInt64;
+}
+
+// output, present_key, present_value, [present_sink_scores].
+ort::ElementType OutputType(const Operator& op, size_t index) { return index < 3 ? op.type : ort::kFloat; }
+
+ort::Status* ACT_ORT_CALL MakeKernel(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
+                                     void** kernel) {
+  return ort::Guard(*api, AsOperator(op).name, [&] {
+    *kernel = new Kernel{*api, AsOperator(op), {ort::Attributes(*api, info), AsOperator(op).calibrated}};
+  });
+}
+
+ort::Status* ACT_ORT_CALL Compute(void* data, ort::KernelContext* context) {
+  const auto& kernel = *static_cast<const Kernel*>(data);
+  return ort::Guard(kernel.api, kernel.op.name,
+                    [&] { kernel.op.run(kernel.attributes, ort::Call(kernel.api, context)); });
+}
+
+// A dimension that is known, or has a name, or neither (value -1, empty name).
+struct Dimension {
+  int64_t value = -1;
+  std::string name;
+
+  bool Known() const { return value >= 0 || !name.empty(); }
+};
+
+using SymbolicShape = std::vector<Dimension>;
+
+// Empty where the input's shape is not known.
+SymbolicShape InputShape(const ort::Api& api, const ort::ShapeInferContext* context, size_t index) {
+  ort::TensorTypeAndShapeInfo* info = nullptr;
+  ort::Check(api, api.ShapeInferContext_GetInputTypeShape(context, index, &info));
+  size_t rank = 0;
+  ort::Check(api, api.GetDimensionsCount(info, &rank));
+  ort::Shape values(rank);
+  std::vector<const char*> names(rank);
+  ort::Check(api, api.GetDimensions(info, values.data(), rank));
+  ort::Check(api, api.GetSymbolicDimensions(info, names.data(), rank));
+  SymbolicShape shape(rank);
+  for (size_t i = 0; i < rank; ++i) shape[i] = {values[i], names[i] == nullptr ? "" : names[i]};
+  return shape;
+}
+
+// Sets a shape only where every dimension has a value or a name: a made-up name would declare sizes equal that are not.
+void SetOutputShape(const ort::Api& api, ort::ShapeInferContext* context, size_t index, const SymbolicShape& shape) {
+  ort::Shape values;
+  std::vector<const char*> names;
+  for (const Dimension& dimension : shape) {
+    if (!dimension.Known()) return;
+    values.push_back(dimension.value);
+    names.push_back(dimension.value >= 0 ? "" : dimension.name.c_str());
+  }
+  ort::TensorTypeAndShapeInfo* info = nullptr;
+  ort::Check(api, api.CreateTensorTypeAndShapeInfo(&info));
+  ort::Status* status = api.SetDimensions(info, values.data(), values.size());
+  if (status == nullptr) status = api.SetSymbolicDimensions(info, names.data(), names.size());
+  if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  ort::Check(api, status);
+}
+
+// The longer of the past buffer and the mask.
+Dimension PresentLength(const Dimension& past, const Dimension& total) {
+  if (past.value >= 0 && total.value >= 0) return {std::max(past.value, total.value), ""};
+  if (past.value == 0) return total;
+  if (past.value >= 0 || total.value >= 0 || !past.Known() || !total.Known()) return {};
+  return {-1, "max(" + past.name + ", " + total.name + ")"};
+}
+
+void InferShapes(const Operator& op, const ort::Api& api, ort::ShapeInferContext* context) {
+  size_t input_count = 0;
+  ort::Check(api, api.ShapeInferContext_GetInputCount(context, &input_count));
+  if (input_count != op.GetInputTypeCount(&op)) return;
+  const SymbolicShape query = InputShape(api, context, 0);
+  const SymbolicShape past_key = InputShape(api, context, 3);
+  const SymbolicShape past_value = InputShape(api, context, 4);
+  const SymbolicShape mask = InputShape(api, context, input_count - 1);
+  if (query.size() == 3 && past_key.size() == 4 && past_value.size() == 4) {
+    const int64_t key_size = past_key[3].value;
+    const int64_t value_size = past_value[3].value;
+    Dimension width;  // num_heads * value_head_size
+    if (key_size > 0 && value_size > 0 && query[2].value >= 0) width.value = query[2].value / key_size * value_size;
+    SetOutputShape(api, context, 0, {query[0], query[1], width});
+  }
+  const auto infer_present = [&](size_t output, SymbolicShape past) {
+    if (past.size() != 4 || mask.size() != 2) return;
+    past[2] = PresentLength(past[2], mask[1]);
+    SetOutputShape(api, context, output, past);
+  };
+  infer_present(1, past_key);
+  infer_present(2, past_value);
+  if (op.calibrated) infer_present(3, InputShape(api, context, 5));
+}
+
+const ort::Api* shape_inference_api = nullptr;  // InferOutputShapeFn is not given one
+
+ort::Status* ACT_ORT_CALL InferOutputShapes(const ort::CustomOp* op, ort::ShapeInferContext* context) {
+  try {
+    InferShapes(AsOperator(op), *shape_inference_api, context);
+  } catch (...) {
+    // Shapes are a help, never a reason to refuse a model; and ONNX Runtime ignores, and leaks, a status from here.
+  }
+  return nullptr;
+}
+
+Operator::Operator(const char* name, bool calibrated, ort::ElementType type,
+                   void (*run)(const AttentionAttributes&, const ort::Call&))
+    : name(name), calibrated(calibrated), type(type), run(run) {
+  GetName = [](const ort::CustomOp* op) { return AsOperator(op).name; };
+  GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
+  GetInputType = [](const ort::CustomOp* op, size_t index) { return InputType(AsOperator(op), index); };
+  GetInputTypeCount = [](const ort::CustomOp* op) { return size_t{AsOperator(op).calibrated ? 7u : 6u}; };
+  GetOutputType = [](const ort::CustomOp* op, size_t index) { return OutputType(AsOperator(op), index); };
+  GetOutputTypeCount = [](const ort::CustomOp* op) { return size_t{AsOperator(op).calibrated ? 4u : 3u}; };
+  GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  GetInputMemoryType = [](const ort::CustomOp*, size_t) { return ort::kMemoryDefault; };
+  GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  CreateKernelV2 = MakeKernel;
+  KernelComputeV2 = Compute;
+  KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  InferOutputShapeFn = InferOutputShapes;
+}
+
+// Never destroyed: a session that outlives the library's static objects still calls them.
+const Operator kOperators[] = {
+    {"CalibratedAttention", true, ort::kFloat, RunAttention<float>},
+    {"CalibratedAttention", true, ort::kFloat16, RunAttention<Float16>},
+    {"CalibratedAttention", true, ort::kBFloat16, RunAttention<BFloat16>},
+    {"Attention", false, ort::kFloat, RunAttention<float>},
+    {"Attention", false, ort::kFloat16, RunAttention<Float16>},
+    {"Attention", false, ort::kBFloat16, RunAttention<BFloat16>},
+};
+static_assert(std::is_trivially_destructible_v<Operator>);
+
+// One for the process: sessions keep a pointer to it, and nothing tells when the last of them has gone.
+ort::CustomOpDomain* Domain(const ort::Api& api) {
+  static std::mutex mutex;
+  static ort::CustomOpDomain* domain = nullptr;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (domain == nullptr) {
+    ort::CustomOpDomain* created = nullptr;
+    ort::Check(api, api.CreateCustomOpDomain(kDomain, &created));
+    for (const Operator& op : kOperators) ort::Check(api, api.CustomOpDomain_Add(created, &op));
+    shape_inference_api = &api;
+    domain = created;
+  }
+  return domain;
+}
+
+}  // namespace
+}  // namespace act
+
+extern "C" ACT_EXPORT act::ort::Status* ACT_ORT_CALL RegisterCustomOps(act::ort::SessionOptions* options,
+                                                                       const act::ort::ApiBase* base) {
+  const act::ort::Api* api = base->GetApi(act::ort::kApiVersion);
+  if (api == nullptr) return nullptr;  // older than 1.17: without its functions there is no way to report it
+  return act::ort::Guard(*api, "act",
+                         [&] { act::ort::Check(*api, api->AddCustomOpDomain(options, act::Domain(*api))); });
+}

@@ -1,0 +1,64 @@
+// Which tokens are later sinks, and what calibration does to a row: the part of ACT that every kernel shares.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace act {
+
+// The real (not padding) tokens of one sequence.
+class RealTokens {
+ public:
+  RealTokens(const int64_t* mask, int64_t total) : before_(total + 1, 0) {
+    for (int64_t j = 0; j < total; ++j) before_[j + 1] = before_[j] + (mask[j] != 0);
+  }
+
+  bool IsReal(int64_t j) const { return before_[j + 1] != before_[j]; }
+  int64_t Count() const { return before_.back(); }
+  int64_t Count(int64_t begin, int64_t end) const { return end > begin ? before_[end] - before_[begin] : 0; }
+
+ private:
+  std::vector<int64_t> before_;
+};
+
+// First position that the row at `position` may see.
+inline int64_t FirstVisible(int64_t position, int64_t sliding_window) {
+  return sliding_window > 0 ? std::max<int64_t>(0, position - sliding_window + 1) : 0;
+}
+
+// Later sinks in ascending order, from running column sums over all rows so far. The initial token is never one.
+inline std::vector<int64_t> FindLaterSinks(const float* column_sums, int64_t total, const RealTokens& real,
+                                           int64_t sliding_window, float threshold, bool relative_threshold) {
+  std::vector<int64_t> sinks;
+  if (real.Count() == 0) return sinks;
+  const float tau = relative_threshold ? threshold / static_cast<float>(real.Count()) : threshold;
+  bool initial = true;
+  for (int64_t j = 0; j < total; ++j) {
+    if (!real.IsReal(j)) continue;
+    if (initial) {
+      initial = false;
+      continue;
+    }
+    const int64_t end = sliding_window > 0 ? std::min(total, j + sliding_window) : total;
+    const int64_t rows = std::max<int64_t>(1, real.Count(j, end));
+    if (column_sums[j] / static_cast<float>(rows) > tau) sinks.push_back(j);
+  }
+  return sinks;
+}
+
+// Factors on the probabilities of a row: on its later sinks, and on the rest.
+struct RowFactors {
+  float sinks = 1.0f;
+  float rest = 1.0f;
+};
+
+// `sinks` and `rest` are the row's mass on its later sinks and elsewhere.
+inline RowFactors Calibrate(float beta, double sinks, double rest) {
+  if (rest <= 1e-6) return {1.0f, 1.0f};  // nothing to move the mass to
+  const double moved = (1.0 - static_cast<double>(beta)) * sinks;
+  if (-moved > rest) return {static_cast<float>(1.0 + rest / sinks), 0.0f};  // no probability may turn negative
+  return {beta, static_cast<float>(1.0 + moved / rest)};
+}
+
+}  // namespace act
