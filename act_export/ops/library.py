@@ -1,7 +1,8 @@
 """Where the native library with the fast operators is."""
 
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+import act_export.ops
 
 _NAMES = ("libact_ops.so", "libact_ops.dylib", "libact_ops.dll")
 
@@ -19,7 +20,8 @@ def library_path() -> Path:
     Raises:
         LibraryNotFoundError: This installation has none, as when it runs from a source tree that was never built.
     """
-    folders = _folders()
+    # An editable install has two folders: the sources, and what was built from them.
+    folders = [Path(folder) for folder in act_export.ops.__path__]
     for folder in folders:
         for name in _NAMES:
             path = folder / name
@@ -30,13 +32,3 @@ def library_path() -> Path:
         f"libact_ops is not in {searched}. Install the package, which builds it with a C++17 compiler: "
         "`pip install act-export`, or `pip install -e .` in a source tree."
     )
-
-
-def _folders() -> list[Path]:
-    """Folders of the package ``act_export.ops``: an editable install keeps sources and what is built from them apart."""
-    folders = [Path(__file__).parent]
-    try:
-        folders.append(Path(str(distribution("act-export").locate_file("act_export/ops"))))
-    except PackageNotFoundError:
-        pass  # a source tree on the path, not installed
-    return list(dict.fromkeys(folders))
