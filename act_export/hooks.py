@@ -58,7 +58,7 @@ class AttentionCall(NamedTuple):
         query: (batch, num_heads, sequence, head_size), rotary already applied.
         key: (batch, kv_num_heads, sequence, head_size).
         value: As `key`.
-        attention_mask: (batch, past + sequence), true for real tokens.
+        attention_mask: (batch, past + sequence), nonzero for real tokens.
         scale: Multiplies the logits.
         softcap: 0 for none.
         sliding_window: -1 for none.
@@ -89,8 +89,9 @@ class SinkCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, layers: Sequence[LayerState | None]) -> None:
-        """Takes the state of each layer, None for a first call."""
+    def __init__(self, layers: Sequence[LayerState | None], attention_mask: Tensor) -> None:
+        """Takes the state of each layer, None for a first call, and the mask (batch, past + sequence)."""
+        self.attention_mask = attention_mask
         self.states: list[LayerState | None] = list(layers)
         self.calls = [0] * len(self.states)
         self.layers = []
@@ -189,7 +190,7 @@ class HookedModel:
         """
         if position_ids is None:
             position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
-        cache = SinkCache(state if state is not None else [None] * self.num_layers)
+        cache = SinkCache(state if state is not None else [None] * self.num_layers, attention_mask)
         token = _active.set((self.hook, cache))
         try:
             extra = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
@@ -218,11 +219,13 @@ class ReferenceAttention:
     def __init__(self, calibration: Calibration | None) -> None:
         """Takes the calibration to apply; None leaves every head as it is."""
         self.calibration = calibration
+        self.sliding_windows: dict[int, int] = {}  # by layer, as the model asked for them
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Runs `act_export.reference.calibrated_attention`."""
         layer = self.calibration.layer(call.layer) if self.calibration is not None else None
         heads = layer.heads if layer is not None else ()
+        self.sliding_windows[call.layer] = call.sliding_window
         past = call.past if call.past is not None else empty_state(call, len(heads))
         outputs = calibrated_attention(
             flatten_heads(call.query),
@@ -314,7 +317,7 @@ def _attention(
             query=query,
             key=key,
             value=value,
-            attention_mask=attention_mask,
+            attention_mask=cache.attention_mask,  # the caller's own: transformers made the other one boolean
             scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
             softcap=float(softcap or 0.0),
             sliding_window=int(sliding_window) if sliding_window else -1,

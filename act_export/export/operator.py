@@ -1,0 +1,168 @@
+"""The operators as torch custom operators, so that torch's exporter carries them into the graph as single nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnxscript
+import torch
+from torch import Tensor
+
+from act_export.calibration import Calibration
+from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
+from act_export.ops import schema
+from act_export.reference import calibrated_attention
+
+
+def _present_like(past: Tensor, new: Tensor) -> Tensor:
+    batch, heads, past_length, size = past.shape
+    return past.new_empty(batch, heads, past_length + new.shape[1], size)
+
+
+@torch.library.custom_op("act::CalibratedAttention", mutates_args=())
+def _calibrated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_scores: Tensor,
+    attention_mask: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    calibrated_heads: Sequence[int],
+    beta: Sequence[float],
+    threshold: float,
+    threshold_mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(
+        calibrated_attention(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            past_sink_scores,
+            attention_mask,
+            num_heads=num_heads,
+            kv_num_heads=kv_num_heads,
+            scale=scale,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            calibrated_heads=calibrated_heads,
+            beta=beta,
+            threshold=threshold,
+            threshold_mode=threshold_mode,
+        )
+    )
+
+
+@_calibrated.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_sink_scores: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(query),
+        _present_like(past_key, key),
+        _present_like(past_value, value),
+        _present_like(past_sink_scores, key),
+    )
+
+
+@torch.library.custom_op("act::Attention", mutates_args=())
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    attention_mask: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    no_state = past_key.new_zeros((past_key.shape[0], 0, past_key.shape[2], 1), dtype=torch.float32)
+    return tuple(
+        calibrated_attention(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            no_state,
+            attention_mask,
+            num_heads=num_heads,
+            kv_num_heads=kv_num_heads,
+            scale=scale,
+            softcap=softcap,
+            sliding_window=sliding_window,
+        )[:3]
+    )
+
+
+@_plain.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), _present_like(past_key, key), _present_like(past_value, value)
+
+
+class OperatorAttention:
+    """The hook that puts one operator node per layer into the exported graph."""
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        """Takes the calibration to bake in; None leaves every layer plain."""
+        self.calibration = calibration
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
+        """Calls the torch custom operator of the layer's kind."""
+        layer = self.calibration.layer(call.layer) if self.calibration is not None else None
+        past = call.past if call.past is not None else empty_state(call, len(layer.heads) if layer else 0)
+        new = [flatten_heads(x) for x in (call.query, call.key, call.value)]
+        shape = (call.query.shape[1], call.key.shape[1], call.scale, call.softcap, call.sliding_window)
+        if layer is None:
+            output, key, value = torch.ops.act.Attention(*new, past.key, past.value, call.attention_mask, *shape)
+            return output, LayerState(key, value, past.sink_scores)
+        output, *state = torch.ops.act.CalibratedAttention(
+            *new,
+            *past,
+            call.attention_mask,
+            *shape,
+            list(layer.heads),
+            list(layer.beta),
+            layer.threshold,
+            layer.threshold_mode,
+        )
+        return output, LayerState(*state)
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How torch's exporter writes the custom operators as ONNX nodes."""
+    schema.register_schemas()
+    opset = onnxscript.values.Opset(schema.DOMAIN, schema.VERSION)
+
+    def translator(operator: str) -> Callable[..., Any]:
+        names = schema.attribute_names(operator)
+
+        def translate(*arguments: Any) -> Any:
+            tensors, attributes = arguments[: -len(names)], arguments[-len(names) :]
+            return getattr(opset, operator)(*tensors, **dict(zip(names, attributes, strict=True)))
+
+        return translate
+
+    return {
+        torch.ops.act.CalibratedAttention.default: translator(schema.CALIBRATED),
+        torch.ops.act.Attention.default: translator(schema.PLAIN),
+    }

@@ -1,0 +1,141 @@
+"""transformers model -> ONNX graph, through torch's exporter, with one operator node per attention layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from act_export.calibration import Calibration
+from act_export.checkpoint import layers_and_heads
+from act_export.errors import ActExportError
+from act_export.export.operator import OperatorAttention, translation_table
+from act_export.hooks import HookedModel, LayerState, ReferenceAttention, UnsupportedModelError, attention_hook
+from act_export.ops import functions, schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class GraphNames:
+    """Names of the graph's inputs and outputs, as optimum calls them, in order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, num_layers: int, calibration: Calibration | None) -> GraphNames:
+        """Names for a model with this many layers; calibrated layers carry sink state too."""
+        sinks = tuple(calibration.heads) if calibration is not None else ()
+        cache = [f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
+        return cls(
+            inputs=(
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{name}" for name in cache),
+                *(f"past_sink_scores.{layer}" for layer in sinks),
+            ),
+            outputs=(
+                "logits",
+                *(f"present.{name}" for name in cache),
+                *(f"present_sink_scores.{layer}" for layer in sinks),
+            ),
+        )
+
+
+class _GraphModule(torch.nn.Module):
+    """The hooked model with the graph's flat inputs and outputs."""
+
+    def __init__(self, hooked: HookedModel, sink_layers: Sequence[int]) -> None:
+        super().__init__()
+        self.model = hooked.model
+        self._hooked = hooked
+        self._sink_layers = list(sink_layers)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: list[Tensor], sinks: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        by_layer = dict(zip(self._sink_layers, sinks, strict=True))
+        none = cache[0].new_zeros((0, 0, 0, 1), dtype=torch.float32)
+        state = [
+            LayerState(key, value, by_layer.get(layer, none))
+            for layer, (key, value) in enumerate(zip(cache[::2], cache[1::2], strict=True))
+        ]
+        outputs = self._hooked(input_ids, attention_mask, state, position_ids=position_ids)
+        return (
+            outputs.logits,
+            *(part for layer in outputs.state for part in (layer.key, layer.value)),
+            *(outputs.state[layer].sink_scores for layer in self._sink_layers),
+        )
+
+
+def trace(model: PreTrainedModel, calibration: Calibration | None) -> ir.Model:
+    """Exports a model with the calibration (None: none) inside its attention nodes.
+
+    The batch, the new tokens and the cache have dynamic lengths. Weights stay the model's own memory.
+
+    Raises:
+        UnsupportedModelError: If the attention can't be replaced, or the graph doesn't hold one node per layer.
+    """
+    num_layers, _ = layers_and_heads(model.config)
+    sinks = list(calibration.heads) if calibration is not None else []
+    names = GraphNames.of(num_layers, calibration)
+    state = _probe(model, calibration)
+    batch, past, sequence = 2, 5, 3
+    dims = {"batch": "batch_size", "past": "past_sequence_length"}
+    example = {
+        "input_ids": torch.zeros(batch, sequence, dtype=torch.long),
+        "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
+        "position_ids": torch.arange(past, past + sequence).repeat(batch, 1),
+        "cache": [part for layer in state for part in (layer.key, layer.value)],
+        "sinks": [state[layer].sink_scores for layer in sinks],
+    }
+    cache_dims = {0: dims["batch"], 2: dims["past"]}
+    with torch.no_grad(), attention_hook(model, OperatorAttention(calibration)) as hooked, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _GraphModule(hooked, sinks).eval(),
+            kwargs=example,
+            dynamo=True,
+            opset_version=functions.OPSET,
+            custom_translation_table=translation_table(),
+            dynamic_shapes={
+                "input_ids": {0: dims["batch"], 1: "sequence_length"},
+                "attention_mask": {0: dims["batch"], 1: "total_sequence_length"},
+                "position_ids": {0: dims["batch"], 1: "sequence_length"},
+                "cache": [cache_dims] * (2 * num_layers),
+                "sinks": [cache_dims] * len(sinks),
+            },
+            input_names=names.inputs,
+            output_names=names.outputs,
+            verbose=False,
+        )
+    if program is None:
+        raise ActExportError("torch's exporter returned nothing")
+    exported = program.model
+    check_one_node_per_layer(exported, num_layers, calibration)
+    return exported
+
+
+def check_one_node_per_layer(model: ir.Model, num_layers: int, calibration: Calibration | None) -> None:
+    """Raises UnsupportedModelError unless the graph has exactly the attention nodes that it should have."""
+    found = [node.op_type for node in model.graph if node.domain == schema.DOMAIN]
+    calibrated = len(calibration.heads) if calibration is not None else 0
+    expected = {schema.CALIBRATED: calibrated, schema.PLAIN: num_layers - calibrated}
+    counts = {operator: found.count(operator) for operator in expected}
+    if counts != expected:
+        raise UnsupportedModelError(f"the exported graph holds {counts} attention nodes; expected {expected}")
+
+
+def _probe(model: PreTrainedModel, calibration: Calibration | None) -> list[LayerState]:
+    """Runs the model once under the hook: refuses it early, and gives a cache of the right shapes to export with."""
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with torch.no_grad(), attention_hook(model, ReferenceAttention(calibration)) as hooked:
+        return hooked(ids, torch.ones_like(ids), logits_to_keep=1).state
