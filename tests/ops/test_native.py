@@ -545,6 +545,14 @@ def test_every_16_bit_number_is_read_and_rounded_to_nearest_even(storage):
 
 
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_the_largest_numbers_do_not_round_to_infinity(storage):
+    layer = Layer(1, 1, 8, calibrated_heads=())
+    feeds = make_feeds(layer, ones(1, 50), 50, storage=storage)
+    feeds["value"][:] = ml_dtypes.finfo(STORAGE[storage][1]).max
+    np.testing.assert_array_equal(run(layer, feeds, storage)["output"], feeds["value"].astype(np.float32))
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_non_finite_numbers_stay_what_they_are(storage):
     special = np.array([np.inf, -np.inf, np.nan, 1], STORAGE[storage][1])
     average = average_of_pairs(storage, np.stack([special, special]))
