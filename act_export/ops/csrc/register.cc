@@ -1,8 +1,8 @@
 // The entry point that ONNX Runtime looks for, the table of operators, and their types and shapes.
 #include <algorithm>
+#include <map>
 #include <mutex>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "attention_operator.h"
@@ -15,26 +15,40 @@ namespace {
 
 constexpr char kDomain[] = "act";
 
-struct Operator : ort::CustomOp {
+using Run = void(const AttentionAttributes&, const ort::Call&);
+
+struct Description {
   const char* name;
   bool calibrated;
   ort::ElementType type;
-  void (*run)(const AttentionAttributes&, const ort::Call&);
+  Run* run;
+};
 
-  Operator(const char* name, bool calibrated, ort::ElementType type,
-           void (*run)(const AttentionAttributes&, const ort::Call&));
+constexpr Description kOperators[] = {
+    {"CalibratedAttention", true, ort::kFloat, RunAttention<float>},
+    {"CalibratedAttention", true, ort::kFloat16, RunAttention<Float16>},
+    {"CalibratedAttention", true, ort::kBFloat16, RunAttention<BFloat16>},
+    {"Attention", false, ort::kFloat, RunAttention<float>},
+    {"Attention", false, ort::kFloat16, RunAttention<Float16>},
+    {"Attention", false, ort::kBFloat16, RunAttention<BFloat16>},
+};
+
+// A description as ONNX Runtime wants it.
+struct Operator : ort::CustomOp, Description {
+  const ort::Api& api;
+
+  Operator(const Description& description, const ort::Api& api);
 };
 
 // What one node keeps between calls.
 struct Kernel {
-  const ort::Api& api;
   const Operator& op;
   AttentionAttributes attributes;
 };
 
 const Operator& AsOperator(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
 
-// Types in the order of DESIGN: query, key, value, past_key, past_value, [past_sink_scores,] attention_mask.
+// query, key, value, past_key, past_value, [past_sink_scores,] attention_mask.
 ort::ElementType InputType(const Operator& op, size_t index) {
   if (index < 5) return op.type;
   return op.calibrated && index == 5 ? ort::kFloat : ort::kInt64;
@@ -46,14 +60,14 @@ ort::ElementType OutputType(const Operator& op, size_t index) { return index < 3
 ort::Status* ACT_ORT_CALL MakeKernel(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
                                      void** kernel) {
   return ort::Guard(*api, AsOperator(op).name, [&] {
-    *kernel = new Kernel{*api, AsOperator(op), {ort::Attributes(*api, info), AsOperator(op).calibrated}};
+    *kernel = new Kernel{AsOperator(op), {ort::Attributes(*api, info), AsOperator(op).calibrated}};
   });
 }
 
 ort::Status* ACT_ORT_CALL Compute(void* data, ort::KernelContext* context) {
   const auto& kernel = *static_cast<const Kernel*>(data);
-  return ort::Guard(kernel.api, kernel.op.name,
-                    [&] { kernel.op.run(kernel.attributes, ort::Call(kernel.api, context)); });
+  return ort::Guard(kernel.op.api, kernel.op.name,
+                    [&] { kernel.op.run(kernel.attributes, ort::Call(kernel.op.api, context)); });
 }
 
 // A dimension that is known, or has a name, or neither (value -1, empty name).
@@ -107,7 +121,8 @@ Dimension PresentLength(const Dimension& past, const Dimension& total) {
   return {-1, "max(" + past.name + ", " + total.name + ")"};
 }
 
-void InferShapes(const Operator& op, const ort::Api& api, ort::ShapeInferContext* context) {
+void InferShapes(const Operator& op, ort::ShapeInferContext* context) {
+  const ort::Api& api = op.api;
   size_t input_count = 0;
   ort::Check(api, api.ShapeInferContext_GetInputCount(context, &input_count));
   if (input_count != op.GetInputTypeCount(&op)) return;
@@ -132,20 +147,16 @@ void InferShapes(const Operator& op, const ort::Api& api, ort::ShapeInferContext
   if (op.calibrated) infer_present(3, InputShape(api, context, 5));
 }
 
-const ort::Api* shape_inference_api = nullptr;  // InferOutputShapeFn is not given one
-
 ort::Status* ACT_ORT_CALL InferOutputShapes(const ort::CustomOp* op, ort::ShapeInferContext* context) {
   try {
-    InferShapes(AsOperator(op), *shape_inference_api, context);
+    InferShapes(AsOperator(op), context);
   } catch (...) {
     // Shapes are a help, never a reason to refuse a model; and ONNX Runtime ignores, and leaks, a status from here.
   }
   return nullptr;
 }
 
-Operator::Operator(const char* name, bool calibrated, ort::ElementType type,
-                   void (*run)(const AttentionAttributes&, const ort::Call&))
-    : name(name), calibrated(calibrated), type(type), run(run) {
+Operator::Operator(const Description& description, const ort::Api& api) : Description(description), api(api) {
   GetName = [](const ort::CustomOp* op) { return AsOperator(op).name; };
   GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   GetInputType = [](const ort::CustomOp* op, size_t index) { return InputType(AsOperator(op), index); };
@@ -162,27 +173,19 @@ Operator::Operator(const char* name, bool calibrated, ort::ElementType type,
   InferOutputShapeFn = InferOutputShapes;
 }
 
-// Never destroyed: a session that outlives the library's static objects still calls them.
-const Operator kOperators[] = {
-    {"CalibratedAttention", true, ort::kFloat, RunAttention<float>},
-    {"CalibratedAttention", true, ort::kFloat16, RunAttention<Float16>},
-    {"CalibratedAttention", true, ort::kBFloat16, RunAttention<BFloat16>},
-    {"Attention", false, ort::kFloat, RunAttention<float>},
-    {"Attention", false, ort::kFloat16, RunAttention<Float16>},
-    {"Attention", false, ort::kBFloat16, RunAttention<BFloat16>},
-};
-static_assert(std::is_trivially_destructible_v<Operator>);
-
-// One for the process: sessions keep a pointer to it, and nothing tells when the last of them has gone.
+// One for each ONNX Runtime in the process. Never freed: sessions keep a pointer to it and to its operators, and
+// nothing tells when the last of them has gone.
 ort::CustomOpDomain* Domain(const ort::Api& api) {
   static std::mutex mutex;
-  static ort::CustomOpDomain* domain = nullptr;
+  static auto& domains = *new std::map<const ort::Api*, ort::CustomOpDomain*>();
   const std::lock_guard<std::mutex> lock(mutex);
+  ort::CustomOpDomain*& domain = domains[&api];
   if (domain == nullptr) {
     ort::CustomOpDomain* created = nullptr;
     ort::Check(api, api.CreateCustomOpDomain(kDomain, &created));
-    for (const Operator& op : kOperators) ort::Check(api, api.CustomOpDomain_Add(created, &op));
-    shape_inference_api = &api;
+    for (const Description& description : kOperators) {
+      ort::Check(api, api.CustomOpDomain_Add(created, new Operator(description, api)));
+    }
     domain = created;
   }
   return domain;
