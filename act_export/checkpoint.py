@@ -83,6 +83,29 @@ def load_checkpoint(source: str) -> Checkpoint:
     )
 
 
+def load_tokenizer_of(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of MODEL, padding on the left, without its weights.
+
+    Args:
+        source: As in `load_checkpoint`, or a folder with nothing but a tokenizer.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    place = str(_converted(_built_in_gguf(source))) if source in BUILT_IN else str(Path(source).expanduser())
+    if source not in BUILT_IN and not Path(place).is_dir():
+        if source.count("/") != 1:
+            raise CheckpointError(f"there is no folder {source} to take the tokenizer from")
+        place = source
+    with _readable_errors(source), _quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def identify(model: PreTrainedModel) -> ModelIdentity:
     """What a calibration of this model must agree with."""
     num_layers, num_heads = layers_and_heads(model.config)
@@ -183,7 +206,7 @@ def _load_hub(name: str) -> Checkpoint:
 
 
 def _load(place: str, *, name: str, has_tokenizer: bool) -> Checkpoint:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     with _readable_errors(name), _quiet_transformers():
@@ -195,14 +218,12 @@ def _load(place: str, *, name: str, has_tokenizer: bool) -> Checkpoint:
         if getattr(config, "is_encoder_decoder", False):
             raise CheckpointError(f"{name} is an encoder-decoder model; only decoder-only models can be calibrated")
         model, loading = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left") if has_tokenizer else None
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; is it a causal language model?"
         )
-    if tokenizer is not None and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer_of(place) if has_tokenizer else None
     return Checkpoint(name, model.eval().requires_grad_(False), tokenizer, identify(model))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,8 +100,7 @@ def trace(model: PreTrainedModel, calibration: Calibration | None) -> ir.Model:
         "sinks": [state[layer].sink_scores for layer in sinks],
     }
     cache_dims = {0: dims["batch"], 2: dims["past"]}
-    with torch.no_grad(), attention_hook(model, OperatorAttention(calibration)) as hooked, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), attention_hook(model, OperatorAttention(calibration)) as hooked, _quiet_exporter():
         program = torch.onnx.export(
             _GraphModule(hooked, sinks).eval(),
             kwargs=example,
@@ -132,6 +133,20 @@ def check_one_node_per_layer(model: ir.Model, num_layers: int, calibration: Cali
     counts = {operator: found.count(operator) for operator in expected}
     if counts != expected:
         raise UnsupportedModelError(f"the exported graph holds {counts} attention nodes; expected {expected}")
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without torch's remarks on packages that this export doesn't need."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _probe(model: PreTrainedModel, calibration: Calibration | None) -> list[LayerState]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,18 @@ class Session:
             raise SessionError(f"ONNX Runtime can't load {file}: {error}") from error
         return cls(file, inner, native=native)
 
+    def close(self) -> None:
+        """Frees the session; it can't run any more."""
+        self._inner = None
+
+    def __enter__(self) -> Self:
+        """The session itself; the block's end closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the session."""
+        self.close()
+
     @property
     def calibration(self) -> Calibration | None:
         """The calibration baked into the file; None for a plain export."""
@@ -141,6 +153,8 @@ class Session:
         Raises:
             SessionError: If shapes don't fit.
         """
+        if self._inner is None:
+            raise SessionError(f"the session over {self.path} was closed")
         batch, sequence = input_ids.shape
         if state is None:
             state = self.empty_state(batch)

@@ -156,16 +156,15 @@ def verify_sessions(
             expected.append((case, _run(case, _reference_engine(hooked), rule, follow=None)))
     engines = []
     for name, opener in openers.items():
-        session = opener()
-        results = []
-        for case, reference in expected:
-            progress(f"{name}: {case.name}")
-            steps = _run(case, _session_engine(session), rule, follow=reference)
-            results.append(_compare(case, steps, reference, precision))
-        progress(f"{name}: batch against alone")
-        results.append(_batch_against_alone(session, cases, precision))
+        with opener() as session:
+            results = []
+            for case, reference in expected:
+                progress(f"{name}: {case.name}")
+                steps = _run(case, _session_engine(session), rule, follow=reference)
+                results.append(_compare(case, steps, reference, precision))
+            progress(f"{name}: batch against alone")
+            results.append(_batch_against_alone(session, cases, precision))
         engines.append(EngineReport(name, tuple(results)))
-        del session
     return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines))
 
 

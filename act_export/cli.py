@@ -1,0 +1,431 @@
+"""The command line. Each command is a few lines over the API."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from act_export import __version__
+from act_export.errors import ActExportError, VerificationError
+
+if TYPE_CHECKING:
+    from act_export.calibration import Calibration
+    from act_export.checkpoint import Checkpoint
+    from act_export.convert import Converted
+    from act_export.verify.parity import ParityReport
+
+DEFAULT_COMMAND = "export"
+EXIT_FAILED_PARITY = 1
+EXIT_UNUSABLE = 2
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_console = Console(stderr=True, highlight=False)
+
+
+class _DefaultToExport(typer.core.TyperGroup):
+    """`act-export MODEL --out F` is `act-export export MODEL --out F`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own_options = {"--help", "--version", "--install-completion", "--show-completion"}
+        if args and args[0] not in self.commands and args[0] not in own_options:
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_DefaultToExport,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Attention sink calibration baked into ONNX models.\n\n"
+    "[bold]act-export MODEL --out calibrated.onnx[/bold] is the whole job: MODEL is a checkpoint folder, a hub id, a "
+    ".gguf file or smollm2-135m.",
+)
+
+
+def main() -> None:
+    """Entry point of the `act-export` command."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial files are removed
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Ends a command with a message and an exit code where the user can do something about it."""
+
+    @functools.wraps(command)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except VerificationError as error:
+            _fail(str(error), EXIT_FAILED_PARITY)
+        except ActExportError as error:
+            _fail(str(error), EXIT_UNUSABLE)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", EXIT_UNUSABLE)
+
+    return wrapped
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _console.print("error:", style="bold red", end=" ")
+    _console.print(message, markup=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
+]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file, or the folder with it.")]
+TaskOption = Annotated[str | None, typer.Option("--task", metavar="NAME", help="Search heads on this task: sst2.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or on your own rows: prompt, choices, answer.")
+]
+BetaOption = Annotated[float | None, typer.Option(help="Scale of later sinks, 0 to 2.")]
+ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above which a token is a later sink.")]
+ModeOption = Annotated[
+    str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the splits.")]
+PortableOption = Annotated[
+    bool, typer.Option("--portable", help="Run the portable functions instead of the native library.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(DEFAULT_COMMAND)
+@_reports_errors
+def export_command(
+    model: ModelArgument,
+    out: Annotated[
+        Path,
+        typer.Option(help="A file *.onnx, or a folder that also gets tokenizer, config, calibration and library."),
+    ],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Calibration file; otherwise a shipped recipe, or a search.")
+    ] = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    beta: BetaOption = None,
+    threshold: ThresholdOption = None,
+    threshold_mode: ModeOption = None,
+    plain: Annotated[bool, typer.Option("--plain", help="No calibrated heads: the baseline to compare with.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before writing.")] = True,
+    seed: SeedOption = 0,
+) -> None:
+    """Calibrates and exports MODEL (the default command)."""
+    from act_export.convert import CalibrationRequest, convert, resolve_calibration
+    from act_export.export.write import check_output
+
+    check_output(out)
+    request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
+    if verify:
+        from act_export.runtime.providers import import_onnxruntime
+
+        import_onnxruntime()
+    checkpoint = _load(model)
+    with _search_progress() as progress:
+        chosen = resolve_calibration(checkpoint, request, notice=_note, progress=progress)
+    if chosen is not None and not chosen.num_calibrated_heads:
+        _note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
+    with _status() as step:
+        written = convert(checkpoint, chosen, out, verify=verify, progress=step)
+    _summarize(written)
+
+
+@app.command("search")
+@_reports_errors
+def search_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="The calibration file to write.")] = Path("calibration.json"),
+    task: TaskOption = None,
+    data: DataOption = None,
+    beta: BetaOption = None,
+    threshold: ThresholdOption = None,
+    threshold_mode: ModeOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it."""
+    from act_export.convert import CalibrationRequest, search_calibration
+
+    request = CalibrationRequest(False, None, task, data, beta, threshold, threshold_mode, seed)
+    if not out.parent.is_dir():
+        raise ActExportError(f"there is no folder {out.parent}; create it, or pass another --out")
+    checkpoint = _load(model)
+    with _search_progress() as progress:
+        found = search_calibration(checkpoint, request, progress=progress)
+    found.save(out)
+    _console.print(_describe_calibration(found))
+    print(out)
+
+
+@app.command("verify")
+@_reports_errors
+def verify_command(
+    file: FileArgument,
+    against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint that it was exported from.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compares an exported model with PyTorch running the reference."""
+    from act_export.convert import describe_failures, verify_file
+    from act_export.runtime import Session
+
+    with Session.open(file, native=False) as session:
+        path, calibration, identity = session.path, session.calibration, session.model_identity
+    checkpoint = _load(against)
+    if identity is not None and identity != checkpoint.identity:
+        raise ActExportError(f"{file} was exported from another model: {identity}, and {against} is {checkpoint.identity}")
+    with _status() as step:
+        report = verify_file(path, checkpoint, calibration, progress=step)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        _console.print(_parity_table(report))
+    if not report.passed:
+        raise VerificationError(f"{file} disagrees with PyTorch\n{describe_failures(report)}")
+
+
+@app.command("generate")
+@_reports_errors
+def generate_command(
+    file: FileArgument,
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or with --chat the user's message.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    portable: PortableOption = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
+    ] = None,
+) -> None:
+    """Generates text, streaming it."""
+    from act_export.runtime import Sampling, Session
+    from act_export.runtime.text import load_tokenizer, stream_text
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    with Session.open(file, native=not portable) as session:
+        text_tokenizer = load_tokenizer(session, tokenizer)
+        for piece in stream_text(
+            session, text_tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling
+        ):
+            print(piece, end="", flush=True)
+    print()
+
+
+@app.command("eval")
+@_reports_errors
+def eval_command(
+    file: FileArgument,
+    against: Annotated[
+        Path | None, typer.Option(metavar="PLAIN.onnx", help="A plain export to compare with, in the same run.")
+    ] = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    split: Annotated[str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")] = "report",
+    seed: SeedOption = 0,
+    portable: PortableOption = False,
+    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measures accuracy through ONNX Runtime, calibrated against plain."""
+    from act_export.convert import CalibrationRequest, evaluation_examples
+    from act_export.runtime import Session
+    from act_export.runtime.text import load_tokenizer
+    from act_export.verify.evaluate import compare, evaluate
+
+    examples = evaluation_examples(CalibrationRequest(task=task, data=data, seed=seed), split)
+    results = {}
+    for name, path in (("calibrated", file), ("plain", against)):
+        if path is None:
+            continue
+        with Session.open(path, native=not portable) as session, _status() as step:
+            step(f"{name}: {len(examples)} prompts")
+            results[name] = evaluate(session, load_tokenizer(session, tokenizer), examples)
+    comparison = compare(results["plain"], results["calibrated"]) if against is not None else None
+    if as_json:
+        shown = {name: asdict(result) for name, result in results.items()}
+        print(json.dumps({**shown, "comparison": asdict(comparison) if comparison else None}))
+        return
+    for name, result in results.items():
+        low, high = result.interval
+        print(f"{name}: {result.accuracy:.1%} of {len(examples)} (95% interval {low:.1%} to {high:.1%})")
+    if comparison is not None:
+        low, high = comparison.interval
+        print(
+            f"gain: {100 * comparison.gain:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}, McNemar "
+            f"p = {comparison.p:.2g})"
+        )
+
+
+@app.command("inspect")
+@_reports_errors
+def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
+    """Shows what is baked into an exported file."""
+    from act_export.verify.inspect import inspect_file
+
+    found = inspect_file(file)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    table = Table(show_header=False)
+    table.add_row("file", str(found.path))
+    table.add_row("made by", f"act-export {found.version} from {found.source}")
+    table.add_row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
+    table.add_row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
+    for operator, count in found.operators.items():
+        table.add_row(operator, f"{count} nodes")
+    table.add_row("calibration", _describe_calibration(found.calibration) if found.calibration else "none (plain)")
+    Console().print(table)
+
+
+@app.command("library")
+@_reports_errors
+def library_command() -> None:
+    """Prints the path of the native library, for C++, C#, Triton and other hosts."""
+    from act_export.ops.library import LibraryNotFoundError, library_path
+
+    try:
+        print(library_path())
+    except LibraryNotFoundError as error:
+        raise ActExportError(str(error)) from error
+
+
+def _load(model: str) -> Checkpoint:
+    with _status() as step:
+        step(f"loading {model}")
+        from act_export.checkpoint import load_checkpoint
+
+        return load_checkpoint(model)
+
+
+def _note(message: str) -> None:
+    _console.print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """What is being done and how long it took so far; a line per step where there is no terminal."""
+    if not _console.is_terminal:
+        yield _note
+        return
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda step: progress.update(task, description=step)
+
+
+@contextmanager
+def _search_progress() -> Iterator[Callable[[str, float], None]]:
+    if not _console.is_terminal:
+        steps: set[str] = set()
+
+        def report(step: str, done: float) -> None:
+            if step not in steps:
+                steps.add(step)
+                _note(f"search: {step}")
+
+        yield report
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=_console, transient=True) as progress:
+        task = progress.add_task("", total=1.0, visible=False)
+
+        def update(step: str, done: float) -> None:
+            progress.update(task, description=f"search: {step}", completed=done, visible=True)
+
+        yield update
+
+
+def _describe_calibration(calibration: Calibration) -> str:
+    strength = calibration.beta if isinstance(calibration.beta, float) else "per head"
+    text = (
+        f"{calibration.num_calibrated_heads} heads in {len(calibration.heads)} layers, beta {strength}, "
+        f"{calibration.threshold_mode} threshold {calibration.threshold:g}"
+    )
+    origin = calibration.provenance
+    if origin is None:
+        return text
+    text += f"; {origin.method} on {', '.join(origin.tasks)}"
+    if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
+        text += (
+            f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
+            f" ({origin.samples.get('report', 0)} prompts, PyTorch)"
+        )
+    return text
+
+
+def _parity_table(report: ParityReport) -> Table:
+    table = Table(title=f"parity with PyTorch, {report.precision}")
+    for column in ("engine", "case", "positions", "max diff", "mean diff", "argmax", "top 10", "flips", "passed"):
+        table.add_column(column, justify="left" if column in ("engine", "case") else "right")
+    hook = report.hook
+    table.add_row(
+        "reference hook",
+        "against the model's own attention",
+        str(hook.positions),
+        f"{hook.max_difference:.1e}",
+        f"{hook.mean_difference:.1e}",
+        f"{hook.argmax_agreement:.1%}",
+        f"{hook.top10_agreement:.1%}",
+        "",
+        "yes" if report.hook_passed else "NO",
+    )
+    for engine in report.engines:
+        for result in engine.results:
+            metrics = result.metrics
+            table.add_row(
+                engine.engine,
+                result.case,
+                str(metrics.positions),
+                f"{metrics.max_difference:.1e}",
+                f"{metrics.mean_difference:.1e}",
+                f"{metrics.argmax_agreement:.1%}",
+                f"{metrics.top10_agreement:.1%}",
+                str(result.flips),
+                "yes" if result.passed else "NO",
+            )
+    return table
+
+
+def _summarize(written: Converted) -> None:
+    calibration = written.calibration
+    _note(f"calibration: {_describe_calibration(calibration) if calibration is not None else 'none (plain)'}")
+    if written.parity is None:
+        _note("parity: not checked")
+    else:
+        for engine in written.parity.engines:
+            _note(
+                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases, "
+                f"greedy tokens identical"
+            )
+    for file in written.files:
+        if file.suffix in (".onnx", ".data"):
+            _note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
+    print(next(file for file in written.files if file.suffix == ".onnx"))

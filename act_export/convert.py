@@ -1,0 +1,262 @@
+"""The whole job: checkpoint -> calibration -> ONNX file -> parity check."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from act_export.calibration import Calibration, find_recipe
+from act_export.checkpoint import BUILT_IN, Checkpoint
+from act_export.errors import ActExportError, VerificationError
+from act_export.export import build_model
+from act_export.export.write import check_output, is_file_output, publish, staged
+from act_export.ops.library import library_path
+from act_export.runtime import Session
+from act_export.search import Progress, search_heads
+from act_export.tasks import Example, load_examples, read_examples, split_examples
+from act_export.verify.parity import ParityReport, verify_sessions
+
+DEFAULT_TASK = "sst2"
+DEFAULT_SEED = 0
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What the user said about the calibration.
+
+    Attributes:
+        plain: No calibrated heads: the baseline.
+        file: A calibration file.
+        task: Search on this task.
+        data: Search on this JSON Lines file of prompts, choices and answers.
+        beta: Instead of the calibration's.
+        threshold: Instead of the calibration's.
+        threshold_mode: Instead of the calibration's.
+        seed: Of a search's splits.
+    """
+
+    plain: bool = False
+    file: Path | None = None
+    task: str | None = None
+    data: Path | None = None
+    beta: float | None = None
+    threshold: float | None = None
+    threshold_mode: str | None = None
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        """Raises ActExportError for options that contradict each other."""
+        sources = [
+            name
+            for name, given in (
+                ("--plain", self.plain),
+                ("--calibration", self.file),
+                ("--task", self.task),
+                ("--data", self.data),
+            )
+            if given
+        ]
+        if len(sources) > 1:
+            raise ActExportError(f"{' and '.join(sources)} exclude each other; pass one of them")
+        overrides = (self.beta, self.threshold, self.threshold_mode)
+        if self.plain and any(value is not None for value in overrides):
+            raise ActExportError("--plain has no calibration to change; leave out --beta, --threshold, --threshold-mode")
+        # Values out of range are refused here, before any long work.
+        Calibration({}).with_overrides(beta=self.beta, threshold=self.threshold, threshold_mode=self.threshold_mode)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    Attributes:
+        files: Final paths.
+        calibration: Baked in; None for a plain export.
+        parity: The verification's report; None if it was switched off.
+    """
+
+    files: tuple[Path, ...]
+    calibration: Calibration | None
+    parity: ParityReport | None
+
+
+def resolve_calibration(
+    checkpoint: Checkpoint,
+    request: CalibrationRequest,
+    *,
+    notice: Notice = lambda _: None,
+    progress: Progress | None = None,
+) -> Calibration | None:
+    """The calibration to use: given, shipped, or searched; None for a plain export.
+
+    Args:
+        checkpoint: The model.
+        request: What the user asked for.
+        notice: Called with a line about what was decided.
+        progress: For a search.
+
+    Raises:
+        ActExportError: If a file doesn't fit the model, or there is no data to search on.
+    """
+    if request.plain:
+        return None
+    overrides = {"beta": request.beta, "threshold": request.threshold, "threshold_mode": request.threshold_mode}
+    path = request.file
+    if path is None and request.task is None and request.data is None:
+        path = find_recipe(checkpoint.identity)
+        if path is not None:
+            notice(f"using the shipped recipe {path.name}")
+        else:
+            notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
+    if path is not None:
+        calibration = Calibration.load(path)
+        calibration.check_fits(checkpoint.identity)
+        return calibration.with_overrides(**overrides)
+    if checkpoint.tokenizer is None:
+        raise ActExportError(
+            f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE, or "
+            f"--plain"
+        )
+    return search_calibration(checkpoint, request, progress=progress)
+
+
+def requested_examples(request: CalibrationRequest) -> tuple[list[Example], str]:
+    """All examples of the requested task or data, and what to call them; the default task where neither is given."""
+    if request.data is not None:
+        return read_examples(request.data), request.data.name
+    name = request.task or DEFAULT_TASK
+    return load_examples(name), name
+
+
+def evaluation_examples(request: CalibrationRequest, split: str) -> Sequence[Example]:
+    """The examples to evaluate on.
+
+    Args:
+        request: Task or data, and the seed that a search's splits were drawn with.
+        split: "report", those of that search's held-out split; "held-out", all that it didn't choose heads with; "all".
+
+    Raises:
+        ActExportError: For another split, or data that can't be read or split.
+    """
+    examples, _ = requested_examples(request)
+    if split == "all":
+        return examples
+    if split not in ("report", "held-out"):
+        raise ActExportError(f"there is no split {split!r}; pass report, held-out or all")
+    splits = split_examples(examples, seed=request.seed)
+    if split == "report":
+        return splits.report
+    used = {example.prompt for example in (*splits.rank, *splits.choose)}
+    return [example for example in examples if example.prompt not in used]
+
+
+def search_calibration(
+    checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
+) -> Calibration:
+    """Searches on the requested task or data; see `act_export.search.search_heads`."""
+    examples, name = requested_examples(request)
+    defaults = Calibration({}).with_overrides(
+        beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
+    )
+    assert isinstance(defaults.beta, float | int)
+    return search_heads(
+        checkpoint,
+        split_examples(examples, seed=request.seed),
+        tasks=(name,),
+        beta=defaults.beta,
+        threshold=defaults.threshold,
+        threshold_mode=defaults.threshold_mode,
+        seed=request.seed,
+        progress=progress,
+    )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    out: Path,
+    *,
+    verify: bool = True,
+    progress: Notice = lambda _: None,
+) -> Converted:
+    """Exports, verifies, and only then puts the files at their final names.
+
+    Args:
+        checkpoint: The model.
+        calibration: Baked in; None for a plain export.
+        out: A file `*.onnx`, or a folder, which then also gets tokenizer, configuration, calibration and native library.
+        verify: Compare with PyTorch running the reference.
+        progress: Called with what is being done.
+
+    Raises:
+        VerificationError: If parity fails; nothing is written then.
+        ActExportError: If the calibration doesn't fit, the model isn't supported, or the output can't be written.
+    """
+    check_output(out)
+    name = out.name if is_file_output(out) else "model.onnx"
+    with staged(out) as folder:
+        progress("exporting")
+        build_model(checkpoint, calibration, folder / name, source=_public_name(checkpoint.name))
+        if not is_file_output(out):
+            _add_companions(folder, checkpoint, calibration)
+        report = None
+        if verify:
+            report = verify_file(folder / name, checkpoint, calibration, progress=progress)
+            if not report.passed:
+                raise VerificationError(
+                    "the exported model disagrees with PyTorch by more than its precision allows; nothing was written\n"
+                    + describe_failures(report)
+                )
+        files = publish(folder, out.parent if is_file_output(out) else out)
+    return Converted(tuple(files), calibration, report)
+
+
+def verify_file(
+    path: Path, checkpoint: Checkpoint, calibration: Calibration | None, *, progress: Notice = lambda _: None
+) -> ParityReport:
+    """Parity of a file, with the native library and with the portable functions, against PyTorch."""
+    return verify_sessions(
+        checkpoint,
+        calibration,
+        {
+            "native library": lambda: Session.open(path, native=True),
+            "portable functions": lambda: Session.open(path, native=False),
+        },
+        progress=progress,
+    )
+
+
+def describe_failures(report: ParityReport) -> str:
+    """The failed rows of a report, a line each."""
+    lines = []
+    if not report.hook_passed:
+        lines.append(f"  reference hook against the model's own attention: {report.hook.max_difference:.2e}")
+    for engine in report.engines:
+        for result in engine.results:
+            if not result.passed:
+                lines.append(
+                    f"  {engine.engine}, {result.case}: largest difference {result.metrics.max_difference:.2e}, same "
+                    f"argmax {result.metrics.argmax_agreement:.1%}, flipped sinks in {result.flipped_rows:.0%} of "
+                    f"sequences, greedy tokens {'differ' if result.greedy_identical is False else 'agree'}"
+                )
+    return "\n".join(lines)
+
+
+def _public_name(name: str) -> str:
+    """The model's name without what only this machine knows."""
+    return name if name in BUILT_IN or (not Path(name).exists() and name.count("/") == 1) else Path(name).resolve().name
+
+
+def _add_companions(folder: Path, checkpoint: Checkpoint, calibration: Calibration | None) -> None:
+    checkpoint.model.config.save_pretrained(folder)
+    if checkpoint.model.generation_config is not None:
+        checkpoint.model.generation_config.save_pretrained(folder)
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save_pretrained(folder)
+    if calibration is not None:
+        calibration.save(folder / "calibration.json")
+    library = library_path()
+    shutil.copy2(library, folder / library.name)

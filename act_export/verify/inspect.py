@@ -1,0 +1,86 @@
+"""What is baked into an exported file, read from the graph without its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from act_export.calibration import Calibration
+from act_export.errors import ActExportError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an exported file says of itself.
+
+    Attributes:
+        path: The ONNX file.
+        version: Version of act-export that wrote it.
+        source: What it was made from.
+        architecture: Model type.
+        num_layers: Attention layers.
+        num_heads: Query heads per layer.
+        opset: Version of the standard operators.
+        nodes: Number of nodes.
+        operators: Number of nodes of each attention operator.
+        weights_bytes: Size of the external data.
+        calibration: Baked in; None for a plain export.
+    """
+
+    path: Path
+    version: str
+    source: str
+    architecture: str
+    num_layers: int
+    num_heads: int
+    opset: int
+    nodes: int
+    operators: Mapping[str, int]
+    weights_bytes: int
+    calibration: Calibration | None
+
+
+def inspect_file(path: str | os.PathLike[str]) -> Inspection:
+    """Reads a file, or `model.onnx` of a folder.
+
+    Raises:
+        ActExportError: If it isn't an ONNX file that act-export wrote.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "model.onnx"
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:  # protobuf's and the system's errors have no common base
+        raise ActExportError(f"can't read {file} as an ONNX file: {error}") from error
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    if "act_export.version" not in properties:
+        raise ActExportError(f"{file} has no act-export metadata; it wasn't written by act-export")
+    identity = json.loads(properties["act_export.model"])
+    text = properties.get("act_export.calibration")
+    locations = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    data = [file.parent / location for location in locations]
+    return Inspection(
+        path=file,
+        version=properties["act_export.version"],
+        source=properties["act_export.source"],
+        architecture=identity["architecture"],
+        num_layers=identity["num_layers"],
+        num_heads=identity["num_heads"],
+        opset=next(opset.version for opset in model.opset_import if opset.domain == ""),
+        nodes=len(model.graph.node),
+        operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
+        weights_bytes=sum(place.stat().st_size for place in data if place.is_file()),
+        calibration=Calibration.from_json(text, source=str(file)) if text else None,
+    )
