@@ -1,0 +1,88 @@
+"""What a model must be able to do to be scored, and how PyTorch and ONNX Runtime do it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from act_export.hooks import HookedModel, LayerState
+
+
+class LanguageModel(Protocol):
+    """A causal language model with a state."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, state: Any | None) -> tuple[Tensor, Any]:
+        """One forward pass.
+
+        Args:
+            input_ids: int64 (batch, sequence).
+            attention_mask: int64 (batch, past + sequence), 1 for real tokens.
+            state: What the previous call returned; None for a first call.
+
+        Returns:
+            Logits of the last position (batch, vocabulary), and the state.
+        """
+        ...
+
+    def select(self, state: Any, rows: Tensor) -> Any:
+        """The state of a batch made of these rows (int64) of the old one; rows may repeat."""
+        ...
+
+
+class TorchLanguageModel:
+    """A transformers model under an attention hook; differentiable where gradients are enabled."""
+
+    def __init__(self, hooked: HookedModel) -> None:
+        """Takes what `act_export.hooks.attention_hook` yields."""
+        self.hooked = hooked
+        parameters = inspect.signature(hooked.model.forward).parameters
+        self.logits_to_keep = 1 if "logits_to_keep" in parameters else 0
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, state: list[LayerState] | None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """See `LanguageModel`."""
+        device = self.hooked.model.device
+        outputs = self.hooked(
+            input_ids.to(device), attention_mask.to(device), state, logits_to_keep=self.logits_to_keep
+        )
+        return outputs.logits[:, -1].float().cpu(), outputs.state
+
+    def select(self, state: list[LayerState], rows: Tensor) -> list[LayerState]:
+        """See `LanguageModel`."""
+        rows = rows.to(self.hooked.model.device)
+        return [LayerState(*(part.index_select(0, rows) for part in layer)) for layer in state]
+
+
+@runtime_checkable
+class Session(Protocol):
+    """The part of an ONNX Runtime session that scoring needs."""
+
+    def run(self, input_ids: Any, attention_mask: Any, state: Any = None) -> Any:
+        """Returns `logits` (batch, sequence, vocabulary) and `state`, arrays by name with the batch as first axis."""
+        ...
+
+
+class SessionLanguageModel:
+    """An exported model in ONNX Runtime."""
+
+    def __init__(self, session: Session) -> None:
+        """Takes an open session."""
+        self.session = session
+
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor, state: Mapping[str, np.ndarray[Any, Any]] | None
+    ) -> tuple[Tensor, Mapping[str, np.ndarray[Any, Any]]]:
+        """See `LanguageModel`."""
+        outputs = self.session.run(input_ids.numpy(), attention_mask.numpy(), state)
+        last = np.ascontiguousarray(outputs.logits[:, -1], dtype=np.float32)
+        return torch.from_numpy(last), outputs.state
+
+    def select(self, state: Mapping[str, np.ndarray[Any, Any]], rows: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        """See `LanguageModel`."""
+        return {name: array[rows.numpy()] for name, array in state.items()}

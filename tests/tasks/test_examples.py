@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from act_export.tasks import Example, TaskError, read_examples
+from act_export.tasks.examples import read_rows
+
+GOOD = {"prompt": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}
+
+
+def write(folder: Path, *lines: str) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@st.composite
+def an_example(draw: st.DrawFn) -> Example:
+    choices = draw(st.lists(st.text(min_size=1), min_size=2, max_size=5, unique=True))
+    return Example(draw(st.text(min_size=1)), tuple(choices), draw(st.integers(0, len(choices) - 1)))
+
+
+@given(examples=st.lists(an_example(), min_size=1, max_size=5), by_text=st.booleans(), ascii_only=st.booleans())
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, examples: list[Example], by_text: bool, ascii_only: bool
+) -> None:
+    rows = [
+        {"prompt": e.prompt, "choices": e.choices, "answer": e.choices[e.answer] if by_text else e.answer}
+        for e in examples
+    ]
+    path = write(tmp_path_factory.mktemp("rows"), *(json.dumps(row, ensure_ascii=ascii_only) for row in rows))
+    assert read_examples(path) == examples
+
+
+def test_an_answer_may_leave_out_the_space_that_begins_its_choice(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({**GOOD, "answer": "4"}))
+    assert read_examples(path) == [Example("2 + 2 =", (" 3", " 4"), 1)]
+
+
+def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufeff", json.dumps(GOOD) + "\r", "", '{"a": 1}', "")
+    assert [number for number, _ in read_rows(path)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("{", "not JSON"),
+        ("[1, 2]", "a list; expected a JSON object"),
+        (json.dumps({"prompt": "a"}), "lacks 'choices' and 'answer'"),
+        (json.dumps({**GOOD, "prompt": 5}), "prompt is 5"),
+        (json.dumps({**GOOD, "prompt": ""}), "prompt is ''"),
+        (json.dumps({**GOOD, "choices": "ab"}), "choices are 'ab'"),
+        (json.dumps({**GOOD, "choices": ["a", ""]}), r"choices are \['a', ''\]"),
+        (json.dumps({**GOOD, "choices": ["a"]}), "two or more, all different"),
+        (json.dumps({**GOOD, "choices": ["a", "a"]}), "two or more, all different"),
+        (json.dumps({**GOOD, "answer": " 5"}), "answer is ' 5', which is none of the choices"),
+        (json.dumps({**GOOD, "choices": ["a", " a"], "answer": "a "}), "answer is 'a ', which is none of"),
+        (json.dumps({**GOOD, "answer": 2}), "the 2 choices have indices 0 to 1"),
+        (json.dumps({**GOOD, "answer": -1}), "answer is -1"),
+        (json.dumps({**GOOD, "answer": True}), "answer is True; it must be an index"),
+        (json.dumps({**GOOD, "answer": None}), "answer is None; it must be an index"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, wrong: str) -> None:
+    path = write(tmp_path, json.dumps(GOOD), line)
+    with pytest.raises(TaskError, match=rf"data\.jsonl, line 2: .*{wrong}"):
+        read_examples(path)
+
+
+def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"data\.jsonl has no examples; a line is"):
+        read_examples(write(tmp_path, "", " "))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"can't read .*absent\.jsonl"):
+        read_examples(tmp_path / "absent.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(TaskError, match=r"can't read .*latin\.jsonl"):
+        read_examples(tmp_path / "latin.jsonl")

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from act_export.calibration import Calibration
+from act_export.hooks import ReferenceAttention, attention_hook
+from act_export.tasks import (
+    EncodedExample,
+    SessionLanguageModel,
+    TorchLanguageModel,
+    batches,
+    predicted_choice,
+    score_choices,
+)
+
+VOCABULARY = 23
+token = st.integers(0, VOCABULARY - 1)
+tokens = st.lists(token, min_size=1, max_size=5).map(tuple)
+
+
+@st.composite
+def an_example(draw: st.DrawFn) -> EncodedExample:
+    choices = draw(st.lists(tokens, min_size=1, max_size=4, unique=True))
+    return EncodedExample(draw(tokens), tuple(choices), 0)
+
+
+class Recurrent:
+    """A small recurrent language model: what it says depends on every real token and on their order."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.embedding = torch.randn(VOCABULARY, 8, generator=generator, dtype=torch.float64)
+        self.turn = torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3
+        self.calls: list[tuple[int, ...]] = []
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.calls.append(tuple(input_ids.shape))
+        assert input_ids.dtype == attention_mask.dtype == torch.int64
+        if state is None:
+            state = torch.zeros(len(input_ids), 8, dtype=torch.float64)
+            assert attention_mask.shape == input_ids.shape
+        real = attention_mask[:, -input_ids.shape[1] :]
+        for step in range(input_ids.shape[1]):
+            stepped = torch.tanh(state @ self.turn + self.embedding[input_ids[:, step]])
+            state = torch.where(real[:, step, None] > 0, stepped, state)
+        return state @ self.embedding.T, state
+
+    def select(self, state: Tensor, rows: Tensor) -> Tensor:
+        return state[rows]
+
+
+class RecurrentSession:
+    """The same as an ONNX Runtime session: arrays, a state by name, logits of all positions (only the last count)."""
+
+    def __init__(self) -> None:
+        self.model = Recurrent()
+
+    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray, state: Any = None) -> Any:
+        before = None if state is None else torch.from_numpy(state["past"])
+        logits, after = self.model(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), before)
+        everything = np.full((*input_ids.shape, VOCABULARY), np.nan)
+        everything[:, -1] = logits.numpy()
+        return SimpleNamespace(logits=everything, state={"past": after.numpy()})
+
+
+def brute_force(example: EncodedExample) -> list[float]:
+    """Each choice alone, token by token, without batch, padding or state."""
+    model = Recurrent()
+    scores = []
+    for choice in example.choices:
+        total = 0.0
+        for position, following in enumerate(choice):
+            text = torch.tensor([example.prompt + choice[:position]])
+            total += model(text, torch.ones_like(text), None)[0][0].log_softmax(-1)[following].item()
+        scores.append(total)
+    return scores
+
+
+@given(examples=st.lists(an_example(), min_size=1, max_size=7), batch_size=st.integers(1, 4))
+def test_scores_are_those_of_every_choice_alone(examples: list[EncodedExample], batch_size: int) -> None:
+    expected = [brute_force(example) for example in examples]
+    scores = score_choices(Recurrent(), examples, batch_size=batch_size)
+    for row, brute in zip(scores, expected, strict=True):
+        assert row == pytest.approx(brute, abs=1e-9)
+    by_session = score_choices(SessionLanguageModel(RecurrentSession()), examples, batch_size=batch_size)
+    for row, brute in zip(by_session, expected, strict=True):
+        assert row == pytest.approx(brute, abs=1e-4)
+
+
+@given(example=an_example())
+def test_length_normalized_scores_are_per_token(example: EncodedExample) -> None:
+    ((*plain,),) = score_choices(Recurrent(), [example])
+    ((*normalized,),) = score_choices(Recurrent(), [example], length_normalized=True)
+    assert normalized == pytest.approx([score / len(c) for score, c in zip(plain, example.choices, strict=True)])
+
+
+def test_one_token_answers_take_one_pass_and_longer_ones_only_their_own_steps() -> None:
+    model = Recurrent()
+    score_choices(model, [EncodedExample((1, 2, 3), ((4,), (5,)), 0)] * 5)
+    assert model.calls == [(5, 3)]
+    model.calls.clear()
+    score_choices(model, [EncodedExample((1, 2), ((4,), (5, 6), (7, 8, 9)), 0), EncodedExample((1,), ((4,), (5,)), 0)])
+    assert model.calls == [(2, 2), (2, 1), (1, 1)]
+
+
+@given(examples=st.lists(an_example(), min_size=1, max_size=20), batch_size=st.integers(1, 6))
+def test_batches_hold_every_example_once_sorted_by_length(examples: list[EncodedExample], batch_size: int) -> None:
+    parts = list(batches(examples, batch_size))
+    flat = [index for part in parts for index in part]
+    assert sorted(flat) == list(range(len(examples)))
+    assert all(len(part) == batch_size for part in parts[:-1])
+    lengths = [len(examples[index].prompt) for index in flat]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_progress_counts_every_example() -> None:
+    counts: list[int] = []
+    score_choices(Recurrent(), [EncodedExample((1,), ((2,), (3,)), 0)] * 7, batch_size=3, on_batch=counts.append)
+    assert counts == [3, 3, 1]
+
+
+@given(scores=st.lists(st.integers(-5, 0).map(float), min_size=1))
+def test_of_equally_likely_choices_the_first_is_predicted(scores: list[float]) -> None:
+    assert predicted_choice(scores) == int(np.argmax(scores))
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)
+    return model
+
+
+@settings(deadline=None, max_examples=20)
+@given(examples=st.lists(an_example(), min_size=1, max_size=4))
+def test_a_calibrated_answer_is_decoded_as_generation_would(
+    llama: PreTrainedModel, examples: list[EncodedExample]
+) -> None:
+    hook = ReferenceAttention(Calibration({0: (0, 3), 1: (1,)}, beta=0.0, threshold=0.05))
+    with attention_hook(llama, hook) as hooked, torch.no_grad():
+        scores = score_choices(TorchLanguageModel(hooked), examples, batch_size=3)
+        for example, row in zip(examples, scores, strict=True):
+            for choice, score in zip(example.choices, row, strict=True):
+                logits, state = hooked(torch.tensor([example.prompt]), torch.ones(1, len(example.prompt)).long())
+                total = logits[0, -1].log_softmax(-1)[choice[0]].item()
+                for position in range(1, len(choice)):
+                    mask = torch.ones(1, len(example.prompt) + position).long()
+                    logits, state = hooked(torch.tensor([[choice[position - 1]]]), mask, state)
+                    total += logits[0, -1].log_softmax(-1)[choice[position]].item()
+                assert score == pytest.approx(total, abs=1e-4)
+
+
+def test_the_calibrated_answer_differs_from_one_calibrated_with_its_prompt(llama: PreTrainedModel) -> None:
+    """Else the test above could not tell the two apart."""
+    example = EncodedExample((3, 1, 4, 1, 5), ((9, 2, 6, 5),), 0)
+    hook = ReferenceAttention(Calibration({0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}, beta=0.0, threshold=0.05))
+    with attention_hook(llama, hook) as hooked, torch.no_grad():
+        ((decoded,),) = score_choices(TorchLanguageModel(hooked), [example])
+        text = torch.tensor([example.prompt + example.choices[0]])
+        log_probs = hooked(text, torch.ones_like(text)).logits[0].log_softmax(-1)
+    together = sum(log_probs[4 + i, token].item() for i, token in enumerate(example.choices[0]))
+    assert abs(decoded - together) > 1e-2
