@@ -1,0 +1,113 @@
+"""The attention hook: the same model as without it, for every architecture that passes through the interface."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import CALIBRATION, ROUTED, VOCABULARY, tiny_checkpoint, tiny_model
+
+from act_export.calibration import Calibration
+from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, positions
+
+
+def padded_batch(length=25, seed=0):
+    torch.manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (2, length))
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, :9] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_without_calibration_it_is_the_same_model(architecture):
+    model = tiny_model(architecture)
+    ids, mask = padded_batch()
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
+        with attention_hook(model, ReferenceAttention(None)) as hooked:
+            whole = hooked(ids, mask)
+            first = hooked(ids[:, :12], mask[:, :12])
+            second = hooked(ids[:, 12:13], mask[:, :13], first.state)
+            third = hooked(ids[:, 13:], mask, second.state)
+    real = mask.bool()
+    torch.testing.assert_close(whole.logits[real], own[real], atol=2e-5, rtol=0)
+    torch.testing.assert_close(third.logits, own[:, 13:], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_a_padded_row_is_calibrated_as_if_alone(architecture):
+    model = tiny_model(architecture)
+    ids, mask = padded_batch()
+    with torch.no_grad(), attention_hook(model, ReferenceAttention(CALIBRATION)) as hooked:
+        together = hooked(ids, mask)
+        alone = hooked(ids[:1, 9:], mask[:1, 9:])
+    torch.testing.assert_close(together.logits[0, 9:], alone.logits[0], atol=2e-5, rtol=0)
+    with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
+        plain = hooked(ids, mask)
+    assert (plain.logits - together.logits).abs().max() > 1e-2  # the calibration does something here
+
+
+def test_the_model_is_itself_again_afterwards():
+    model = tiny_model()
+    before = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), attention_hook(model, ReferenceAttention(None)):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == before
+    ids, mask = padded_batch()
+    assert torch.isfinite(model(input_ids=ids, attention_mask=mask).logits).all()
+
+
+def test_state_has_sums_for_calibrated_layers_only():
+    checkpoint = tiny_checkpoint()
+    ids, mask = padded_batch()
+    with torch.no_grad(), attention_hook(checkpoint.model, ReferenceAttention(Calibration({1: (0, 3)}))) as hooked:
+        state = hooked(ids, mask).state
+    assert [tuple(layer.sink_scores.shape) for layer in state] == [(2, 0, 25, 1), (2, 2, 25, 1)]
+    assert all(layer.sink_scores.dtype == torch.float32 for layer in state)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "gptj"])
+def test_attention_outside_the_interface_is_refused(architecture):
+    ids, mask = padded_batch()
+    model = tiny_model(architecture)
+    with (
+        torch.no_grad(),
+        attention_hook(model, ReferenceAttention(None)) as hooked,
+        pytest.raises(UnsupportedModelError, match=rf"attention of {architecture}.*\[0, 0\]"),
+    ):
+        hooked(ids, mask)
+
+
+def test_learned_sinks_are_refused():
+    model = tiny_model("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
+    ids, mask = padded_batch()
+    with (
+        torch.no_grad(),
+        attention_hook(model, ReferenceAttention(None)) as hooked,
+        pytest.raises(UnsupportedModelError, match="learned sink logits"),
+    ):
+        hooked(ids, mask)
+
+
+def test_a_mask_with_an_overlay_is_refused():
+    from transformers.masking_utils import create_causal_mask
+
+    model = tiny_model()
+    with attention_hook(model, ReferenceAttention(None)), pytest.raises(UnsupportedModelError, match="overlays"):
+        create_causal_mask(
+            model.config,
+            torch.zeros(1, 4, 32),
+            torch.ones(1, 4),
+            None,
+            or_mask_function=lambda batch, head, row, column: column == 0,
+        )
+
+
+def test_chunked_attention_is_refused():
+    model = tiny_model()
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    with (
+        pytest.raises(UnsupportedModelError, match="chunked attention"),
+        attention_hook(model, ReferenceAttention(None)),
+    ):
+        pass
