@@ -25,7 +25,7 @@ class LanguageModel(Protocol):
             state: What the previous call returned; None for a first call.
 
         Returns:
-            Logits of the last position (batch, vocabulary), and the state.
+            Logits of the last position (batch, vocabulary), at least float32, and the state.
         """
         ...
 
@@ -51,7 +51,8 @@ class TorchLanguageModel:
         outputs = self.hooked(
             input_ids.to(device), attention_mask.to(device), state, logits_to_keep=self.logits_to_keep
         )
-        return outputs.logits[:, -1].float().cpu(), outputs.state
+        last = outputs.logits[:, -1].cpu()
+        return last.to(torch.promote_types(last.dtype, torch.float32)), outputs.state
 
     def select(self, state: list[LayerState], rows: Tensor) -> list[LayerState]:
         """See `LanguageModel`."""

@@ -30,12 +30,12 @@ def test_every_shipped_task_is_complete(name: str) -> None:
 
 
 def test_sst2_asks_what_the_paper_asks() -> None:
-    example = load_task("sst2").example({"sentence": "a fine {film} . ", "label": 1})
-    assert example.prompt.startswith(
+    sentence = "a fine {film} . "  # every sentence of GLUE ends with a space
+    example = load_task("sst2").example({"sentence": sentence, "label": 1})
+    assert example.prompt == (
         "Classify the sentiment of the user's message into one of the following categories:"
-        "'positive' or 'negative'.\n\nSentence: a fine {film} . "
+        f"'positive' or 'negative'.\n\nSentence: {sentence} \nSentiment:"
     )
-    assert example.prompt.endswith(" \nSentiment:")
     assert example.choices == (" negative", " positive")
     assert example.answer == 1
 

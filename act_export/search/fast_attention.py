@@ -1,0 +1,127 @@
+"""The reference's results, at about the price of the model's own attention.
+
+A search runs the model many times with a few calibrated heads. Everything else goes through torch's fused attention;
+only the calibrated heads' attention maps are ever written out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from act_export.calibration import Calibration, LayerCalibration
+from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
+from act_export.reference import CalibratedProbabilities, attention_probabilities, calibrate_with_state
+
+
+class FastAttention:
+    """An attention hook: a calibration, or (with None) the plain model."""
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        """Takes the calibration to apply; None leaves every head as it is."""
+        self.calibration = calibration
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
+        """See `act_export.hooks.AttentionHook`."""
+        layer = self.calibration.layer(call.layer) if self.calibration is not None else None
+        past = call.past if call.past is not None else empty_state(call, len(layer.heads) if layer is not None else 0)
+        key, value = join_past(call, past)
+        output = plain_attention(call, key, value)
+        sums = call.query.new_zeros((call.query.shape[0], 0, key.shape[2]))
+        if layer is not None:
+            calibrated = calibrated_probabilities(call, key, past.sink_scores.squeeze(-1), layer)
+            heads = torch.tensor(layer.heads, device=output.device)
+            output = output.index_copy(
+                1, heads, (calibrated.probabilities @ values_of(call, value, layer.heads)).to(output.dtype)
+            )
+            sums = calibrated.column_sums
+        return flatten_heads(output), LayerState(key, value, sums.unsqueeze(-1).float())
+
+
+def join_past(call: AttentionCall, past: LayerState) -> tuple[Tensor, Tensor]:
+    """Keys and values of all positions, (batch, kv_num_heads, past + sequence, head_size)."""
+    return torch.cat([past.key, call.key], 2), torch.cat([past.value, call.value], 2)
+
+
+def plain_attention(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
+    """Uncalibrated output (batch, num_heads, sequence, head_size) over keys and values of all positions.
+
+    Soft-capped logits, which the fused attention doesn't have, take the reference's way.
+    """
+    if call.softcap > 0:
+        heads = range(call.query.shape[1])
+        probabilities = attention_probabilities(
+            call.query,
+            key.repeat_interleave(_group(call), 1),
+            call.attention_mask != 0,
+            scale=call.scale,
+            softcap=call.softcap,
+            sliding_window=call.sliding_window,
+        )
+        return (probabilities @ values_of(call, value, heads)).to(call.query.dtype)
+    return scaled_dot_product_attention(
+        call.query,
+        key.repeat_interleave(_group(call), 1),
+        value.repeat_interleave(_group(call), 1),
+        attn_mask=visible_keys(call.attention_mask != 0, call.query.shape[2], call.sliding_window),
+        scale=call.scale,
+    )
+
+
+def visible_keys(real: Tensor, sequence: int, sliding_window: int) -> Tensor:
+    """Boolean (batch, 1, sequence, total): causal, windowed, without padding.
+
+    A padding row sees itself: rows that see nothing are NaN in some of torch's kernels, and nobody reads this one.
+    """
+    total = real.shape[-1]
+    columns = torch.arange(total, device=real.device)
+    rows = columns[total - sequence :, None]
+    visible = columns <= rows
+    if sliding_window >= 0:
+        visible = visible & (columns > rows - sliding_window)
+    return (visible & real[:, None, None, :]) | (columns == rows)
+
+
+def calibrated_probabilities(
+    call: AttentionCall, key: Tensor, past_column_sums: Tensor, layer: LayerCalibration
+) -> CalibratedProbabilities:
+    """Calibrated attention maps (batch, calibrated heads, sequence, total) of the layer's calibrated heads.
+
+    Args:
+        call: The attention call.
+        key: Keys of all positions, (batch, kv_num_heads, total, head_size).
+        past_column_sums: (batch, calibrated heads, past).
+        layer: Which heads, and how.
+    """
+    real = call.attention_mask != 0
+    probabilities = attention_probabilities(
+        call.query[:, layer.heads],
+        key[:, _kv_heads(call, layer.heads)],
+        real,
+        scale=call.scale,
+        softcap=call.softcap,
+        sliding_window=call.sliding_window,
+    )
+    return calibrate_with_state(
+        probabilities,
+        beta=probabilities.new_tensor(layer.beta).view(-1, 1, 1),
+        threshold=layer.threshold,
+        threshold_mode=layer.threshold_mode,
+        real=real[:, None],
+        past_column_sums=past_column_sums.to(probabilities.dtype),
+        sliding_window=call.sliding_window,
+    )
+
+
+def values_of(call: AttentionCall, value: Tensor, heads: range | tuple[int, ...]) -> Tensor:
+    """Values that these query heads read, at least float32: (batch, heads, total, head_size)."""
+    return value[:, _kv_heads(call, heads)].to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _kv_heads(call: AttentionCall, heads: range | tuple[int, ...]) -> list[int]:
+    return [head // _group(call) for head in heads]
+
+
+def _group(call: AttentionCall) -> int:
+    return call.query.shape[1] // call.key.shape[1]

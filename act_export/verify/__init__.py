@@ -1,0 +1,1 @@
+"""Parity, evaluation and benchmark of an exported model."""

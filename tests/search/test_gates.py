@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from act_export.calibration import Calibration
+from act_export.hooks import AttentionCall, LayerState, attention_hook, flatten_heads
+from act_export.reference import attention_probabilities, calibrate_with_state
+from act_export.search import FastAttention, GatedAttention, gate_gradients
+from act_export.tasks import EncodedExample, TorchLanguageModel, choice_scores
+
+KNOBS = {"beta": 0.2, "threshold": 0.08}
+ONE_TOKEN = [
+    EncodedExample((5, 17, 99, 5, 40, 5, 3), ((1,), (2,)), 1),
+    EncodedExample((8, 8, 64), ((1,), (2,), (9,)), 0),
+    EncodedExample((100, 3, 77, 21, 3, 3, 50, 11, 90, 3), ((7,), (4,)), 0),
+]
+MORE_TOKENS = [
+    EncodedExample((5, 17, 99, 5, 40, 5, 3), ((1, 30, 4), (2,)), 0),
+    EncodedExample((8, 64), ((1, 5), (2, 6), (9, 9, 9)), 2),
+]
+EXAMPLES = {"one token": ONE_TOKEN, "more tokens": MORE_TOKENS}
+
+
+class NaiveGates:
+    """The gated model written down directly, differentiated through everything, column sums included."""
+
+    def __init__(self, gates: Tensor) -> None:
+        self.gates = gates
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
+        batch, heads = call.query.shape[:2]
+        key, value = call.key, call.value
+        sums = call.query.new_zeros(batch, heads, 0)
+        if call.past is not None:
+            key, value = torch.cat([call.past.key, key], 2), torch.cat([call.past.value, value], 2)
+            sums = call.past.sink_scores[..., 0]
+        group = heads // key.shape[1]
+        real = call.attention_mask != 0
+        plain = attention_probabilities(call.query, key.repeat_interleave(group, 1), real, scale=call.scale)
+        calibrated = calibrate_with_state(plain, real=real[:, None], past_column_sums=sums, **KNOBS)
+        mixed = plain + self.gates[call.layer][:, None, None] * (calibrated.probabilities - plain)
+        output = mixed @ value.repeat_interleave(group, 1)
+        return flatten_heads(output), LayerState(key, value, calibrated.column_sums[..., None])
+
+
+def gain(model: PreTrainedModel, hook: GatedAttention | NaiveGates, examples: Sequence[EncodedExample]) -> Tensor:
+    """Mean log-likelihood of the right answers, each example alone."""
+    with attention_hook(model, hook) as hooked:
+        scores = [choice_scores(TorchLanguageModel(hooked), [example])[0] for example in examples]
+    return torch.stack(
+        [row.log_softmax(0)[example.answer] for row, example in zip(scores, examples, strict=True)]
+    ).mean()
+
+
+def gradients(model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int = 16) -> Tensor:
+    return gate_gradients(model, examples, num_layers=3, num_heads=4, batch_size=batch_size, **KNOBS)
+
+
+@pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_gradients_are_those_of_the_whole_graph(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
+    gates = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(gain(llama, NaiveGates(gates), examples), gates)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(gradients(llama, examples).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_gradients_are_finite_differences(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
+    step = 1e-3  # the model's own norms are float32, so no smaller one
+    measured = torch.zeros(3, 4)
+    with torch.no_grad():
+        for layer in range(3):
+            for head in range(4):
+                gates = torch.zeros(3, 4, dtype=torch.float64)
+                gates[layer, head] = step
+                above = gain(llama, NaiveGates(gates), examples)
+                below = gain(llama, NaiveGates(-gates), examples)
+                measured[layer, head] = (above - below) / (2 * step)
+    torch.testing.assert_close(gradients(llama, examples), measured, atol=5e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_an_open_gate_calibrates_its_head(name: str, request: pytest.FixtureRequest) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name)
+    ids = torch.tensor([[0, 0, 5, 17, 99, 5, 40, 5, 3], [9, 8, 7, 8, 8, 7, 1, 2, 2]])
+    mask = (ids > 0).long()
+    gates = torch.zeros(3, 4, dtype=torch.float64)
+    gates[0, 2] = gates[2, 1] = 1
+    opened = GatedAttention(gates, threshold_mode="absolute", **KNOBS)
+    fixed = FastAttention(Calibration({0: (2,), 2: (1,)}, **KNOBS))
+    plain = FastAttention(None)
+    logits = []
+    for hook in (opened, fixed, plain):
+        with attention_hook(model, hook) as hooked, torch.no_grad():
+            logits.append(hooked(ids, mask).logits[mask > 0])
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-7, rtol=1e-7)
+    assert (logits[1] - logits[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_batches_and_padding_change_nothing(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
+    alone = torch.stack([gradients(llama, [example]) for example in examples]).mean(0)
+    for batch_size in (1, 2, 16):
+        torch.testing.assert_close(gradients(llama, examples, batch_size), alone, atol=1e-6, rtol=1e-5)
+
+
+def test_weights_receive_no_gradient(llama: PreTrainedModel) -> None:
+    llama.requires_grad_(True)
+    counts: list[int] = []
+    gate_gradients(llama, ONE_TOKEN, num_layers=3, num_heads=4, batch_size=2, on_batch=counts.append, **KNOBS)
+    assert counts == [2, 1]
+    assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+def test_gradients_are_taken_even_where_they_are_switched_off(llama: PreTrainedModel) -> None:
+    with torch.no_grad():
+        switched_off = gradients(llama, ONE_TOKEN)
+    torch.testing.assert_close(switched_off, gradients(llama, ONE_TOKEN))
+    assert switched_off.abs().max() > 0
