@@ -39,7 +39,7 @@ class Letters:
 @pytest.fixture
 def checkpoint(llama: PreTrainedModel) -> Checkpoint:
     model = llama.float()
-    return Checkpoint("tiny", model, Letters(), identify(model))  # type: ignore[arg-type]
+    return Checkpoint("tiny", model, Letters(), identify(model))
 
 
 def answered_by(checkpoint: Checkpoint, calibration: Calibration | None) -> Splits:
