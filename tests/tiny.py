@@ -28,6 +28,7 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _OTHERWISE_NAMED = {
+    "llama": {"tie_word_embeddings": True},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.4},
     "bloom": {"n_layer": 2, "n_head": 4},

@@ -126,11 +126,16 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, target: Path) -> list[Path]:
-    """Moves every file of a staging folder into `target`, the graph last: with it the export exists.
+    """Moves every file of a staging folder into `target`.
+
+    An older graph goes first and the new one comes last, so that a graph never lies beside weights that aren't its own.
 
     Returns:
         The final paths.
     """
     target.mkdir(exist_ok=True)
     files = sorted(folder.iterdir(), key=lambda path: path.suffix == ".onnx")
+    for path in files:
+        if path.suffix == ".onnx":
+            (target / path.name).unlink(missing_ok=True)
     return [path.rename(target / path.name) for path in files]

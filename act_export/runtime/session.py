@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
-from act_export.ops.library import library_path
+from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.providers import import_onnxruntime
 
 State = dict[str, NDArray[Any]]
@@ -81,9 +81,8 @@ class Session:
             providers: Execution providers, first choice first.
 
         Raises:
-            SessionError: If there is no such file or ONNX Runtime refuses it.
+            SessionError: If there is no such file, ONNX Runtime refuses it, or the native library is missing.
             RuntimeNotInstalledError: If there is no ONNX Runtime, or two.
-            LibraryNotFoundError: If the native library wasn't built.
         """
         file = Path(path)
         if file.is_dir():
@@ -96,7 +95,12 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         if native:
-            options.register_custom_ops_library(str(library_path()))
+            try:
+                options.register_custom_ops_library(str(library_path()))
+            except LibraryNotFoundError as error:
+                raise SessionError(
+                    f"{error}; or run the portable functions: native=False, --portable on the command line"
+                ) from error
         try:
             inner = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's errors have no common base

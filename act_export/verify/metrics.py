@@ -18,18 +18,18 @@ class Gate:
     Attributes:
         max_difference: Largest difference of a logit.
         argmax_agreement: Least fraction of positions with the same most likely token, near ties left out.
-        flipped_rows: Largest fraction of sequences in which a sink flipped.
+        flipped_sequences: Largest fraction of sequences, over all cases, in which a sink flipped.
     """
 
     max_difference: float
     argmax_agreement: float
-    flipped_rows: float
+    flipped_sequences: float
 
 
 GATES = {
-    "float32": Gate(max_difference=1e-3, argmax_agreement=1.0, flipped_rows=0.1),
-    "float16": Gate(max_difference=1e-1, argmax_agreement=0.98, flipped_rows=0.5),
-    "bfloat16": Gate(max_difference=1.0, argmax_agreement=0.95, flipped_rows=0.5),
+    "float32": Gate(max_difference=1e-3, argmax_agreement=1.0, flipped_sequences=0.1),
+    "float16": Gate(max_difference=1e-1, argmax_agreement=0.98, flipped_sequences=0.5),
+    "bfloat16": Gate(max_difference=1.0, argmax_agreement=0.95, flipped_sequences=0.5),
 }
 
 

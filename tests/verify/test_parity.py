@@ -1,0 +1,155 @@
+"""Verification: passes what is right, and catches what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CALIBRATION, tiny_checkpoint
+
+from act_export.calibration import Calibration
+from act_export.export import build_model
+from act_export.runtime import RunOutputs, Session
+from act_export.verify.cases import parity_cases
+from act_export.verify.metrics import GATES, Gate, compare_logits
+from act_export.verify.parity import verify_sessions
+
+
+def verify(checkpoint, calibration, path, **options):
+    return verify_sessions(checkpoint, calibration, {"native": lambda: Session.open(path)}, **options)
+
+
+def changed_copy(source, folder, change):
+    """The exported model with something in its graph changed."""
+    shutil.copytree(source.parent, folder, dirs_exist_ok=True)
+    model = onnx.load(folder / source.name, load_external_data=False)
+    change(model.graph)
+    onnx.save(model, folder / source.name)
+    return folder / source.name
+
+
+def set_attribute(graph, name, value):
+    node = next(node for node in graph.node if node.op_type == "CalibratedAttention")
+    attribute = next(a for a in node.attribute if a.name == name)
+    attribute.CopyFrom(onnx.helper.make_attribute(name, value))
+
+
+def test_a_right_export_passes(tiny, tiny_file):
+    report = verify(tiny, CALIBRATION, tiny_file)
+    assert report.passed
+    assert report.hook_passed
+    names = [result.case for result in report.engines[0].results]
+    assert names == [
+        "prompt of 1",
+        "prompt of 2",
+        "prompt of 17",
+        "prompt of 64",
+        "prompt of 193",
+        "ragged batch of 4",
+        "prompt in 3 chunks",
+        "32 decode steps",
+        "ragged batch of 4: each row as if alone",
+    ]
+    assert next(r for r in report.engines[0].results if "decode" in r.case).greedy_identical is True
+    assert all(result.flips == 0 for result in report.engines[0].results)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta", [0.9]), ("threshold", 0.5), ("scale", 0.3), ("calibrated_heads", [2])],
+)
+def test_a_wrong_attribute_is_caught(tiny, tiny_file, tmp_path, name, value):
+    path = changed_copy(tiny_file, tmp_path, lambda graph: set_attribute(graph, name, value))
+    assert not verify(tiny, CALIBRATION, path).passed
+
+
+def test_another_models_weights_are_caught(tiny_file):
+    assert not verify(tiny_checkpoint(seed=1), CALIBRATION, tiny_file).passed
+
+
+class Nudged:
+    """A session whose column sums are off by a rounding error: what half precision does, on purpose."""
+
+    def __init__(self, session, factor):
+        self.session, self.factor = session, factor
+
+    def run(self, *arguments):
+        logits, state = self.session.run(*arguments)
+        nudged = {k: v * np.float32(self.factor) if "sink" in k else v for k, v in state.items()}
+        return RunOutputs(logits, nudged)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.session.close()
+
+
+def test_a_flipped_sink_is_counted_and_kept_apart(tiny, tiny_file, tmp_path):
+    case = next(case for case in parity_cases(tiny.model, None) if case.name == "prompt of 17")
+    with Session.open(tiny_file) as session:
+        sums = session.run(case.calls[0], case.attention_mask).state["past_sink_scores.0"][0, 0, :, 0]
+    score = float(np.sort((sums / np.arange(17, 0, -1))[1:])[-3])
+    calibration = Calibration(CALIBRATION.heads, CALIBRATION.beta, score * (1 + 1e-4))
+    path = tmp_path / "model.onnx"
+    build_model(tiny, calibration, path)
+    exact = verify(tiny, calibration, path).engines[0]
+    assert exact.passed
+    assert exact.flipped == 0
+    report = verify_sessions(
+        tiny, calibration, {"nudged": lambda: Nudged(Session.open(path), 1 + 2e-4)}, precision="float16"
+    )
+    result = next(r for r in report.engines[0].results if r.case == "prompt of 17")
+    assert result.flips >= 1
+    assert (result.sequences, result.flipped_sequences) == (1, 1)
+    assert result.metrics.positions == 0
+    assert result.flipped_metrics.positions == 17
+    assert result.passed
+    assert 0 < report.engines[0].flipped < 1
+
+
+def test_too_many_flips_fail(tiny, tiny_file):
+    report = verify_sessions(tiny, CALIBRATION, {"nudged": lambda: Nudged(Session.open(tiny_file), 1.5)})
+    assert report.engines[0].flipped > GATES["float32"].flipped_sequences
+    assert not report.passed
+
+
+def test_cases_of_a_model_with_a_short_context():
+    cases = parity_cases(tiny_checkpoint(max_position_embeddings=24).model, None)
+    assert all(case.attention_mask.shape[1] + case.decode_steps <= 24 for case in cases)
+    assert any(case.decode_steps for case in cases)
+
+
+def test_metrics_by_hand():
+    reference = np.array([[1.0, 2.0, 4.0], [0.0, 5.0, 1.0]], np.float32)
+    logits = reference + np.array([[0.5, 0.0, 0.0], [0.0, -4.5, 0.0]], np.float32)
+    metrics = compare_logits(logits, reference)
+    assert metrics.positions == 2
+    assert metrics.max_difference == pytest.approx(4.5)
+    assert metrics.mean_difference == pytest.approx(5.0 / 6)
+    assert metrics.near_ties == 2  # both margins, 2 and 4, are below 9
+    assert compare_logits(reference[:, ::-1], reference).top10_agreement == 1.0
+
+
+def test_a_changed_argmax_is_seen():
+    reference = np.array([[0.0, 1.0], [3.0, 0.0]], np.float32)
+    assert compare_logits(reference[:, ::-1].copy(), reference).passes(GATES["float32"]) is False
+
+
+@given(st.integers(0, 1000), st.floats(0, 1e-4))
+def test_small_noise_passes(seed, size):
+    rng = np.random.default_rng(seed)
+    reference = rng.standard_normal((70, 30)).astype(np.float32)
+    noise = (size * rng.uniform(-1, 1, reference.shape)).astype(np.float32)
+    assert compare_logits(reference + noise, reference).passes(GATES["float32"])
+
+
+def test_nan_fails_every_gate():
+    reference = np.zeros((3, 5), np.float32)
+    logits = reference.copy()
+    logits[1, 2] = np.nan
+    assert not compare_logits(logits, reference).passes(Gate(1e9, 0.0, 1.0))
