@@ -292,7 +292,7 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
 
     found = inspect_file(file)
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(asdict(found), indent=2, default=str))
         return
     table = Table(show_header=False)
     table.add_row("file", str(found.path))

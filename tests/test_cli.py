@@ -1,0 +1,353 @@
+"""The command line as a user meets it: the whole job, every kind of bad input, exit codes, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_checkpoint
+from typer.testing import CliRunner
+
+from act_export.calibration import Calibration
+from act_export.cli import app
+from act_export.runtime import Session
+
+HEADS = '{"0": [1], "1": [0, 3]}'
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def heads_file(tmp_path) -> Path:
+    path = tmp_path / "heads.json"
+    path.write_text(HEADS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Enough rows to search with; the answer is in the prompt."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(480):
+            answer = i % 2
+            prompt = f"Row {i}: {'good' if answer else 'bad'}. It is"
+            file.write(json.dumps({"prompt": prompt, "choices": [" n", " y"], "answer": answer}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint_folder, tmp_path_factory) -> Path:
+    """A folder export with calibrated heads, made on the command line."""
+    base = tmp_path_factory.mktemp("out")
+    (base / "heads.json").write_text(HEADS)
+    result = run(checkpoint_folder, "--out", base / "out", "--calibration", base / "heads.json", "--threshold", "0.06")
+    assert result.exit_code == 0, result.output
+    return base / "out"
+
+
+def test_a_folder_is_ready_to_be_copied(exported, tmp_path):
+    names = {path.name for path in exported.iterdir()}
+    assert {
+        "model.onnx",
+        "model.onnx.data",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "calibration.json",
+        "libact_ops.so",
+    } <= names
+    assert Calibration.load(exported / "calibration.json").threshold == 0.06
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(exported, moved)
+    result = run("generate", moved, "One light", "--max-new-tokens", 5)
+    assert result.exit_code == 0, result.output
+
+
+def test_generate_native_and_portable_alike(exported):
+    native = run("generate", exported, "One light, two ships", "--max-new-tokens", 12)
+    portable = run("generate", exported, "One light, two ships", "--max-new-tokens", 12, "--portable")
+    assert native.exit_code == portable.exit_code == 0, native.output
+    assert native.stdout == portable.stdout
+
+
+def test_inspect(exported):
+    shown = json.loads(run("inspect", exported, "--json").stdout)
+    assert (shown["architecture"], shown["num_layers"], shown["num_heads"]) == ("llama", 2, 4)
+    assert shown["operators"] == {"act.CalibratedAttention": 2}
+    assert shown["weights_bytes"] > 0
+    assert shown["calibration"]["heads"] == {"0": [1], "1": [0, 3]}
+    assert "3 heads in 2 layers" in run("inspect", exported).stdout
+
+
+def test_verify(exported, checkpoint_folder):
+    result = run("verify", exported, "--against", checkpoint_folder, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [engine["engine"] for engine in report["engines"]] == ["native library", "portable functions"]
+    assert all(engine["passed"] for engine in report["engines"])
+
+
+def test_verify_against_another_model(exported, tmp_path):
+    other = save_checkpoint(tmp_path / "other", seed=5)
+    result = run("verify", exported, "--against", other)
+    assert result.exit_code == 2
+    assert "exported from another model" in result.output
+
+
+def test_search_then_export_then_eval(checkpoint_folder, rows, tmp_path):
+    calibration = tmp_path / "found.json"
+    result = run("search", checkpoint_folder, "--data", rows, "--out", calibration)
+    assert result.exit_code == 0, result.output
+    found = Calibration.load(calibration)
+    assert found.provenance is not None
+    assert found.provenance.samples["report"] == 240
+    for name, options in (("calibrated", ["--calibration", calibration]), ("plain", ["--plain"])):
+        result = run(checkpoint_folder, "--out", tmp_path / f"{name}.onnx", "--no-verify", *options)
+        assert result.exit_code == 0, result.output
+    result = run(
+        "eval",
+        tmp_path / "calibrated.onnx",
+        "--against",
+        tmp_path / "plain.onnx",
+        "--data",
+        rows,
+        "--tokenizer",
+        checkpoint_folder,
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    # ONNX Runtime measures what PyTorch measured in the search.
+    assert len(shown["plain"]["answers"]) == 240
+    assert shown["comparison"]["gain"] == pytest.approx(
+        found.provenance.calibrated_accuracy - found.provenance.plain_accuracy, abs=0.01
+    )
+
+
+def test_data_given_to_the_whole_job(checkpoint_folder, rows, tmp_path):
+    result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--data", rows, "--no-verify")
+    assert result.exit_code == 0, result.output
+    with Session.open(tmp_path / "m.onnx") as session:
+        assert session.calibration is not None
+        assert session.calibration.provenance is not None
+        assert session.calibration.provenance.tasks == ("rows.jsonl",)
+
+
+def test_overrides_reach_the_file(checkpoint_folder, heads_file, tmp_path):
+    out = tmp_path / "m.onnx"
+    result = run(
+        checkpoint_folder,
+        "--out",
+        out,
+        "--calibration",
+        heads_file,
+        "--beta",
+        "0.2",
+        "--threshold-mode",
+        "relative",
+        "--no-verify",
+    )
+    assert result.exit_code == 0, result.output
+    with Session.open(out) as session:
+        calibration = session.calibration
+    assert calibration is not None
+    assert (calibration.beta, calibration.threshold_mode, calibration.threshold) == (0.2, "relative", 5.0)
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path):
+    folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
+    result = run(folder, "--out", tmp_path / "m.onnx", "--plain")
+    assert result.exit_code == 0, result.output
+    assert "greedy tokens identical" in result.output
+    result = run(folder, "--out", tmp_path / "n.onnx")
+    assert result.exit_code == 2
+    assert "has no tokenizer" in result.output
+
+
+def test_library_and_version():
+    result = run("library")
+    assert Path(result.stdout.strip()).is_file()
+    assert run("--version").stdout.strip()
+    assert "search" in run("--help").output
+
+
+def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[object], str]]:
+    def with_file(name: str, text: str) -> Path:
+        (tmp / name).write_text(text)
+        return tmp / name
+
+    good_row = '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n'
+    out = ["--out", tmp / "out.onnx"]
+    return {
+        "missing folder": ([tmp / "none", *out, "--plain"], "there is no model"),
+        "no such name": (["smollm3", *out, "--plain"], "there is no model smollm3"),
+        "layer out of range": (
+            [folder, *out, "--calibration", with_file("l.json", '{"7": [0]}')],
+            "layer 7 is out of range; the model has layers 0 to 1",
+        ),
+        "head out of range": (
+            [folder, *out, "--calibration", with_file("h.json", '{"1": [4]}')],
+            "head 4 of layer 1 is out of range; the model has heads 0 to 3",
+        ),
+        "another model": (
+            [
+                folder,
+                *out,
+                "--calibration",
+                with_file(
+                    "m.json",
+                    '{"heads": {}, "model": {"architecture": "opt", "layers": 2, "heads": 4, "fingerprint": "x"}}',
+                ),
+            ],
+            "belongs to another model: architecture is opt",
+        ),
+        "calibration that is not JSON": ([folder, *out, "--calibration", with_file("x.json", "{")], "is not JSON"),
+        "missing calibration": ([folder, *out, "--calibration", tmp / "no.json"], "can't read the calibration"),
+        "beta too large": ([folder, *out, "--calibration", heads, "--beta", 2.5], "beta is 2.5; it must lie in [0, 2]"),
+        "beta negative": ([folder, *out, "--calibration", heads, "--beta=-0.1"], "beta is -0.1"),
+        "negative threshold": ([folder, *out, "--calibration", heads, "--threshold=-1"], "threshold is -1.0"),
+        "unknown mode": ([folder, *out, "--calibration", heads, "--threshold-mode", "both"], "threshold_mode is 'both'"),
+        "out in a missing folder": ([folder, "--out", tmp / "none" / "m.onnx", "--plain"], "there is no folder"),
+        "out can't be written": ([folder, "--out", "/proc/m.onnx", "--plain"], "can't write to /proc"),
+        "options that exclude each other": ([folder, *out, "--plain", "--task", "sst2"], "exclude each other"),
+        "plain with beta": ([folder, *out, "--plain", "--beta", 0.2], "--plain has no calibration to change"),
+        "unknown task": ([folder, *out, "--task", "sst3"], "sst2"),
+        "missing data": ([folder, *out, "--data", tmp / "no.jsonl"], "no.jsonl"),
+        "empty data": ([folder, *out, "--data", with_file("e.jsonl", "")], "e.jsonl"),
+        "a bad line": ([folder, *out, "--data", with_file("b.jsonl", good_row + "{\n")], "line 2"),
+        "a row without an answer": (
+            [folder, *out, "--data", with_file("a.jsonl", good_row + '{"prompt": "a", "choices": ["b"]}\n')],
+            "line 2",
+        ),
+        "too few rows": ([folder, *out, "--data", with_file("f.jsonl", good_row)], "1 different prompts"),
+        "generate without a file": (["generate", tmp / "no.onnx", "a"], "there is no model"),
+        "inspect something else": (["inspect", with_file("t.onnx", "text")], "t.onnx"),
+        "search into a missing folder": (["search", folder, "--out", tmp / "none" / "c.json"], "there is no folder"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "missing folder",
+        "no such name",
+        "layer out of range",
+        "head out of range",
+        "another model",
+        "calibration that is not JSON",
+        "missing calibration",
+        "beta too large",
+        "beta negative",
+        "negative threshold",
+        "unknown mode",
+        "out in a missing folder",
+        "out can't be written",
+        "options that exclude each other",
+        "plain with beta",
+        "unknown task",
+        "missing data",
+        "empty data",
+        "a bad line",
+        "a row without an answer",
+        "too few rows",
+        "generate without a file",
+        "inspect something else",
+        "search into a missing folder",
+    ],
+)
+def test_bad_input(name, checkpoint_folder, heads_file, tmp_path):
+    arguments, message = bad_inputs(checkpoint_folder, heads_file, tmp_path)[name]
+    before = set(tmp_path.iterdir())
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "error:" in result.output
+    assert message in result.output
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_architecture_without_the_hook(tmp_path):
+    folder = save_checkpoint(tmp_path / "bloom", architecture="bloom")
+    result = run(folder, "--out", tmp_path / "m.onnx", "--plain")
+    assert result.exit_code == 2
+    assert "attention of bloom" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"bloom"}
+
+
+def test_a_failed_gate_is_exit_code_1_and_leaves_nothing(checkpoint_folder, heads_file, tmp_path, monkeypatch):
+    from act_export.verify import metrics
+
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "m.onnx").write_text("an older export")
+    monkeypatch.setitem(metrics.GATES, "float32", metrics.Gate(1e-12, 1.0, 0.0))
+    result = run(checkpoint_folder, "--out", out / "m.onnx", "--calibration", heads_file)
+    assert result.exit_code == 1
+    assert "disagrees with PyTorch" in result.output
+    assert "largest difference" in result.output
+    assert [path.name for path in out.iterdir()] == ["m.onnx"]
+    assert (out / "m.onnx").read_text() == "an older export"
+
+
+def test_a_full_disk(checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0})())
+    result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--plain")
+    assert result.exit_code == 2
+    assert "MB free; the export needs" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("installed", ["none", "both"])
+def test_onnxruntime_packages(checkpoint_folder, tmp_path, monkeypatch, installed):
+    import importlib
+    from importlib import metadata
+
+    if installed == "both":
+        monkeypatch.setattr(metadata, "version", lambda _: "1.32.0")
+        message = "both installed"
+    else:
+        real_import, real_version = importlib.import_module, metadata.version
+
+        def version(name):
+            if name.startswith("onnxruntime"):
+                raise metadata.PackageNotFoundError(name)
+            return real_version(name)
+
+        def import_module(name, *arguments):
+            if name == "onnxruntime":
+                raise ImportError("No module named 'onnxruntime'")
+            return real_import(name, *arguments)
+
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(importlib, "import_module", import_module)
+        message = "isn't installed"
+    result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--plain")
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing(checkpoint_folder, tmp_path, sent):
+    command = [sys.executable, "-m", "act_export", str(checkpoint_folder), "--out", str(tmp_path / "m.onnx"), "--plain"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()):  # the staging folder appears when the export begins
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (2 if sent == signal.SIGINT else 143)
+    assert sent != signal.SIGINT or "interrupted; nothing was written" in errors
+    assert not list(tmp_path.iterdir())

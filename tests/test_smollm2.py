@@ -1,0 +1,95 @@
+"""The real model end to end, on the command line: export, parity, graph, generation, accuracy through ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from act_export.calibration import Calibration, find_recipe
+from act_export.runtime import Session, generate
+
+pytestmark = pytest.mark.real
+LAYERS = 30
+
+
+def act_export(*arguments: object) -> str:
+    command = [sys.executable, "-m", "act_export", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def calibrated(smollm2, tmp_path_factory) -> Path:
+    """Exported and verified: `act-export smollm2-135m --out calibrated.onnx`."""
+    path = tmp_path_factory.mktemp("real") / "calibrated.onnx"
+    act_export("smollm2-135m", "--out", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("real") / "plain.onnx"
+    act_export("smollm2-135m", "--out", path, "--plain", "--no-verify")
+    return path
+
+
+@pytest.fixture(scope="module")
+def parity(calibrated) -> dict:
+    return json.loads(act_export("verify", calibrated, "--against", "smollm2-135m", "--json"))
+
+
+def test_the_shipped_recipe_is_inside(calibrated, smollm2):
+    recipe = find_recipe(smollm2.identity)
+    assert recipe is not None
+    with Session.open(calibrated, native=False) as session:
+        assert session.calibration == Calibration.load(recipe)
+        assert session.properties["source"] == "smollm2-135m"
+
+
+@pytest.mark.parametrize("engine", ["native library", "portable functions"])
+def test_parity_within_a_thousandth(parity, engine):
+    report = next(e for e in parity["engines"] if e["engine"] == engine)
+    assert len(report["results"]) == 9
+    for result in report["results"]:
+        assert result["metrics"]["max_difference"] <= 1e-3, result
+        assert result["greedy_identical"] in (None, True), result
+        assert result["flips"] == 0, result
+
+
+def test_native_and_portable_agree(calibrated):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 49152, (2, 90))
+    mask = np.ones_like(ids)
+    mask[0, :31] = 0
+    with Session.open(calibrated) as native, Session.open(calibrated, native=False) as portable:
+        ours, theirs = native.run(ids, mask).logits, portable.run(ids, mask).logits
+        assert np.abs(ours - theirs)[mask == 1].max() <= 1e-3
+        prompt = ids[:1, :40].tolist()
+        assert generate(native, prompt, max_new_tokens=16) == generate(portable, prompt, max_new_tokens=16)
+
+
+def test_the_graph_is_small(calibrated):
+    model = onnx.load(calibrated, load_external_data=False)
+    outside_layers = 9  # embedding, positions to angles, last norm, logits
+    assert len(model.graph.node) <= 17 * LAYERS + outside_layers
+    assert sum(node.domain == "act" for node in model.graph.node) == LAYERS
+    assert calibrated.stat().st_size < 400_000
+    onnx.checker.check_model(str(calibrated), full_check=True)
+
+
+def test_generation(calibrated):
+    answer = act_export("generate", calibrated, "What is the capital of France?", "--chat", "--max-new-tokens", 24)
+    assert "Paris" in answer
+
+
+def test_held_out_accuracy_through_onnxruntime(calibrated, plain, sst2_rows):
+    shown = json.loads(act_export("eval", calibrated, "--against", plain, "--task", "sst2", "--json"))
+    assert len(shown["calibrated"]["answers"]) >= 240
+    assert shown["comparison"]["gain"] >= 0.10
