@@ -158,9 +158,7 @@ class Calibration:
         new_mode = threshold_mode if threshold_mode is not None else self.threshold_mode
         if threshold is None:
             threshold = self.threshold if new_mode == self.threshold_mode else DEFAULT_THRESHOLD.get(new_mode, 0.0)
-        changed = replace(
-            self, beta=self.beta if beta is None else beta, threshold=threshold, threshold_mode=new_mode
-        )
+        changed = replace(self, beta=self.beta if beta is None else beta, threshold=threshold, threshold_mode=new_mode)
         if changed == self or changed.provenance is None:
             return changed
         measured_otherwise = replace(changed.provenance, plain_accuracy=None, calibrated_accuracy=None)
@@ -191,7 +189,9 @@ class Calibration:
                 )
         for layer, heads in self.heads.items():
             if layer >= model.num_layers:
-                raise CalibrationError(f"layer {layer} is out of range; the model has layers 0 to {model.num_layers - 1}")
+                raise CalibrationError(
+                    f"layer {layer} is out of range; the model has layers 0 to {model.num_layers - 1}"
+                )
             if heads[-1] >= model.num_heads:
                 raise CalibrationError(
                     f"head {heads[-1]} of layer {layer} is out of range; the model has heads 0 to {model.num_heads - 1}"

@@ -1,7 +1,7 @@
 """MODEL -> a loaded transformers model and tokenizer.
 
-MODEL is a checkpoint folder, a hub id, a GGUF file or a built-in name. GGUF files are converted once; the result stays in
-the user's cache folder, by the content of the file.
+MODEL is a checkpoint folder, a hub id, a GGUF file or a built-in name. GGUF files are converted once; the result stays
+in the user's cache folder, by the content of the file.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def _load_folder(folder: Path, *, name: str) -> Checkpoint:
     if not weights:
         raise CheckpointError(f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)")
     has_tokenizer = any(
-        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+        (folder / file).is_file()
+        for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     )
     return _load(str(folder), name=name, has_tokenizer=has_tokenizer)
 
@@ -217,7 +218,8 @@ def _load(place: str, *, name: str, has_tokenizer: bool) -> Checkpoint:
             )
         if getattr(config, "is_encoder_decoder", False):
             raise CheckpointError(f"{name} is an encoder-decoder model; only decoder-only models can be calibrated")
-        model, loading = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -241,8 +243,9 @@ def _readable_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     level = logging.get_verbosity()
     bar = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -198,7 +198,9 @@ def verify_command(
         path, calibration, identity = session.path, session.calibration, session.model_identity
     checkpoint = _load(against)
     if identity is not None and identity != checkpoint.identity:
-        raise ActExportError(f"{file} was exported from another model: {identity}, and {against} is {checkpoint.identity}")
+        raise ActExportError(
+            f"{file} was exported from another model: {identity}, and {against} is {checkpoint.identity}"
+        )
     with _status() as step:
         report = verify_file(path, checkpoint, calibration, progress=step)
     if as_json:
@@ -248,7 +250,9 @@ def eval_command(
     ] = None,
     task: TaskOption = None,
     data: DataOption = None,
-    split: Annotated[str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")] = "report",
+    split: Annotated[
+        str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
+    ] = "report",
     seed: SeedOption = 0,
     portable: PortableOption = False,
     tokenizer: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
@@ -353,7 +357,12 @@ def _search_progress() -> Iterator[Callable[[str, float], None]]:
 
         yield report
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=_console, transient=True) as progress:
         task = progress.add_task("", total=1.0, visible=False)
 
@@ -422,8 +431,8 @@ def _summarize(written: Converted) -> None:
     else:
         for engine in written.parity.engines:
             _note(
-                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases, "
-                f"greedy tokens identical"
+                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} "
+                f"cases, greedy tokens identical"
             )
     for file in written.files:
         if file.suffix in (".onnx", ".data"):

@@ -63,7 +63,9 @@ class CalibrationRequest:
             raise ActExportError(f"{' and '.join(sources)} exclude each other; pass one of them")
         overrides = (self.beta, self.threshold, self.threshold_mode)
         if self.plain and any(value is not None for value in overrides):
-            raise ActExportError("--plain has no calibration to change; leave out --beta, --threshold, --threshold-mode")
+            raise ActExportError(
+                "--plain has no calibration to change; leave out --beta, --threshold, --threshold-mode"
+            )
         # Values out of range are refused here, before any long work.
         Calibration({}).with_overrides(beta=self.beta, threshold=self.threshold, threshold_mode=self.threshold_mode)
 
@@ -103,7 +105,6 @@ def resolve_calibration(
     """
     if request.plain:
         return None
-    overrides = {"beta": request.beta, "threshold": request.threshold, "threshold_mode": request.threshold_mode}
     path = request.file
     if path is None and request.task is None and request.data is None:
         path = find_recipe(checkpoint.identity)
@@ -114,10 +115,12 @@ def resolve_calibration(
     if path is not None:
         calibration = Calibration.load(path)
         calibration.check_fits(checkpoint.identity)
-        return calibration.with_overrides(**overrides)
+        return calibration.with_overrides(
+            beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
+        )
     if checkpoint.tokenizer is None:
         raise ActExportError(
-            f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE, or "
+            f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE or "
             f"--plain"
         )
     return search_calibration(checkpoint, request, progress=progress)
@@ -187,7 +190,7 @@ def convert(
     Args:
         checkpoint: The model.
         calibration: Baked in; None for a plain export.
-        out: A file `*.onnx`, or a folder, which then also gets tokenizer, configuration, calibration and native library.
+        out: A file `*.onnx`, or a folder, which also gets tokenizer, configuration, calibration and native library.
         verify: Compare with PyTorch running the reference.
         progress: Called with what is being done.
 

@@ -2,8 +2,8 @@
 
 
 class ActExportError(Exception):
-    """Something the user gave can't be used; the message has the value and what to do. The command line exits with 2."""
+    """Something the user gave can't be used; the message has the value and what to do. Exit code 2."""
 
 
 class VerificationError(ActExportError):
-    """An export disagrees with PyTorch by more than its precision allows. The command line exits with 1."""
+    """An export disagrees with PyTorch by more than its precision allows. Exit code 1."""

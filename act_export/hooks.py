@@ -262,7 +262,7 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[Hook
     """Routes the model's attention through `hook` for the duration of the block.
 
     Raises:
-        UnsupportedModelError: If the model's class has no exchangeable attention, or masks that a 2-D mask can't express.
+        UnsupportedModelError: If the attention can't be exchanged, or needs masks that a 2-D mask can't express.
     """
     config = model.config
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
@@ -324,7 +324,7 @@ def _attention(
             past=cache.states[layer],
         )
     )
-    return output.unflatten(-1, (query.shape[1], -1)), None
+    return output.view(*output.shape[:2], query.shape[1], -1), None
 
 
 def _plain_mask(
@@ -346,9 +346,7 @@ def _plain_mask(
 
 def _check_calls(calls: Sequence[int], architecture: str) -> None:
     if any(count != 1 for count in calls):
-        raise UnsupportedModelError(
-            f"{_not_routed(architecture)} (calls by layer, expected one each: {list(calls)})"
-        )
+        raise UnsupportedModelError(f"{_not_routed(architecture)} (calls by layer, expected one each: {list(calls)})")
 
 
 def _not_routed(architecture: str) -> str:

@@ -12,8 +12,8 @@ tokens are already in the cache, this call brings S, T = P + S. Only real (not p
     A'[i, j] = A[i, j] * (1 + (1 - beta) * s[i] / n[i])           otherwise
     A'[i, :] = A[i, :]                                            where n[i] <= 1e-6
 
-Where (beta - 1) * s[i] > n[i], row i uses beta = 1 + n[i] / s[i], so that no probability turns negative. tau is absolute, or
-relative: alpha / (number of real tokens so far).
+Where (beta - 1) * s[i] > n[i], row i uses beta = 1 + n[i] / s[i], so that no probability turns negative. tau is
+absolute, or relative: alpha / (number of real tokens so far).
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ def calibrate_with_state(
     if real.shape[-1] != total:
         raise ValueError(f"real has length {real.shape[-1]}; the probabilities have {total} columns")
     if past_column_sums is not None and past_column_sums.shape[-1] != past:
-        raise ValueError(f"past_column_sums has length {past_column_sums.shape[-1]}; {past} columns came before this call")
+        raise ValueError(
+            f"past_column_sums has length {past_column_sums.shape[-1]}; {past} columns came before this call"
+        )
     real_rows = real[..., past:].unsqueeze(-1)
     column_sums = probabilities.masked_fill(~real_rows, 0).sum(-2)
     if past_column_sums is not None:
@@ -293,7 +295,8 @@ def calibrated_attention(
     past = past_key.shape[2]
     if attention_mask.shape[-1] != past + sequence:
         raise ValueError(
-            f"attention_mask has length {attention_mask.shape[-1]}; {past} cached and {sequence} new tokens need {past + sequence}"
+            f"attention_mask has length {attention_mask.shape[-1]}; {past} cached and {sequence} new tokens need "
+            f"{past + sequence}"
         )
     real = attention_mask != 0
     present_key = torch.cat([past_key, key.view(batch, sequence, kv_num_heads, -1).transpose(1, 2)], 2)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity, Provenance, find_recipe
 
 IDENTITY = ModelIdentity("llama", 4, 8, "sha256:ab")
-HEADS = st.dictionaries(st.integers(0, 30), st.lists(st.integers(0, 40), min_size=1, max_size=8, unique=True).map(sorted))
+HEADS = st.dictionaries(
+    st.integers(0, 30), st.lists(st.integers(0, 40), min_size=1, max_size=8, unique=True).map(sorted)
+)
 
 
 @st.composite

@@ -110,7 +110,7 @@ def test_a_file_of_another_kind(tmp_path):
 def test_not_a_causal_language_model(tmp_path, model_type):
     save_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(CheckpointError, match="causal language model|encoder-decoder|can't load"):
+    with pytest.raises(CheckpointError, match=r"causal language model|encoder-decoder|can't load"):
         load_checkpoint(str(tmp_path))
 
 

@@ -216,7 +216,10 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "beta too large": ([folder, *out, "--calibration", heads, "--beta", 2.5], "beta is 2.5; it must lie in [0, 2]"),
         "beta negative": ([folder, *out, "--calibration", heads, "--beta=-0.1"], "beta is -0.1"),
         "negative threshold": ([folder, *out, "--calibration", heads, "--threshold=-1"], "threshold is -1.0"),
-        "unknown mode": ([folder, *out, "--calibration", heads, "--threshold-mode", "both"], "threshold_mode is 'both'"),
+        "unknown mode": (
+            [folder, *out, "--calibration", heads, "--threshold-mode", "both"],
+            "threshold_mode is 'both'",
+        ),
         "out in a missing folder": ([folder, "--out", tmp / "none" / "m.onnx", "--plain"], "there is no folder"),
         "out can't be written": ([folder, "--out", "/proc/m.onnx", "--plain"], "can't write to /proc"),
         "options that exclude each other": ([folder, *out, "--plain", "--task", "sst2"], "exclude each other"),

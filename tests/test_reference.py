@@ -294,7 +294,14 @@ def test_half_types_compute_in_float32(dtype):
     rng = np.random.default_rng(0)
     q, k, v = (torch.from_numpy(rng.standard_normal((1, 9, 16))).to(dtype) for _ in range(3))
     cache, sums, mask = torch.zeros(1, 2, 0, 8, dtype=dtype), torch.zeros(1, 1, 0, 1), torch.ones(1, 9)
-    options = {"num_heads": 2, "kv_num_heads": 2, "scale": 0.3, "calibrated_heads": [1], "beta": [0.4], "threshold": 0.1}
+    options = {
+        "num_heads": 2,
+        "kv_num_heads": 2,
+        "scale": 0.3,
+        "calibrated_heads": [1],
+        "beta": [0.4],
+        "threshold": 0.1,
+    }
     half = calibrated_attention(q, k, v, cache, cache, sums, mask, **options)
     full = calibrated_attention(*(x.float() for x in (q, k, v, cache, cache)), sums, mask, **options)
     assert half.output.dtype == dtype

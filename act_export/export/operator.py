@@ -39,25 +39,23 @@ def _calibrated(
     threshold: float,
     threshold_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        calibrated_attention(
-            query,
-            key,
-            value,
-            past_key,
-            past_value,
-            past_sink_scores,
-            attention_mask,
-            num_heads=num_heads,
-            kv_num_heads=kv_num_heads,
-            scale=scale,
-            softcap=softcap,
-            sliding_window=sliding_window,
-            calibrated_heads=calibrated_heads,
-            beta=beta,
-            threshold=threshold,
-            threshold_mode=threshold_mode,
-        )
+    return calibrated_attention(
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        past_sink_scores,
+        attention_mask,
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+        calibrated_heads=calibrated_heads,
+        beta=beta,
+        threshold=threshold,
+        threshold_mode=threshold_mode,
     )
 
 
@@ -94,22 +92,21 @@ def _plain(
     sliding_window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_state = past_key.new_zeros((past_key.shape[0], 0, past_key.shape[2], 1), dtype=torch.float32)
-    return tuple(
-        calibrated_attention(
-            query,
-            key,
-            value,
-            past_key,
-            past_value,
-            no_state,
-            attention_mask,
-            num_heads=num_heads,
-            kv_num_heads=kv_num_heads,
-            scale=scale,
-            softcap=softcap,
-            sliding_window=sliding_window,
-        )[:3]
+    outputs = calibrated_attention(
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        no_state,
+        attention_mask,
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        scale=scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
     )
+    return outputs.output, outputs.present_key, outputs.present_value
 
 
 @_plain.register_fake

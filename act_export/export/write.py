@@ -74,9 +74,7 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     """Raises OutputError unless the folder's disk has room."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise OutputError(
-            f"{folder} has {free_bytes / 1e6:.0f} MB free; the export needs {needed_bytes / 1e6:.0f} MB"
-        )
+        raise OutputError(f"{folder} has {free_bytes / 1e6:.0f} MB free; the export needs {needed_bytes / 1e6:.0f} MB")
 
 
 def check_output(out: Path) -> None:

@@ -122,12 +122,10 @@ def generate(
     return generated
 
 
-def next_tokens(
-    logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator
-) -> NDArray[np.int64]:
+def next_tokens(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> NDArray[np.int64]:
     """Draws one token per row of logits (batch, vocabulary)."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return np.asarray(logits.argmax(-1), np.int64)
     scaled = logits.astype(np.float64) / sampling.temperature
     order = np.argsort(-scaled, axis=-1, kind="stable")
     ranked = np.take_along_axis(scaled, order, -1)
@@ -139,4 +137,4 @@ def next_tokens(
     probabilities[before >= sampling.top_p] = 0
     probabilities /= probabilities.sum(-1, keepdims=True)
     picks = [random.choice(len(row), p=row) for row in probabilities]
-    return order[np.arange(len(picks)), picks]
+    return np.asarray(order[np.arange(len(picks)), picks], np.int64)

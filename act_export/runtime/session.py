@@ -20,7 +20,7 @@ State = dict[str, NDArray[Any]]
 """The cache and the running column sums by the names of the graph's inputs; batch is axis 0, tokens are axis 2."""
 
 _STATE_INPUTS = {"past_key_values.": "present.", "past_sink_scores.": "present_sink_scores."}
-_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 class SessionError(ActExportError):
@@ -136,7 +136,7 @@ class Session:
         state: State = {}
         for given in self._state_inputs:
             _, heads, _, size = given.shape
-            state[given.name] = np.zeros((batch, heads, 0, size), _DTYPES[given.type])
+            state[given.name] = np.zeros((batch, int(heads), 0, int(size)), _DTYPES[given.type])
         return state
 
     def run(

@@ -31,7 +31,9 @@ def load_tokenizer(session: Session, source: str | None = None) -> PreTrainedTok
     recorded = session.properties.get("source", "")
     if recorded in BUILT_IN or recorded.count("/") == 1:
         return load_tokenizer_of(recorded)
-    raise ActExportError(f"there is no tokenizer beside {session.path}; name the checkpoint that has it: --tokenizer MODEL")
+    raise ActExportError(
+        f"there is no tokenizer beside {session.path}; name the checkpoint that has it: --tokenizer MODEL"
+    )
 
 
 def stream_text(
@@ -72,12 +74,14 @@ def stream_text(
         if token is None or token in stop:
             break
         tokens.append(token)
-        whole = tokenizer.decode(tokens, skip_special_tokens=True)
+        whole = _decode(tokenizer, tokens)
         if not whole.endswith("�"):  # else: half a character, the next token completes it
             yield whole[len(shown) :]
             shown = whole
-    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    whole = _decode(tokenizer, tokens)
     if len(whole) > len(shown):
         yield whole[len(shown) :]
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,9 +55,7 @@ class Case:
     decode_steps: int = 0
 
 
-def parity_cases(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, seed: int = 0
-) -> list[Case]:
+def parity_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, seed: int = 0) -> list[Case]:
     """The cases for a model: real text where there is a tokenizer, random token ids otherwise.
 
     Lengths beyond the model's own limit are left out or cut.
@@ -76,7 +75,7 @@ def parity_cases(
     cases.append(Case(f"ragged batch of {len(ragged_ids)}", (ragged_ids,), ragged_mask))
     whole = some(sum(_CHUNKS))
     ends = np.minimum(np.cumsum((0, *_CHUNKS)), len(whole))
-    chunks = tuple(_row(whole[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True) if b > a)
+    chunks = tuple(_row(whole[a:b]) for a, b in pairwise(ends) if b > a)
     cases.append(Case(f"prompt in {len(chunks)} chunks", chunks, np.ones((1, len(whole)), np.int64)))
     steps = min(DECODE_STEPS, max(limit - 2, 0))
     prompt = some(min(_DECODE_PROMPT, limit - steps))
@@ -94,10 +93,8 @@ def _row(ids: Sequence[int]) -> NDArray[np.int64]:
     return np.asarray(ids, np.int64)[None]
 
 
-def _tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, count: int, seed: int
-) -> list[int]:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, count: int, seed: int) -> list[int]:
+    vocabulary = int(model.config.vocab_size)
     if tokenizer is not None:
         ids = [int(i) for i in tokenizer(_TEXT, add_special_tokens=False).input_ids if i < vocabulary]
         if ids:

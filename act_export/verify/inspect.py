@@ -65,10 +65,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     identity = json.loads(properties["act_export.model"])
     text = properties.get("act_export.calibration")
     locations = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     data = [file.parent / location for location in locations]
     return Inspection(

@@ -191,9 +191,7 @@ def _reference_engine(hooked: HookedModel) -> Recording:
     ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
         nonlocal state
         with torch.no_grad():
-            outputs = hooked(
-                torch.from_numpy(input_ids), torch.from_numpy(attention_mask), None if first else state
-            )
+            outputs = hooked(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), None if first else state)
         state = outputs.state
         sums = {layer: kept.sink_scores for layer, kept in enumerate(state) if kept.sink_scores.shape[1]}
         return outputs.logits.float().numpy(), sums
@@ -236,9 +234,7 @@ def _run(case: Case, engine: Recording, rule: _SinkRule, *, follow: Sequence[_St
     return steps
 
 
-def _step(
-    engine: Recording, ids: NDArray[np.int64], mask: NDArray[np.int64], rule: _SinkRule, *, first: bool
-) -> _Step:
+def _step(engine: Recording, ids: NDArray[np.int64], mask: NDArray[np.int64], rule: _SinkRule, *, first: bool) -> _Step:
     logits, sums = engine(ids, mask, first=first)
     return _Step(logits, rule.sinks(sums, mask), (mask != 0)[:, -ids.shape[1] :])
 
@@ -299,9 +295,7 @@ def _hook_against_own_attention(checkpoint: Checkpoint, cases: Sequence[Case]) -
     longest = max((case.calls[0] for case in cases if len(case.calls[0]) == 1), key=lambda ids: ids.shape[1])[0]
     ids, mask = (torch.from_numpy(x) for x in ragged_batch([longest.tolist(), longest[len(longest) // 2 :].tolist()]))
     with torch.no_grad():
-        own = checkpoint.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False
-        ).logits
+        own = checkpoint.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
         with attention_hook(checkpoint.model, ReferenceAttention(None)) as hooked:
             ours = hooked(ids, mask).logits
     real = mask.bool()

@@ -37,7 +37,7 @@ def test_unwritable_folder(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(OutputError, match="can't write to .*Permission denied"):
+    with pytest.raises(OutputError, match=r"can't write to .*Permission denied"):
         check_output(tmp_path / "a.onnx")
 
 
@@ -53,9 +53,14 @@ def test_publish_moves_everything(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
 def test_nothing_stays_after_an_interruption(tmp_path, error):
     (tmp_path / "a.onnx").write_text("an older export")
-    with pytest.raises(error), staged(tmp_path / "a.onnx") as folder:
-        (folder / "a.onnx").write_text("half")
-        raise error
+
+    def export():
+        with staged(tmp_path / "a.onnx") as folder:
+            (folder / "a.onnx").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        export()
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
     assert (tmp_path / "a.onnx").read_text() == "an older export"
 

@@ -50,7 +50,9 @@ def session(operator, attributes, dtype="float32"):
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def random_inputs(rng, *, batch, sequence, past, spare=0, heads, kv_heads, calibrated, left=0, right=0, dtype=np.float32):
+def random_inputs(
+    rng, *, batch, sequence, past, spare=0, heads, kv_heads, calibrated, left=0, right=0, dtype=np.float32
+):
     def normal(*shape):
         return (2 * rng.standard_normal(shape)).astype(dtype)
 

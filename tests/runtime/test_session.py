@@ -116,7 +116,7 @@ def test_no_library(tiny_file, monkeypatch):
 
 
 def test_running_needs_no_torch(tiny_file, monkeypatch):
-    """Production inference imports ONNX Runtime and numpy; this checks the session's own run, not the package import."""
+    """Production inference imports ONNX Runtime and numpy; this checks a session's own run."""
     real_import = builtins.__import__
 
     def without_torch(name, *arguments, **options):

@@ -41,7 +41,7 @@ def test_the_shipped_recipe_is_found_for_the_built_in_model(checkpoint: Checkpoi
 
 
 def test_the_shipped_recipe_answers_more_unseen_questions(checkpoint: Checkpoint, report: tuple[Example, ...]) -> None:
-    examples = report[:80]
+    examples = report[:40]
     results = []
     for calibration in (None, Calibration.load(RECIPE)):
         with attention_hook(checkpoint.model, FastAttention(calibration)) as hooked:

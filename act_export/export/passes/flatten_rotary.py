@@ -32,9 +32,11 @@ def _flatten(graph: ir.Graph, rotary: ir.Node, shapes: dict[tuple[int, ...], ir.
         return False
     after = uses[0][0]
     x, out = before.inputs[0], after.outputs[0]
-    if x is None or x.shape is None or not all(isinstance(x.shape[i], int) for i in (2, 3)):
+    if x is None or x.shape is None:
         return False
     batch, sequence, heads, head_size = x.shape
+    if not isinstance(heads, int) or not isinstance(head_size, int):
+        return False
     flat = ir.node("Reshape", [x, _shape(graph, (0, 0, heads * head_size), shapes)])
     flat.outputs[0].shape = ir.Shape([batch, sequence, heads * head_size])
     rotated = ir.node(
@@ -49,7 +51,7 @@ def _flatten(graph: ir.Graph, rotary: ir.Node, shapes: dict[tuple[int, ...], ir.
     split = ir.node("Reshape", [rotated.outputs[0], _shape(graph, (0, 0, heads, head_size), shapes)])
     split.outputs[0].shape = ir.Shape([batch, sequence, heads, head_size])
     for new in (flat, rotated, split):
-        new.outputs[0].dtype = x.dtype
+        new.outputs[0].type = x.type
     graph.insert_before(rotary, [flat, rotated, split])
     out.replace_all_uses_with(split.outputs[0])
     graph.remove([after, rotary], safe=True)
