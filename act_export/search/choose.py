@@ -25,11 +25,13 @@ class Candidate:
 
     Attributes:
         heads: Calibrated heads by layer.
+        scores: By example, log-likelihoods of the choices.
         correct: By example, whether the answer is right.
         log_likelihood: Mean log-likelihood of the right answer among the choices.
     """
 
     heads: Heads
+    scores: Scores
     correct: tuple[bool, ...]
     log_likelihood: float
 
@@ -49,15 +51,20 @@ class Choice:
     """The decision, and what it rests on.
 
     Attributes:
-        heads: Chosen heads by layer; empty where no candidate gains more than luck explains.
+        chosen: The best candidate; the plain model where no candidate gains more than luck explains.
         candidates: All that were tried, the plain model first.
         p: How often the best candidate would gain this much if calibration changed nothing, see
             `act_export.tasks.statistics.best_gain_p`.
     """
 
-    heads: Heads
+    chosen: Candidate
     candidates: tuple[Candidate, ...]
     p: float
+
+    @property
+    def heads(self) -> Heads:
+        """Chosen heads by layer; may be empty."""
+        return self.chosen.heads
 
 
 def candidate_heads(gradients: Tensor, counts: Sequence[int] = HEAD_COUNTS) -> list[Heads]:
@@ -100,10 +107,10 @@ def choose_heads(
     plain = _candidate({}, examples, score({}))
     tried = [_candidate(heads, examples, score(heads)) for heads in candidates]
     if not tried:
-        return Choice({}, (plain,), 1.0)
+        return Choice(plain, (plain,), 1.0)
     best = max(tried, key=lambda candidate: (candidate.accuracy, candidate.log_likelihood))
     p = best_gain_p(plain.correct, [candidate.correct for candidate in tried], seed=seed)
-    return Choice(best.heads if p < SIGNIFICANCE else {}, (plain, *tried), p)
+    return Choice(best if p < SIGNIFICANCE else plain, (plain, *tried), p)
 
 
 def right_answers(examples: Sequence[EncodedExample], scores: Scores) -> tuple[bool, ...]:
@@ -115,4 +122,4 @@ def _candidate(heads: Heads, examples: Sequence[EncodedExample], scores: Scores)
     log_likelihoods = [
         row[example.answer] - float(np.logaddexp.reduce(row)) for example, row in zip(examples, scores, strict=True)
     ]
-    return Candidate(heads, right_answers(examples, scores), float(np.mean(log_likelihoods)))
+    return Candidate(heads, scores, right_answers(examples, scores), float(np.mean(log_likelihoods)))

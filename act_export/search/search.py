@@ -13,6 +13,7 @@ import act_export
 from act_export.calibration import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, Provenance
 from act_export.checkpoint import Checkpoint
 from act_export.hooks import attention_hook
+from act_export.search.choice_bias import same_choices, without_choice_bias
 from act_export.search.choose import HEAD_COUNTS, Choice, Heads, Scores, candidate_heads, choose_heads, right_answers
 from act_export.search.fast_attention import FastAttention
 from act_export.search.gates import gate_gradients
@@ -122,7 +123,7 @@ def search_heads(
         none.threshold,
         none.threshold_mode,
         none.model,
-        _provenance(choice, splits, report, plain, calibrated, tasks=tasks, seed=seed),
+        _provenance(choice, splits, choose, report, plain, calibrated, tasks=tasks, seed=seed),
     )
 
 
@@ -152,6 +153,7 @@ class _Work:
 def _provenance(
     choice: Choice,
     splits: Splits,
+    choose: Sequence[EncodedExample],
     report: Sequence[EncodedExample],
     plain: Scores,
     calibrated: Scores,
@@ -169,6 +171,11 @@ def _provenance(
         notes["gain_interval_95"] = [round(low, 4), round(high, 4)]
         notes["mcnemar_p"] = float(f"{mcnemar_p(plain_right, calibrated_right):.2g}")
         notes["predicted_shares"] = {"plain": _predicted_shares(plain), "calibrated": _predicted_shares(calibrated)}
+        if same_choices([*choose, *report]):
+            notes["accuracy_without_choice_bias"] = {
+                "plain": _accuracy(report, without_choice_bias(plain, choice.candidates[0].scores)),
+                "calibrated": _accuracy(report, without_choice_bias(calibrated, choice.chosen.scores)),
+            }
     else:
         notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
     return Provenance(
@@ -176,8 +183,8 @@ def _provenance(
         tasks=tuple(tasks),
         samples={"rank": len(splits.rank), "choose": len(splits.choose), "report": len(splits.report)},
         seed=seed,
-        plain_accuracy=round(float(np.mean(plain_right)), 4),
-        calibrated_accuracy=round(float(np.mean(calibrated_right)), 4),
+        plain_accuracy=_accuracy(report, plain),
+        calibrated_accuracy=_accuracy(report, calibrated),
         versions={
             "act-export": act_export.__version__,
             "torch": torch.__version__,
@@ -185,6 +192,10 @@ def _provenance(
         },
         notes=notes,
     )
+
+
+def _accuracy(examples: Sequence[EncodedExample], scores: Scores) -> float:
+    return round(float(np.mean(right_answers(examples, scores))), 4)
 
 
 def _predicted_shares(scores: Scores) -> list[float]:

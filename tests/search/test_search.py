@@ -84,6 +84,7 @@ def test_planted_heads_are_found(checkpoint: Checkpoint) -> None:
     assert low <= origin.calibrated_accuracy - origin.plain_accuracy <= high
     assert 0 <= origin.notes["mcnemar_p"] <= 1
     assert sum(origin.notes["predicted_shares"]["calibrated"]) == pytest.approx(1)
+    assert set(origin.notes["accuracy_without_choice_bias"]) == {"plain", "calibrated"}
     assert list(origin.notes["choose_accuracy"]) == ["0", "1", "2", "4", "8"]
     assert max(origin.notes["choose_accuracy"].values()) == origin.notes["choose_accuracy"]["1"] == 1
     assert Calibration.from_json(found.to_json()) == found
