@@ -1,8 +1,8 @@
 """A control: how much of a gain is only that the model leans less to one answer.
 
 A model may favour an answer whatever the question. Subtracting each choice's mean log-likelihood over other questions
-removes that without any calibration and without looking at a right answer (Zhou et al., "Batch Calibration", ICLR 2024).
-A calibration whose gain is gone after it has changed the lean, not the understanding.
+removes that without any calibration and without looking at a right answer (Zhou et al., "Batch Calibration", ICLR
+2024). A calibration whose gain is gone after it has changed the lean, not the understanding.
 """
 
 from __future__ import annotations
