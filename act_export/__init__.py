@@ -1,3 +1,62 @@
-"""act-export: attention sink calibration baked into ONNX models."""
+"""act-export: attention sink calibration baked into ONNX models.
+
+    checkpoint = load_checkpoint("smollm2-135m")
+    export_model(checkpoint, Calibration.load("calibration.json"), Path("calibrated.onnx"))
+    with Session.open("calibrated.onnx") as session:
+        tokens = generate(session, [[1, 2, 3]], max_new_tokens=16)
+
+Names are imported when first used: running a model needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from act_export.calibration import Calibration as Calibration
+    from act_export.checkpoint import Checkpoint as Checkpoint
+    from act_export.checkpoint import load_checkpoint as load_checkpoint
+    from act_export.convert import export_model as export_model
+    from act_export.errors import ActExportError as ActExportError
+    from act_export.ops.library import library_path as library_path
+    from act_export.reference import calibrate_probabilities as calibrate_probabilities
+    from act_export.runtime.generate import Sampling as Sampling
+    from act_export.runtime.generate import generate as generate
+    from act_export.runtime.session import Session as Session
+    from act_export.search import search_heads as search_heads
+    from act_export.verify.parity import verify_sessions as verify_sessions
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ActExportError": "errors",
+    "Calibration": "calibration",
+    "Checkpoint": "checkpoint",
+    "Sampling": "runtime.generate",
+    "Session": "runtime.session",
+    "calibrate_probabilities": "reference",
+    "export_model": "convert",
+    "generate": "runtime.generate",
+    "library_path": "ops.library",
+    "load_checkpoint": "checkpoint",
+    "search_heads": "search",
+    "verify_sessions": "verify.parity",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

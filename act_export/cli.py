@@ -138,7 +138,7 @@ def export_command(
     seed: SeedOption = 0,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
-    from act_export.convert import CalibrationRequest, convert, resolve_calibration
+    from act_export.convert import CalibrationRequest, export_model, resolve_calibration
     from act_export.export.write import check_output
 
     check_output(out)
@@ -153,7 +153,7 @@ def export_command(
     if chosen is not None and not chosen.num_calibrated_heads:
         _note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
     with _status() as step:
-        written = convert(checkpoint, chosen, out, verify=verify, progress=step)
+        written = export_model(checkpoint, chosen, out, verify=verify, progress=step)
     _summarize(written)
 
 

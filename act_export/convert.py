@@ -177,7 +177,7 @@ def search_calibration(
     )
 
 
-def convert(
+def export_model(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
     out: Path,
