@@ -343,7 +343,13 @@ def test_onnxruntime_packages(checkpoint_folder, tmp_path, monkeypatch, installe
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_nothing(checkpoint_folder, tmp_path, sent):
     command = [sys.executable, "-m", "act_export", str(checkpoint_folder), "--out", str(tmp_path / "m.onnx"), "--plain"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()):  # the staging folder appears when the export begins
         assert process.poll() is None
