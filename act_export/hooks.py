@@ -9,7 +9,7 @@ model's own cache, joins past and new keys. No T x T mask is ever built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from act_export.errors import ActExportError
 from act_export.reference import calibrated_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 ATTENTION_NAME = "act_export"
 
@@ -94,6 +94,8 @@ class SinkCache(Cache):
         self.attention_mask = attention_mask
         self.states: list[LayerState | None] = list(layers)
         self.calls = [0] * len(self.states)
+        self.mask_windows: set[int] = set()  # of the masks that the model built
+        self.attention_windows: set[int] = set()  # that its attention layers then asked for
         self.layers = []
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -205,6 +207,7 @@ class HookedModel:
         finally:
             _active.reset(token)
         _check_calls(cache.calls, self.model.config.model_type)
+        _check_windows(cache, self.model.config)
         return HookedOutputs(logits, [layer for layer in cache.states if layer is not None])
 
 
@@ -311,6 +314,8 @@ def _attention(
     if attention_mask is None or attention_mask.ndim != 2:
         raise UnsupportedModelError(f"{name} builds an attention mask of its own, which the operator can't express")
     cache.calls[layer] += 1
+    if sliding_window:
+        cache.attention_windows.add(int(sliding_window))
     output, cache.states[layer] = hook.attend(
         AttentionCall(
             layer=layer,
@@ -332,7 +337,7 @@ def _plain_mask(
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
-    mask_function: Callable[..., Any] | None = None,
+    local_size: int | None = None,
     **_: Any,
 ) -> Tensor | None:
     """Hands the 2-D mask on; refuses masks that are more than causal, windowed and padded."""
@@ -341,12 +346,26 @@ def _plain_mask(
             "the model overlays its causal mask with another (packed, blockwise or bidirectional); the operator can't "
             "express that"
         )
+    active = _active.get(None)
+    if active is not None and local_size:
+        active[1].mask_windows.add(int(local_size))
     return attention_mask
 
 
 def _check_calls(calls: Sequence[int], architecture: str) -> None:
     if any(count != 1 for count in calls):
         raise UnsupportedModelError(f"{_not_routed(architecture)} (calls by layer, expected one each: {list(calls)})")
+
+
+def _check_windows(cache: SinkCache, config: PreTrainedConfig) -> None:
+    """A window that only the model's own mask has would be lost with that mask."""
+    lost = cache.mask_windows - cache.attention_windows
+    layer_types = getattr(config, "layer_types", None)
+    if lost and (layer_types is None or "sliding_attention" in layer_types):
+        raise UnsupportedModelError(
+            f"{config.model_type} builds masks with a sliding window of {min(lost)}, but its attention layers don't "
+            f"ask for it, so it would be lost"
+        )
 
 
 def _not_routed(architecture: str) -> str:

@@ -111,3 +111,24 @@ def test_chunked_attention_is_refused():
         attention_hook(model, ReferenceAttention(None)),
     ):
         pass
+
+
+def test_a_window_that_would_be_lost_is_refused(monkeypatch):
+    """A model whose masks have a window that its attention layers don't pass on."""
+    from transformers.models.mistral import modeling_mistral
+
+    model = tiny_model("mistral")
+    real_interface = modeling_mistral.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get_interface(*arguments):
+        inner = real_interface(*arguments)
+        return lambda *a, sliding_window=None, **k: inner(*a, **k)
+
+    monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
+    ids, mask = padded_batch()
+    with (
+        torch.no_grad(),
+        attention_hook(model, ReferenceAttention(None)) as hooked,
+        pytest.raises(UnsupportedModelError, match=r"sliding window of 7.*would be lost"),
+    ):
+        hooked(ids, mask)
