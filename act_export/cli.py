@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
@@ -42,8 +43,15 @@ class _DefaultToExport(typer.core.TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own_options = {"--help", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own_options:
+            _refuse_mistyped_command(args[0], [name for name in self.commands if name != DEFAULT_COMMAND])
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+
+def _refuse_mistyped_command(word: str, commands: list[str]) -> None:
+    near = difflib.get_close_matches(word, commands, n=1, cutoff=0.7)
+    if near and not Path(word).exists():
+        _fail(f"there is no command {word!r} and no model of that name; did you mean {near[0]}?", EXIT_UNUSABLE)
 
 
 app = typer.Typer(
@@ -101,6 +109,13 @@ ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above wh
 ModeOption = Annotated[
     str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
 ]
+EvalTaskOption = Annotated[str | None, typer.Option("--task", metavar="NAME", help="The task to measure: sst2.")]
+EvalDataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or your own rows: prompt, choices, answer.")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of the splits.")]
 PortableOption = Annotated[
     bool, typer.Option("--portable", help="Run the portable functions instead of the native library.")
@@ -122,9 +137,9 @@ def _version(
 def export_command(
     model: ModelArgument,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(help="A file *.onnx, or a folder that also gets tokenizer, config, calibration and library."),
-    ],
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Calibration file; otherwise a shipped recipe, or a search.")
     ] = None,
@@ -141,6 +156,8 @@ def export_command(
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration
     from act_export.export.write import check_output
 
+    if out is None:
+        raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
     check_output(out)
     request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
     if verify:
@@ -215,17 +232,17 @@ def verify_command(
 @_reports_errors
 def generate_command(
     file: FileArgument,
-    prompt: Annotated[str, typer.Argument(help="Text to continue, or with --chat the user's message.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to continue, or with --chat the user's message.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="It may end before.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this much.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     portable: PortableOption = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
-    ] = None,
+    tokenizer: TokenizerOption = None,
 ) -> None:
     """Generates text, streaming it."""
     from act_export.runtime import Sampling, Session
@@ -248,14 +265,14 @@ def eval_command(
     against: Annotated[
         Path | None, typer.Option(metavar="PLAIN.onnx", help="A plain export to compare with, in the same run.")
     ] = None,
-    task: TaskOption = None,
-    data: DataOption = None,
+    task: EvalTaskOption = None,
+    data: EvalDataOption = None,
     split: Annotated[
         str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
     ] = "report",
     seed: SeedOption = 0,
     portable: PortableOption = False,
-    tokenizer: Annotated[str | None, typer.Option(metavar="MODEL")] = None,
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
@@ -337,7 +354,15 @@ def _note(message: str) -> None:
 def _status() -> Iterator[Callable[[str], None]]:
     """What is being done and how long it took so far; a line per step where there is no terminal."""
     if not _console.is_terminal:
-        yield _note
+        said: set[str] = set()
+
+        def say_once(step: str) -> None:
+            stage = step.partition(":")[0]
+            if stage not in said:
+                said.add(stage)
+                _note(stage)
+
+        yield say_once
         return
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=_console, transient=True) as progress:
@@ -348,12 +373,13 @@ def _status() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _search_progress() -> Iterator[Callable[[str, float], None]]:
     if not _console.is_terminal:
-        steps: set[str] = set()
+        tenths: set[tuple[str, int]] = set()
 
         def report(step: str, done: float) -> None:
-            if step not in steps:
-                steps.add(step)
-                _note(f"search: {step}")
+            tenth = (step, int(10 * done))
+            if tenth not in tenths:
+                tenths.add(tenth)
+                _note(f"search: {step}, {done:.0%} of all")
 
         yield report
         return

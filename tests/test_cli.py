@@ -190,6 +190,8 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
     out = ["--out", tmp / "out.onnx"]
     return {
         "missing folder": ([tmp / "none", *out, "--plain"], "there is no model"),
+        "mistyped command": (["serach", folder, *out], "did you mean search?"),
+        "no out": ([folder, "--plain"], "where to?"),
         "no such name": (["smollm3", *out, "--plain"], "there is no model smollm3"),
         "layer out of range": (
             [folder, *out, "--calibration", with_file("l.json", '{"7": [0]}')],
@@ -243,6 +245,8 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
     "name",
     [
         "missing folder",
+        "mistyped command",
+        "no out",
         "no such name",
         "layer out of range",
         "head out of range",

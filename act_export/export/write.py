@@ -89,8 +89,8 @@ def check_output(out: Path) -> None:
     if is_file_output(out):
         if out.is_dir():
             raise OutputError(f"{out} is a folder; pass --out {out / 'model.onnx'}, or a name without .onnx")
-    elif out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file that doesn't end in .onnx; pass a name ending in .onnx, or a folder")
+    elif (out.exists() and not out.is_dir()) or (not out.exists() and out.suffix[1:].isalpha()):
+        raise OutputError(f"{out} looks like a file but doesn't end in .onnx; pass a name ending in .onnx, or a folder")
     try:
         with tempfile.TemporaryFile(dir=out if out.is_dir() else parent):
             pass

@@ -154,24 +154,24 @@ def verify_sessions(
         progress: Called with what is being compared.
     """
     cases = parity_cases(checkpoint.model, checkpoint.tokenizer)
-    progress("reference hook against the model's own attention")
+    progress("verifying, reference hook against the model's own attention")
     hook = _hook_against_own_attention(checkpoint, cases)
     expected: list[tuple[Case, list[_Step]]] = []
     attention = ReferenceAttention(calibration)
     rule = _SinkRule(calibration, attention.sliding_windows)
     with attention_hook(checkpoint.model, attention) as hooked:
         for case in cases:
-            progress(f"PyTorch: {case.name}")
+            progress(f"verifying, PyTorch: {case.name}")
             expected.append((case, _run(case, _reference_engine(hooked), rule, follow=None)))
     engines = []
     for name, opener in openers.items():
         with opener() as session:
             results = []
             for case, reference in expected:
-                progress(f"{name}: {case.name}")
+                progress(f"verifying, {name}: {case.name}")
                 steps = _run(case, _session_engine(session), rule, follow=reference)
                 results.append(_compare(case, steps, reference, precision))
-            progress(f"{name}: batch against alone")
+            progress(f"verifying, {name}: batch against alone")
             results.append(_batch_against_alone(session, cases, precision))
         engines.append(_engine_report(name, results, precision))
     return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines))

@@ -9,7 +9,7 @@ import pytest
 from act_export.export.write import OutputError, check_output, publish, staged
 
 
-@pytest.mark.parametrize("name", ["a.onnx", "new_folder"])
+@pytest.mark.parametrize("name", ["a.onnx", "new_folder", "model-v1.0"])
 def test_good_outputs(tmp_path, name):
     check_output(tmp_path / name)
     assert not list(tmp_path.iterdir())
@@ -26,8 +26,10 @@ def test_folder_with_a_files_name(tmp_path):
         check_output(tmp_path / "a.onnx")
 
 
-def test_file_without_the_suffix(tmp_path):
-    (tmp_path / "a.bin").touch()
+@pytest.mark.parametrize("exists", [True, False])
+def test_file_without_the_suffix(tmp_path, exists):
+    if exists:
+        (tmp_path / "a.bin").touch()
     with pytest.raises(OutputError, match=r"doesn't end in \.onnx"):
         check_output(tmp_path / "a.bin")
 
