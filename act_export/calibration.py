@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from act_export.errors import ActExportError
 
 FORMAT = "act-export calibration"
 FORMAT_VERSION = 1
+_FIELDS = {"format", "version", "model", "heads", "beta", "threshold", "threshold_mode", "provenance"}
 DEFAULT_BETA = 0.4  # of the paper
 DEFAULT_THRESHOLD = {"absolute": 0.1, "relative": 5.0}  # of the released code; of the paper
 
@@ -228,9 +230,12 @@ class Calibration:
             OSError: If the folder can't be written to.
         """
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        partial = Path(name)
         try:
-            partial.write_text(self.to_json(), encoding="utf-8")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            partial.chmod(0o644)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -247,9 +252,11 @@ class Calibration:
             CalibrationError: If it isn't JSON or not of that form.
         """
         try:
-            document = json.loads(text)
+            document = json.loads(text, object_pairs_hook=_without_duplicates)
         except json.JSONDecodeError as error:
             raise CalibrationError(f"{source} is not JSON: {error}") from error
+        except CalibrationError as error:
+            raise CalibrationError(f"{source}: {error}") from error
         if not isinstance(document, dict):
             raise CalibrationError(f"{source} holds a {type(document).__name__}; expected a JSON object")
         try:
@@ -263,6 +270,9 @@ class Calibration:
 
     @classmethod
     def _from_document(cls, document: dict[str, Any]) -> Calibration:
+        unknown = sorted(set(document) - _FIELDS)
+        if unknown:
+            raise CalibrationError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(_FIELDS))}")
         if document.get("format", FORMAT) != FORMAT:
             raise CalibrationError(f"format is {document['format']!r}; expected {FORMAT!r}")
         version = document.get("version", FORMAT_VERSION)
@@ -273,7 +283,7 @@ class Calibration:
         mode = document.get("threshold_mode", "absolute")
         beta = document.get("beta", DEFAULT_BETA)
         return cls(
-            heads=_heads_from_json(document["heads"]),
+            heads=_heads_from_json(document["heads"], keep_order=isinstance(beta, dict)),
             beta={int(k): tuple(map(float, v)) for k, v in beta.items()} if isinstance(beta, dict) else float(beta),
             threshold=float(document.get("threshold", DEFAULT_THRESHOLD.get(mode, 0.0))),
             threshold_mode=mode,
@@ -301,23 +311,32 @@ class Calibration:
 
 def find_recipe(model: ModelIdentity) -> Path | None:
     """Path of the shipped calibration made for exactly this model, if there is one."""
-    for folder in (Path(__file__).parent / "models", Path(__file__).parent.parent / "models"):
-        for path in sorted(folder.glob("*.json")):
-            if Calibration.load(path).model == model:
-                return path
-    return None
+    package = Path(__file__).parent
+    folder = package / "models"
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():  # a source tree
+        folder = package.parent / "models"
+    return next((path for path in sorted(folder.glob("*.json")) if Calibration.load(path).model == model), None)
 
 
-def _heads_from_json(mapping: Any) -> dict[int, tuple[int, ...]]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CalibrationError(f'"{twice}" occurs twice')
+    return dict(pairs)
+
+
+def _heads_from_json(mapping: Any, *, keep_order: bool = False) -> dict[int, tuple[int, ...]]:
+    """Heads by layer, ascending; with `keep_order` as they stand, because betas stand in the same order."""
     if not isinstance(mapping, dict):
         raise CalibrationError(f'heads are {mapping!r}; expected {{"layer": [heads]}}')
     heads: dict[int, tuple[int, ...]] = {}
     for layer, values in mapping.items():
-        if not layer.lstrip("-").isdigit() or not isinstance(values, list):
+        if not layer.lstrip("-").isdigit() or str(int(layer)) != layer or not isinstance(values, list):
             raise CalibrationError(f'found "{layer}": {values!r}; expected {{"layer": [heads]}}')
         if not all(type(value) is int for value in values):
             raise CalibrationError(f"layer {layer} has heads {values!r}; expected integers")
-        heads[int(layer)] = tuple(sorted(values))
+        heads[int(layer)] = tuple(values if keep_order else sorted(values))
     return heads
 
 

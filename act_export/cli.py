@@ -457,8 +457,8 @@ def _summarize(written: Converted) -> None:
     else:
         for engine in written.parity.engines:
             _note(
-                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} "
-                f"cases, greedy tokens identical"
+                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"
+                + (", greedy tokens identical" if engine.greedy_identical else "")
             )
     for file in written.files:
         if file.suffix in (".onnx", ".data"):

@@ -238,13 +238,13 @@ def describe_failures(report: ParityReport) -> str:
     if not report.hook_passed:
         lines.append(f"  reference hook against the model's own attention: {report.hook.max_difference:.2e}")
     for engine in report.engines:
-        if not engine.passed:
+        if not engine.passed and all(result.passed for result in engine.results):
             lines.append(f"  {engine.engine}: a sink flipped in {engine.flipped:.0%} of sequences")
         for result in engine.results:
             if not result.passed:
                 lines.append(
                     f"  {engine.engine}, {result.case}: largest difference {result.metrics.max_difference:.2e}, same "
-                    f"argmax {result.metrics.argmax_agreement:.1%}, greedy tokens "
+                    f"argmax {result.metrics.argmax_agreement:.1%}, {result.wrong_sinks} wrong sinks, greedy tokens "
                     f"{'differ' if result.greedy_identical is False else 'agree'}"
                 )
     return "\n".join(lines)

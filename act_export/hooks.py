@@ -27,9 +27,11 @@ from act_export.errors import ActExportError
 from act_export.reference import calibrated_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 ATTENTION_NAME = "act_export"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_HARMLESS_KEYWORDS = {"position_ids", "cache_position", "position_embeddings"}  # used before the attention
 
 
 class UnsupportedModelError(ActExportError):
@@ -94,8 +96,7 @@ class SinkCache(Cache):
         self.attention_mask = attention_mask
         self.states: list[LayerState | None] = list(layers)
         self.calls = [0] * len(self.states)
-        self.mask_windows: set[int] = set()  # of the masks that the model built
-        self.attention_windows: set[int] = set()  # that its attention layers then asked for
+        self.masks: list[tuple[Tensor, int]] = []  # that the model had built, with their windows
         self.layers = []
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -207,8 +208,37 @@ class HookedModel:
         finally:
             _active.reset(token)
         _check_calls(cache.calls, self.model.config.model_type)
-        _check_windows(cache, self.model.config)
         return HookedOutputs(logits, [layer for layer in cache.states if layer is not None])
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Runs the model once under the hook, on a few tokens.
+
+    Raises:
+        UnsupportedModelError: If its attention can't be replaced, with the reason.
+    """
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with (
+        torch.no_grad(),
+        as_unsupported(model.config.model_type),
+        attention_hook(model, ReferenceAttention(None)) as hooked,
+    ):
+        first = hooked(ids, torch.ones_like(ids), logits_to_keep=1)
+        hooked(ids, torch.ones(2, 10, dtype=torch.long), first.state, logits_to_keep=1)
+
+
+@contextmanager
+def as_unsupported(architecture: str) -> Iterator[None]:
+    """Turns whatever a model's own code raises where it doesn't fit into an UnsupportedModelError with the cause."""
+    try:
+        yield
+    except (ActExportError, MemoryError):
+        raise
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModelError(
+            f"{architecture} models can't be exported yet: {type(error).__name__}: {first_line[:300]}"
+        ) from error
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -268,8 +298,12 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[Hook
         UnsupportedModelError: If the attention can't be exchanged, or needs masks that a 2-D mask can't express.
     """
     config = model.config
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedModelError(f"{config.model_type} uses chunked attention, which the operator can't express")
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if others:
+        raise UnsupportedModelError(
+            f"{config.model_type} has layers of type {', '.join(sorted(others))}; only full and sliding-window "
+            f"attention can be calibrated"
+        )
     num_layers, _ = layers_and_heads(config)
     before = config._attn_implementation
     try:
@@ -297,7 +331,7 @@ def _attention(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of the model's own attention."""
     active = _active.get(None)
@@ -313,9 +347,12 @@ def _attention(
         raise UnsupportedModelError(f"{name} adds {what} to the attention, which the operator can't express yet")
     if attention_mask is None or attention_mask.ndim != 2:
         raise UnsupportedModelError(f"{name} builds an attention mask of its own, which the operator can't express")
+    for keyword, value_given in others.items():
+        if keyword not in _HARMLESS_KEYWORDS and not isinstance(value_given, bool | int | float | str | None):
+            raise UnsupportedModelError(f"{name} passes {keyword!r} to its attention, which the operator doesn't know")
     cache.calls[layer] += 1
-    if sliding_window:
-        cache.attention_windows.add(int(sliding_window))
+    if cache.calls[layer] > 1:
+        raise UnsupportedModelError(f"{_not_routed(name)}: layer {layer} called it twice")
     output, cache.states[layer] = hook.attend(
         AttentionCall(
             layer=layer,
@@ -325,7 +362,7 @@ def _attention(
             attention_mask=cache.attention_mask,  # the caller's own: transformers made the other one boolean
             scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
             softcap=float(softcap or 0.0),
-            sliding_window=int(sliding_window) if sliding_window else -1,
+            sliding_window=_window_of(attention_mask, sliding_window, cache, name),
             past=cache.states[layer],
         )
     )
@@ -347,9 +384,11 @@ def _plain_mask(
             "express that"
         )
     active = _active.get(None)
-    if active is not None and local_size:
-        active[1].mask_windows.add(int(local_size))
-    return attention_mask
+    if active is None or attention_mask is None:
+        return attention_mask
+    mask = attention_mask.view(attention_mask.shape)  # an object of its own, to know it by
+    active[1].masks.append((mask, int(local_size) if local_size else -1))
+    return mask
 
 
 def _check_calls(calls: Sequence[int], architecture: str) -> None:
@@ -357,15 +396,23 @@ def _check_calls(calls: Sequence[int], architecture: str) -> None:
         raise UnsupportedModelError(f"{_not_routed(architecture)} (calls by layer, expected one each: {list(calls)})")
 
 
-def _check_windows(cache: SinkCache, config: PreTrainedConfig) -> None:
-    """A window that only the model's own mask has would be lost with that mask."""
-    lost = cache.mask_windows - cache.attention_windows
-    layer_types = getattr(config, "layer_types", None)
-    if lost and (layer_types is None or "sliding_attention" in layer_types):
+def _window_of(attention_mask: Tensor, asked: int | None, cache: SinkCache, name: str) -> int:
+    """The sliding window of the mask that a layer was given, -1 for none.
+
+    The mask decides, as it does in transformers' own attention; what the layer asks for beside it is for kernels that
+    build their mask themselves, and some models ask for a window that their masks don't have.
+
+    Raises:
+        UnsupportedModelError: If the mask was made anew on its way to the layer and there are windows to tell apart.
+    """
+    for mask, window in cache.masks:
+        if mask is attention_mask:
+            return window
+    if asked or any(window > 0 for _, window in cache.masks):
         raise UnsupportedModelError(
-            f"{config.model_type} builds masks with a sliding window of {min(lost)}, but its attention layers don't "
-            f"ask for it, so it would be lost"
+            f"{name} changes its attention mask on the way, so its sliding window can't be told"
         )
+    return -1
 
 
 def _not_routed(architecture: str) -> str:

@@ -67,7 +67,12 @@ def visible_rows(real: Tensor, sliding_window: int = -1) -> Tensor:
 
     Returns:
         Integer (..., total). A padding key's count is meaningless; its column sum is zero.
+
+    Raises:
+        ValueError: If the window is 0.
     """
+    if sliding_window == 0:
+        raise ValueError("sliding_window is 0, so no row sees anything; pass a positive number, or -1 for none")
     rows_from = real.long().flip(-1).cumsum(-1).flip(-1)
     if sliding_window < 0:
         return rows_from
@@ -100,16 +105,30 @@ def later_sinks(
     Raises:
         ValueError: If the threshold is negative or the mode unknown.
     """
+    margins = sink_margins(
+        column_sums, real, threshold=threshold, threshold_mode=threshold_mode, sliding_window=sliding_window
+    )
+    initial = real & (real.long().cumsum(-1) == 1)
+    return (margins > 0) & real & ~initial
+
+
+def sink_margins(
+    column_sums: Tensor,
+    real: Tensor,
+    *,
+    threshold: float,
+    threshold_mode: str = "absolute",
+    sliding_window: int = -1,
+) -> Tensor:
+    """a - tau, shape (..., total): how far each key's sink score lies above the threshold; else as `later_sinks`."""
     if threshold < 0:
         raise ValueError(f"threshold is {threshold}; it must not be negative")
     if threshold_mode not in THRESHOLD_MODES:
         raise ValueError(f"threshold_mode is {threshold_mode!r}; it must be one of {', '.join(THRESHOLD_MODES)}")
     scores = column_sums / visible_rows(real, sliding_window).clamp(min=1)
-    tau: float | Tensor = threshold
     if threshold_mode == "relative":
-        tau = threshold / real.sum(-1, keepdim=True).clamp(min=1)
-    initial = real & (real.long().cumsum(-1) == 1)
-    return (scores > tau) & real & ~initial
+        return scores - threshold / real.sum(-1, keepdim=True).clamp(min=1)
+    return scores - threshold
 
 
 def move_sink_mass(probabilities: Tensor, sinks: Tensor, beta: float | Tensor) -> Tensor:

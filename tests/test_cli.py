@@ -297,7 +297,7 @@ def test_a_failed_gate_is_exit_code_1_and_leaves_nothing(checkpoint_folder, head
     out = tmp_path / "results"
     out.mkdir()
     (out / "m.onnx").write_text("an older export")
-    monkeypatch.setitem(metrics.GATES, "float32", metrics.Gate(1e-12, 1.0, 0.0))
+    monkeypatch.setitem(metrics.GATES, "float32", metrics.Gate(1e-12, 1.0, 0.0, 0.0))
     result = run(checkpoint_folder, "--out", out / "m.onnx", "--calibration", heads_file)
     assert result.exit_code == 1
     assert "disagrees with PyTorch" in result.output

@@ -7,7 +7,7 @@ import torch
 from tiny import CALIBRATION, ROUTED, VOCABULARY, tiny_checkpoint, tiny_model
 
 from act_export.calibration import Calibration
-from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, positions
+from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, check_supported, positions
 
 
 def padded_batch(length=25, seed=0):
@@ -107,17 +107,25 @@ def test_chunked_attention_is_refused():
     model = tiny_model()
     model.config.layer_types = ["chunked_attention", "full_attention"]
     with (
-        pytest.raises(UnsupportedModelError, match="chunked attention"),
+        pytest.raises(UnsupportedModelError, match="layers of type chunked_attention"),
         attention_hook(model, ReferenceAttention(None)),
     ):
         pass
 
 
-def test_a_window_that_would_be_lost_is_refused(monkeypatch):
+def own_and_hooked(model):
+    ids, mask = padded_batch()
+    with torch.no_grad():
+        own = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
+        with attention_hook(model, ReferenceAttention(None)) as hooked:
+            ours = hooked(ids, mask).logits
+    return own[mask.bool()], ours[mask.bool()]
+
+
+def test_a_window_that_only_the_mask_has_is_kept(monkeypatch):
     """A model whose masks have a window that its attention layers don't pass on."""
     from transformers.models.mistral import modeling_mistral
 
-    model = tiny_model("mistral")
     real_interface = modeling_mistral.ALL_ATTENTION_FUNCTIONS.get_interface
 
     def get_interface(*arguments):
@@ -125,10 +133,54 @@ def test_a_window_that_would_be_lost_is_refused(monkeypatch):
         return lambda *a, sliding_window=None, **k: inner(*a, **k)
 
     monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
+    torch.testing.assert_close(*own_and_hooked(tiny_model("mistral")), atol=2e-5, rtol=0)
+
+
+def test_a_window_that_only_the_layers_ask_for_is_ignored():
+    """OLMoE's layers ask for one; its masks, which decide, are full."""
+    model = tiny_model("olmoe", sliding_window=7, num_experts=4, num_experts_per_tok=2)
+    torch.testing.assert_close(*own_and_hooked(model), atol=2e-5, rtol=0)
+
+
+def test_a_mask_made_anew_is_refused_where_there_is_a_window(monkeypatch):
+    from transformers.models.mistral import modeling_mistral
+
+    real_interface = modeling_mistral.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get_interface(*arguments):
+        inner = real_interface(*arguments)
+        return lambda module, q, k, v, mask, **options: inner(module, q, k, v, mask.clone(), **options)
+
+    model = tiny_model("mistral")
     ids, mask = padded_batch()
-    with (
-        torch.no_grad(),
-        attention_hook(model, ReferenceAttention(None)) as hooked,
-        pytest.raises(UnsupportedModelError, match=r"sliding window of 7.*would be lost"),
-    ):
-        hooked(ids, mask)
+    with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
+        monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
+        with pytest.raises(UnsupportedModelError, match="sliding window can't be told"):
+            hooked(ids, mask)
+
+
+def test_an_unknown_keyword_with_data_is_refused(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    real_interface = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get_interface(*arguments):
+        inner = real_interface(*arguments)
+        return lambda *a, **options: inner(*a, indices=torch.zeros(1), **options)
+
+    model = tiny_model()
+    ids, mask = padded_batch()
+    with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
+        monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
+        with pytest.raises(UnsupportedModelError, match="passes 'indices'"):
+            hooked(ids, mask)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [("diffllama", "once per layer"), ("jamba", "can't be exported yet|layers of type"), ("gpt_oss", "learned sink")],
+)
+def test_unsupported_models_are_refused_whatever_they_raise(architecture, message):
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1} if architecture == "gpt_oss" else {}
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_supported(tiny_model(architecture, **options))

@@ -15,6 +15,10 @@ from act_export.ops import schema
 from act_export.reference import calibrated_attention
 
 
+def _output_like(query: Tensor, past_value: Tensor, num_heads: int) -> Tensor:
+    return query.new_empty(*query.shape[:2], num_heads * past_value.shape[-1])
+
+
 def _present_like(past: Tensor, new: Tensor) -> Tensor:
     batch, heads, past_length, size = past.shape
     return past.new_empty(batch, heads, past_length + new.shape[1], size)
@@ -67,10 +71,12 @@ def _(
     past_key: Tensor,
     past_value: Tensor,
     past_sink_scores: Tensor,
+    attention_mask: Tensor,
+    num_heads: int,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(query),
+        _output_like(query, past_value, num_heads),
         _present_like(past_key, key),
         _present_like(past_value, value),
         _present_like(past_sink_scores, key),
@@ -111,9 +117,20 @@ def _plain(
 
 @_plain.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    attention_mask: Tensor,
+    num_heads: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), _present_like(past_key, key), _present_like(past_value, value)
+    return (
+        _output_like(query, past_value, num_heads),
+        _present_like(past_key, key),
+        _present_like(past_value, value),
+    )
 
 
 class OperatorAttention:

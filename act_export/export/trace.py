@@ -17,7 +17,14 @@ from act_export.calibration import Calibration
 from act_export.checkpoint import layers_and_heads
 from act_export.errors import ActExportError
 from act_export.export.operator import OperatorAttention, translation_table
-from act_export.hooks import HookedModel, LayerState, ReferenceAttention, UnsupportedModelError, attention_hook
+from act_export.hooks import (
+    HookedModel,
+    LayerState,
+    ReferenceAttention,
+    UnsupportedModelError,
+    as_unsupported,
+    attention_hook,
+)
 from act_export.ops import functions, schema
 
 if TYPE_CHECKING:
@@ -100,7 +107,12 @@ def trace(model: PreTrainedModel, calibration: Calibration | None) -> ir.Model:
         "sinks": [state[layer].sink_scores for layer in sinks],
     }
     cache_dims = {0: dims["batch"], 2: dims["past"]}
-    with torch.no_grad(), attention_hook(model, OperatorAttention(calibration)) as hooked, _quiet_exporter():
+    with (
+        torch.no_grad(),
+        as_unsupported(model.config.model_type),
+        attention_hook(model, OperatorAttention(calibration)) as hooked,
+        _quiet_exporter(),
+    ):
         program = torch.onnx.export(
             _GraphModule(hooked, sinks).eval(),
             kwargs=example,
@@ -152,5 +164,9 @@ def _quiet_exporter() -> Iterator[None]:
 def _probe(model: PreTrainedModel, calibration: Calibration | None) -> list[LayerState]:
     """Runs the model once under the hook: refuses it early, and gives a cache of the right shapes to export with."""
     ids = torch.zeros(2, 5, dtype=torch.long)
-    with torch.no_grad(), attention_hook(model, ReferenceAttention(calibration)) as hooked:
+    with (
+        torch.no_grad(),
+        as_unsupported(model.config.model_type),
+        attention_hook(model, ReferenceAttention(calibration)) as hooked,
+    ):
         return hooked(ids, torch.ones_like(ids), logits_to_keep=1).state

@@ -106,7 +106,7 @@ _CALIBRATION = """
   heads = Constant <value_ints: ints = @calibrated_heads> ()
   A = Gather <axis: int = 1> (A_all, heads)
 
-  real_f = Cast <to: int = 1> (attention_mask)
+  real_f = Cast <to: int = 1> (real)
   real_rows_2d = Slice (real_f, past, total, i1)
   real_rows_axes = Constant <value_ints: ints = [1, 3]> ()
   real_rows = Unsqueeze (real_rows_2d, real_rows_axes)
