@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import platformdirs
 import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
+from act_export.cache import cache_folder
 from act_export.calibration import ModelIdentity
 from act_export.errors import ActExportError
 
@@ -50,11 +50,6 @@ class Checkpoint:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     identity: ModelIdentity
-
-
-def cache_folder() -> Path:
-    """Where converted checkpoints and fetched task data are kept."""
-    return Path(platformdirs.user_cache_dir("act-export"))
 
 
 def load_checkpoint(source: str) -> Checkpoint:

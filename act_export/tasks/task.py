@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from act_export.checkpoint import cache_folder
+from act_export.cache import cache_folder, write_whole
 from act_export.tasks.examples import Example, TaskError, read_rows
 
 
@@ -87,11 +88,12 @@ def load_examples(name: str) -> list[Example]:
     """All examples of a task, from the cache folder, or from the hub and then kept there.
 
     Raises:
-        TaskError: If there is no such task, or its rows are neither in the cache nor to be had from the hub.
+        TaskError: If there is no such task, its rows are neither in the cache nor to be had from the hub, or they can't
+            be kept.
     """
     task = load_task(name)
     path = rows_path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # a folder that may not be read is one without rows
         _download(task, path)
     examples = []
     for number, row in read_rows(path):
@@ -128,10 +130,9 @@ def _download(task: Task, path: Path) -> None:
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise TaskError(
+            f"can't write {path}: {error}; make the folder writable, or set XDG_CACHE_HOME to one that is"
+        ) from error

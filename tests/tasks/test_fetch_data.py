@@ -11,7 +11,7 @@ from types import ModuleType
 import pyarrow
 import pytest
 
-from act_export.checkpoint import cache_folder
+from act_export.cache import cache_folder
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "fetch_data"
 ROWS = [{"sentence": "good é ", "label": 1, "idx": 0}, {"sentence": "bad", "label": 0, "idx": 1}]
@@ -83,6 +83,14 @@ def test_rows_go_where_the_package_looks_for_them(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(fetch_data, monkeypatch) == 0
     assert (cache_folder() / "tasks" / "sst2.jsonl").is_file()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(
+    fetch_data: ModuleType, downloads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"can't write .*file/tasks/sst2\.jsonl: .*Not a directory"):
+        run(fetch_data, monkeypatch, "sst2", "--cache", str(tmp_path / "file"))
 
 
 def test_an_unknown_task_is_refused(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -72,6 +73,25 @@ def test_rows_come_from_the_hub_once(cache: Path, tmp_path: Path, monkeypatch: p
     first, second = load_examples("sst2"), load_examples("sst2")
     assert calls == [("SetFit/sst2", "dev.jsonl", "dataset")]
     assert first == second == [load_task("sst2").example({"sentence": "so-so é", "label": 0})]
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dev.jsonl").write_text('{"text": "good", "label": 1}\n')
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "dev.jsonl"))
+    cache.touch()  # a file where the folder should be
+    with pytest.raises(TaskError, match=r"can't write .*cache/tasks/sst2\.jsonl: .*Not a directory.*XDG_CACHE_HOME"):
+        load_examples("sst2")
+
+
+def test_two_fetches_at_once_do_not_meet(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dev.jsonl").write_text('{"text": "good", "label": 1}\n' * 1000)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "dev.jsonl"))
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(load_examples, ["sst2"] * 16))
+    assert all(result == results[0] for result in results)
+    assert [path.name for path in rows_path("sst2").parent.iterdir()] == ["sst2.jsonl"]
 
 
 def test_spaces_around_a_text_do_not_make_another_example() -> None:

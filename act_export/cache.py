@@ -1,0 +1,26 @@
+"""The folder of what is expensive to get a second time, and how files come into it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints and fetched task data are kept."""
+    return Path(platformdirs.user_cache_dir("act-export"))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all, with the folders it is in; of several writers at once the last one wins.
+
+    Raises:
+        OSError: If it can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as own:
+        whole = Path(own) / path.name
+        whole.write_text(text, encoding="utf-8")
+        whole.replace(path)
