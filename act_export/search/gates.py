@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from act_export.calibration import LayerCalibration
 from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
 from act_export.search.fast_attention import calibrated_probabilities, join_past, plain_attention, values_of
-from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores
+from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, batches, choice_scores
 from act_export.tasks.scoring import BATCH_SIZE
 
 
@@ -81,6 +81,9 @@ def gate_gradients(
 
     Returns:
         (num_layers, num_heads); positive where calibrating the head makes the right answer likelier.
+
+    Raises:
+        ScoringError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch.
     """
     total = torch.zeros(num_layers, num_heads)
     for indices in batches(examples, batch_size):
@@ -91,6 +94,10 @@ def gate_gradients(
             scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
             gain = torch.stack([row.log_softmax(0)[example.answer] for row, example in zip(scores, batch, strict=True)])
             (gradient,) = torch.autograd.grad(gain.sum(), gates)
+        if not gradient.isfinite().all():
+            raise ScoringError(
+                f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}"
+            )
         total += gradient.float().cpu()
         if on_batch is not None:
             on_batch(len(indices))

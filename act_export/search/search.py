@@ -23,6 +23,7 @@ from act_export.tasks import (
     TorchLanguageModel,
     encode_examples,
     predicted_choice,
+    prompt_digest,
     score_choices,
 )
 from act_export.tasks.scoring import BATCH_SIZE
@@ -52,7 +53,8 @@ def search_heads(
     """Ranks all heads with one backward pass, chooses how many, and measures what that gains.
 
     The three splits keep the three steps honest: heads are ranked on one, their number (or none) is decided on the
-    second, and the accuracies in the result's provenance come from the third, which is looked at once.
+    second, and the accuracies in the result's provenance come from the third, which takes no part in either. The
+    provenance's note "used" has the digests of the first two's prompts, so that no later evaluation counts them.
 
     Args:
         checkpoint: The model; its parameters stay as they are and receive no gradient.
@@ -73,6 +75,7 @@ def search_heads(
     Raises:
         CalibrationError: If beta, the threshold or its mode is out of range.
         TaskError: If the checkpoint has no tokenizer or an example can't be scored.
+        ScoringError: If the model's scores aren't finite, naming the prompt.
         UnsupportedModelError: If the model's attention can't be replaced.
     """
     if threshold is None:
@@ -190,7 +193,7 @@ def _provenance(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        notes=notes,
+        notes={**notes, "used": sorted(prompt_digest(example.prompt) for example in (*splits.rank, *splits.choose))},
     )
 
 

@@ -2,16 +2,17 @@
 
 from act_export.tasks.encoding import EncodedExample, encode_examples
 from act_export.tasks.examples import Example, TaskError, read_examples
-from act_export.tasks.language_model import LanguageModel, Session, SessionLanguageModel, TorchLanguageModel
-from act_export.tasks.scoring import batches, choice_scores, predicted_choice, score_choices
-from act_export.tasks.splits import Splits, split_examples
+from act_export.tasks.language_model import LanguageModel, RunsModel, SessionLanguageModel, TorchLanguageModel
+from act_export.tasks.scoring import ScoringError, batches, choice_scores, predicted_choice, score_choices
+from act_export.tasks.splits import Splits, prompt_digest, split_examples, unused
 from act_export.tasks.task import Task, load_examples, load_task, rows_path, task_names
 
 __all__ = [
     "EncodedExample",
     "Example",
     "LanguageModel",
-    "Session",
+    "RunsModel",
+    "ScoringError",
     "SessionLanguageModel",
     "Splits",
     "Task",
@@ -23,9 +24,11 @@ __all__ = [
     "load_examples",
     "load_task",
     "predicted_choice",
+    "prompt_digest",
     "read_examples",
     "rows_path",
     "score_choices",
     "split_examples",
     "task_names",
+    "unused",
 ]

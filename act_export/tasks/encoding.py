@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from act_export.tasks.examples import Example, TaskError
@@ -20,11 +20,13 @@ class EncodedExample:
         prompt: Token ids.
         choices: Token ids of each choice, without the prompt's.
         answer: Index of the right choice.
+        text: The prompt, shortened, for messages.
     """
 
     prompt: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
     answer: int
+    text: str = field(default="", compare=False)
 
 
 def encode_examples(
@@ -78,7 +80,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: in
                 f"{max_length}"
             )
         choices.append(tokens)
-    return EncodedExample(prompt, tuple(choices), example.answer)
+    return EncodedExample(prompt, tuple(choices), example.answer, _short(example.prompt))
 
 
 def _short(prompt: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,9 +60,8 @@ class TorchLanguageModel:
         return [LayerState(*(part.index_select(0, rows) for part in layer)) for layer in state]
 
 
-@runtime_checkable
-class Session(Protocol):
-    """The part of an ONNX Runtime session that scoring needs."""
+class RunsModel(Protocol):
+    """The part of `act_export.runtime.Session` that scoring needs."""
 
     def run(self, input_ids: Any, attention_mask: Any, state: Any = None) -> Any:
         """Returns `logits` (batch, sequence, vocabulary) and `state`, arrays by name with the batch as first axis."""
@@ -72,7 +71,7 @@ class Session(Protocol):
 class SessionLanguageModel:
     """An exported model in ONNX Runtime."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: RunsModel) -> None:
         """Takes an open session."""
         self.session = session
 

@@ -13,10 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from act_export.errors import ActExportError
+from act_export.runtime.generate import left_pad
 from act_export.tasks.encoding import EncodedExample
 from act_export.tasks.language_model import LanguageModel
 
 BATCH_SIZE = 16
+
+
+class ScoringError(ActExportError):
+    """A model that gives no usable scores."""
 
 
 def score_choices(
@@ -24,6 +30,7 @@ def score_choices(
     examples: Sequence[EncodedExample],
     *,
     batch_size: int = BATCH_SIZE,
+    batch_tokens: int | None = None,
     length_normalized: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[tuple[float, ...]]:
@@ -32,16 +39,21 @@ def score_choices(
     Args:
         model: PyTorch or ONNX Runtime.
         examples: In any order.
-        batch_size: Prompts that run together; changes speed and memory, not the result.
+        batch_size: Prompts that run together at the most; changes speed and memory, not the result.
+        batch_tokens: Tokens that run together at the most, padding included, unless one prompt alone has more; None
+            for any number.
         length_normalized: Divide by the number of the choice's tokens.
         on_batch: Called after each batch with the number of examples in it.
 
     Returns:
         In the order of `examples`, one number per choice.
+
+    Raises:
+        ScoringError: If a log-likelihood isn't finite, naming the prompt.
     """
     scores: list[tuple[float, ...]] = [()] * len(examples)
     with torch.no_grad():
-        for indices in batches(examples, batch_size):
+        for indices in batches(examples, batch_size, batch_tokens):
             batch = [examples[index] for index in indices]
             for index, row in zip(
                 indices, choice_scores(model, batch, length_normalized=length_normalized), strict=True
@@ -57,11 +69,17 @@ def predicted_choice(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda index: scores[index])
 
 
-def batches(examples: Sequence[EncodedExample], batch_size: int) -> Iterator[list[int]]:
-    """Indices of examples with prompts of about the same length, the longest first."""
+def batches(
+    examples: Sequence[EncodedExample], batch_size: int, batch_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Indices of examples with prompts of about the same length, the longest first; limits as in `score_choices`."""
     by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
-    for start in range(0, len(by_length), batch_size):
-        yield by_length[start : start + batch_size]
+    start = 0
+    while start < len(by_length):
+        longest = len(examples[by_length[start]].prompt)
+        size = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // longest))
+        yield by_length[start : start + size]
+        start += size
 
 
 def choice_scores(
@@ -71,8 +89,11 @@ def choice_scores(
 
     Returns:
         One per example, shape (choices,).
+
+    Raises:
+        ScoringError: If one isn't finite, naming the prompt.
     """
-    input_ids, attention_mask = _left_padded([example.prompt for example in batch])
+    input_ids, attention_mask = map(torch.from_numpy, left_pad([example.prompt for example in batch]))
     logits, state = model(input_ids, attention_mask, None)
     choices = [tokens for example in batch for tokens in example.choices]
     prompts = torch.tensor([index for index, example in enumerate(batch) for _ in example.choices])
@@ -95,12 +116,11 @@ def choice_scores(
         decoding = [index for index in decoding if len(choices[index]) > position]
     if length_normalized:
         scores = scores / torch.tensor([len(tokens) for tokens in choices])
-    return list(torch.split(scores, [len(example.choices) for example in batch]))
-
-
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both int64 (batch, longest); padding is token 0, which the mask hides."""
-    longest = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return input_ids, attention_mask
+    by_example = list(torch.split(scores, [len(example.choices) for example in batch]))
+    for example, row in zip(batch, by_example, strict=True):
+        if not row.isfinite().all():
+            raise ScoringError(
+                f"the model's log-likelihoods of the choices after the prompt {example.text} are {row.tolist()}, not "
+                f"all finite numbers; its weights or its precision are at fault"
+            )
+    return by_example

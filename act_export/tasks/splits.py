@@ -1,9 +1,12 @@
-"""Three disjoint sets of examples: to rank heads, to choose how many, and to report what that gains."""
+"""Three disjoint sets of examples: to rank heads, to choose how many, and to report what that gains.
+
+A search records which prompts it used, so that no evaluation counts them as unseen, whatever it draws.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from act_export.tasks.examples import Example, TaskError
@@ -18,7 +21,7 @@ class Splits:
     Attributes:
         rank: The gradient that ranks heads is taken on these.
         choose: How many heads, and whether any, is decided on these.
-        report: Seen once, at the end; accuracies come from these.
+        report: Take no part in either; accuracies come from these.
     """
 
     rank: tuple[Example, ...]
@@ -60,3 +63,14 @@ def split_examples(
         different.values(), key=lambda example: hashlib.sha256(f"{seed}\n{example.prompt}".encode()).digest()
     )
     return Splits(tuple(drawn[:rank]), tuple(drawn[rank : rank + choose]), tuple(drawn[rank + choose : needed]))
+
+
+def prompt_digest(prompt: str) -> str:
+    """What stands for a prompt in a search's record: 8 hex digits of its SHA-256."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:8]
+
+
+def unused(examples: Iterable[Example], digests: Collection[str]) -> list[Example]:
+    """The examples whose prompts have none of these digests."""
+    used = frozenset(digests)
+    return [example for example in examples if prompt_digest(example.prompt) not in used]

@@ -16,13 +16,16 @@ from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import search_heads
 from act_export.tasks import (
     Example,
+    ScoringError,
     Splits,
     TaskError,
     TorchLanguageModel,
     encode_examples,
     predicted_choice,
+    prompt_digest,
     score_choices,
     split_examples,
+    unused,
 )
 
 PLANTED = Calibration({0: (0,)}, beta=0.0, threshold=0.1)
@@ -87,7 +90,13 @@ def test_planted_heads_are_found(checkpoint: Checkpoint) -> None:
     assert set(origin.notes["accuracy_without_choice_bias"]) == {"plain", "calibrated"}
     assert list(origin.notes["choose_accuracy"]) == ["0", "1", "2", "4", "8"]
     assert max(origin.notes["choose_accuracy"].values()) == origin.notes["choose_accuracy"]["1"] == 1
+    used = origin.notes["used"]
+    assert used == sorted(used)
+    assert set(used) == {prompt_digest(example.prompt) for example in (*splits.rank, *splits.choose)}
+    assert unused(splits.report, used) == list(splits.report)
     assert Calibration.from_json(found.to_json()) == found
+    (line,) = [line for line in found.to_json().splitlines() if '"used"' in line]
+    assert line.count(",") == len(used) - 1
 
     assert list(dict.fromkeys(step for step, _ in steps)) == [
         "ranking heads",
@@ -120,6 +129,15 @@ def test_where_nothing_helps_no_head_is_calibrated_and_that_is_said(checkpoint: 
     assert found.provenance.plain_accuracy == found.provenance.calibrated_accuracy == 1
     assert found.provenance.notes["result"].startswith("no head is calibrated")
     assert found.provenance.notes["choose_p"] > 0.05
+    assert len(found.provenance.notes["used"]) == 90
+
+
+def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint) -> None:
+    splits = answered_by(checkpoint, None)
+    with torch.no_grad():
+        checkpoint.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ScoringError, match=r"after the prompt '[A-Z]+' are"):
+        search_heads(checkpoint, splits, **SEARCH)
 
 
 def test_a_search_repeats_and_leaves_the_model_alone(checkpoint: Checkpoint) -> None:

@@ -15,6 +15,7 @@ from act_export.calibration import Calibration
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.tasks import (
     EncodedExample,
+    ScoringError,
     SessionLanguageModel,
     TorchLanguageModel,
     batches,
@@ -122,6 +123,33 @@ def test_batches_hold_every_example_once_sorted_by_length(examples: list[Encoded
     assert lengths == sorted(lengths, reverse=True)
 
 
+@given(
+    examples=st.lists(an_example(), min_size=1, max_size=20), batch_size=st.integers(1, 6), tokens=st.integers(1, 20)
+)
+def test_batches_stay_within_their_tokens(examples: list[EncodedExample], batch_size: int, tokens: int) -> None:
+    parts = list(batches(examples, batch_size, tokens))
+    assert [i for part in parts for i in part] == [i for part in batches(examples, batch_size) for i in part]
+    for part, following in zip(parts, [*parts[1:], []], strict=True):
+        longest = len(examples[part[0]].prompt)
+        assert len(part) == 1 or (len(part) <= batch_size and len(part) * longest <= tokens)
+        full = len(part) == batch_size or (len(part) + 1) * longest > tokens
+        assert full or not following
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_no_numbers_are_refused_with_the_prompt(wrong: float) -> None:
+    def broken(input_ids: Tensor, attention_mask: Tensor, state: None) -> tuple[Tensor, None]:
+        logits = torch.zeros(len(input_ids), VOCABULARY)
+        logits[input_ids[:, -1] == 7, 3] = wrong
+        return logits, None
+
+    good = EncodedExample((1, 2), ((3,), (4,)), 0, "'the good one'")
+    bad = EncodedExample((1, 7), ((3,), (4,)), 0, "'the bad one'")
+    assert len(score_choices(broken, [good, good])) == 2
+    with pytest.raises(ScoringError, match=r"after the prompt 'the bad one' are \[.*, not all finite numbers"):
+        score_choices(broken, [good, bad, good])
+
+
 def test_progress_counts_every_example() -> None:
     counts: list[int] = []
     score_choices(Recurrent(), [EncodedExample((1,), ((2,), (3,)), 0)] * 7, batch_size=3, on_batch=counts.append)
@@ -151,7 +179,7 @@ def llama() -> PreTrainedModel:
     return model
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(examples=st.lists(an_example(), min_size=1, max_size=4))
 def test_a_calibrated_answer_is_decoded_as_generation_would(
     llama: PreTrainedModel, examples: list[EncodedExample]

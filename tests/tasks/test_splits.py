@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.tasks import Example, TaskError, split_examples
+from act_export.tasks import Example, TaskError, prompt_digest, split_examples, unused
 
 sizes = st.integers(1, 8)
 
@@ -53,3 +53,19 @@ def test_too_few_prompts_are_refused_with_the_counts() -> None:
 def test_a_split_without_examples_is_refused(name: str) -> None:
     with pytest.raises(TaskError, match=f"the {name} split has 0 examples"):
         split_examples(examples(9), **{"rank": 2, "choose": 2, "report": 2, name: 0})
+
+
+def test_a_prompts_digest_stays_what_it_is() -> None:
+    """Calibration files have them."""
+    assert prompt_digest("a prompt é") == "8ffc9a32"
+
+
+def test_used_prompts_are_left_out_whatever_their_answer() -> None:
+    data = examples(6)
+    splits = split_examples(data, rank=1, choose=2, report=2)
+    used = [prompt_digest(example.prompt) for example in (*splits.rank, *splits.choose)]
+    left = unused(data, used)
+    assert left == [example for example in data if example not in (*splits.rank, *splits.choose)]
+    assert len(left) == 3
+    assert unused([Example(data[0].prompt, (" c", " d"), 1)], [prompt_digest(data[0].prompt)]) == []
+    assert unused(data, []) == data
