@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 
 from act_export.checkpoint import Checkpoint, load_checkpoint
@@ -14,6 +15,10 @@ from act_export.export import build_model
 from act_export.runtime import Session
 
 ROOT = Path(__file__).parent.parent
+
+# A slow machine is no failure; a failing example prints what runs it again.
+settings.register_profile("act-export", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("act-export")
 
 
 @pytest.fixture(scope="session")
