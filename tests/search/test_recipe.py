@@ -1,50 +1,46 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from act_export.calibration import Calibration, find_recipe
-from act_export.checkpoint import Checkpoint, load_checkpoint
+from act_export.checkpoint import Checkpoint
 from act_export.hooks import attention_hook
 from act_export.search import FastAttention
-from act_export.tasks import Example, load_examples, split_examples
-from act_export.verify.evaluate import compare, evaluate
+from act_export.tasks import load_examples, prompt_digest, split_examples
+from act_export.verify.evaluate import compare, evaluate, held_out
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "models" / "smollm2-135m.json"
+RECIPE = Path(__file__).parents[2] / "models" / "smollm2-135m.json"
 
 pytestmark = pytest.mark.real
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    return load_checkpoint("smollm2-135m")
-
-
-@pytest.fixture(scope="module")
-def report() -> tuple[Example, ...]:
-    subprocess.run([sys.executable, str(ROOT / "tools" / "fetch_data"), "sst2"], check=True)
-    return split_examples(load_examples("sst2")).report
-
-
-def test_the_shipped_recipe_is_found_for_the_built_in_model(checkpoint: Checkpoint) -> None:
-    found = find_recipe(checkpoint.identity)
+def test_the_shipped_recipe_is_found_for_the_built_in_model(smollm2: Checkpoint) -> None:
+    found = find_recipe(smollm2.identity)
     assert found is not None
     recipe = Calibration.load(found)
     assert recipe == Calibration.load(RECIPE)
-    recipe.check_fits(checkpoint.identity)
+    recipe.check_fits(smollm2.identity)
     assert recipe.num_calibrated_heads > 0
     assert recipe.to_json() == RECIPE.read_text(encoding="utf-8")
 
 
-def test_the_shipped_recipe_answers_more_unseen_questions(checkpoint: Checkpoint, report: tuple[Example, ...]) -> None:
-    examples = report[:40]
+def test_the_shipped_recipe_records_the_prompts_it_was_found_with(sst2_rows: None) -> None:
+    examples = load_examples("sst2")
+    recipe = Calibration.load(RECIPE)
+    splits = split_examples(examples)
+    assert recipe.provenance is not None
+    assert recipe.provenance.notes["used"] == sorted(prompt_digest(e.prompt) for e in (*splits.rank, *splits.choose))
+    assert tuple(held_out(examples, [recipe], split="report")) == splits.report
+
+
+def test_the_shipped_recipe_answers_more_unseen_questions(smollm2: Checkpoint, sst2_rows: None) -> None:
+    recipe = Calibration.load(RECIPE)
+    examples = held_out(load_examples("sst2"), [recipe], split="report")[:40]
     results = []
-    for calibration in (None, Calibration.load(RECIPE)):
-        with attention_hook(checkpoint.model, FastAttention(calibration)) as hooked:
-            results.append(evaluate(hooked, checkpoint.tokenizer, examples))
+    for calibration in (None, recipe):
+        with attention_hook(smollm2.model, FastAttention(calibration)) as hooked:
+            results.append(evaluate(hooked, smollm2.tokenizer, examples))
     comparison = compare(*results)
     assert comparison.gained > comparison.lost, comparison
