@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +72,7 @@ def load_checkpoint(source: str) -> Checkpoint:
         if path.suffix == ".gguf":
             return _load_folder(_converted(path), name=source)
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
-    if source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not source.endswith("/"):
+    if _looks_like_hub_id(source):
         return _load_hub(source)
     raise CheckpointError(
         f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
@@ -89,16 +91,26 @@ def load_tokenizer_of(source: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    place = str(_converted(_built_in_gguf(source))) if source in BUILT_IN else str(Path(source).expanduser())
-    if source not in BUILT_IN and not Path(place).is_dir():
-        if source.count("/") != 1:
-            raise CheckpointError(f"there is no folder {source} to take the tokenizer from")
+    path = Path(source).expanduser()
+    if source in BUILT_IN:
+        place = str(_converted(_built_in_gguf(source)))
+    elif path.is_file() and path.suffix == ".gguf":
+        place = str(_converted(path))
+    elif path.is_dir():
+        place = str(path)
+    elif _looks_like_hub_id(source):
         place = source
+    else:
+        raise CheckpointError(f"there is no folder, .gguf file or hub id {source} to take the tokenizer from")
     with _readable_errors(source), _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not source.endswith(("/", ".gguf"))
 
 
 def identify(model: PreTrainedModel) -> ModelIdentity:
@@ -151,25 +163,29 @@ def _converted(gguf: Path) -> Path:
     """Folder with the GGUF file's weights as safetensors, converted now unless that was done before."""
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache_folder() / "checkpoints" / f"{gguf.stem}-{key}"
+    reader = metadata.version("transformers")
+    folder = cache_folder() / "checkpoints" / f"{gguf.stem}-{key}-{reader}"
     if (folder / "config.json").is_file():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"can't write the converted checkpoint to {folder.parent}: {error.strerror}") from error
     with _readable_errors(str(gguf)), _quiet_transformers():
-        place: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
         try:
-            partial.mkdir(parents=True)
+            place: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            model = AutoModelForCausalLM.from_pretrained(
+                **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            )
             tokenizer.save_pretrained(partial)
             model.save_pretrained(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            if not (folder / "config.json").is_file():  # another process may have been faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

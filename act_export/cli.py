@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_COMMAND = "export"
 EXIT_FAILED_PARITY = 1
 EXIT_UNUSABLE = 2
+EXIT_DEFECT = 3
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _console = Console(stderr=True, highlight=False)
@@ -68,9 +69,23 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `act-export` command."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial files are removed
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
+
+
+class _InterruptedError(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt: Python would end by that signal where it passed through C code, handled or not."""
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise _InterruptedError
+
+
+def _terminate(*_: object) -> NoReturn:
+    sys.exit(128 + signal.SIGTERM)  # an exception, so that partial files are removed
 
 
 def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -84,8 +99,13 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             _fail(str(error), EXIT_FAILED_PARITY)
         except ActExportError as error:
             _fail(str(error), EXIT_UNUSABLE)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", EXIT_UNUSABLE)
+        except (_InterruptedError, KeyboardInterrupt):
+            _fail("interrupted; no partial output was left", EXIT_UNUSABLE)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            _console.print_exception()
+            _fail(f"this is a defect of act-export, please report it: {type(error).__name__}: {error}", EXIT_DEFECT)
 
     return wrapped
 
@@ -155,6 +175,7 @@ def export_command(
     """Calibrates and exports MODEL (the default command)."""
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration
     from act_export.export.write import check_output
+    from act_export.hooks import check_supported
 
     if out is None:
         raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
@@ -165,6 +186,7 @@ def export_command(
 
         import_onnxruntime()
     checkpoint = _load(model)
+    check_supported(checkpoint.model)
     with _search_progress() as progress:
         chosen = resolve_calibration(checkpoint, request, notice=_note, progress=progress)
     if chosen is not None and not chosen.num_calibrated_heads:
@@ -188,15 +210,23 @@ def search_command(
 ) -> None:
     """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it."""
     from act_export.convert import CalibrationRequest, search_calibration
+    from act_export.export.write import check_writable
+    from act_export.hooks import check_supported
 
     request = CalibrationRequest(False, None, task, data, beta, threshold, threshold_mode, seed)
-    if not out.parent.is_dir():
-        raise ActExportError(f"there is no folder {out.parent}; create it, or pass another --out")
+    if out.is_dir():
+        raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
+    check_writable(out.parent)
     checkpoint = _load(model)
+    check_supported(checkpoint.model)
     with _search_progress() as progress:
         found = search_calibration(checkpoint, request, progress=progress)
-    found.save(out)
-    _console.print(_describe_calibration(found))
+    try:
+        found.save(out)
+    except OSError as error:
+        print(found.to_json())
+        raise ActExportError(f"can't write {out}: {error.strerror}; the calibration was printed instead") from error
+    _note(_describe_calibration(found))
     print(out)
 
 
@@ -287,7 +317,7 @@ def eval_command(
         if path is None:
             continue
         with Session.open(path, native=not portable) as session, _status() as step:
-            step(f"{name}: {len(examples)} prompts")
+            step(f"{name}, {len(examples)} prompts")
             results[name] = evaluate(session, load_tokenizer(session, tokenizer), examples)
     comparison = compare(results["plain"], results["calibrated"]) if against is not None else None
     if as_json:

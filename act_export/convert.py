@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def search_calibration(
 def export_model(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     verify: bool = True,
     progress: Notice = lambda _: None,
@@ -198,6 +199,7 @@ def export_model(
         VerificationError: If parity fails; nothing is written then.
         ActExportError: If the calibration doesn't fit, the model isn't supported, or the output can't be written.
     """
+    out = Path(out)
     check_output(out)
     name = out.name if is_file_output(out) else "model.onnx"
     with staged(out) as folder:

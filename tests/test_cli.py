@@ -237,6 +237,8 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "too few rows": ([folder, *out, "--data", with_file("f.jsonl", good_row)], "1 different prompts"),
         "generate without a file": (["generate", tmp / "no.onnx", "a"], "there is no model"),
         "inspect something else": (["inspect", with_file("t.onnx", "text")], "t.onnx"),
+        "search into a folder": (["search", folder, "--out", tmp], "is a folder; pass a file"),
+        "out is a checkpoint": ([folder, "--out", folder, "--plain"], "holds other files, e.g. "),
         "search into a missing folder": (["search", folder, "--out", tmp / "none" / "c.json"], "there is no folder"),
     }
 
@@ -269,6 +271,8 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "too few rows",
         "generate without a file",
         "inspect something else",
+        "search into a folder",
+        "out is a checkpoint",
         "search into a missing folder",
     ],
 )
@@ -362,5 +366,5 @@ def test_an_interruption_leaves_nothing(checkpoint_folder, tmp_path, sent):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (2 if sent == signal.SIGINT else 143)
-    assert sent != signal.SIGINT or "interrupted; nothing was written" in errors
+    assert sent != signal.SIGINT or "interrupted; no partial output was left" in errors
     assert not list(tmp_path.iterdir())

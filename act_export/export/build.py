@@ -28,6 +28,6 @@ def build_model(checkpoint: Checkpoint, calibration: Calibration | None, path: P
     if calibration is not None:
         calibration.check_fits(checkpoint.identity)
     model = slim(trace(checkpoint.model, calibration), weight_prefix="model.")
-    finish_model(model, metadata(calibration, checkpoint.identity, source))
+    finish_model(model, metadata(calibration, checkpoint, source))
     save_model(model, path)
     check_model(path)

@@ -15,11 +15,30 @@ import onnx
 import onnx_ir as ir
 
 from act_export import __version__
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration import Calibration
+from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
 from act_export.ops import functions, schema
 
 METADATA_PREFIX = "act_export."
+COMPANIONS = {
+    "added_tokens.json",
+    "calibration.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "libact_ops.dll",
+    "libact_ops.dylib",
+    "libact_ops.so",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+_FILES_OF_A_SINGLE_EXPORT = 2  # graph and weights
+_SUFFIXES_OF_FILES = {".bin", ".data", ".gguf", ".json", ".ort", ".pb", ".pt", ".pth", ".safetensors", ".txt", ".zip"}
 _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
 
@@ -28,12 +47,36 @@ class OutputError(ActExportError):
     """The output can't be written where it was asked for."""
 
 
-def metadata(calibration: Calibration | None, identity: ModelIdentity, source: str) -> dict[str, str]:
-    """What travels inside the ONNX file: version, calibration, and the model that it was made from."""
-    properties = {"version": __version__, "model": json.dumps(asdict(identity)), "source": source}
+def metadata(calibration: Calibration | None, checkpoint: Checkpoint, source: str) -> dict[str, str]:
+    """What travels inside the ONNX file: version, calibration, the model that it was made from, and its limits."""
+    config = checkpoint.model.config
+    properties = {
+        "version": __version__,
+        "model": json.dumps(asdict(checkpoint.identity)),
+        "source": source,
+        "limits": json.dumps(
+            {
+                "vocabulary": config.vocab_size,
+                "context": getattr(config, "max_position_embeddings", None),
+                "stop_tokens": stop_tokens(checkpoint),
+            }
+        ),
+    }
     if calibration is not None:
         properties["calibration"] = calibration.to_json()
     return {METADATA_PREFIX + key: value for key, value in properties.items()}
+
+
+def stop_tokens(checkpoint: Checkpoint) -> list[int]:
+    """Tokens after which generation ends, by tokenizer, generation configuration and configuration."""
+    generation = checkpoint.model.generation_config
+    given = [
+        checkpoint.tokenizer.eos_token_id if checkpoint.tokenizer is not None else None,
+        generation.eos_token_id if generation is not None else None,
+        checkpoint.model.config.eos_token_id,
+    ]
+    lists = [tokens if isinstance(tokens, list) else [tokens] for tokens in given]
+    return sorted({int(token) for tokens in lists for token in tokens if token is not None})
 
 
 def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:
@@ -83,19 +126,29 @@ def check_output(out: Path) -> None:
     Raises:
         OutputError: With what to do.
     """
-    parent = out.parent
-    if not parent.is_dir():
-        raise OutputError(f"there is no folder {parent}; create it, or pass another --out")
     if is_file_output(out):
         if out.is_dir():
             raise OutputError(f"{out} is a folder; pass --out {out / 'model.onnx'}, or a name without .onnx")
-    elif (out.exists() and not out.is_dir()) or (not out.exists() and out.suffix[1:].isalpha()):
+    elif out.is_dir():
+        others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if others and "model.onnx" not in others:
+            raise OutputError(
+                f"{out} holds other files, e.g. {others[0]}; pass a new or empty folder, or one that act-export wrote"
+            )
+    elif out.exists() or out.suffix in _SUFFIXES_OF_FILES:
         raise OutputError(f"{out} looks like a file but doesn't end in .onnx; pass a name ending in .onnx, or a folder")
+    check_writable(_staging_place(out))
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OutputError unless the folder exists and files can be made in it."""
+    if not folder.is_dir():
+        raise OutputError(f"there is no folder {folder}; create it, or pass another --out")
     try:
-        with tempfile.TemporaryFile(dir=out if out.is_dir() else parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"can't write to {parent}: {error.strerror}") from error
+        raise OutputError(f"can't write to {folder}: {error.strerror}") from error
 
 
 def is_file_output(out: Path) -> bool:
@@ -103,22 +156,30 @@ def is_file_output(out: Path) -> bool:
     return out.suffix == ".onnx"
 
 
+def _staging_place(out: Path) -> Path:
+    """The folder in which an output is put together: on the output's own disk, so that moving files is instant."""
+    return out if out.is_dir() else out.parent
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, for files that `publish` moves to their final names.
+    """A temporary folder beside `out`, or in it, for files that `publish` moves to their final names.
 
     Whatever ends the block, the temporary folder is gone afterwards.
 
     Raises:
-        OutputError: If the disk ran full.
+        OutputError: If the files can't be written, for instance because the disk ran full.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    place = _staging_place(out)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=place))
+    except OSError as error:
+        raise OutputError(f"can't write to {place}: {error.strerror}") from error
     try:
         yield folder
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {out.parent} is full; nothing was written") from error
-        raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise OutputError(f"can't write to {place}: {reason}; no partial output was left") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -127,6 +188,8 @@ def publish(folder: Path, target: Path) -> list[Path]:
     """Moves every file of a staging folder into `target`.
 
     An older graph goes first and the new one comes last, so that a graph never lies beside weights that aren't its own.
+    In a folder of its own an export also removes what an older one left there: a tokenizer or calibration that the new
+    one doesn't have.
 
     Returns:
         The final paths.
@@ -136,4 +199,12 @@ def publish(folder: Path, target: Path) -> list[Path]:
     for path in files:
         if path.suffix == ".onnx":
             (target / path.name).unlink(missing_ok=True)
-    return [path.rename(target / path.name) for path in files]
+    if len(files) > _FILES_OF_A_SINGLE_EXPORT:
+        for name in COMPANIONS - {path.name for path in files}:
+            (target / name).unlink(missing_ok=True)
+    published = []
+    for path in files:
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        published.append(path.replace(target / path.name))
+    return published

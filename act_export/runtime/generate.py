@@ -75,7 +75,8 @@ def generate_steps(
         pad_token: Fills shorter prompts; never attended to.
 
     Yields:
-        The new token of each sequence, None for those that have ended. Stops when all have.
+        The new token of each sequence, None for those that have ended. Stops when all have, or one has filled the
+        model's context.
 
     Raises:
         ActExportError: For an empty prompt.
@@ -92,8 +93,10 @@ def generate_steps(
         running &= ~np.isin(tokens, list(stop_tokens))
         if not running.any():
             return
+        if session.limits.context is not None and (mask.sum(-1) >= session.limits.context)[running].any():
+            return
         ids = np.where(running, tokens, pad_token)[:, None]
-        mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], 1)
+        mask = np.concatenate([mask, running[:, None].astype(np.int64)], 1)
 
 
 def generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -39,6 +40,27 @@ class RunOutputs(NamedTuple):
     state: State
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the model can take, and where generation ends.
+
+    Attributes:
+        vocabulary: Number of token ids; None if it isn't recorded.
+        context: Largest number of tokens of a sequence; None if there is none.
+        stop_tokens: Generation ends after one of these.
+    """
+
+    vocabulary: int | None = None
+    context: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> Limits:
+        """Reads the file's record."""
+        fields = json.loads(text)
+        return cls(fields.get("vocabulary"), fields.get("context"), tuple(fields.get("stop_tokens", ())))
+
+
 class Session:
     """An exported model, ready to run.
 
@@ -60,6 +82,7 @@ class Session:
         }
         self._state_inputs = [i for i in inner.get_inputs() if i.name.startswith(tuple(_STATE_INPUTS))]
         self._outputs = ["logits", *(_present_name(i.name) for i in self._state_inputs)]
+        self._limits = Limits.from_json(self.properties.get("limits", "{}"))
         if not self._state_inputs or "logits" not in {o.name for o in inner.get_outputs()}:
             raise SessionError(f"{path} has no logits or no past_key_values; is it a model that act-export wrote?")
 
@@ -106,6 +129,11 @@ class Session:
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't load {file}: {error}") from error
         return cls(file, inner, native=native)
+
+    @property
+    def limits(self) -> Limits:
+        """Vocabulary, context length and stop tokens, as recorded in the file."""
+        return self._limits
 
     def close(self) -> None:
         """Frees the session; it can't run any more."""
@@ -155,7 +183,8 @@ class Session:
             position_ids: (batch, sequence); None counts the real tokens.
 
         Raises:
-            SessionError: If shapes don't fit.
+            SessionError: If shapes don't fit, a token isn't in the vocabulary, a sequence is longer than the model's
+                context, or ONNX Runtime fails.
         """
         if self._inner is None:
             raise SessionError(f"the session over {self.path} was closed")
@@ -168,17 +197,33 @@ class Session:
                 f"attention_mask has shape {attention_mask.shape}; {batch} sequences with {past} cached and {sequence} "
                 f"new tokens need {(batch, past + sequence)}"
             )
+        self._check_tokens(input_ids, attention_mask)
         if position_ids is None:
-            position_ids = np.maximum(attention_mask.cumsum(-1) - 1, 0)[:, -sequence:]
+            position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
         feeds = {
             "input_ids": input_ids.astype(np.int64, copy=False),
             "attention_mask": attention_mask.astype(np.int64, copy=False),
             "position_ids": position_ids.astype(np.int64, copy=False),
             **state,
         }
-        logits, *present = self._inner.run(self._outputs, feeds)
+        try:
+            logits, *present = self._inner.run(self._outputs, feeds)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error
         names = [given.name for given in self._state_inputs]
         return RunOutputs(logits, dict(zip(names, present, strict=True)))
+
+    def _check_tokens(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> None:
+        if not input_ids.size:
+            raise SessionError(f"input_ids has shape {input_ids.shape}; give at least one token")
+        vocabulary, context = self._limits.vocabulary, self._limits.context
+        lowest, highest = input_ids.min(), input_ids.max()
+        if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
+            wrong = lowest if lowest < 0 else highest
+            raise SessionError(f"token {wrong} is not in the vocabulary of {vocabulary} tokens")
+        longest = int((attention_mask != 0).sum(-1).max())
+        if context is not None and longest > context:
+            raise SessionError(f"a sequence has {longest} tokens; the model's context holds {context}")
 
 
 def select(state: State, rows: Sequence[int]) -> State:

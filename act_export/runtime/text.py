@@ -52,7 +52,7 @@ def stream_text(
         tokenizer: Its tokenizer.
         prompt: Text to continue, or with `chat` the user's message.
         chat: Put the prompt into the tokenizer's chat template.
-        max_new_tokens: Tokens at the most; generation also ends after the tokenizer's end token.
+        max_new_tokens: Tokens at the most; generation also ends after one of the model's stop tokens.
         sampling: How tokens are drawn; None is greedy.
 
     Raises:
@@ -66,7 +66,7 @@ def stream_text(
         else prompt
     )
     ids = tokenizer(text, add_special_tokens=not chat).input_ids
-    stop = {tokenizer.eos_token_id} - {None}
+    stop = {*session.limits.stop_tokens, tokenizer.eos_token_id} - {None}
     tokens: list[int] = []
     shown = ""
     for step in generate_steps(session, [ids], max_new_tokens=max_new_tokens, stop_tokens=stop, sampling=sampling):

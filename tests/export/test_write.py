@@ -68,6 +68,45 @@ def test_nothing_stays_after_an_interruption(tmp_path, error):
 
 
 def test_a_disk_that_runs_full_is_an_error_of_ours(tmp_path):
-    with pytest.raises(OutputError, match="is full; nothing was written"), staged(tmp_path / "a.onnx"):
+    with pytest.raises(OutputError, match="the disk is full; no partial output was left"), staged(tmp_path / "a.onnx"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_older_exports_companions_go(tmp_path):
+    out = tmp_path / "out"
+    for written in (
+        ["model.onnx", "model.onnx.data", "calibration.json", "tokenizer.json"],
+        ["model.onnx", "config.json"],
+    ):
+        with staged(out) as folder:
+            for name in [*written, "model.onnx.data"]:
+                (folder / name).write_text(name)
+            publish(folder, out)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
+
+
+def test_a_single_file_leaves_its_neighbours_alone(tmp_path):
+    (tmp_path / "calibration.json").write_text("mine")
+    with staged(tmp_path / "a.onnx") as folder:
+        (folder / "a.onnx").write_text("graph")
+        (folder / "a.onnx.data").write_text("weights")
+        publish(folder, tmp_path)
+    assert (tmp_path / "calibration.json").read_text() == "mine"
+
+
+def test_an_existing_folder_is_written_in_itself(tmp_path):
+    """So that a mounted folder works, whose parent can't be written to."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with staged(out) as folder:
+        assert folder.parent == out
+        (folder / "model.onnx").write_text("graph")
+        publish(folder, out)
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+
+
+def test_a_folder_with_other_files(tmp_path):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(OutputError, match=r"holds other files, e\.g\. notes\.md"):
+        check_output(tmp_path)

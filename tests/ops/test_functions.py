@@ -140,6 +140,16 @@ ATTRIBUTES = {
 SHAPE = {"heads": 6, "kv_heads": 2, "calibrated": 3}
 
 
+def test_any_nonzero_mask_value_is_a_real_token():
+    inputs = random_inputs(np.random.default_rng(3), batch=2, sequence=5, past=3, left=2, **SHAPE)
+    engine = session(schema.CALIBRATED, ATTRIBUTES)
+    expected = engine.run(None, inputs)
+    for output, wanted in zip(
+        engine.run(None, inputs | {"attention_mask": 7 * inputs["attention_mask"]}), expected, strict=True
+    ):
+        np.testing.assert_array_equal(output, wanted)
+
+
 def test_plain_operator_equals_the_reference():
     attributes = {key: ATTRIBUTES[key] for key in ("num_heads", "kv_num_heads", "scale")}
     inputs = random_inputs(np.random.default_rng(0), batch=2, sequence=5, past=3, left=2, **SHAPE)

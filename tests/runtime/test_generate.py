@@ -115,3 +115,8 @@ def test_streamed_pieces_join_to_the_text(tiny_session):
 def test_chat_needs_a_template(tiny_session):
     with pytest.raises(ActExportError, match="no chat template"):
         next(stream_text(tiny_session, tiny_tokenizer(), "hello", chat=True))
+
+
+def test_generation_ends_where_the_context_does(tiny_session):
+    prompt = [5 + i % 50 for i in range(250)]
+    assert len(generate(tiny_session, [prompt, [7, 8]], max_new_tokens=40)[0]) == 7

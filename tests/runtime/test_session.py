@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import importlib
 from importlib import metadata
 
@@ -115,15 +114,33 @@ def test_no_library(tiny_file, monkeypatch):
         assert session.run(*prompt(3)).logits.shape == (1, 3, VOCABULARY)
 
 
-def test_running_needs_no_torch(tiny_file, monkeypatch):
-    """Production inference imports ONNX Runtime and numpy; this checks a session's own run."""
-    real_import = builtins.__import__
+def test_unusable_tokens(tiny_session):
+    ids, mask = prompt(9)
+    ids[0, 4] = VOCABULARY
+    with pytest.raises(SessionError, match=f"token {VOCABULARY} is not in the vocabulary of {VOCABULARY}"):
+        tiny_session.run(ids, mask)
+    ids[0, 4] = -1
+    with pytest.raises(SessionError, match="token -1 is not"):
+        tiny_session.run(ids, mask)
+    with pytest.raises(SessionError, match="at least one token"):
+        tiny_session.run(ids[:, :0], mask[:, :0])
 
-    def without_torch(name, *arguments, **options):
-        if name == "torch" or name.startswith("torch."):
-            raise ImportError("torch isn't allowed here")
-        return real_import(name, *arguments, **options)
 
-    with Session.open(tiny_file) as session:
-        monkeypatch.setattr(builtins, "__import__", without_torch)
-        assert session.run(*prompt(4)).logits.shape == (1, 4, VOCABULARY)
+def test_a_prompt_beyond_the_context(tiny_session):
+    ids, mask = prompt(257)
+    with pytest.raises(SessionError, match="a sequence has 257 tokens; the model's context holds 256"):
+        tiny_session.run(ids, mask)
+    mask[0, 0] = 0  # padding doesn't count
+    assert tiny_session.run(ids, mask).logits.shape[1] == 257
+
+
+def test_a_failing_run_is_an_error_of_ours(tiny_session):
+    ids, mask = prompt(5)
+    state = {name: value[..., :1] for name, value in tiny_session.empty_state(1).items()}
+    with pytest.raises(SessionError, match="ONNX Runtime can't run"):
+        tiny_session.run(ids, mask, state)
+
+
+def test_limits(tiny_session):
+    assert (tiny_session.limits.vocabulary, tiny_session.limits.context) == (VOCABULARY, 256)
+    assert tiny_session.limits.stop_tokens == (2,)
