@@ -300,22 +300,26 @@ def eval_command(
     split: Annotated[
         str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
     ] = "report",
-    seed: SeedOption = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the splits; the file's own search has the say where there was one.")
+    ] = None,
     portable: PortableOption = False,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
-    from act_export.convert import CalibrationRequest, evaluation_examples
+    from act_export.convert import CalibrationRequest, requested_examples
     from act_export.runtime import Session
     from act_export.runtime.text import load_tokenizer
-    from act_export.verify.evaluate import compare, evaluate
+    from act_export.verify.evaluate import compare, evaluate, held_out
+    from act_export.verify.inspect import inspect_file
 
-    examples = evaluation_examples(CalibrationRequest(task=task, data=data, seed=seed), split)
+    files = {"calibrated": file} | ({"plain": against} if against is not None else {})
+    calibrations = [inspect_file(path).calibration for path in files.values()]
+    everything, _ = requested_examples(CalibrationRequest(task=task, data=data))
+    examples = held_out(everything, calibrations, split=split, seed=seed)
     results = {}
-    for name, path in (("calibrated", file), ("plain", against)):
-        if path is None:
-            continue
+    for name, path in files.items():
         with Session.open(path, native=not portable) as session, _status() as step:
             step(f"{name}, {len(examples)} prompts")
             results[name] = evaluate(session, load_tokenizer(session, tokenizer), examples)

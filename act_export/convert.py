@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,28 +133,6 @@ def requested_examples(request: CalibrationRequest) -> tuple[list[Example], str]
         return read_examples(request.data), request.data.name
     name = request.task or DEFAULT_TASK
     return load_examples(name), name
-
-
-def evaluation_examples(request: CalibrationRequest, split: str) -> Sequence[Example]:
-    """The examples to evaluate on.
-
-    Args:
-        request: Task or data, and the seed that a search's splits were drawn with.
-        split: "report", those of that search's held-out split; "held-out", all that it didn't choose heads with; "all".
-
-    Raises:
-        ActExportError: For another split, or data that can't be read or split.
-    """
-    examples, _ = requested_examples(request)
-    if split == "all":
-        return examples
-    if split not in ("report", "held-out"):
-        raise ActExportError(f"there is no split {split!r}; pass report, held-out or all")
-    splits = split_examples(examples, seed=request.seed)
-    if split == "report":
-        return splits.report
-    used = {example.prompt for example in (*splits.rank, *splits.choose)}
-    return [example for example in examples if example.prompt not in used]
 
 
 def search_calibration(
