@@ -2,13 +2,23 @@
 // nothing of ONNX Runtime: raw pointers, sizes and a parallel for. Every kernel has this name and these arguments.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 
 namespace act {
 
-// Calls body(0) ... body(count - 1), in any order and on any threads, and returns when all have returned.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t)>& body)>;
+// What a kernel needs of the program it runs in. Every function may be called from any thread.
+class Host {
+ public:
+  virtual ~Host() = default;
+  // Calls body(0) ... body(count - 1), in any order and on any threads, and returns when all have returned. Throws what
+  // a body threw.
+  virtual void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) = 0;
+  // At least 16-byte aligned, never null: throws where there is no memory.
+  virtual void* Allocate(size_t bytes) = 0;
+  virtual void Free(void* memory) noexcept = 0;
+};
 
 // Tensors are contiguous, in the layout of their comment. past_* and present_* of the same name may be the same memory.
 // Storage is float, Float16 or BFloat16; all arithmetic is float32.
@@ -47,12 +57,34 @@ struct AttentionArguments {
   bool relative_threshold = false;            // threshold is a multiple of 1 / real tokens of the sequence
 };
 
+// The readable kernel, which the fast one is tested against.
 namespace plain {
 
 // Memory: the present buffers, and O(sequence + total) floats for each head in flight.
 template <typename T>
-void Attention(const AttentionArguments<T>& arguments, const ParallelFor& parallel_for);
+void Attention(const AttentionArguments<T>& arguments, Host& host);
 
 }  // namespace plain
+
+namespace fast {
+
+// What the vectorised parts were compiled for. kPortable: whatever every machine of this architecture has.
+enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+
+constexpr InstructionSet kInstructionSets[] = {InstructionSet::kPortable, InstructionSet::kAvx2,
+                                               InstructionSet::kAvx512};
+
+const char* Name(InstructionSet instruction_set);
+// Whether it was compiled into this library, and this machine has it.
+bool IsSupported(InstructionSet instruction_set);
+// The widest that is supported.
+InstructionSet Best();
+
+// Memory from `host`: O(total) floats for each thread and each calibrated head. Results do not depend on the number of
+// threads.
+template <typename T>
+void Attention(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set = Best());
+
+}  // namespace fast
 
 }  // namespace act

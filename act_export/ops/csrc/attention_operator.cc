@@ -83,7 +83,7 @@ void AttentionAttributes::ReadCalibration(const ort::Attributes& attributes) {
 }
 
 template <typename T>
-void RunAttention(const AttentionAttributes& attributes, const ort::Call& call) {
+void RunAttention(const AttentionAttributes& attributes, ort::Call& call) {
   size_t next = 0;
   const auto query = call.Input<T>(next++);
   const auto key = call.Input<T>(next++);
@@ -159,11 +159,11 @@ void RunAttention(const AttentionAttributes& attributes, const ort::Call& call) 
   a.beta = attributes.beta.data();
   a.threshold = attributes.threshold;
   a.relative_threshold = attributes.relative_threshold;
-  plain::Attention(a, [&call](int64_t count, const auto& body) { call.RunInParallel(count, body); });
+  fast::Attention(a, call);
 }
 
-template void RunAttention<float>(const AttentionAttributes&, const ort::Call&);
-template void RunAttention<Float16>(const AttentionAttributes&, const ort::Call&);
-template void RunAttention<BFloat16>(const AttentionAttributes&, const ort::Call&);
+template void RunAttention<float>(const AttentionAttributes&, ort::Call&);
+template void RunAttention<Float16>(const AttentionAttributes&, ort::Call&);
+template void RunAttention<BFloat16>(const AttentionAttributes&, ort::Call&);
 
 }  // namespace act

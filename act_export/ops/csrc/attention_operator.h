@@ -31,6 +31,6 @@ struct AttentionAttributes {
 
 // Checks the inputs of one call, makes its outputs and runs the kernel. T: float, Float16 or BFloat16.
 template <typename T>
-void RunAttention(const AttentionAttributes& attributes, const ort::Call& call);
+void RunAttention(const AttentionAttributes& attributes, ort::Call& call);
 
 }  // namespace act

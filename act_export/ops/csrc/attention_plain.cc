@@ -108,7 +108,7 @@ class Head {
     }
     UpdateSinkScores();
     const std::vector<int64_t> sinks =
-        FindLaterSinks(present_sums_, a_.total, real_, a_.sliding_window, a_.threshold, a_.relative_threshold);
+        SinkTest(a_.total, real_, a_.sliding_window, a_.threshold, a_.relative_threshold).LaterSinks(present_sums_);
     for (int64_t row = 0; row < a_.sequence && !sinks.empty(); row += kRowBlock) {
       CalibrateRows(row, std::min(kRowBlock, a_.sequence - row), sinks, &attended[row * a_.value_head_size]);
     }
@@ -288,19 +288,20 @@ class Head {
 }  // namespace
 
 template <typename T>
-void Attention(const AttentionArguments<T>& a, const ParallelFor& parallel_for) {
+void Attention(const AttentionArguments<T>& a, Host& host) {
   std::vector<RealTokens> real;
   for (int64_t b = 0; b < a.batch; ++b) real.emplace_back(a.attention_mask + b * a.total, a.total);
-  parallel_for(a.batch * a.kv_num_heads,
-               [&](int64_t i) { AppendKeysAndValues(a, i / a.kv_num_heads, i % a.kv_num_heads); });
-  parallel_for(a.batch * a.num_heads, [&](int64_t i) {
+  host.ParallelFor(a.batch * a.kv_num_heads, [&](int64_t i) {
+    AppendKeysAndValues(a, i / a.kv_num_heads, i % a.kv_num_heads, 0, a.present_capacity);
+  });
+  host.ParallelFor(a.batch * a.num_heads, [&](int64_t i) {
     const int64_t b = i / a.num_heads;
     Head<T>(a, real[b], b, i % a.num_heads).Attend();
   });
 }
 
-template void Attention(const AttentionArguments<float>&, const ParallelFor&);
-template void Attention(const AttentionArguments<Float16>&, const ParallelFor&);
-template void Attention(const AttentionArguments<BFloat16>&, const ParallelFor&);
+template void Attention(const AttentionArguments<float>&, Host&);
+template void Attention(const AttentionArguments<Float16>&, Host&);
+template void Attention(const AttentionArguments<BFloat16>&, Host&);
 
 }  // namespace act::plain

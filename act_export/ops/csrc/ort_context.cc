@@ -23,10 +23,13 @@ struct ParallelCall {
 
 }  // namespace
 
-void Call::RunInParallel(int64_t count, const std::function<void(int64_t)>& body) const {
+void Call::ParallelFor(int64_t count, const std::function<void(int64_t)>& body) {
   if (count == 0) return;
+  if (count == 1) return body(0);
   ParallelCall call{body, {}, nullptr};
-  Check(api_, api_.KernelContext_ParallelFor(context_, &ParallelCall::Run, static_cast<size_t>(count), 0, &call));
+  // As many batches as bodies: a thread that is done takes the next one, for bodies take different times.
+  const auto bodies = static_cast<size_t>(count);
+  Check(api_, api_.KernelContext_ParallelFor(context_, &ParallelCall::Run, bodies, bodies, &call));
   if (call.error) std::rethrow_exception(call.error);
 }
 

@@ -169,7 +169,7 @@ struct Tensor {
 };
 
 // One call of a kernel.
-class Call {
+class Call final : public Host {
  public:
   Call(const Api& api, KernelContext* context) : api_(api), context_(context) {}
 
@@ -202,7 +202,9 @@ class Call {
   }
 
   // On the session's threads. The first exception of a body is thrown again here, after all have returned.
-  void RunInParallel(int64_t count, const std::function<void(int64_t)>& body) const;
+  void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) override;
+  void* Allocate(size_t bytes) override { return ::operator new(bytes); }
+  void Free(void* memory) noexcept override { ::operator delete(memory); }
 
  private:
   void* Data(Value* value) const {

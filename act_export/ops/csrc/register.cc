@@ -15,7 +15,7 @@ namespace {
 
 constexpr char kDomain[] = "act";
 
-using Run = void(const AttentionAttributes&, const ort::Call&);
+using Run = void(const AttentionAttributes&, ort::Call&);
 
 struct Description {
   const char* name;
@@ -66,8 +66,10 @@ ort::Status* ACT_ORT_CALL MakeKernel(const ort::CustomOp* op, const ort::Api* ap
 
 ort::Status* ACT_ORT_CALL Compute(void* data, ort::KernelContext* context) {
   const auto& kernel = *static_cast<const Kernel*>(data);
-  return ort::Guard(kernel.op.api, kernel.op.name,
-                    [&] { kernel.op.run(kernel.attributes, ort::Call(kernel.op.api, context)); });
+  return ort::Guard(kernel.op.api, kernel.op.name, [&] {
+    ort::Call call(kernel.op.api, context);
+    kernel.op.run(kernel.attributes, call);
+  });
 }
 
 // A dimension that is known, or has a name, or neither (value -1, empty name).

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace act {
@@ -27,25 +28,44 @@ inline int64_t FirstVisible(int64_t position, int64_t sliding_window) {
   return sliding_window > 0 ? std::max<int64_t>(0, position - sliding_window + 1) : 0;
 }
 
-// Later sinks in ascending order, from running column sums over all rows so far. The initial token is never one.
-inline std::vector<int64_t> FindLaterSinks(const float* column_sums, int64_t total, const RealTokens& real,
-                                           int64_t sliding_window, float threshold, bool relative_threshold) {
-  std::vector<int64_t> sinks;
-  if (real.Count() == 0) return sinks;
-  const float tau = relative_threshold ? threshold / static_cast<float>(real.Count()) : threshold;
-  bool initial = true;
-  for (int64_t j = 0; j < total; ++j) {
-    if (!real.IsReal(j)) continue;
-    if (initial) {
+// Which positions of one sequence are later sinks.
+class SinkTest {
+ public:
+  SinkTest(int64_t total, const RealTokens& real, int64_t sliding_window, float threshold, bool relative_threshold)
+      : rows_(total), surely_not_(total, std::numeric_limits<float>::infinity()) {
+    if (real.Count() == 0) return;
+    threshold_ = relative_threshold ? threshold / static_cast<float>(real.Count()) : threshold;
+    bool initial = true;
+    for (int64_t j = 0; j < total; ++j) {
+      if (!real.IsReal(j)) continue;
+      const int64_t end = sliding_window > 0 ? std::min(total, j + sliding_window) : total;
+      rows_[j] = static_cast<float>(std::max<int64_t>(1, real.Count(j, end)));
+      if (!initial) surely_not_[j] = threshold_ * rows_[j] * (1.0f - 1e-5f);
       initial = false;
-      continue;
     }
-    const int64_t end = sliding_window > 0 ? std::min(total, j + sliding_window) : total;
-    const int64_t rows = std::max<int64_t>(1, real.Count(j, end));
-    if (column_sums[j] / static_cast<float>(rows) > tau) sinks.push_back(j);
   }
-  return sinks;
-}
+
+  // In ascending order, from running column sums over all rows so far. The initial token is never one.
+  std::vector<int64_t> LaterSinks(const float* column_sums) const {
+    constexpr int64_t kBlock = 64;  // a comparison that vectorises tells blocks without any from those to look into
+    std::vector<int64_t> sinks;
+    const auto total = static_cast<int64_t>(rows_.size());
+    for (int64_t block = 0; block < total; block += kBlock) {
+      const int64_t end = std::min(block + kBlock, total);
+      int candidates = 0;
+      for (int64_t j = block; j < end; ++j) candidates += column_sums[j] > surely_not_[j];
+      for (int64_t j = block; j < end && candidates > 0; ++j) {
+        if (column_sums[j] > surely_not_[j] && column_sums[j] / rows_[j] > threshold_) sinks.push_back(j);
+      }
+    }
+    return sinks;
+  }
+
+ private:
+  float threshold_ = 0.0f;
+  std::vector<float> rows_;        // by position: real rows that could see it
+  std::vector<float> surely_not_;  // by position: a column sum that is no higher is no later sink's
+};
 
 // Factors on the probabilities of a row: on its later sinks, and on the rest.
 struct RowFactors {

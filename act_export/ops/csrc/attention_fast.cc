@@ -1,0 +1,662 @@
+// The fast kernel: which rows and columns to look at, in which order and on which thread. The arithmetic is in
+// kernels.h.
+//
+// Prompts: a block of rows of one head at a time, its map in cache from the logits to the last use. Then the later
+// sinks are known, and the rows that see some are corrected from the sinks' columns alone. Decode (a few rows): the
+// cache is read once, in slices.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention.h"
+#include "cache.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "sinks.h"
+
+namespace act::fast {
+namespace {
+
+constexpr int64_t kDecodeRows = 8;        // calls with more new tokens are prompts
+constexpr int64_t kDecodeSlice = 256;     // positions
+constexpr int64_t kMaxChunks = 8;         // of the rows of a prompt, for one head
+constexpr int64_t kChunkBlocks = 2;       // row blocks in a chunk, at least
+constexpr int64_t kAppendRows = 512;      // positions that are copied to the cache at a time
+constexpr int64_t kWaveFloats = 8 << 20;  // scratch for the heads of a prompt that are in flight
+constexpr float kCancellation = 0.125f;   // below this mass outside the later sinks, o - oK would lose digits
+constexpr int64_t kUnlimited = INT64_MAX / 4;
+
+template <typename T>
+const TypedKernels<T>& Select(InstructionSet instruction_set) {
+  const Kernels* kernels = &kPortableKernels;
+#ifdef ACT_X86_KERNELS
+  if (instruction_set == InstructionSet::kAvx512) kernels = &kAvx512Kernels;
+  if (instruction_set == InstructionSet::kAvx2) kernels = &kAvx2Kernels;
+#else
+  static_cast<void>(instruction_set);
+#endif
+  if constexpr (std::is_same_v<T, float>) {
+    return kernels->of_float;
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return kernels->of_float16;
+  } else {
+    return kernels->of_bfloat16;
+  }
+}
+
+// Which positions of a sequence are real.
+struct Sequence {
+  RealTokens real;
+  int64_t begin = 0;            // first real position
+  int64_t end = 0;              // after the last
+  std::vector<uint8_t> hidden;  // by position: padding; empty where all of [begin, end) are real
+
+  Sequence(const int64_t* mask, int64_t total) : real(mask, total) {
+    while (begin < total && mask[begin] == 0) ++begin;
+    end = total;
+    while (end > begin && mask[end - 1] == 0) --end;
+    if (real.Count() == end - begin) return;
+    hidden.resize(total);
+    for (int64_t j = 0; j < total; ++j) hidden[j] = mask[j] == 0;
+  }
+
+  const uint8_t* Hidden() const { return hidden.empty() ? nullptr : hidden.data(); }
+};
+
+// What the two ways of working share.
+template <typename T>
+class Layer {
+ public:
+  Layer(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set)
+      : a_(arguments), host_(host), kernels_(Select<T>(instruction_set)), past_(a_.total - a_.sequence) {
+    for (int64_t b = 0; b < a_.batch; ++b) {
+      sequences_.emplace_back(a_.attention_mask + b * a_.total, a_.total);
+      if (a_.calibrated_count == 0) continue;
+      sink_tests_.emplace_back(a_.total, sequences_[b].real, a_.sliding_window, a_.threshold, a_.relative_threshold);
+    }
+  }
+
+ protected:
+  int64_t Group() const { return a_.num_heads / a_.kv_num_heads; }
+  int64_t Window() const { return a_.sliding_window > 0 ? a_.sliding_window : kUnlimited; }
+  int64_t CalibratedIndex(int64_t h) const { return a_.calibrated_count > 0 ? a_.calibrated_index[h] : -1; }
+
+  Scores ScoresOfLayer() const {
+    if (a_.softcap > 0.0f) return {a_.scale / a_.softcap, a_.softcap, kLog2E};
+    if (a_.scale == 0.0f) return {0.0f, 0.0f, kLog2E};
+    return {a_.scale > 0.0f ? 1.0f : -1.0f, 0.0f, std::abs(a_.scale) * kLog2E};
+  }
+
+  Cache<T> CacheOf(int64_t b, int64_t kv_head) const {
+    const int64_t head = (b * a_.kv_num_heads + kv_head) * a_.present_capacity;
+    return {a_.present_key + head * a_.head_size, a_.present_value + head * a_.value_head_size, a_.head_size,
+            a_.value_head_size};
+  }
+
+  const T* Query(int64_t b, int64_t h, int64_t row) const {
+    return a_.query + ((b * a_.sequence + row) * a_.num_heads + h) * a_.head_size;
+  }
+
+  T* Output(int64_t b, int64_t h, int64_t row) const {
+    return a_.output + ((b * a_.sequence + row) * a_.num_heads + h) * a_.value_head_size;
+  }
+
+  void StoreRow(const float* row, T* to) const {
+    for (int64_t d = 0; d < a_.value_head_size; ++d) to[d] = FromFloat<T>(row[d]);
+  }
+
+  float* PresentSums(int64_t b, int64_t index) const {
+    return a_.present_sink_scores + (b * a_.calibrated_count + index) * a_.present_capacity;
+  }
+
+  const float* PastSums(int64_t b, int64_t index) const {
+    return a_.past_sink_scores + (b * a_.calibrated_count + index) * a_.past_capacity;
+  }
+
+  // The running sums of a head plus those of this call, where `of_call` gives them by position; what the past buffer
+  // holds beyond `total` is kept.
+  template <typename Sums>
+  void UpdateSinkScores(int64_t b, int64_t index, const Sums& of_call) const {
+    const float* past = PastSums(b, index);
+    float* present = PresentSums(b, index);
+    for (int64_t j = 0; j < past_; ++j) present[j] = static_cast<float>(past[j] + of_call(j));
+    for (int64_t j = past_; j < a_.total; ++j) present[j] = static_cast<float>(of_call(j));
+    if (past != present && a_.past_capacity > a_.total) {
+      std::copy(past + a_.total, past + a_.past_capacity, present + a_.total);
+    }
+  }
+
+  std::vector<int64_t> LaterSinks(int64_t b, int64_t index) const {
+    return sink_tests_[b].LaterSinks(PresentSums(b, index));
+  }
+
+  // o = factors on its parts from the later sinks and from the rest.
+  void Combine(const RowFactors& factors, const float* from_sinks, const float* from_rest, float* o) const {
+    for (int64_t d = 0; d < a_.value_head_size; ++d) {
+      o[d] = factors.sinks * from_sinks[d] + factors.rest * from_rest[d];
+    }
+  }
+
+  const AttentionArguments<T>& a_;
+  Host& host_;
+  const TypedKernels<T>& kernels_;
+  const int64_t past_;
+  std::vector<Sequence> sequences_;
+  std::vector<SinkTest> sink_tests_;  // of each sequence, in a layer with calibrated heads
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+class Prompt : Layer<T> {
+  using Base = Layer<T>;
+  using Base::a_;
+  using Base::host_;
+  using Base::kernels_;
+  using Base::past_;
+  using Base::sequences_;
+
+ public:
+  Prompt(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set)
+      : Base(arguments, host, instruction_set) {
+    const int64_t blocks = (a_.sequence + kRowBlock - 1) / kRowBlock;
+    const int64_t chunks = std::clamp<int64_t>(blocks / kChunkBlocks, 1, kMaxChunks);
+    chunk_rows_ = (blocks + chunks - 1) / chunks * kRowBlock;
+    chunks_ = (a_.sequence + chunk_rows_ - 1) / chunk_rows_;
+  }
+
+  void Attend() {
+    Append();
+    const int64_t count = a_.batch * a_.num_heads;
+    for (int64_t next = 0; next < count;) {
+      std::vector<Head> heads;
+      for (int64_t floats = 0; next < count && floats < kWaveFloats; ++next) {
+        heads.push_back({next / a_.num_heads, next % a_.num_heads, Base::CalibratedIndex(next % a_.num_heads)});
+        if (heads.back().index >= 0) {
+          heads.back().scratch = floats;
+          floats += ScratchOfHead();
+        }
+      }
+      AttendHeads(heads);
+    }
+  }
+
+ private:
+  struct Head {
+    int64_t b;
+    int64_t h;
+    int64_t index;        // among the calibrated heads, or -1
+    int64_t scratch = 0;  // where its scratch begins
+    std::vector<int64_t> sinks = {};
+  };
+
+  // A calibrated head: statistics of the rows, column sums of each chunk, and rows that wait for their correction.
+  int64_t ScratchOfHead() const {
+    const int64_t output = std::is_same_v<T, float> ? 0 : a_.sequence * a_.value_head_size;
+    return (2 * a_.sequence + chunks_ * a_.total + output + 15) / 16 * 16;
+  }
+  float* Maxima(const Head& head) const { return wave_ + head.scratch; }
+  float* Normalisers(const Head& head) const { return Maxima(head) + a_.sequence; }
+  float* ColumnSums(const Head& head, int64_t chunk) const {
+    return Normalisers(head) + a_.sequence + chunk * a_.total;
+  }
+
+  // Attention of a calibrated head in float: (sequence, value_head_size), rows `AttendedStride` apart.
+  float* Attended(const Head& head, int64_t row) const {
+    if constexpr (std::is_same_v<T, float>) {
+      return Base::Output(head.b, head.h, row);
+    } else {
+      return ColumnSums(head, chunks_) + row * a_.value_head_size;
+    }
+  }
+  int64_t AttendedStride() const {
+    return std::is_same_v<T, float> ? a_.num_heads * a_.value_head_size : a_.value_head_size;
+  }
+
+  void Append() {
+    const int64_t parts = (a_.present_capacity + kAppendRows - 1) / kAppendRows;
+    host_.ParallelFor(a_.batch * a_.kv_num_heads * parts, [&](int64_t i) {
+      const int64_t head = i / parts;
+      const int64_t begin = i % parts * kAppendRows;
+      AppendKeysAndValues(a_, head / a_.kv_num_heads, head % a_.kv_num_heads, begin,
+                          std::min(begin + kAppendRows, a_.present_capacity));
+    });
+  }
+
+  void AttendHeads(std::vector<Head>& heads) {
+    int64_t floats = 0;
+    std::vector<Head*> calibrated;
+    for (Head& head : heads) {
+      if (head.index < 0) continue;
+      floats += ScratchOfHead();
+      calibrated.push_back(&head);
+    }
+    Scratch<float> wave(host_, floats);
+    wave_ = wave.Data();
+    // The last rows see the most columns: they begin, so that no thread is left alone with much work.
+    const auto head_count = static_cast<int64_t>(heads.size());
+    host_.ParallelFor(head_count * chunks_,
+                      [&](int64_t i) { AttendChunk(heads[i % head_count], chunks_ - 1 - i / head_count); });
+    const auto calibrated_count = static_cast<int64_t>(calibrated.size());
+    host_.ParallelFor(calibrated_count, [&](int64_t i) { FindSinks(*calibrated[i]); });
+    host_.ParallelFor(calibrated_count * chunks_, [&](int64_t i) {
+      CalibrateChunk(*calibrated[i % calibrated_count], chunks_ - 1 - i / calibrated_count);
+    });
+  }
+
+  // Rows of a chunk, and everything of them but what the caller wants to know.
+  RowBlock<T> BlockAt(const Head& head, int64_t row, int64_t rows) const {
+    RowBlock<T> block;
+    block.cache = Base::CacheOf(head.b, head.h / Base::Group());
+    block.scores = Base::ScoresOfLayer();
+    block.query = Base::Query(head.b, head.h, row);
+    block.query_stride = a_.num_heads * a_.head_size;
+    block.rows = rows;
+    block.position = past_ + row;
+    block.window = Base::Window();
+    const Sequence& sequence = sequences_[head.b];
+    block.columns.begin = std::max(sequence.begin, FirstVisible(block.position, a_.sliding_window));
+    block.columns.end = std::max(block.columns.begin, std::min(sequence.end, block.position + rows));
+    block.columns.hidden = sequence.Hidden();
+    return block;
+  }
+
+  int64_t ScratchOfBlocks() const {
+    const int64_t columns = std::min(a_.total, Base::Window() + kRowBlock);
+    return RowBlockScratch(a_.head_size, a_.value_head_size, columns);
+  }
+
+  template <typename Body>
+  void ForEachBlock(int64_t chunk, const Body& body) const {
+    const int64_t end = std::min((chunk + 1) * chunk_rows_, a_.sequence);
+    for (int64_t row = chunk * chunk_rows_; row < end; row += kRowBlock) body(row, std::min(kRowBlock, end - row));
+  }
+
+  // Ordinary attention, and the column sums of the chunk.
+  void AttendChunk(const Head& head, int64_t chunk) const {
+    const int64_t padded = PaddedSize(a_.value_head_size);
+    Scratch<float> scratch(host_, ScratchOfBlocks() + (std::is_same_v<T, float> ? 0 : kRowBlock * padded));
+    if (head.index >= 0) std::fill_n(ColumnSums(head, chunk), a_.total, 0.0f);
+    ForEachBlock(chunk, [&](int64_t row, int64_t rows) {
+      float maxima[kRowBlock];
+      float normalisers[kRowBlock];
+      float weights[kRowBlock];
+      RowBlock<T> block = BlockAt(head, row, rows);
+      block.scratch = scratch.Data();
+      block.maxima = maxima;
+      block.normalisers = normalisers;
+      if (head.index >= 0) {
+        for (int64_t r = 0; r < rows; ++r)
+          weights[r] = sequences_[head.b].real.IsReal(block.position + r) ? 1.0f : 0.0f;
+        block.maxima = Maxima(head) + row;
+        block.normalisers = Normalisers(head) + row;
+        block.weights = weights;
+        block.column_sums = ColumnSums(head, chunk);
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        block.output = Base::Output(head.b, head.h, row);
+        block.output_stride = a_.num_heads * a_.value_head_size;
+        kernels_.attend(block);
+      } else if (head.index >= 0) {
+        block.output = Attended(head, row);
+        block.output_stride = AttendedStride();
+        kernels_.attend(block);
+      } else {
+        block.output = scratch.Data() + ScratchOfBlocks();
+        block.output_stride = padded;
+        kernels_.attend(block);
+        for (int64_t r = 0; r < rows; ++r) {
+          Base::StoreRow(block.output + r * padded, Base::Output(head.b, head.h, row + r));
+        }
+      }
+    });
+  }
+
+  void FindSinks(Head& head) const {
+    Base::UpdateSinkScores(head.b, head.index, [&](int64_t j) {
+      double sum = 0.0;
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += ColumnSums(head, chunk)[j];
+      return sum;
+    });
+    head.sinks = Base::LaterSinks(head.b, head.index);
+  }
+
+  void CalibrateChunk(const Head& head, int64_t chunk) const {
+    const int64_t padded = PaddedSize(a_.value_head_size);
+    if (!head.sinks.empty()) {
+      Scratch<float> scratch(
+          host_, RowBlockScratch(a_.head_size, a_.value_head_size, static_cast<int64_t>(head.sinks.size())) +
+                     kRowBlock * padded);
+      ForEachBlock(chunk, [&](int64_t row, int64_t rows) { CalibrateBlock(head, row, rows, scratch.Data()); });
+    }
+    if constexpr (!std::is_same_v<T, float>) {
+      ForEachBlock(chunk, [&](int64_t row, int64_t rows) {
+        for (int64_t r = row; r < row + rows; ++r) Base::StoreRow(Attended(head, r), Base::Output(head.b, head.h, r));
+      });
+    }
+  }
+
+  void CalibrateBlock(const Head& head, int64_t row, int64_t rows, float* scratch) const {
+    const int64_t padded = PaddedSize(a_.value_head_size);
+    RowBlock<T> block = BlockAt(head, row, rows);
+    const auto begin = std::lower_bound(head.sinks.begin(), head.sinks.end(), block.columns.begin);
+    const auto end = std::lower_bound(begin, head.sinks.end(), block.columns.end);
+    if (begin == end) return;
+    float mass[kRowBlock];
+    block.columns = {head.sinks.data(), begin - head.sinks.begin(), end - head.sinks.begin(), nullptr};
+    block.given = true;
+    block.maxima = Maxima(head) + row;
+    block.normalisers = Normalisers(head) + row;
+    block.mass = mass;
+    block.output = scratch;
+    block.output_stride = padded;
+    block.scratch = scratch + kRowBlock * padded;
+    kernels_.attend(block);
+
+    const bool cancels = std::any_of(mass, mass + rows, [](float m) { return 1.0f - m < kCancellation; });
+    if (cancels) return CalibrateFromRest(head, row, rows, mass, scratch);
+    const float beta = a_.beta[head.index];
+    for (int64_t r = 0; r < rows; ++r) {
+      if (mass[r] == 0.0f) continue;
+      const RowFactors factors = Calibrate(beta, mass[r], 1.0 - mass[r]);
+      const float* from_sinks = scratch + r * padded;
+      float* o = Attended(head, row + r);
+      for (int64_t d = 0; d < a_.value_head_size; ++d) {
+        o[d] = factors.sinks * from_sinks[d] + factors.rest * (o[d] - from_sinks[d]);
+      }
+    }
+  }
+
+  // As CalibrateBlock, with what comes from the other columns summed anew.
+  void CalibrateFromRest(const Head& head, int64_t row, int64_t rows, const float* mass,
+                         const float* from_sinks) const {
+    const int64_t padded = PaddedSize(a_.value_head_size);
+    Scratch<float> scratch(host_, ScratchOfBlocks() + kRowBlock * padded);
+    Scratch<uint8_t> hidden(host_, a_.total);
+    float rest[kRowBlock];
+    RowBlock<T> block = BlockAt(head, row, rows);
+    for (int64_t j = block.columns.begin; j < block.columns.end; ++j) hidden[j] = !sequences_[head.b].real.IsReal(j);
+    for (const int64_t j : head.sinks) hidden[j] = 1;
+    block.columns.hidden = hidden.Data();
+    block.given = true;
+    block.maxima = Maxima(head) + row;
+    block.normalisers = Normalisers(head) + row;
+    block.mass = rest;
+    block.output = scratch.Data();
+    block.output_stride = padded;
+    block.scratch = scratch.Data() + kRowBlock * padded;
+    kernels_.attend(block);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (mass[r] == 0.0f) continue;
+      Base::Combine(Calibrate(a_.beta[head.index], mass[r], rest[r]), from_sinks + r * padded,
+                    block.output + r * padded, Attended(head, row + r));
+    }
+  }
+
+  int64_t chunk_rows_;
+  int64_t chunks_;
+  float* wave_ = nullptr;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+class Decode : Layer<T> {
+  using Base = Layer<T>;
+  using Base::a_;
+  using Base::host_;
+  using Base::kernels_;
+  using Base::past_;
+  using Base::sequences_;
+
+ public:
+  Decode(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set)
+      : Base(arguments, host, instruction_set),
+        rows_(Base::Group() * a_.sequence),
+        padded_key_(PaddedSize(a_.head_size)),
+        padded_value_(PaddedSize(a_.value_head_size)),
+        slices_(std::max<int64_t>(1, (a_.total + kDecodeSlice - 1) / kDecodeSlice)),
+        padded_total_(PaddedSize(a_.total)),
+        heads_(a_.batch * a_.kv_num_heads) {}
+
+  void Attend() {
+    if (a_.sequence == 0) return KeepState();
+    const int64_t of_slice = rows_ * (2 + padded_value_);
+    Scratch<float> memory(host_, heads_ * rows_ * padded_total_ + heads_ * slices_ * of_slice);
+    probabilities_ = memory.Data();
+    outputs_ = probabilities_ + heads_ * rows_ * padded_total_;
+    maxima_ = outputs_ + heads_ * slices_ * rows_ * padded_value_;
+    sums_ = maxima_ + heads_ * slices_ * rows_;
+    std::vector<std::atomic<int64_t>> waiting(heads_);
+    for (auto& count : waiting) count.store(slices_, std::memory_order_relaxed);
+    host_.ParallelFor(heads_ * slices_, [&](int64_t i) {
+      const int64_t head = i / slices_;
+      AttendSlice(head, i % slices_);
+      if (waiting[head].fetch_sub(1, std::memory_order_acq_rel) == 1) Finish(head);
+    });
+  }
+
+ private:
+  // Rows of a key-value head: those of its first query head, then of the next.
+  int64_t QueryHead(int64_t head, int64_t row) const {
+    return head % a_.kv_num_heads * Base::Group() + row / a_.sequence;
+  }
+  int64_t QueryRow(int64_t row) const { return row % a_.sequence; }
+
+  float* Probabilities(int64_t head, int64_t row) const {
+    return probabilities_ + (head * rows_ + row) * padded_total_;
+  }
+  float* Output(int64_t head, int64_t slice) const {
+    return outputs_ + (head * slices_ + slice) * rows_ * padded_value_;
+  }
+
+  // Nothing is new.
+  void KeepState() const {
+    for (int64_t head = 0; head < heads_; ++head) {
+      AppendKeysAndValues(a_, head / a_.kv_num_heads, head % a_.kv_num_heads, 0, a_.present_capacity);
+    }
+    for (int64_t i = 0; i < a_.batch * a_.calibrated_count; ++i) {
+      Base::UpdateSinkScores(i / a_.calibrated_count, i % a_.calibrated_count, [](int64_t) { return 0.0f; });
+    }
+  }
+
+  void AttendSlice(int64_t head, int64_t slice) const {
+    const int64_t b = head / a_.kv_num_heads;
+    const Sequence& sequence = sequences_[b];
+    const int64_t begin = slice * kDecodeSlice;
+    const int64_t end = std::min(begin + kDecodeSlice, a_.total);
+    AppendKeysAndValues(a_, b, head % a_.kv_num_heads, begin, slice == slices_ - 1 ? a_.present_capacity : end);
+
+    Scratch<float> memory(host_, rows_ * padded_key_ + DecodeScratch(a_.head_size, a_.value_head_size));
+    Scratch<int64_t> visible(host_, 2 * rows_);
+    float* queries = memory.Data();
+    for (int64_t row = 0; row < rows_; ++row) {
+      PackQuery(Base::Query(b, QueryHead(head, row), QueryRow(row)), queries + row * padded_key_);
+      const int64_t position = past_ + QueryRow(row);
+      visible[row] = std::max(FirstVisible(position, a_.sliding_window), sequence.begin);
+      visible[rows_ + row] = std::min(position + 1, sequence.end);
+    }
+    DecodeSlice<T> s;
+    s.cache = Base::CacheOf(b, head % a_.kv_num_heads);
+    s.begin = begin;
+    s.end = end;
+    s.hidden = sequence.Hidden();
+    s.scores = Base::ScoresOfLayer();
+    s.shift = std::ceil(std::log2(static_cast<float>(a_.total)));
+    s.rows = rows_;
+    s.queries = queries;
+    s.row_begin = visible.Data();
+    s.row_end = visible.Data() + rows_;
+    s.maxima = maxima_ + (head * slices_ + slice) * rows_;
+    s.sums = sums_ + (head * slices_ + slice) * rows_;
+    s.probabilities = Probabilities(head, 0);
+    s.probability_stride = padded_total_;
+    s.output = Output(head, slice);
+    s.scratch = queries + rows_ * padded_key_;
+    kernels_.decode(s);
+  }
+
+  void PackQuery(const T* query, float* to) const {
+    const float factor = Base::ScoresOfLayer().query_factor;
+    for (int64_t d = 0; d < a_.head_size; ++d) to[d] = ToFloat(query[d]) * factor;
+    std::fill(to + a_.head_size, to + padded_key_, 0.0f);
+  }
+
+  // All slices of this head have been attended to.
+  void Finish(int64_t head) const {
+    const int64_t b = head / a_.kv_num_heads;
+    Scratch<float> memory(host_, (rows_ + 2) * padded_value_ + slices_);
+    float* attended = memory.Data();
+    float* factors = attended + (rows_ + 2) * padded_value_;
+    for (int64_t row = 0; row < rows_; ++row) {
+      const int64_t index = Base::CalibratedIndex(QueryHead(head, row));
+      JoinSlices(head, row, attended + row * padded_value_, factors);
+      if (index >= 0) ScaleProbabilities(head, row, factors);
+    }
+    for (int64_t first = 0; first < rows_; first += a_.sequence) {
+      const int64_t index = Base::CalibratedIndex(QueryHead(head, first));
+      if (index < 0) continue;
+      SumColumns(head, first, index);
+      const std::vector<int64_t> sinks = Base::LaterSinks(b, index);
+      for (int64_t row = first; row < first + a_.sequence && !sinks.empty(); ++row) {
+        CalibrateRow(head, row, index, sinks, attended + row * padded_value_, attended + rows_ * padded_value_);
+      }
+    }
+    for (int64_t row = 0; row < rows_; ++row) {
+      Base::StoreRow(attended + row * padded_value_, Base::Output(b, QueryHead(head, row), QueryRow(row)));
+    }
+  }
+
+  // The output of a row, and what its exponentials in each slice are multiplied by to be probabilities.
+  void JoinSlices(int64_t head, int64_t row, float* attended, float* factors) const {
+    const float* maxima = maxima_ + head * slices_ * rows_ + row;
+    const float* sums = sums_ + head * slices_ * rows_ + row;
+    const float exponent = Base::ScoresOfLayer().exponent;
+    float maximum = -std::numeric_limits<float>::infinity();
+    for (int64_t s = 0; s < slices_; ++s) maximum = std::max(maximum, maxima[s * rows_]);
+    double total = 0.0;
+    for (int64_t s = 0; s < slices_; ++s) {
+      // A slice that the row does not see has a sum of 0, and any maximum.
+      factors[s] = sums[s * rows_] == 0.0f ? 0.0f : std::exp2((maxima[s * rows_] - maximum) * exponent);
+      total += static_cast<double>(factors[s]) * sums[s * rows_];
+    }
+    const auto normaliser = static_cast<float>(total == 0.0 ? 0.0 : 1.0 / total);
+    std::fill_n(attended, padded_value_, 0.0f);
+    for (int64_t s = 0; s < slices_; ++s) {
+      factors[s] *= normaliser;
+      const float* output = Output(head, s) + row * padded_value_;
+      for (int64_t d = 0; d < padded_value_; ++d) attended[d] += factors[s] * output[d];
+    }
+  }
+
+  void ScaleProbabilities(int64_t head, int64_t row, const float* factors) const {
+    float* p = Probabilities(head, row);
+    for (int64_t s = 0; s < slices_; ++s) {
+      const int64_t end = std::min((s + 1) * kDecodeSlice, a_.total);
+      for (int64_t j = s * kDecodeSlice; j < end; ++j) p[j] *= factors[s];
+    }
+  }
+
+  // The rows of one query head, from row `first` on.
+  void SumColumns(int64_t head, int64_t first, int64_t index) const {
+    const int64_t b = head / a_.kv_num_heads;
+    const RealTokens& real = sequences_[b].real;
+    const float* p = Probabilities(head, first);
+    if (a_.sequence == 1 && real.IsReal(past_))
+      return Base::UpdateSinkScores(b, index, [&](int64_t j) { return p[j]; });
+    Base::UpdateSinkScores(b, index, [&](int64_t j) {
+      double sum = 0.0;
+      for (int64_t i = 0; i < a_.sequence; ++i) {
+        if (real.IsReal(past_ + i)) sum += p[i * padded_total_ + j];
+      }
+      return sum;
+    });
+  }
+
+  void CalibrateRow(int64_t head, int64_t row, int64_t index, const std::vector<int64_t>& sinks, float* attended,
+                    float* scratch) const {
+    float* p = Probabilities(head, row);
+    float* from_sinks = scratch;
+    float* from_rest = scratch + padded_value_;
+    const Cache<T> cache = Base::CacheOf(head / a_.kv_num_heads, head % a_.kv_num_heads);
+    double mass = 0.0;
+    std::fill_n(from_sinks, padded_value_, 0.0f);
+    for (const int64_t j : sinks) {
+      if (p[j] == 0.0f) continue;
+      mass += p[j];
+      const T* value = cache.values + j * a_.value_head_size;
+      for (int64_t d = 0; d < a_.value_head_size; ++d) from_sinks[d] += p[j] * ToFloat(value[d]);
+    }
+    if (mass == 0.0) return;
+    double rest = 1.0 - mass;
+    if (rest < kCancellation) {
+      for (const int64_t j : sinks) p[j] = 0.0f;
+      rest = 0.0;
+      for (int64_t j = 0; j < a_.total; ++j) rest += p[j];
+      kernels_.add_values({cache, p, 0, a_.total, from_rest});
+    } else {
+      for (int64_t d = 0; d < a_.value_head_size; ++d) from_rest[d] = attended[d] - from_sinks[d];
+    }
+    Base::Combine(Calibrate(a_.beta[index], mass, rest), from_sinks, from_rest, attended);
+  }
+
+  const int64_t rows_;  // of a key-value head
+  const int64_t padded_key_;
+  const int64_t padded_value_;
+  const int64_t slices_;
+  const int64_t padded_total_;
+  const int64_t heads_;  // key-value heads of all sequences
+  float* probabilities_ = nullptr;
+  float* outputs_ = nullptr;
+  float* maxima_ = nullptr;
+  float* sums_ = nullptr;
+};
+
+}  // namespace
+
+const char* Name(InstructionSet instruction_set) {
+  switch (instruction_set) {
+    case InstructionSet::kAvx512:
+      return "AVX-512";
+    case InstructionSet::kAvx2:
+      return "AVX2";
+    default:
+      return "portable";
+  }
+}
+
+bool IsSupported(InstructionSet instruction_set) {
+  if (instruction_set == InstructionSet::kPortable) return true;
+#ifdef ACT_X86_KERNELS
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (instruction_set == InstructionSet::kAvx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+InstructionSet Best() {
+  static const InstructionSet best = IsSupported(InstructionSet::kAvx512) ? InstructionSet::kAvx512
+                                     : IsSupported(InstructionSet::kAvx2) ? InstructionSet::kAvx2
+                                                                          : InstructionSet::kPortable;
+  return best;
+}
+
+template <typename T>
+void Attention(const AttentionArguments<T>& a, Host& host, InstructionSet instruction_set) {
+  if (a.sequence <= kDecodeRows) {
+    Decode<T>(a, host, instruction_set).Attend();
+  } else {
+    Prompt<T>(a, host, instruction_set).Attend();
+  }
+}
+
+template void Attention(const AttentionArguments<float>&, Host&, InstructionSet);
+template void Attention(const AttentionArguments<Float16>&, Host&, InstructionSet);
+template void Attention(const AttentionArguments<BFloat16>&, Host&, InstructionSet);
+
+}  // namespace act::fast
