@@ -115,16 +115,11 @@ class Layer {
     return a_.past_sink_scores + (b * a_.calibrated_count + index) * a_.past_capacity;
   }
 
-  // The running sums of a head plus those of this call, where `of_call` gives them by position; what the past buffer
-  // holds beyond `total` is kept.
-  template <typename Sums>
-  void UpdateSinkScores(int64_t b, int64_t index, const Sums& of_call) const {
+  // What the past buffer holds beyond `total` is kept.
+  void KeepSinkScores(int64_t b, int64_t index) const {
     const float* past = PastSums(b, index);
-    float* present = PresentSums(b, index);
-    for (int64_t j = 0; j < past_; ++j) present[j] = static_cast<float>(past[j] + of_call(j));
-    for (int64_t j = past_; j < a_.total; ++j) present[j] = static_cast<float>(of_call(j));
-    if (past != present && a_.past_capacity > a_.total) {
-      std::copy(past + a_.total, past + a_.past_capacity, present + a_.total);
+    if (past != PresentSums(b, index) && a_.past_capacity > a_.total) {
+      std::copy(past + a_.total, past + a_.past_capacity, PresentSums(b, index) + a_.total);
     }
   }
 
@@ -315,11 +310,14 @@ class Prompt : Layer<T> {
   }
 
   void FindSinks(Head& head) const {
-    Base::UpdateSinkScores(head.b, head.index, [&](int64_t j) {
-      double sum = 0.0;
+    const float* past = Base::PastSums(head.b, head.index);
+    float* present = Base::PresentSums(head.b, head.index);
+    for (int64_t j = 0; j < a_.total; ++j) {
+      double sum = j < past_ ? past[j] : 0.0f;
       for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += ColumnSums(head, chunk)[j];
-      return sum;
-    });
+      present[j] = static_cast<float>(sum);
+    }
+    Base::KeepSinkScores(head.b, head.index);
     head.sinks = Base::LaterSinks(head.b, head.index);
   }
 
@@ -458,7 +456,11 @@ class Decode : Layer<T> {
       AppendKeysAndValues(a_, head / a_.kv_num_heads, head % a_.kv_num_heads, 0, a_.present_capacity);
     }
     for (int64_t i = 0; i < a_.batch * a_.calibrated_count; ++i) {
-      Base::UpdateSinkScores(i / a_.calibrated_count, i % a_.calibrated_count, [](int64_t) { return 0.0f; });
+      const int64_t b = i / a_.calibrated_count;
+      const int64_t index = i % a_.calibrated_count;
+      const float* past = Base::PastSums(b, index);
+      if (past != Base::PresentSums(b, index)) std::copy(past, past + past_, Base::PresentSums(b, index));
+      Base::KeepSinkScores(b, index);
     }
   }
 
@@ -507,21 +509,20 @@ class Decode : Layer<T> {
   // All slices of this head have been attended to.
   void Finish(int64_t head) const {
     const int64_t b = head / a_.kv_num_heads;
-    Scratch<float> memory(host_, (rows_ + 2) * padded_value_ + slices_);
+    Scratch<float> memory(host_, (rows_ + 2) * padded_value_ + rows_ * slices_);
     float* attended = memory.Data();
     float* factors = attended + (rows_ + 2) * padded_value_;
     for (int64_t row = 0; row < rows_; ++row) {
-      const int64_t index = Base::CalibratedIndex(QueryHead(head, row));
-      JoinSlices(head, row, attended + row * padded_value_, factors);
-      if (index >= 0) ScaleProbabilities(head, row, factors);
+      JoinSlices(head, row, attended + row * padded_value_, factors + row * slices_);
     }
     for (int64_t first = 0; first < rows_; first += a_.sequence) {
       const int64_t index = Base::CalibratedIndex(QueryHead(head, first));
       if (index < 0) continue;
-      SumColumns(head, first, index);
+      SumColumns(head, first, index, factors + first * slices_);
       const std::vector<int64_t> sinks = Base::LaterSinks(b, index);
       for (int64_t row = first; row < first + a_.sequence && !sinks.empty(); ++row) {
-        CalibrateRow(head, row, index, sinks, attended + row * padded_value_, attended + rows_ * padded_value_);
+        CalibrateRow(head, row, index, sinks, factors + row * slices_, attended + row * padded_value_,
+                     attended + rows_ * padded_value_);
       }
     }
     for (int64_t row = 0; row < rows_; ++row) {
@@ -551,32 +552,27 @@ class Decode : Layer<T> {
     }
   }
 
-  void ScaleProbabilities(int64_t head, int64_t row, const float* factors) const {
-    float* p = Probabilities(head, row);
-    for (int64_t s = 0; s < slices_; ++s) {
-      const int64_t end = std::min((s + 1) * kDecodeSlice, a_.total);
-      for (int64_t j = s * kDecodeSlice; j < end; ++j) p[j] *= factors[s];
-    }
-  }
-
-  // The rows of one query head, from row `first` on.
-  void SumColumns(int64_t head, int64_t first, int64_t index) const {
+  // Running column sums of a query head, whose rows begin at `first`; its factors are (sequence, slices).
+  void SumColumns(int64_t head, int64_t first, int64_t index, const float* factors) const {
     const int64_t b = head / a_.kv_num_heads;
-    const RealTokens& real = sequences_[b].real;
-    const float* p = Probabilities(head, first);
-    if (a_.sequence == 1 && real.IsReal(past_))
-      return Base::UpdateSinkScores(b, index, [&](int64_t j) { return p[j]; });
-    Base::UpdateSinkScores(b, index, [&](int64_t j) {
-      double sum = 0.0;
-      for (int64_t i = 0; i < a_.sequence; ++i) {
-        if (real.IsReal(past_ + i)) sum += p[i * padded_total_ + j];
+    const float* past = Base::PastSums(b, index);
+    float* present = Base::PresentSums(b, index);
+    if (past != present) std::copy(past, past + past_, present);
+    std::fill(present + past_, present + a_.total, 0.0f);
+    for (int64_t i = 0; i < a_.sequence; ++i) {
+      if (!sequences_[b].real.IsReal(past_ + i)) continue;
+      const float* p = Probabilities(head, first + i);
+      for (int64_t s = 0; s < slices_; ++s) {
+        const float factor = factors[i * slices_ + s];
+        const int64_t end = std::min((s + 1) * kDecodeSlice, a_.total);
+        for (int64_t j = s * kDecodeSlice; j < end; ++j) present[j] += factor * p[j];
       }
-      return sum;
-    });
+    }
+    Base::KeepSinkScores(b, index);
   }
 
-  void CalibrateRow(int64_t head, int64_t row, int64_t index, const std::vector<int64_t>& sinks, float* attended,
-                    float* scratch) const {
+  void CalibrateRow(int64_t head, int64_t row, int64_t index, const std::vector<int64_t>& sinks, const float* factors,
+                    float* attended, float* scratch) const {
     float* p = Probabilities(head, row);
     float* from_sinks = scratch;
     float* from_rest = scratch + padded_value_;
@@ -584,17 +580,21 @@ class Decode : Layer<T> {
     double mass = 0.0;
     std::fill_n(from_sinks, padded_value_, 0.0f);
     for (const int64_t j : sinks) {
-      if (p[j] == 0.0f) continue;
-      mass += p[j];
+      const float probability = p[j] * factors[j / kDecodeSlice];
+      if (probability == 0.0f) continue;
+      mass += probability;
       const T* value = cache.values + j * a_.value_head_size;
-      for (int64_t d = 0; d < a_.value_head_size; ++d) from_sinks[d] += p[j] * ToFloat(value[d]);
+      for (int64_t d = 0; d < a_.value_head_size; ++d) from_sinks[d] += probability * ToFloat(value[d]);
     }
     if (mass == 0.0) return;
     double rest = 1.0 - mass;
     if (rest < kCancellation) {
       for (const int64_t j : sinks) p[j] = 0.0f;
       rest = 0.0;
-      for (int64_t j = 0; j < a_.total; ++j) rest += p[j];
+      for (int64_t j = 0; j < a_.total; ++j) {
+        p[j] *= factors[j / kDecodeSlice];
+        rest += p[j];
+      }
       kernels_.add_values({cache, p, 0, a_.total, from_rest});
     } else {
       for (int64_t d = 0; d < a_.value_head_size; ++d) from_rest[d] = attended[d] - from_sinks[d];
