@@ -103,9 +103,7 @@ class Layer {
     return a_.output + ((b * a_.sequence + row) * a_.num_heads + h) * a_.value_head_size;
   }
 
-  void StoreRow(const float* row, T* to) const {
-    for (int64_t d = 0; d < a_.value_head_size; ++d) to[d] = FromFloat<T>(row[d]);
-  }
+  void StoreRow(const float* row, T* to) const { kernels_.store(row, a_.value_head_size, to); }
 
   float* PresentSums(int64_t b, int64_t index) const {
     return a_.present_sink_scores + (b * a_.calibrated_count + index) * a_.present_capacity;

@@ -105,6 +105,7 @@ struct TypedKernels {
   void (*attend)(const RowBlock<T>&);
   void (*decode)(const DecodeSlice<T>&);
   void (*add_values)(const WeightedValues<T>&);
+  void (*store)(const float* from, int64_t size, T* to);  // rounds to nearest even
 };
 
 struct Kernels {
@@ -120,15 +121,15 @@ extern const Kernels kAvx512Kernels;
 constexpr int64_t kAlignment = 64;  // bytes
 constexpr int64_t kPadding = 16;    // floats: rows of scratch are multiples of this
 
-constexpr int64_t PaddedSize(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
+static constexpr int64_t PaddedSize(int64_t size) { return (size + kPadding - 1) / kPadding * kPadding; }
 
 // Floats of scratch for attention over this many columns.
-constexpr int64_t RowBlockScratch(int64_t head_size, int64_t value_head_size, int64_t columns) {
+static constexpr int64_t RowBlockScratch(int64_t head_size, int64_t value_head_size, int64_t columns) {
   const int64_t wider = PaddedSize(head_size > value_head_size ? head_size : value_head_size);
   return kRowBlock * (PaddedSize(head_size) + PaddedSize(value_head_size) + columns + kPadding) + kColumnTile * wider;
 }
 
-constexpr int64_t DecodeScratch(int64_t head_size, int64_t value_head_size) {
+static constexpr int64_t DecodeScratch(int64_t head_size, int64_t value_head_size) {
   return kColumnTile * PaddedSize(head_size > value_head_size ? head_size : value_head_size);
 }
 
