@@ -1,0 +1,199 @@
+"""What tools/bench_attention.py compares: one-node models of attention, bound to the same data, checked to agree.
+
+| contender | operator | cache |
+| --- | --- | --- |
+| calibrated | act.CalibratedAttention, every head calibrated, beta 0.4, threshold 0.1 | shared |
+| plain | act.Attention: the same kernel, no head calibrated | shared |
+| gqa | com.microsoft.GroupQueryAttention of ONNX Runtime, without its rotary embedding | shared |
+| attention23 | standard Attention, opset 23, of ONNX Runtime | copied |
+
+Prompts start with a cache of length 0 and write one of exactly the prompt's length. Decode finds the past in buffers
+that are longer than needed, and where the cache is shared, past and present are the same memory and only the new token
+is written. The standard operator can't do that: it gets a past of the exact length and copies it at every call.
+GroupQueryAttention is told lengths in place of a mask: seqlens_k is the total of each sequence minus one,
+total_sequence_length the largest total.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from attention_workloads import Array, Data, Workload
+from onnx import helper
+from onnxruntime import OrtValue
+
+from act_export.ops import schema
+from act_export.ops.library import library_path
+
+BETA, THRESHOLD = 0.4, 0.1
+CONTENDERS = ("calibrated", "plain", "gqa", "attention23")
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2}  # by which two outputs of about 1 may differ
+LARGEST_REFERENCE = 512  # tokens: the reference computes whole attention maps
+
+
+class DisagreementError(Exception):
+    """Two contenders that compute the same differ by more than rounding."""
+
+
+class Contender:
+    """One session of one node, bound to its own outputs and cache and to the data that all share."""
+
+    def __init__(self, name: str, workload: Workload, data: Data) -> None:
+        self.name = name
+        self.workload = workload
+        shape, batch = workload.shape, workload.batch
+        inputs: dict[str, Array] = {name: getattr(data, name) for name in ("query", "key", "value")}
+        outputs = {"output": zeros((batch, workload.sequence, shape.num_heads * shape.head_size), workload.dtype)}
+        states = {name: getattr(data, name) for name in ("past_key", "past_value")}
+        if name == "calibrated":
+            states["past_sink_scores"] = data.past_sink_scores
+        for past_name, past in states.items():
+            shared = workload.past > 0 and name != "attention23"
+            length = workload.capacity if shared else workload.total
+            present = zeros((*past.shape[:2], length, past.shape[3]), past.dtype)
+            outputs[past_name.replace("past", "present")] = present
+            inputs[past_name] = present if shared else past
+            if shared:
+                present[:, :, : workload.past] = past
+        lengths = {
+            "gqa": {
+                "seqlens_k": np.full(batch, workload.total - 1, np.int32),
+                "total_sequence_length": np.array([workload.total], np.int32),
+            },
+            "attention23": {},
+        }
+        inputs |= lengths.get(name, {"attention_mask": np.ones((batch, workload.total), np.int64)})
+
+        # An OrtValue borrows numpy's memory: the arrays must live as long as the binding.
+        self.arrays = inputs | outputs
+        self.past_sink_scores = data.past_sink_scores
+        self.session = make_session(make_model(name, workload, inputs, outputs))
+        self.binding = self.session.io_binding()
+        values: dict[int, OrtValue] = {}
+        for role, arrays in ((self.binding.bind_ortvalue_input, inputs), (self.binding.bind_ortvalue_output, outputs)):
+            for tensor, array in arrays.items():
+                role(tensor, values.setdefault(id(array), OrtValue.ortvalue_from_numpy(array)))
+
+    def run(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def restore(self) -> None:
+        """Takes back what the calls so far added to the running column sums of a past that they share."""
+        if self.workload.past and self.name == "calibrated":
+            self.arrays["past_sink_scores"][:, :, : self.workload.past] = self.past_sink_scores
+
+
+def zeros(dimensions: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros whose memory is there, not only promised."""
+    array = np.empty(dimensions, dtype)
+    array.fill(0)
+    return array
+
+
+def make_model(name: str, workload: Workload, inputs: dict[str, Array], outputs: dict[str, Array]) -> bytes:
+    """The node of a contender between graph inputs and outputs of these names and types."""
+    heads, kv_heads, size = workload.shape
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": size**-0.5}
+    domain, operator = {
+        "calibrated": (schema.DOMAIN, schema.CALIBRATED),
+        "plain": (schema.DOMAIN, schema.PLAIN),
+        "gqa": ("com.microsoft", "GroupQueryAttention"),
+        "attention23": ("", "Attention"),
+    }[name]
+    if name == "calibrated":
+        attributes |= {"calibrated_heads": list(range(heads)), "beta": [BETA], "threshold": THRESHOLD}
+    elif name == "attention23":
+        attributes["q_num_heads"] = attributes.pop("num_heads")
+        attributes["is_causal"] = 1
+    order = {
+        "calibrated": "query key value past_key past_value past_sink_scores attention_mask",
+        "plain": "query key value past_key past_value attention_mask",
+        "gqa": "query key value past_key past_value seqlens_k total_sequence_length",
+        "attention23": "query key value  past_key past_value",  # no attn_mask
+    }[name].split(" ")
+    node = helper.make_node(operator, order, list(outputs), domain=domain, **attributes)
+
+    def describe(arrays: dict[str, Array]) -> list[Any]:
+        return [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(array.dtype), None)
+            for n, array in arrays.items()
+        ]
+
+    graph = helper.make_graph([node], name, describe(inputs), describe(outputs))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
+    opsets.append(helper.make_opsetid("com.microsoft", 1))
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
+    return model
+
+
+def share_threads(threads: int) -> None:
+    """One thread pool for all sessions of this process, to be made before any of them."""
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+
+
+def make_session(model: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    options.register_custom_ops_library(str(library_path()))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def count_later_sinks(contender: Contender) -> list[int]:
+    """Of each head of the calibrated contender after one call, sequence by sequence."""
+    import torch
+
+    from act_export.reference import later_sinks
+
+    total = contender.workload.total
+    sums = torch.from_numpy(contender.arrays["present_sink_scores"][:, :, :total, 0])
+    found = later_sinks(sums, torch.ones(total, dtype=torch.bool), threshold=THRESHOLD)
+    counts: list[int] = found.sum(-1).flatten().tolist()
+    return counts
+
+
+def reference_output(workload: Workload, data: Data) -> Array:
+    """The calibrated output by act_export.reference."""
+    import torch
+
+    from act_export.reference import calibrated_attention
+
+    heads, kv_heads, size = workload.shape
+    outputs = calibrated_attention(
+        *map(torch.from_numpy, data),
+        torch.ones(workload.batch, workload.total, dtype=torch.int64),
+        num_heads=heads,
+        kv_num_heads=kv_heads,
+        scale=size**-0.5,
+        calibrated_heads=range(heads),
+        beta=[BETA],
+        threshold=THRESHOLD,
+    )
+    output: Array = outputs.output.numpy()
+    return output
+
+
+def check_agreement(workload: Workload, data: Data, outputs: dict[str, Array]) -> dict[str, float]:
+    """Largest absolute differences between outputs that should be equal, by the pair's name.
+
+    Plain is compared with ONNX Runtime's operators; calibrated with the reference, up to `LARGEST_REFERENCE` tokens.
+
+    Raises:
+        DisagreementError: A difference is more than rounding.
+    """
+    pairs = [("plain", name) for name in ("gqa", "attention23") if {"plain", name} <= outputs.keys()]
+    if workload.length <= LARGEST_REFERENCE:
+        outputs = {**outputs, "reference": reference_output(workload, data)}
+        pairs.append(("calibrated", "reference"))
+    differences = {}
+    tolerance = TOLERANCES[workload.dtype]
+    for one, other in pairs:
+        difference = float(np.abs(outputs[one].astype(np.float32) - outputs[other].astype(np.float32)).max())
+        differences[f"{one} - {other}"] = difference
+        if not difference <= tolerance:
+            raise DisagreementError(
+                f"{workload}: outputs of {one} and {other} differ by {difference:.2g}, more than {tolerance:g}"
+            )
+    return differences
