@@ -662,12 +662,13 @@ def test_an_omitted_input_is_refused(name):
 # The library in ONNX Runtime.
 
 
-def inferred_shapes(layer, shapes):
-    session = make_session(make_model(layer, shapes=shapes))
+def inferred_shapes(layer, shapes, storage="float32"):
+    session = make_session(make_model(layer, storage, shapes=shapes, cast=False))
     return {output.name: output.shape for output in session.get_outputs()}
 
 
-def test_shapes_are_inferred():
+@pytest.mark.parametrize("storage", STORAGE)
+def test_shapes_are_inferred(storage):
     layer = Layer()
     shapes = {
         "query": ["batch", "sequence", 32],
@@ -676,18 +677,18 @@ def test_shapes_are_inferred():
         "past_sink_scores": ["batch", 2, "past", 1],
         "attention_mask": ["batch", "total"],
     }
-    assert inferred_shapes(layer, shapes) == {
+    assert inferred_shapes(layer, shapes, storage) == {
         "output": ["batch", "sequence", 32],
         "present_key": ["batch", 2, "max(past, total)", 8],
         "present_value": ["batch", 2, "max(past, total)", 8],
         "present_sink_scores": ["batch", 2, "max(past, total)", 1],
     }
     shapes["past_key"] = ["batch", 2, 0, 8]
-    assert inferred_shapes(layer, shapes)["present_key"] == ["batch", 2, "total", 8]
+    assert inferred_shapes(layer, shapes, storage)["present_key"] == ["batch", 2, "total", 8]
     shapes["attention_mask"] = ["batch", 64]
-    assert inferred_shapes(layer, shapes)["present_key"] == ["batch", 2, 64, 8]
+    assert inferred_shapes(layer, shapes, storage)["present_key"] == ["batch", 2, 64, 8]
     shapes["past_key"] = ["batch", 2, 100, 8]
-    assert inferred_shapes(layer, shapes)["present_key"] == ["batch", 2, 100, 8]
+    assert inferred_shapes(layer, shapes, storage)["present_key"] == ["batch", 2, 100, 8]
 
 
 def test_declared_output_shapes_win_over_inferred_ones():

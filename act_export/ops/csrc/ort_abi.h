@@ -50,9 +50,9 @@ struct Api {
   ACT_ORT_FUNCTION(GetTensorMutableData, Value*, void** out);
   void* unused_52[5];
   ACT_ORT_FUNCTION(CreateTensorTypeAndShapeInfo, TensorTypeAndShapeInfo** out);
-  void* unused_58;
+  ACT_ORT_FUNCTION(SetTensorElementType, TensorTypeAndShapeInfo*, ElementType type);
   ACT_ORT_FUNCTION(SetDimensions, TensorTypeAndShapeInfo*, const int64_t* dimensions, size_t rank);
-  void* unused_60;
+  ACT_ORT_FUNCTION(GetTensorElementType, const TensorTypeAndShapeInfo*, ElementType* out);
   ACT_ORT_FUNCTION(GetDimensionsCount, const TensorTypeAndShapeInfo*, size_t* out);
   ACT_ORT_FUNCTION(GetDimensions, const TensorTypeAndShapeInfo*, int64_t* dimensions, size_t rank);
   ACT_ORT_FUNCTION(GetSymbolicDimensions, const TensorTypeAndShapeInfo*, const char** names, size_t rank);

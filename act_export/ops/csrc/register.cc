@@ -97,8 +97,17 @@ SymbolicShape InputShape(const ort::Api& api, const ort::ShapeInferContext* cont
   return shape;
 }
 
+ort::ElementType InputElementType(const ort::Api& api, const ort::ShapeInferContext* context, size_t index) {
+  ort::TensorTypeAndShapeInfo* info = nullptr;
+  ort::ElementType type = ort::kUndefined;
+  ort::Check(api, api.ShapeInferContext_GetInputTypeShape(context, index, &info));
+  ort::Check(api, api.GetTensorElementType(info, &type));
+  return type;
+}
+
 // Sets a shape only where every dimension has a value or a name: a made-up name would declare sizes equal that are not.
-void SetOutputShape(const ort::Api& api, ort::ShapeInferContext* context, size_t index, const SymbolicShape& shape) {
+void SetOutputShape(const ort::Api& api, ort::ShapeInferContext* context, size_t index, ort::ElementType type,
+                    const SymbolicShape& shape) {
   ort::Shape values;
   std::vector<const char*> names;
   for (const Dimension& dimension : shape) {
@@ -108,7 +117,8 @@ void SetOutputShape(const ort::Api& api, ort::ShapeInferContext* context, size_t
   }
   ort::TensorTypeAndShapeInfo* info = nullptr;
   ort::Check(api, api.CreateTensorTypeAndShapeInfo(&info));
-  ort::Status* status = api.SetDimensions(info, values.data(), values.size());
+  ort::Status* status = api.SetTensorElementType(info, type);
+  if (status == nullptr) status = api.SetDimensions(info, values.data(), values.size());
   if (status == nullptr) status = api.SetSymbolicDimensions(info, names.data(), names.size());
   if (status == nullptr) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
   api.ReleaseTensorTypeAndShapeInfo(info);
@@ -128,6 +138,8 @@ void InferShapes(const Operator& op, ort::ShapeInferContext* context) {
   size_t input_count = 0;
   ort::Check(api, api.ShapeInferContext_GetInputCount(context, &input_count));
   if (input_count != op.GetInputTypeCount(&op)) return;
+  // Not op.type: whatever the node's type is, ONNX Runtime asks the first operator of this name.
+  const ort::ElementType type = InputElementType(api, context, 0);
   const SymbolicShape query = InputShape(api, context, 0);
   const SymbolicShape past_key = InputShape(api, context, 3);
   const SymbolicShape past_value = InputShape(api, context, 4);
@@ -137,16 +149,16 @@ void InferShapes(const Operator& op, ort::ShapeInferContext* context) {
     const int64_t value_size = past_value[3].value;
     Dimension width;  // num_heads * value_head_size
     if (key_size > 0 && value_size > 0 && query[2].value >= 0) width.value = query[2].value / key_size * value_size;
-    SetOutputShape(api, context, 0, {query[0], query[1], width});
+    SetOutputShape(api, context, 0, type, {query[0], query[1], width});
   }
-  const auto infer_present = [&](size_t output, SymbolicShape past) {
+  const auto infer_present = [&](size_t output, ort::ElementType type, SymbolicShape past) {
     if (past.size() != 4 || mask.size() != 2) return;
     past[2] = PresentLength(past[2], mask[1]);
-    SetOutputShape(api, context, output, past);
+    SetOutputShape(api, context, output, type, past);
   };
-  infer_present(1, past_key);
-  infer_present(2, past_value);
-  if (op.calibrated) infer_present(3, InputShape(api, context, 5));
+  infer_present(1, type, past_key);
+  infer_present(2, type, past_value);
+  if (op.calibrated) infer_present(3, ort::kFloat, InputShape(api, context, 5));
 }
 
 ort::Status* ACT_ORT_CALL InferOutputShapes(const ort::CustomOp* op, ort::ShapeInferContext* context) {
