@@ -7,3 +7,7 @@ class ActExportError(Exception):
 
 class VerificationError(ActExportError):
     """An export disagrees with PyTorch by more than its precision allows. Exit code 1."""
+
+
+class SessionError(ActExportError):
+    """A file that ONNX Runtime can't run as an act-export model, or an input that doesn't fit it."""

@@ -1,6 +1,8 @@
 """Running exported models in ONNX Runtime."""
 
 from act_export.runtime.generate import Sampling, generate, generate_steps
-from act_export.runtime.session import RunOutputs, Session, State
+from act_export.runtime.kv_cache import Cache
+from act_export.runtime.session import RunOutputs, Session
+from act_export.runtime.state import State, select
 
-__all__ = ["RunOutputs", "Sampling", "Session", "State", "generate", "generate_steps"]
+__all__ = ["Cache", "RunOutputs", "Sampling", "Session", "State", "generate", "generate_steps", "select"]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
+from act_export.runtime.kv_cache import DEFAULT_CAPACITY
 from act_export.runtime.session import Session
 
 
@@ -85,18 +86,18 @@ def generate_steps(
     random = np.random.default_rng(sampling.seed)
     ids, mask = left_pad(prompts, pad_token)
     running = np.ones(len(prompts), bool)
-    state = None
+    cache = session.allocate(len(prompts), ids.shape[1] + min(max_new_tokens, DEFAULT_CAPACITY))
     for _ in range(max_new_tokens):
-        logits, state = session.run(ids, mask, state)
+        logits = cache.step(ids, mask)
         tokens = next_tokens(logits[:, -1], sampling, random)
         yield [int(token) if alive else None for token, alive in zip(tokens, running, strict=True)]
         running &= ~np.isin(tokens, list(stop_tokens))
         if not running.any():
             return
-        if session.limits.context is not None and (mask.sum(-1) >= session.limits.context)[running].any():
+        if session.limits.context is not None and (cache.tokens >= session.limits.context)[running].any():
             return
         ids = np.where(running, tokens, pad_token)[:, None]
-        mask = np.concatenate([mask, running[:, None].astype(np.int64)], 1)
+        mask = running[:, None].astype(np.int64)
 
 
 def generate(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,26 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.calibration import Calibration, ModelIdentity
-from act_export.errors import ActExportError
+from act_export.errors import SessionError
 from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
 from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.state import DTYPES, State, state_inputs
 
-State = dict[str, NDArray[Any]]
-"""The cache and the running column sums by the names of the graph's inputs; batch is axis 0, tokens are axis 2."""
-
-_STATE_INPUTS = {"past_key_values.": "present.", "past_sink_scores.": "present_sink_scores."}
-_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
-
-
-class SessionError(ActExportError):
-    """A file that ONNX Runtime can't run as an act-export model."""
+_LOGITS_TO_KEEP = "logits_to_keep"
 
 
 class RunOutputs(NamedTuple):
     """Result of one run.
 
     Attributes:
-        logits: (batch, sequence, vocabulary).
+        logits: (batch, sequence, vocabulary), or of the last positions that were asked for.
         state: For the next run.
     """
 
@@ -68,6 +63,11 @@ class Session:
         path: The ONNX file.
         native: Whether the native library runs the attention, rather than the portable functions.
         properties: The file's act-export metadata, without its prefix.
+        state_inputs: The parts of the state, in the graph's order.
+        logits_size: Logits of a position.
+        logits_dtype: Their type.
+        keeps_logits: Whether the file can compute the logits of the last positions alone; of others, which act-export
+            wrote before it could, all are computed and the last are returned.
     """
 
     def __init__(self, path: Path, inner: Any, *, native: bool) -> None:
@@ -80,11 +80,14 @@ class Session:
             for key, value in inner.get_modelmeta().custom_metadata_map.items()
             if key.startswith("act_export.")
         }
-        self._state_inputs = [i for i in inner.get_inputs() if i.name.startswith(tuple(_STATE_INPUTS))]
-        self._outputs = ["logits", *(_present_name(i.name) for i in self._state_inputs)]
         self._limits = Limits.from_json(self.properties.get("limits", "{}"))
-        if not self._state_inputs or "logits" not in {o.name for o in inner.get_outputs()}:
+        self.state_inputs = state_inputs(inner)
+        logits = next((output for output in inner.get_outputs() if output.name == "logits"), None)
+        if not self.state_inputs or logits is None:
             raise SessionError(f"{path} has no logits or no past_key_values; is it a model that act-export wrote?")
+        self.logits_size = logits.shape[-1]
+        self.logits_dtype = DTYPES[logits.type]
+        self.keeps_logits = any(given.name == _LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
 
     @classmethod
     def open(
@@ -93,6 +96,7 @@ class Session:
         *,
         native: bool = True,
         threads: int | None = None,
+        shared_threads: bool = False,
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> Session:
         """Loads a model.
@@ -101,6 +105,8 @@ class Session:
             path: The ONNX file, or the folder that has it as `model.onnx`.
             native: Register the native library; otherwise the model's portable functions run.
             threads: Number of threads within an operator; None leaves it to ONNX Runtime.
+            shared_threads: Run in the process's own thread pool, which `onnxruntime.set_global_thread_pool_sizes` must
+                have made before the first session of the process, and which has the say over their number.
             providers: Execution providers, first choice first.
 
         Raises:
@@ -115,6 +121,7 @@ class Session:
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.use_per_session_threads = not shared_threads
         if threads is not None:
             options.intra_op_num_threads = threads
         if native:
@@ -136,7 +143,7 @@ class Session:
         return self._limits
 
     def close(self) -> None:
-        """Frees the session; it can't run any more."""
+        """Ends the session; it can't run any more, and is freed when its caches are."""
         self._inner = None
 
     def __enter__(self) -> Self:
@@ -159,13 +166,39 @@ class Session:
         text = self.properties.get("model")
         return ModelIdentity(**json.loads(text)) if text else None
 
+    @property
+    def onnxruntime_session(self) -> Any:
+        """The `onnxruntime.InferenceSession`.
+
+        Raises:
+            SessionError: If the session was closed.
+        """
+        self._check_open()
+        return self._inner
+
+    def allocate(self, batch: int, capacity: int = DEFAULT_CAPACITY) -> Cache:
+        """A cache for a batch of sequences, which `Cache.step` extends; the fast way to generate.
+
+        With the native library it is written in place, and takes 2 * layers * key-value heads * head size * 4 bytes for
+        each position of each sequence (`Cache.nbytes` says how many in all), taken from the system as it fills.
+
+        Args:
+            batch: Number of sequences.
+            capacity: Positions to reserve room for, at the most the model's context. A step that needs more doubles it.
+
+        Raises:
+            SessionError: If a number isn't positive.
+        """
+        if batch < 1 or capacity < 1:
+            raise SessionError(f"a cache for {batch} sequences of {capacity} positions; give at least one of each")
+        if self._limits.context is not None:
+            capacity = min(capacity, self._limits.context)
+        in_place = self.native and "version" in self.properties  # others may join the cache by operators of their own
+        return (InPlaceCache if in_place else CopiedCache)(self, batch, capacity)
+
     def empty_state(self, batch: int) -> State:
         """The state before the first run."""
-        state: State = {}
-        for given in self._state_inputs:
-            _, heads, _, size = given.shape
-            state[given.name] = np.zeros((batch, int(heads), 0, int(size)), _DTYPES[given.type])
-        return state
+        return {part.name: part.zeros(batch, 0) for part in self.state_inputs}
 
     def run(
         self,
@@ -173,21 +206,23 @@ class Session:
         attention_mask: NDArray[np.int64],
         state: State | None = None,
         position_ids: NDArray[np.int64] | None = None,
+        *,
+        logits_to_keep: int = 0,
     ) -> RunOutputs:
-        """One forward pass.
+        """One forward pass with states by value, for those who reorder or compare them; see `allocate` to generate.
 
         Args:
             input_ids: (batch, sequence).
             attention_mask: (batch, past + sequence), 1 for real tokens.
             state: The previous run's; None for a first run.
             position_ids: (batch, sequence); None counts the real tokens.
+            logits_to_keep: Number of last positions to return logits of; 0 for all.
 
         Raises:
             SessionError: If shapes don't fit, a token isn't in the vocabulary, a sequence is longer than the model's
                 context, or ONNX Runtime fails.
         """
-        if self._inner is None:
-            raise SessionError(f"the session over {self.path} was closed")
+        inner = self.onnxruntime_session
         batch, sequence = input_ids.shape
         if state is None:
             state = self.empty_state(batch)
@@ -197,7 +232,7 @@ class Session:
                 f"attention_mask has shape {attention_mask.shape}; {batch} sequences with {past} cached and {sequence} "
                 f"new tokens need {(batch, past + sequence)}"
             )
-        self._check_tokens(input_ids, attention_mask)
+        self.check(input_ids, (attention_mask != 0).sum(-1), logits_to_keep)
         if position_ids is None:
             position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
         feeds = {
@@ -206,33 +241,61 @@ class Session:
             "position_ids": position_ids.astype(np.int64, copy=False),
             **state,
         }
-        try:
-            logits, *present = self._inner.run(self._outputs, feeds)
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error
-        names = [given.name for given in self._state_inputs]
-        return RunOutputs(logits, dict(zip(names, present, strict=True)))
+        if self.keeps_logits:
+            feeds[_LOGITS_TO_KEEP] = np.array(logits_to_keep)
+        outputs = ["logits", *(part.present for part in self.state_inputs)]
+        with self._errors():
+            logits, *present = inner.run(outputs, feeds)
+        names = [part.name for part in self.state_inputs]
+        return RunOutputs(self.last(logits, logits_to_keep), dict(zip(names, present, strict=True)))
 
-    def _check_tokens(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> None:
+    def run_bound(self, binding: Any) -> None:
+        """One forward pass over what is bound to an `onnxruntime.IOBinding` of this session.
+
+        Raises:
+            SessionError: If the session was closed, or ONNX Runtime fails.
+        """
+        inner = self.onnxruntime_session
+        with self._errors():
+            inner.run_with_iobinding(binding)
+
+    def last(self, logits: NDArray[np.float32], logits_to_keep: int) -> NDArray[np.float32]:
+        """Logits of the last positions (0: all), of a run that kept these or, by an older file, all."""
+        return logits if self.keeps_logits else logits[:, -logits_to_keep:].copy()
+
+    def check(self, input_ids: NDArray[np.int64], tokens: NDArray[np.int64], logits_to_keep: int) -> None:
+        """Refuses what can't be run.
+
+        Args:
+            input_ids: (batch, sequence).
+            tokens: Number of real tokens of each sequence, with these.
+            logits_to_keep: As `run` takes it.
+
+        Raises:
+            SessionError: If the session was closed, there is no token or an unknown one, a sequence is too long, or
+                `logits_to_keep` is negative.
+        """
+        self._check_open()
         if not input_ids.size:
             raise SessionError(f"input_ids has shape {input_ids.shape}; give at least one token")
+        if logits_to_keep < 0:
+            raise SessionError(f"logits_to_keep is {logits_to_keep}; give a number of positions, or 0 for all")
         vocabulary, context = self._limits.vocabulary, self._limits.context
         lowest, highest = input_ids.min(), input_ids.max()
         if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
             wrong = lowest if lowest < 0 else highest
             raise SessionError(f"token {wrong} is not in the vocabulary of {vocabulary} tokens")
-        longest = int((attention_mask != 0).sum(-1).max())
+        longest = int(tokens.max())
         if context is not None and longest > context:
             raise SessionError(f"a sequence has {longest} tokens; the model's context holds {context}")
 
+    def _check_open(self) -> None:
+        if self._inner is None:
+            raise SessionError(f"the session over {self.path} was closed")
 
-def select(state: State, rows: Sequence[int]) -> State:
-    """The state of some sequences of a batch, in the order given; a row may be repeated."""
-    return {name: value[list(rows)] for name, value in state.items()}
-
-
-def _present_name(past_name: str) -> str:
-    for prefix, present in _STATE_INPUTS.items():
-        if past_name.startswith(prefix):
-            return present + past_name.removeprefix(prefix)
-    raise SessionError(f"{past_name} isn't a state input")
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error

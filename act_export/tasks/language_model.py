@@ -63,8 +63,8 @@ class TorchLanguageModel:
 class RunsModel(Protocol):
     """The part of `act_export.runtime.Session` that scoring needs."""
 
-    def run(self, input_ids: Any, attention_mask: Any, state: Any = None) -> Any:
-        """Returns `logits` (batch, sequence, vocabulary) and `state`, arrays by name with the batch as first axis."""
+    def run(self, input_ids: Any, attention_mask: Any, state: Any = None, *, logits_to_keep: int = 0) -> Any:
+        """Returns `logits` of the last positions, and `state`, arrays by name with the batch as first axis."""
         ...
 
 
@@ -79,7 +79,7 @@ class SessionLanguageModel:
         self, input_ids: Tensor, attention_mask: Tensor, state: Mapping[str, np.ndarray[Any, Any]] | None
     ) -> tuple[Tensor, Mapping[str, np.ndarray[Any, Any]]]:
         """See `LanguageModel`."""
-        outputs = self.session.run(input_ids.numpy(), attention_mask.numpy(), state)
+        outputs = self.session.run(input_ids.numpy(), attention_mask.numpy(), state, logits_to_keep=1)
         last = np.ascontiguousarray(outputs.logits[:, -1], dtype=np.float32)
         return torch.from_numpy(last), outputs.state
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LOGITS_BYTES = 10**9  # of one call at the most: it returns logits of all positions, not only of the last
+LOGITS_BYTES = 10**9  # of one call at the most, as if it computed the logits of all positions: older files do
 _LOGIT_BYTES = 4
 
 
@@ -104,7 +104,8 @@ def evaluate(
         model: An open session, a PyTorch model under `act_export.hooks.attention_hook`, or another that can be scored.
         tokenizer: The model's.
         examples: At least one.
-        batch_size: Prompts that run together at the most; fewer where their logits would take over `LOGITS_BYTES`.
+        batch_size: Prompts that run together at the most; fewer where logits of all positions would take over
+            `LOGITS_BYTES`.
         length_normalized: Compare choices by log-likelihood per token.
         on_batch: Called after each batch with the number of examples in it.
 

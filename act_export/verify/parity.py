@@ -201,6 +201,8 @@ def verify_sessions(
                 results.append(_compare(case, steps, reference, precision))
             progress(f"verifying, {name}: batch against alone")
             results.append(_batch_against_alone(session, cases, precision))
+            progress(f"verifying, {name}: as generation runs it")
+            results.append(_generation_against_runs(session, cases, precision))
         engines.append(_engine_report(name, results, precision, [case.name for case in cases]))
     return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines))
 
@@ -320,10 +322,29 @@ def _batch_against_alone(session: Session, cases: Sequence[Case], precision: str
     for row, mask in enumerate(case.attention_mask.astype(bool)):
         alone = session.run(ids[row : row + 1, mask], np.ones((1, mask.sum()), np.int64)).logits
         pairs.append((together[row, mask], alone[0]))
+    return _within_engine(f"{case.name}: each row as if alone", pairs, len(ids), precision)
+
+
+def _generation_against_runs(session: Session, cases: Sequence[Case], precision: str) -> CaseResult:
+    """A cache that grows, with the last logits alone, equals runs by value with all logits, both in this engine."""
+    case = next(case for case in cases if "chunks" in case.name)
+    cache = session.allocate(len(case.attention_mask), capacity=case.calls[0].shape[1])
+    state, pairs = None, []
+    for ids in case.calls:
+        start, end = cache.length, cache.length + ids.shape[1]
+        last = cache.step(ids, case.attention_mask[:, start:end])
+        logits, state = session.run(ids, case.attention_mask[:, :end], state)
+        pairs.append((last[:, -1], logits[:, -1]))
+    return _within_engine(f"{case.name}: as generation runs them", pairs, cache.batch, precision)
+
+
+def _within_engine(
+    name: str, pairs: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]], sequences: int, precision: str
+) -> CaseResult:
+    """Result of a comparison of pairs (positions, vocabulary), both sides by the same engine."""
     metrics = compare_logits(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
     empty = compare_logits(*(np.zeros((0, 1), np.float32),) * 2)
-    name = f"{case.name}: each row as if alone"
-    return CaseResult(name, metrics, 0, 0, len(pairs), 0, empty, None, metrics.passes(GATES[precision]))
+    return CaseResult(name, metrics, 0, 0, sequences, 0, empty, None, metrics.passes(GATES[precision]))
 
 
 def _hook_against_own_attention(checkpoint: Checkpoint, cases: Sequence[Case]) -> Metrics:

@@ -12,6 +12,7 @@ import pytest
 from act_export.export.passes.cancel_reshapes import CancelReshapesPass
 from act_export.export.passes.flatten_rotary import FlattenRotaryPass
 from act_export.export.passes.name_weights import NameWeightsPass
+from act_export.export.passes.pack_projections import PackProjectionsPass
 from act_export.export.passes.strip_metadata import StripMetadataPass
 
 
@@ -119,3 +120,51 @@ def test_strip_metadata():
     text = ir.serde.serialize_model(model).SerializeToString()
     assert b"pkg.torch" not in text
     assert node.doc_string is None
+
+
+def projections(biases=("q_b", "k_b", "v_b"), extra="") -> ir.Model:
+    """With the weights `a.q.weight`, `a.k.weight` and `a.v.weight`."""
+    adds = "".join(
+        f"{name}o = Add ({name}p, {bias})" if bias else f"{name}o = Identity ({name}p)"
+        for name, bias in zip("qkv", biases, strict=True)
+    )
+    model = parse(f"""
+      <ir_version: 10, opset_import: ["" : 23]>
+      g (float[2, 3, 2] x) => (float[2, 3, 4] q, float[2, 3, 2] k, float[2, 3, 2] v)
+      <float[2, 4] q_w = {{1, 2, 3, 4, 5, 6, 7, 8}}, float[2, 2] k_w = {{1, -2, 3, -4}},
+       float[2, 2] v_w = {{9, 8, 7, 6}}, float[4] q_b = {{1, 2, 3, 4}}, float[2] k_b = {{5, 6}},
+       float[2] v_b = {{7, 8}}> {{
+        qp = MatMul (x, q_w)
+        kp = MatMul (x, k_w)
+        vp = MatMul (x, v_w)
+        {adds}
+        {extra}
+        q = Neg (qo)
+        k = Neg (ko)
+        v = Neg (vo)
+      }}""")
+    for name in "qkv":
+        model.graph.initializers[f"{name}_w"].name = f"a.{name}.weight"
+    return model
+
+
+@pytest.mark.parametrize("biases", [("q_b", "k_b", "v_b"), ("q_b", "", "v_b"), ("", "", "")])
+def test_pack_projections_keeps_the_result(biases):
+    x = np.random.default_rng(0).standard_normal((2, 3, 2)).astype(np.float32)
+    expected = run(projections(biases), x=x)
+    packed = PackProjectionsPass()(projections(biases)).model
+    assert operators(packed).count("MatMul") == 1
+    assert operators(packed).count("Add") == (1 if all(biases) else sum(map(bool, biases)))
+    assert "a.q+k+v.weight" in packed.graph.initializers
+    for actual, wanted in zip(run(packed, x=x), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-6)
+
+
+def test_pack_projections_leaves_two_products_and_shared_weights_alone():
+    assert not PackProjectionsPass()(projections(extra="again = MatMul (x, v_w)")).modified
+
+
+def test_pack_projections_leaves_overridable_weights_alone():
+    model = projections()
+    model.graph.inputs.append(model.graph.initializers["a.k.weight"])
+    assert not PackProjectionsPass()(model).modified

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny import CALIBRATION, VOCABULARY
 
+from act_export.errors import SessionError
 from act_export.ops import library
-from act_export.runtime import Session
+from act_export.runtime import Session, select
 from act_export.runtime.providers import RuntimeNotInstalledError, import_onnxruntime
-from act_export.runtime.session import SessionError, select
 
 
 def prompt(length, batch=1, seed=0):

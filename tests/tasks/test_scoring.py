@@ -60,17 +60,18 @@ class Recurrent:
 
 
 class RecurrentSession:
-    """The same as an ONNX Runtime session: arrays, a state by name, logits of all positions (only the last count)."""
+    """The same as an ONNX Runtime session: arrays, a state by name, logits of the last position."""
 
     def __init__(self) -> None:
         self.model = Recurrent()
 
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray, state: Any = None) -> Any:
+    def run(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, state: Any = None, *, logits_to_keep: int = 0
+    ) -> Any:
+        assert logits_to_keep == 1
         before = None if state is None else torch.from_numpy(state["past"])
         logits, after = self.model(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), before)
-        everything = np.full((*input_ids.shape, VOCABULARY), np.nan)
-        everything[:, -1] = logits.numpy()
-        return SimpleNamespace(logits=everything, state={"past": after.numpy()})
+        return SimpleNamespace(logits=logits.numpy()[:, None], state={"past": after.numpy()})
 
 
 def brute_force(example: EncodedExample) -> list[float]:

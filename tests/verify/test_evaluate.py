@@ -100,7 +100,9 @@ def test_a_session_and_the_model_it_was_exported_from_agree() -> None:
     class Session:
         """The interface of `act_export.runtime.Session`, run by PyTorch."""
 
-        def run(self, input_ids: np.ndarray, attention_mask: np.ndarray, state: Any = None) -> Any:
+        def run(
+            self, input_ids: np.ndarray, attention_mask: np.ndarray, state: Any = None, *, logits_to_keep: int = 0
+        ) -> Any:
             past = None
             if state is not None:
                 layers = [[torch.from_numpy(state[f"{layer}.{part}"]) for part in range(3)] for layer in range(2)]
@@ -108,7 +110,7 @@ def test_a_session_and_the_model_it_was_exported_from_agree() -> None:
             logits, present = hooked(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), past)
             type(self).layer = type(present[0])
             arrays = {f"{i}.{j}": part.numpy() for i, layer in enumerate(present) for j, part in enumerate(layer)}
-            return SimpleNamespace(logits=logits.numpy(), state=arrays)
+            return SimpleNamespace(logits=logits.numpy()[:, -logits_to_keep:], state=arrays)
 
     with attention_hook(model, ReferenceAttention(None)) as hooked, torch.no_grad():
         by_torch = evaluate(hooked, Letters(), QUESTIONS, batch_size=2)

@@ -15,6 +15,7 @@ from tiny import CALIBRATION, tiny_checkpoint
 from act_export.calibration import Calibration
 from act_export.export import build_model
 from act_export.runtime import RunOutputs, Session
+from act_export.runtime.kv_cache import InPlaceCache
 from act_export.verify.cases import parity_cases
 from act_export.verify.metrics import GATES, Gate, compare_logits
 from act_export.verify.parity import verify_sessions
@@ -54,6 +55,7 @@ def test_a_right_export_passes(tiny, tiny_file):
         "prompts in 3 chunks",
         "32 decode steps",
         "ragged batch of 4: each row as if alone",
+        "prompts in 3 chunks: as generation runs them",
     ]
     assert next(r for r in report.engines[0].results if "decode" in r.case).greedy_identical is True
     assert all(result.flips == 0 for result in report.engines[0].results)
@@ -82,6 +84,9 @@ class Nudged:
         logits, state = self.session.run(*arguments)
         nudged = {k: v * np.float32(self.factor) if "sink" in k else v for k, v in state.items()}
         return RunOutputs(logits, nudged)
+
+    def allocate(self, batch, capacity):
+        return self.session.allocate(batch, capacity)
 
     def __enter__(self):
         return self
@@ -141,6 +146,9 @@ class Forgetful:
             state = {name: np.zeros_like(value) if "sink" in name else value for name, value in state.items()}
         return self.session.run(ids, mask, state)
 
+    def allocate(self, batch, capacity):
+        return self.session.allocate(batch, capacity)
+
     def __enter__(self):
         return self
 
@@ -153,6 +161,21 @@ def test_lost_sink_state_is_caught(tiny, tiny_file):
     chunks = next(r for r in report.engines[0].results if "chunks" in r.case)
     assert chunks.wrong_sinks > 0
     assert not chunks.passed
+    assert not report.passed
+
+
+def test_a_cache_that_loses_its_sums_is_caught(tiny, tiny_file, monkeypatch):
+    def forgetful(cache, *arguments):
+        for name, buffer in cache._buffers.items():
+            if "sink" in name:
+                buffer[...] = 0
+        return run(cache, *arguments)
+
+    run = InPlaceCache._run
+    monkeypatch.setattr(InPlaceCache, "_run", forgetful)
+    report = verify(tiny, CALIBRATION, tiny_file)
+    failed = [result.case for result in report.engines[0].results if not result.passed]
+    assert failed == ["prompts in 3 chunks: as generation runs them"]
     assert not report.passed
 
 

@@ -26,6 +26,7 @@ constexpr int64_t kChunkBlocks = 2;       // row blocks in a chunk, at least
 constexpr int64_t kAppendRows = 512;      // positions that are copied to the cache at a time
 constexpr int64_t kWaveFloats = 8 << 20;  // scratch for the heads of a prompt that are in flight
 constexpr float kCancellation = 0.125f;   // below this mass outside the later sinks, o - oK would lose digits
+constexpr float kSavedShare = 0.5f;       // of the threshold: mean of a column over a block from which it is saved
 constexpr int64_t kUnlimited = INT64_MAX / 4;
 
 template <typename T>
@@ -121,8 +122,10 @@ class Layer {
     }
   }
 
+  const SinkTest& SinkTestOf(int64_t b) const { return sink_tests_[b]; }
+
   std::vector<int64_t> LaterSinks(int64_t b, int64_t index) const {
-    return sink_tests_[b].LaterSinks(PresentSums(b, index));
+    return SinkTestOf(b).LaterSinks(PresentSums(b, index));
   }
 
   // o = factors on its parts from the later sinks and from the rest.
@@ -154,9 +157,9 @@ class Prompt : Layer<T> {
  public:
   Prompt(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set)
       : Base(arguments, host, instruction_set) {
-    const int64_t blocks = (a_.sequence + kRowBlock - 1) / kRowBlock;
-    const int64_t chunks = std::clamp<int64_t>(blocks / kChunkBlocks, 1, kMaxChunks);
-    chunk_rows_ = (blocks + chunks - 1) / chunks * kRowBlock;
+    blocks_ = (a_.sequence + kRowBlock - 1) / kRowBlock;
+    const int64_t chunks = std::clamp<int64_t>(blocks_ / kChunkBlocks, 1, kMaxChunks);
+    chunk_rows_ = (blocks_ + chunks - 1) / chunks * kRowBlock;
     chunks_ = (a_.sequence + chunk_rows_ - 1) / chunk_rows_;
   }
 
@@ -165,9 +168,11 @@ class Prompt : Layer<T> {
     const int64_t count = a_.batch * a_.num_heads;
     for (int64_t next = 0; next < count;) {
       std::vector<Head> heads;
+      int64_t number = 0;
       for (int64_t floats = 0; next < count && floats < kWaveFloats; ++next) {
         heads.push_back({next / a_.num_heads, next % a_.num_heads, Base::CalibratedIndex(next % a_.num_heads)});
         if (heads.back().index >= 0) {
+          heads.back().number = number++;
           heads.back().scratch = floats;
           floats += ScratchOfHead();
         }
@@ -181,8 +186,10 @@ class Prompt : Layer<T> {
     int64_t b;
     int64_t h;
     int64_t index;        // among the calibrated heads, or -1
+    int64_t number = 0;   // among those of the wave
     int64_t scratch = 0;  // where its scratch begins
     std::vector<int64_t> sinks = {};
+    std::vector<int64_t> recompute = {};  // first rows of blocks with a later sink that was not saved
   };
 
   // A calibrated head: statistics of the rows, column sums of each chunk, and rows that wait for their correction.
@@ -190,6 +197,7 @@ class Prompt : Layer<T> {
     const int64_t output = std::is_same_v<T, float> ? 0 : a_.sequence * a_.value_head_size;
     return (2 * a_.sequence + chunks_ * a_.total + output + 15) / 16 * 16;
   }
+  SavedColumns& SavedAt(const Head& head, int64_t row) const { return saved_[head.number * blocks_ + row / kRowBlock]; }
   float* Maxima(const Head& head) const { return wave_ + head.scratch; }
   float* Normalisers(const Head& head) const { return Maxima(head) + a_.sequence; }
   float* ColumnSums(const Head& head, int64_t chunk) const {
@@ -228,14 +236,26 @@ class Prompt : Layer<T> {
     }
     Scratch<float> wave(host_, floats);
     wave_ = wave.Data();
+    Scratch<SavedColumns> saved(host_, static_cast<int64_t>(calibrated.size()) * blocks_);
+    saved_ = saved.Data();
+    std::vector<std::atomic<int64_t>> waiting(heads.size());
+    for (auto& count : waiting) count.store(chunks_, std::memory_order_relaxed);
     // The last rows see the most columns: they begin, so that no thread is left alone with much work.
     const auto head_count = static_cast<int64_t>(heads.size());
-    host_.ParallelFor(head_count * chunks_,
-                      [&](int64_t i) { AttendChunk(heads[i % head_count], chunks_ - 1 - i / head_count); });
-    const auto calibrated_count = static_cast<int64_t>(calibrated.size());
-    host_.ParallelFor(calibrated_count, [&](int64_t i) { FindSinks(*calibrated[i]); });
-    host_.ParallelFor(calibrated_count * chunks_, [&](int64_t i) {
-      CalibrateChunk(*calibrated[i % calibrated_count], chunks_ - 1 - i / calibrated_count);
+    host_.ParallelFor(head_count * chunks_, [&](int64_t i) {
+      Head& head = heads[i % head_count];
+      AttendChunk(head, chunks_ - 1 - i / head_count);
+      if (waiting[i % head_count].fetch_sub(1, std::memory_order_acq_rel) == 1 && head.index >= 0) CalibrateHead(head);
+    });
+    std::vector<std::pair<const Head*, int64_t>> blocks;
+    for (const Head* head : calibrated) {
+      for (const int64_t row : head->recompute) blocks.emplace_back(head, row);
+    }
+    host_.ParallelFor(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
+      const auto [head, row] = blocks[i];
+      const int64_t rows = std::min(kRowBlock, a_.sequence - row);
+      RecomputeBlock(*head, row, rows);
+      StoreBlock(*head, row, rows);
     });
   }
 
@@ -261,6 +281,9 @@ class Prompt : Layer<T> {
     return RowBlockScratch(a_.head_size, a_.value_head_size, columns);
   }
 
+  // Positions that the rows of a chunk may see end here.
+  int64_t ChunkEnd(int64_t chunk) const { return past_ + std::min((chunk + 1) * chunk_rows_, a_.sequence); }
+
   template <typename Body>
   void ForEachBlock(int64_t chunk, const Body& body) const {
     const int64_t end = std::min((chunk + 1) * chunk_rows_, a_.sequence);
@@ -271,7 +294,7 @@ class Prompt : Layer<T> {
   void AttendChunk(const Head& head, int64_t chunk) const {
     const int64_t padded = PaddedSize(a_.value_head_size);
     Scratch<float> scratch(host_, ScratchOfBlocks() + (std::is_same_v<T, float> ? 0 : kRowBlock * padded));
-    if (head.index >= 0) std::fill_n(ColumnSums(head, chunk), a_.total, 0.0f);
+    if (head.index >= 0) std::fill_n(ColumnSums(head, chunk), ChunkEnd(chunk), 0.0f);
     ForEachBlock(chunk, [&](int64_t row, int64_t rows) {
       float maxima[kRowBlock];
       float normalisers[kRowBlock];
@@ -287,6 +310,11 @@ class Prompt : Layer<T> {
         block.normalisers = Normalisers(head) + row;
         block.weights = weights;
         block.column_sums = ColumnSums(head, chunk);
+        block.saved = &SavedAt(head, row);
+        block.saved->count = 0;
+        block.saved_above = Base::SinkTestOf(head.b).Threshold() * kSavedShare;
+        block.initial = sequences_[head.b].begin;
+        block.last = row + rows == a_.sequence;
       }
       if constexpr (std::is_same_v<T, float>) {
         block.output = Base::Output(head.b, head.h, row);
@@ -307,57 +335,87 @@ class Prompt : Layer<T> {
     });
   }
 
-  void FindSinks(Head& head) const {
+  // All rows of this head have been attended to.
+  void CalibrateHead(Head& head) const {
+    SumColumns(head);
+    head.sinks = Base::LaterSinks(head.b, head.index);
+    for (int64_t row = 0; row < a_.sequence; row += kRowBlock) {
+      const int64_t rows = std::min(kRowBlock, a_.sequence - row);
+      if (AddSavedColumns(head, row, rows)) {
+        StoreBlock(head, row, rows);
+      } else {
+        head.recompute.push_back(row);
+      }
+    }
+  }
+
+  void SumColumns(const Head& head) const {
     const float* past = Base::PastSums(head.b, head.index);
     float* present = Base::PresentSums(head.b, head.index);
-    for (int64_t j = 0; j < a_.total; ++j) {
-      double sum = j < past_ ? past[j] : 0.0f;
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) sum += ColumnSums(head, chunk)[j];
-      present[j] = static_cast<float>(sum);
+    if (past != present) std::copy(past, past + past_, present);
+    std::fill(present + past_, present + a_.total, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const float* sums = ColumnSums(head, chunk);
+      const int64_t end = ChunkEnd(chunk);
+      for (int64_t j = 0; j < end; ++j) present[j] += sums[j];
     }
     Base::KeepSinkScores(head.b, head.index);
-    head.sinks = Base::LaterSinks(head.b, head.index);
   }
 
-  void CalibrateChunk(const Head& head, int64_t chunk) const {
-    const int64_t padded = PaddedSize(a_.value_head_size);
-    if (!head.sinks.empty()) {
-      Scratch<float> scratch(
-          host_, RowBlockScratch(a_.head_size, a_.value_head_size, static_cast<int64_t>(head.sinks.size())) +
-                     kRowBlock * padded);
-      ForEachBlock(chunk, [&](int64_t row, int64_t rows) { CalibrateBlock(head, row, rows, scratch.Data()); });
+  // Calibrates a block, where all of its later sinks were saved; otherwise makes ordinary attention of it.
+  bool AddSavedColumns(const Head& head, int64_t row, int64_t rows) const {
+    const SavedColumns& saved = SavedAt(head, row);
+    const RowBlock<T> block = BlockAt(head, row, rows);
+    const auto begin = std::lower_bound(head.sinks.begin(), head.sinks.end(), block.columns.begin);
+    const auto end = std::lower_bound(begin, head.sinks.end(), block.columns.end);
+    if (saved.count == 0) return begin == end;
+    Correction<T> correction;
+    int64_t found = 0;
+    for (int64_t k = 0; k < saved.count; ++k) {
+      correction.sinks[k] = std::binary_search(begin, end, saved.positions[k]);
+      found += correction.sinks[k];
     }
+    const bool all = found == end - begin;
+    correction.cache = block.cache;
+    correction.saved = &saved;
+    correction.beta = all ? a_.beta[head.index] : 1.0f;
+    correction.rows = rows;
+    correction.output = Attended(head, row);
+    correction.output_stride = AttendedStride();
+    kernels_.correct(correction);
+    return all;
+  }
+
+  void StoreBlock(const Head& head, int64_t row, int64_t rows) const {
     if constexpr (!std::is_same_v<T, float>) {
-      ForEachBlock(chunk, [&](int64_t row, int64_t rows) {
-        for (int64_t r = row; r < row + rows; ++r) Base::StoreRow(Attended(head, r), Base::Output(head.b, head.h, r));
-      });
+      for (int64_t r = row; r < row + rows; ++r) Base::StoreRow(Attended(head, r), Base::Output(head.b, head.h, r));
     }
   }
 
-  void CalibrateBlock(const Head& head, int64_t row, int64_t rows, float* scratch) const {
+  // Calibrates ordinary attention, its later sinks computed again.
+  void RecomputeBlock(const Head& head, int64_t row, int64_t rows) const {
     const int64_t padded = PaddedSize(a_.value_head_size);
     RowBlock<T> block = BlockAt(head, row, rows);
     const auto begin = std::lower_bound(head.sinks.begin(), head.sinks.end(), block.columns.begin);
     const auto end = std::lower_bound(begin, head.sinks.end(), block.columns.end);
-    if (begin == end) return;
+    Scratch<float> scratch(host_, RowBlockScratch(a_.head_size, a_.value_head_size, end - begin) + kRowBlock * padded);
     float mass[kRowBlock];
     block.columns = {head.sinks.data(), begin - head.sinks.begin(), end - head.sinks.begin(), nullptr};
     block.given = true;
     block.maxima = Maxima(head) + row;
     block.normalisers = Normalisers(head) + row;
     block.mass = mass;
-    block.output = scratch;
+    block.output = scratch.Data();
     block.output_stride = padded;
-    block.scratch = scratch + kRowBlock * padded;
+    block.scratch = scratch.Data() + kRowBlock * padded;
     kernels_.attend(block);
 
     const bool cancels = std::any_of(mass, mass + rows, [](float m) { return 1.0f - m < kCancellation; });
-    if (cancels) return CalibrateFromRest(head, row, rows, mass, scratch);
-    const float beta = a_.beta[head.index];
+    if (cancels) return CalibrateFromRest(head, row, rows, mass, scratch.Data());
     for (int64_t r = 0; r < rows; ++r) {
       if (mass[r] == 0.0f) continue;
-      const RowFactors factors = Calibrate(beta, mass[r], 1.0 - mass[r]);
-      const float* from_sinks = scratch + r * padded;
+      const RowFactors factors = Calibrate(a_.beta[head.index], mass[r], 1.0 - mass[r]);
+      const float* from_sinks = scratch.Data() + r * padded;
       float* o = Attended(head, row + r);
       for (int64_t d = 0; d < a_.value_head_size; ++d) {
         o[d] = factors.sinks * from_sinks[d] + factors.rest * (o[d] - from_sinks[d]);
@@ -365,7 +423,7 @@ class Prompt : Layer<T> {
     }
   }
 
-  // As CalibrateBlock, with what comes from the other columns summed anew.
+  // As RecomputeBlock, with what comes from the other columns summed anew.
   void CalibrateFromRest(const Head& head, int64_t row, int64_t rows, const float* mass,
                          const float* from_sinks) const {
     const int64_t padded = PaddedSize(a_.value_head_size);
@@ -391,9 +449,11 @@ class Prompt : Layer<T> {
     }
   }
 
+  int64_t blocks_;
   int64_t chunk_rows_;
   int64_t chunks_;
   float* wave_ = nullptr;
+  SavedColumns* saved_ = nullptr;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,16 @@ struct Scores {
   float exponent = kLog2E;
 };
 
+// Columns of a block of rows that may turn out to be later sinks. Their values are left out of the block's output until
+// it is known what to multiply them by: no difference of almost equal numbers is ever taken.
+struct SavedColumns {
+  static constexpr int64_t kCapacity = 8;
+  int64_t count = 0;  // the first kCapacity that were found
+  int64_t positions[kCapacity];
+  float probabilities[kCapacity][kRowBlock];
+  float rest[kRowBlock];  // of a row: what all other columns draw
+};
+
 // Attention of up to kRowBlock consecutive rows of one head.
 template <typename T>
 struct RowBlock {
@@ -60,11 +70,28 @@ struct RowBlock {
 
   const float* weights = nullptr;  // (rows) of a row in the column sums; null: none are wanted
   float* column_sums = nullptr;    // by position: += weight * probability
+  SavedColumns* saved = nullptr;   // with column sums: columns whose mean over these rows is above `saved_above`
+  float saved_above = 0.0f;
+  int64_t initial = -1;  // position that is never saved
+  bool last = false;     // no rows come after these: a mean over the few rows that see a column counts as well
 
   float* mass = nullptr;    // (rows), where given: sum of the probabilities
   float* output = nullptr;  // row r at output + r * output_stride
   int64_t output_stride = 0;
   float* scratch = nullptr;  // RowBlockScratch() floats, aligned to kAlignment
+};
+
+// Adds the saved columns to the output of their block: the later sinks among them with the factor that calibration
+// gives them, the others with that of the rest.
+template <typename T>
+struct Correction {
+  Cache<T> cache;
+  const SavedColumns* saved = nullptr;
+  bool sinks[SavedColumns::kCapacity] = {};
+  float beta = 1.0f;
+  int64_t rows = 0;
+  float* output = nullptr;  // row r at output + r * output_stride
+  int64_t output_stride = 0;
 };
 
 // Attention of a few rows over a slice of the cache, unnormalised.
@@ -103,6 +130,7 @@ struct WeightedValues {
 template <typename T>
 struct TypedKernels {
   void (*attend)(const RowBlock<T>&);
+  void (*correct)(const Correction<T>&);
   void (*decode)(const DecodeSlice<T>&);
   void (*add_values)(const WeightedValues<T>&);
   void (*store)(const float* from, int64_t size, T* to);  // rounds to nearest even

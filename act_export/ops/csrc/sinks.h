@@ -45,6 +45,9 @@ class SinkTest {
     }
   }
 
+  // Mean attention above which a token is a sink.
+  float Threshold() const { return threshold_; }
+
   // In ascending order, from running column sums over all rows so far. The initial token is never one.
   std::vector<int64_t> LaterSinks(const float* column_sums) const {
     constexpr int64_t kBlock = 64;  // a comparison that vectorises tells blocks without any from those to look into

@@ -1,0 +1,256 @@
+"""A batch of sequences that a session extends step by step: their cache, their mask, and the steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from act_export.errors import SessionError
+from act_export.runtime.state import State, StateInput
+
+if TYPE_CHECKING:
+    from act_export.runtime.session import Session
+
+DEFAULT_CAPACITY = 256
+
+
+class Cache(ABC):
+    """What a session keeps of a batch of sequences; `Session.allocate` makes it, `step` runs the model and extends it.
+
+    Sequences of a batch have the same number of positions, padding included. A step that fails or is interrupted while
+    the model runs leaves the cache in between: it refuses to go on until `reset`.
+
+    Attributes:
+        session: That it was allocated by.
+        batch: Number of sequences.
+        length: Positions so far.
+        tokens: (batch,), how many of them are real tokens.
+    """
+
+    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+        """Reserves room; use `Session.allocate`."""
+        self.session = session
+        self.batch = batch
+        self.length = 0
+        self.tokens = np.zeros(batch, np.int64)
+        self._capacity = capacity
+        self._mask = np.zeros((batch, capacity), np.int64)
+        self._whole = True
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for; a step that needs more doubles it."""
+        return self._capacity
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Size of the keys, values and column sums in bytes, room that isn't used yet included."""
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        token_mask: NDArray[np.int64] | None = None,
+        *,
+        logits_to_keep: int = 1,
+    ) -> NDArray[np.float32]:
+        """One forward pass: a prompt, a chunk of one, or a token each.
+
+        Args:
+            input_ids: The new tokens, (batch, sequence).
+            token_mask: (batch, sequence), 1 for real tokens; None if all are. Prompts of different lengths are padded
+                on the left; a sequence that has ended gets padding.
+            logits_to_keep: Number of last positions to return logits of; 0 for all.
+
+        Returns:
+            Logits (batch, positions, vocabulary).
+
+        Raises:
+            SessionError: If shapes don't fit, a token isn't in the vocabulary, a sequence is longer than the model's
+                context, ONNX Runtime fails, or the step before was interrupted.
+        """
+        self._check_whole()
+        shape = (self.batch, input_ids.shape[-1])
+        if token_mask is None:
+            token_mask = np.ones(shape, np.int64)
+        if not input_ids.shape == token_mask.shape == shape:
+            raise SessionError(
+                f"input_ids has shape {input_ids.shape}, token_mask {token_mask.shape}; the cache is for {self.batch} "
+                f"sequences, so both need {shape}"
+            )
+        counts = self.tokens[:, None] + (token_mask != 0).cumsum(-1)
+        self.session.check(input_ids, counts[:, -1:], logits_to_keep)
+        total = self.length + input_ids.shape[1]
+        with self._in_between():
+            if total > self._capacity:
+                self._grow(self._next_capacity(total))
+            self._mask[:, self.length : total] = token_mask
+            logits = self._run(input_ids, self._mask[:, :total], np.maximum(counts - 1, 0), logits_to_keep)
+            self.length, self.tokens = total, counts[:, -1]
+        return logits
+
+    def state(self) -> State:
+        """A copy of the state, as `Session.run` takes it.
+
+        Raises:
+            SessionError: If the step before was interrupted.
+        """
+        self._check_whole()
+        return self._copied_state()
+
+    def reset(self) -> None:
+        """Forgets the sequences, and keeps the room."""
+        self._forget()
+        self.length = 0
+        self.tokens = np.zeros(self.batch, np.int64)
+        self._whole = True
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise SessionError("the step before failed or was interrupted: reset the cache, or allocate another")
+
+    @contextmanager
+    def _in_between(self) -> Iterator[None]:
+        self._whole = False
+        yield
+        self._whole = True
+
+    def _next_capacity(self, needed: int) -> int:
+        doubled, context = 2 * self._capacity, self.session.limits.context
+        if context is not None and needed <= context:  # padding doesn't count, so more may be needed
+            doubled = min(doubled, context)
+        return max(needed, doubled)
+
+    def _grow(self, capacity: int) -> None:
+        mask = np.zeros((self.batch, capacity), np.int64)
+        mask[:, : self.length] = self._mask[:, : self.length]
+        self._mask, self._capacity = mask, capacity
+
+    @abstractmethod
+    def _copied_state(self) -> State: ...
+
+    @abstractmethod
+    def _forget(self) -> None: ...
+
+    @abstractmethod
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_to_keep: int,
+    ) -> NDArray[np.float32]: ...
+
+
+class InPlaceCache(Cache):
+    """Buffers that the native library writes new keys, values and column sums into: nothing is copied in a step.
+
+    Past and present of every layer are bound to the same memory, longer than what is in it; the operator sees by the
+    attention mask how much is. Memory is taken from the system as it is filled. Growing copies layer by layer.
+    """
+
+    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+        """Reserves and binds the buffers; use `Session.allocate`."""
+        super().__init__(session, batch, capacity)
+        inner = session.onnxruntime_session
+        self._binding = inner.io_binding()
+        self._inner = inner  # which the binding doesn't keep alive itself in older versions
+        self._buffers: State = {}  # keeps alive what is bound, as do the arrays below
+        self._inputs: dict[str, NDArray[np.int64]] = {}
+        for part in session.state_inputs:
+            self._bind_buffer(part, part.zeros(batch, capacity))
+
+    @property
+    def nbytes(self) -> int:
+        """See `Cache`."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def _copied_state(self) -> State:
+        return {name: buffer[:, :, : self.length].copy() for name, buffer in self._buffers.items()}
+
+    def _forget(self) -> None:
+        for part in self.session.state_inputs:
+            if self._buffers[part.name].shape[2] != self._capacity:  # growing was interrupted
+                self._bind_buffer(part, part.zeros(self.batch, self._capacity))
+
+    def _grow(self, capacity: int) -> None:
+        for part in self.session.state_inputs:
+            larger = part.zeros(self.batch, capacity)
+            larger[:, :, : self.length] = self._buffers[part.name][:, :, : self.length]
+            self._bind_buffer(part, larger)
+        super()._grow(capacity)
+
+    def _bind_buffer(self, part: StateInput, buffer: NDArray[Any]) -> None:
+        where = ("cpu", 0, part.dtype, buffer.shape, buffer.ctypes.data)
+        self._binding.bind_input(part.name, *where)
+        self._binding.bind_output(part.present, *where)
+        self._buffers[part.name] = buffer
+
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_to_keep: int,
+    ) -> NDArray[np.float32]:
+        session = self.session
+        self._give("input_ids", input_ids)
+        self._give("position_ids", position_ids)
+        self._bind_input("attention_mask", np.ascontiguousarray(attention_mask))
+        positions = input_ids.shape[1]
+        if session.keeps_logits:
+            self._give("logits_to_keep", np.array(logits_to_keep))
+            positions = min(logits_to_keep, positions) if logits_to_keep else positions
+        logits = np.empty((self.batch, positions, session.logits_size), session.logits_dtype)
+        self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        session.run_bound(self._binding)
+        return session.last(logits, logits_to_keep)
+
+    def _give(self, name: str, values: NDArray[np.int64]) -> None:
+        """Binds a copy; where the shape is that of the step before, writes into what is bound."""
+        bound = self._inputs.get(name)
+        if bound is not None and bound.shape == values.shape:
+            bound[...] = values
+        else:
+            self._bind_input(name, np.array(values, np.int64, order="C"))
+
+    def _bind_input(self, name: str, values: NDArray[np.int64]) -> None:
+        self._binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+        self._inputs[name] = values
+
+
+class CopiedCache(Cache):
+    """States by value, for the portable functions, which can't write in place: every step copies the cache."""
+
+    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+        """Begins with an empty state; use `Session.allocate`."""
+        super().__init__(session, batch, capacity)
+        self._state = session.empty_state(batch)
+
+    @property
+    def nbytes(self) -> int:
+        """See `Cache`."""
+        return sum(array.nbytes for array in self._state.values())
+
+    def _copied_state(self) -> State:
+        return {name: array.copy() for name, array in self._state.items()}
+
+    def _forget(self) -> None:
+        self._state = self.session.empty_state(self.batch)
+
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_to_keep: int,
+    ) -> NDArray[np.float32]:
+        logits, self._state = self.session.run(
+            input_ids, attention_mask, self._state, position_ids, logits_to_keep=logits_to_keep
+        )
+        return logits

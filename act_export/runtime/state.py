@@ -1,0 +1,56 @@
+"""The state of an exported model: its cache and the running column sums, by the names of the graph's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+State = dict[str, NDArray[Any]]
+"""Arrays by input name; batch is axis 0, tokens are axis 2."""
+
+_PREFIXES = {"past_key_values.": "present.", "past_sink_scores.": "present_sink_scores."}
+DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """One part of the state.
+
+    Attributes:
+        name: Of the graph's input.
+        present: Name of the graph's output that is the next call's input.
+        heads: Key-value heads, or calibrated heads.
+        size: Head size; 1 for column sums.
+        dtype: Of the array.
+    """
+
+    name: str
+    present: str
+    heads: int
+    size: int
+    dtype: np.dtype[Any]
+
+    def zeros(self, batch: int, tokens: int) -> NDArray[Any]:
+        """An array (batch, heads, tokens, size)."""
+        return np.zeros((batch, self.heads, tokens, self.size), self.dtype)
+
+
+def state_inputs(inner: Any) -> tuple[StateInput, ...]:
+    """The state inputs of an `onnxruntime.InferenceSession`, in the graph's order."""
+    found = []
+    for given in inner.get_inputs():
+        for prefix, present in _PREFIXES.items():
+            if given.name.startswith(prefix):
+                _, heads, _, size = given.shape
+                name = present + given.name.removeprefix(prefix)
+                found.append(StateInput(given.name, name, int(heads), int(size), DTYPES[given.type]))
+    return tuple(found)
+
+
+def select(state: State, rows: Sequence[int]) -> State:
+    """The state of some sequences of a batch, in the order given; a row may be repeated."""
+    return {name: value[list(rows)] for name, value in state.items()}

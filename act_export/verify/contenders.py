@@ -1,0 +1,220 @@
+"""What a benchmark runs: a file of act-export, another exporter's file, or PyTorch; each greedily, on its own cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from act_export.calibration import Calibration
+from act_export.errors import ActExportError, SessionError
+from act_export.runtime.kv_cache import Cache
+from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.session import Session
+from act_export.verify.model_file import ModelFile, read_model_file
+
+if TYPE_CHECKING:
+    from act_export.hooks import HookedModel, LayerState
+
+EXPORTED = "act-export"
+FOREIGN = "another exporter"
+PYTORCH = "PyTorch"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model, and how it is run.
+
+    Attributes:
+        name: In the report.
+        kind: `EXPORTED`, `FOREIGN` or `PYTORCH`.
+        source: The ONNX file, or MODEL as `act_export.checkpoint.load_checkpoint` takes it.
+        kernel: What computes the attention, in words.
+        native: Whether the native library does, in a file of act-export.
+        rounds: Turns that it takes.
+        new_tokens: That it generates in a turn.
+        calibration: Of PyTorch: the file whose calibration it applies; empty for the others.
+        notes: What else a reader of the numbers must know.
+    """
+
+    name: str
+    kind: str
+    source: str
+    kernel: str
+    native: bool
+    rounds: int
+    new_tokens: int
+    calibration: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Running(ABC):
+    """A loaded model with the cache of one batch."""
+
+    weights_bytes: int
+
+    @abstractmethod
+    def begin(self, batch: int, capacity: int) -> None:
+        """Empties the cache, and reserves room for so many positions where the contender can."""
+
+    @abstractmethod
+    def step(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """One forward pass that extends the cache; the last position's logits, (batch, vocabulary)."""
+
+
+@contextmanager
+def running(contender: Contender, threads: int) -> Iterator[Running]:
+    """Loads a contender; ONNX Runtime's global thread pool must have been made, PyTorch gets so many threads.
+
+    Raises:
+        ActExportError: If it can't be loaded, or isn't the model that its calibration is of.
+    """
+    if contender.kind == PYTORCH:
+        with _running_pytorch(contender, threads) as model:
+            yield model
+    elif contender.kind == FOREIGN:
+        yield RunningForeign(read_model_file(contender.source))
+    else:
+        with Session.open(contender.source, native=contender.native, shared_threads=True) as session:
+            yield RunningExported(session, read_model_file(contender.source).weights_bytes)
+
+
+class RunningExported(Running):
+    """A file of act-export as `act_export.runtime.generate` runs it."""
+
+    def __init__(self, session: Session, weights_bytes: int) -> None:
+        """Takes an open session."""
+        self.weights_bytes = weights_bytes
+        self._session = session
+        self._cache: Cache | None = None
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """See `Running`."""
+        self._cache = None  # the old one goes before the new one comes
+        self._cache = self._session.allocate(batch, capacity)
+
+    def step(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """See `Running`."""
+        assert self._cache is not None
+        return self._cache.step(input_ids)[:, -1]
+
+
+class RunningForeign(Running):
+    """Another exporter's file.
+
+    Where its attention is GroupQueryAttention, past and present are the same preallocated memory, as onnxruntime-genai
+    runs it; otherwise each call's present is the next one's past. Nothing is copied by us in either case.
+    """
+
+    def __init__(self, file: ModelFile) -> None:
+        """Opens a session in the global thread pool."""
+        self.weights_bytes = file.weights_bytes
+        self._file = file
+        self._onnxruntime = import_onnxruntime()
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.use_per_session_threads = False
+        try:
+            self._inner = self._onnxruntime.InferenceSession(
+                str(file.path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise SessionError(f"ONNX Runtime can't load {file.path}: {error}") from error
+        self._binding: Any = None
+        self._buffers: dict[str, NDArray[Any]] = {}
+        self._length = 0
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """See `Running`."""
+        self._binding, self._buffers, self._length = self._inner.io_binding(), {}, 0
+        for part in self._file.state_inputs:
+            buffer = part.zeros(batch, capacity if self._file.shares_buffers else 0)
+            self._buffers[part.name] = buffer  # bound by address: it must stay
+            where = ("cpu", 0, part.dtype, buffer.shape, buffer.ctypes.data)
+            self._binding.bind_input(part.name, *where)
+            if self._file.shares_buffers:
+                self._binding.bind_output(part.present, *where)
+
+    def step(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """See `Running`."""
+        batch, sequence = input_ids.shape
+        total = self._length + sequence
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": np.ones((batch, total), np.int64),
+            "position_ids": np.broadcast_to(np.arange(self._length, total), (batch, sequence)),
+        }
+        alive = [np.ascontiguousarray(given[name], dtype) for name, dtype in self._file.inputs.items()]
+        for name, array in zip(self._file.inputs, alive, strict=True):
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        logits = np.empty((batch, sequence, self._file.vocabulary), self._file.logits_dtype)
+        self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        if not self._file.shares_buffers:
+            for part in self._file.state_inputs:
+                self._binding.bind_output(part.present, "cpu")
+        try:
+            self._inner.run_with_iobinding(self._binding)
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise SessionError(f"ONNX Runtime can't run {self._file.path}: {error}") from error
+        if not self._file.shares_buffers:
+            self._hand_present_on()
+        self._length = total
+        return logits[:, -1]
+
+    def _hand_present_on(self) -> None:
+        _, *present = self._binding.get_outputs()  # in the order they were bound: logits first, then the states
+        for part, value in zip(self._file.state_inputs, present, strict=True):
+            self._binding.bind_ortvalue_input(part.name, value)
+
+
+class RunningPyTorch(Running):
+    """A transformers model whose attention is the reference."""
+
+    def __init__(self, hooked: HookedModel) -> None:
+        """Takes a model under `act_export.hooks.attention_hook`."""
+        self.weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in hooked.model.parameters())
+        self._hooked = hooked
+        self._state: list[LayerState] | None = None
+        self._length = 0
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """See `Running`; the reference joins its cache, so there is no room to reserve."""
+        self._state, self._length = None, 0
+
+    def step(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """See `Running`."""
+        import torch
+
+        self._length += input_ids.shape[1]
+        mask = torch.ones((len(input_ids), self._length), dtype=torch.long)
+        with torch.inference_mode():
+            outputs = self._hooked(torch.from_numpy(input_ids), mask, self._state, logits_to_keep=1)
+        self._state = outputs.state
+        logits: NDArray[Any] = outputs.logits[:, -1].float().numpy()
+        return logits
+
+
+@contextmanager
+def _running_pytorch(contender: Contender, threads: int) -> Iterator[Running]:
+    import torch
+
+    from act_export.checkpoint import load_checkpoint
+    from act_export.hooks import ReferenceAttention, attention_hook
+
+    torch.set_num_threads(threads)
+    file = read_model_file(contender.calibration)
+    checkpoint = load_checkpoint(contender.source)
+    if file.identity is not None and file.identity != checkpoint.identity:
+        raise ActExportError(
+            f"{file.path} was exported from another model: {file.identity}, and {contender.source} is "
+            f"{checkpoint.identity}"
+        )
+    text = file.properties.get("calibration")
+    attention = ReferenceAttention(Calibration.from_json(text, source=str(file.path)) if text else None)
+    with attention_hook(checkpoint.model, attention) as hooked:
+        yield RunningPyTorch(hooked)
