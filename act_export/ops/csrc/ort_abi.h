@@ -19,10 +19,12 @@ namespace act::ort {
 // The oldest API with everything below; newer runtimes keep serving it.
 constexpr uint32_t kApiVersion = 17;
 
+struct Allocator;
 struct CustomOp;
 struct CustomOpDomain;
 struct KernelContext;
 struct KernelInfo;
+struct MemoryInfo;
 struct SessionOptions;
 struct ShapeInferContext;
 struct Status;
@@ -33,6 +35,7 @@ enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 enum ElementType { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic { kRequired = 0 };
 enum MemoryType { kMemoryDefault = 0 };
+enum AllocatorType { kArenaAllocator = 1 };
 
 #define ACT_ORT_FUNCTION(name, ...) Status*(ACT_ORT_CALL * name)(__VA_ARGS__)
 #define ACT_ORT_RELEASE(name, type) void(ACT_ORT_CALL * name)(type*)
@@ -58,7 +61,9 @@ struct Api {
   ACT_ORT_FUNCTION(GetSymbolicDimensions, const TensorTypeAndShapeInfo*, const char** names, size_t rank);
   void* unused_64;
   ACT_ORT_FUNCTION(GetTensorTypeAndShape, const Value*, TensorTypeAndShapeInfo** out);
-  void* unused_66[19];
+  void* unused_66[2];
+  ACT_ORT_FUNCTION(CreateMemoryInfo, const char* name, AllocatorType type, int id, MemoryType memory, MemoryInfo** out);
+  void* unused_69[16];
   ACT_ORT_FUNCTION(KernelInfoGetAttribute_float, const KernelInfo*, const char* name, float* out);
   ACT_ORT_FUNCTION(KernelInfoGetAttribute_int64, const KernelInfo*, const char* name, int64_t* out);
   ACT_ORT_FUNCTION(KernelInfoGetAttribute_string, const KernelInfo*, const char* name, char* out, size_t* size);
@@ -68,12 +73,17 @@ struct Api {
                    Value** out);
   void* unused_92;
   ACT_ORT_RELEASE(ReleaseStatus, Status);
-  void* unused_94[5];
+  ACT_ORT_RELEASE(ReleaseMemoryInfo, MemoryInfo);
+  void* unused_95[4];
   ACT_ORT_RELEASE(ReleaseTensorTypeAndShapeInfo, TensorTypeAndShapeInfo);
-  void* unused_100[62];
+  void* unused_100[32];
+  ACT_ORT_RELEASE(ReleaseAllocator, Allocator);
+  void* unused_133[29];
   ACT_ORT_FUNCTION(KernelInfoGetAttributeArray_float, const KernelInfo*, const char* name, float* out, size_t* size);
   ACT_ORT_FUNCTION(KernelInfoGetAttributeArray_int64, const KernelInfo*, const char* name, int64_t* out, size_t* size);
-  void* unused_164[103];
+  void* unused_164[89];
+  ACT_ORT_FUNCTION(KernelContext_GetAllocator, const KernelContext*, const MemoryInfo*, Allocator** out);
+  void* unused_254[13];
   ACT_ORT_FUNCTION(ShapeInferContext_GetInputCount, const ShapeInferContext*, size_t* out);
   // The result belongs to the context: it is not to be released.
   ACT_ORT_FUNCTION(ShapeInferContext_GetInputTypeShape, const ShapeInferContext*, size_t index,
@@ -93,6 +103,13 @@ struct Api {
 struct ApiBase {
   const Api*(ACT_ORT_CALL* GetApi)(uint32_t version);
   const char*(ACT_ORT_CALL* GetVersionString)();
+};
+
+// The beginning of OrtAllocator.
+struct Allocator {
+  uint32_t version;
+  void*(ACT_ORT_CALL* Alloc)(Allocator*, size_t bytes);
+  void(ACT_ORT_CALL* Free)(Allocator*, void* memory);
 };
 
 // OrtCustomOp. A null entry means ONNX Runtime's default.

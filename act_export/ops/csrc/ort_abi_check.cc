@@ -19,15 +19,19 @@ SAME_SLOT(GetDimensionsCount);
 SAME_SLOT(GetDimensions);
 SAME_SLOT(GetSymbolicDimensions);
 SAME_SLOT(GetTensorTypeAndShape);
+SAME_SLOT(CreateMemoryInfo);
 SAME_SLOT(KernelInfoGetAttribute_float);
 SAME_SLOT(KernelInfoGetAttribute_int64);
 SAME_SLOT(KernelInfoGetAttribute_string);
 SAME_SLOT(KernelContext_GetInput);
 SAME_SLOT(KernelContext_GetOutput);
 SAME_SLOT(ReleaseStatus);
+SAME_SLOT(ReleaseMemoryInfo);
 SAME_SLOT(ReleaseTensorTypeAndShapeInfo);
+SAME_SLOT(ReleaseAllocator);
 SAME_SLOT(KernelInfoGetAttributeArray_float);
 SAME_SLOT(KernelInfoGetAttributeArray_int64);
+SAME_SLOT(KernelContext_GetAllocator);
 SAME_SLOT(ShapeInferContext_GetInputCount);
 SAME_SLOT(ShapeInferContext_GetInputTypeShape);
 SAME_SLOT(ShapeInferContext_SetOutputTypeShape);
@@ -35,6 +39,9 @@ SAME_SLOT(SetSymbolicDimensions);
 SAME_SLOT(KernelContext_ParallelFor);
 
 static_assert(offsetof(act::ort::ApiBase, GetApi) == offsetof(OrtApiBase, GetApi), "OrtApiBase::GetApi");
+
+static_assert(offsetof(act::ort::Allocator, Alloc) == offsetof(OrtAllocator, Alloc), "OrtAllocator::Alloc");
+static_assert(offsetof(act::ort::Allocator, Free) == offsetof(OrtAllocator, Free), "OrtAllocator::Free");
 
 #define SAME_ENTRY(name) \
   static_assert(offsetof(act::ort::CustomOp, name) == offsetof(OrtCustomOp, name), "OrtCustomOp::" #name)
@@ -75,3 +82,4 @@ SAME_VALUE(kFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 SAME_VALUE(kBFloat16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16);
 SAME_VALUE(kRequired, INPUT_OUTPUT_REQUIRED);
 SAME_VALUE(kMemoryDefault, OrtMemTypeDefault);
+SAME_VALUE(kArenaAllocator, OrtArenaAllocator);

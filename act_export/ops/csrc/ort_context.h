@@ -168,10 +168,32 @@ struct Tensor {
   Shape shape;
 };
 
+// Which of the session's allocators a kernel takes its scratch memory from: the arena of the CPU.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(const Api& api) : api_(api) {
+    Check(api, api.CreateMemoryInfo("Cpu", kArenaAllocator, 0, kMemoryDefault, &info_));
+  }
+  ~ScratchMemory() { api_.ReleaseMemoryInfo(info_); }
+  ScratchMemory(const ScratchMemory&) = delete;
+  ScratchMemory& operator=(const ScratchMemory&) = delete;
+
+  const MemoryInfo* Info() const { return info_; }
+
+ private:
+  const Api& api_;
+  MemoryInfo* info_ = nullptr;
+};
+
 // One call of a kernel.
 class Call final : public Host {
  public:
-  Call(const Api& api, KernelContext* context) : api_(api), context_(context) {}
+  Call(const Api& api, KernelContext* context, const ScratchMemory& scratch) : api_(api), context_(context) {
+    Check(api, api.KernelContext_GetAllocator(context, scratch.Info(), &allocator_));
+  }
+  ~Call() override { api_.ReleaseAllocator(allocator_); }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
 
   template <typename T>
   Tensor<const T> Input(size_t index) const {
@@ -203,8 +225,13 @@ class Call final : public Host {
 
   // On the session's threads. The first exception of a body is thrown again here, after all have returned.
   void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) override;
-  void* Allocate(size_t bytes) override { return ::operator new(bytes); }
-  void Free(void* memory) noexcept override { ::operator delete(memory); }
+  // From the session's arena, which keeps what is freed: the next call takes no memory from the system.
+  void* Allocate(size_t bytes) override {
+    void* memory = allocator_->Alloc(allocator_, bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+  }
+  void Free(void* memory) noexcept override { allocator_->Free(allocator_, memory); }
 
  private:
   void* Data(Value* value) const {
@@ -215,6 +242,7 @@ class Call final : public Host {
 
   const Api& api_;
   KernelContext* context_;
+  Allocator* allocator_ = nullptr;
 };
 
 }  // namespace act::ort

@@ -44,6 +44,7 @@ struct Operator : ort::CustomOp, Description {
 struct Kernel {
   const Operator& op;
   AttentionAttributes attributes;
+  ort::ScratchMemory scratch;
 };
 
 const Operator& AsOperator(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
@@ -60,14 +61,15 @@ ort::ElementType OutputType(const Operator& op, size_t index) { return index < 3
 ort::Status* ACT_ORT_CALL MakeKernel(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
                                      void** kernel) {
   return ort::Guard(*api, AsOperator(op).name, [&] {
-    *kernel = new Kernel{AsOperator(op), {ort::Attributes(*api, info), AsOperator(op).calibrated}};
+    *kernel =
+        new Kernel{AsOperator(op), {ort::Attributes(*api, info), AsOperator(op).calibrated}, ort::ScratchMemory(*api)};
   });
 }
 
 ort::Status* ACT_ORT_CALL Compute(void* data, ort::KernelContext* context) {
   const auto& kernel = *static_cast<const Kernel*>(data);
   return ort::Guard(kernel.op.api, kernel.op.name, [&] {
-    ort::Call call(kernel.op.api, context);
+    ort::Call call(kernel.op.api, context, kernel.scratch);
     kernel.op.run(kernel.attributes, call);
   });
 }
