@@ -25,16 +25,20 @@ if TYPE_CHECKING:
     from act_export.runtime.generate import generate as generate
     from act_export.runtime.session import Session as Session
     from act_export.search import search_heads as search_heads
+    from act_export.verify.bench import BenchRequest as BenchRequest
+    from act_export.verify.bench import bench_file as bench_file
     from act_export.verify.parity import verify_sessions as verify_sessions
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ActExportError": "errors",
+    "BenchRequest": "verify.bench",
     "Calibration": "calibration",
     "Checkpoint": "checkpoint",
     "Sampling": "runtime.generate",
     "Session": "runtime.session",
+    "bench_file": "verify.bench",
     "calibrate_probabilities": "reference",
     "export_model": "convert",
     "generate": "runtime.generate",

@@ -187,7 +187,7 @@ def export_command(
         import_onnxruntime()
     checkpoint = _load(model)
     check_supported(checkpoint.model)
-    with _search_progress() as progress:
+    with _progress("search") as progress:
         chosen = resolve_calibration(checkpoint, request, notice=_note, progress=progress)
     if chosen is not None and not chosen.num_calibrated_heads:
         _note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
@@ -219,7 +219,7 @@ def search_command(
     check_writable(out.parent)
     checkpoint = _load(model)
     check_supported(checkpoint.model)
-    with _search_progress() as progress:
+    with _progress("search") as progress:
         found = search_calibration(checkpoint, request, progress=progress)
     try:
         found.save(out)
@@ -339,6 +339,59 @@ def eval_command(
         )
 
 
+@app.command("bench")
+@_reports_errors
+def bench_command(
+    file: FileArgument,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PLAIN.onnx", help="Another file of the model, also of another exporter; repeatable."),
+    ] = None,
+    pytorch: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The checkpoint: PyTorch with the same calibration, eager.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Of each sequence.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(help="Generated after each prompt.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Of an operator; otherwise what ONNX Runtime chooses.")] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each.")] = 5,
+    pytorch_rounds: Annotated[int | None, typer.Option(help="Turns of PyTorch; otherwise as many.")] = None,
+    pytorch_tokens: Annotated[int, typer.Option(help="New tokens of PyTorch, which is slow.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the prompt's random tokens.")] = 0,
+    portable: PortableOption = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every measurement there.")
+    ] = None,
+) -> None:
+    """Measures speed and memory, beside other files and PyTorch."""
+    from act_export.verify.bench import BenchRequest, bench_file
+    from act_export.verify.bench_report import print_bench_report
+
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+        folder = json_file if json_file.is_dir() else json_file.parent
+        problem = f"{folder} is a folder; pass a file" if folder.is_dir() else f"there is no folder {folder}; create it"
+        raise ActExportError(f"{problem}, e.g. --json {folder / 'bench.json'}")
+    request = BenchRequest(
+        file=file,
+        against=tuple(against or ()),
+        pytorch=pytorch,
+        portable=portable,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        threads=threads,
+        rounds=rounds,
+        pytorch_rounds=pytorch_rounds,
+        pytorch_tokens=pytorch_tokens,
+        seed=seed,
+    )
+    with _progress("bench") as progress:
+        report = bench_file(request, progress=progress)
+    print_bench_report(report)
+    if json_file is not None:
+        report.save(json_file)
+
+
 @app.command("inspect")
 @_reports_errors
 def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
@@ -405,7 +458,7 @@ def _status() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _search_progress() -> Iterator[Callable[[str, float], None]]:
+def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
     if not _console.is_terminal:
         tenths: set[tuple[str, int]] = set()
 
@@ -413,7 +466,7 @@ def _search_progress() -> Iterator[Callable[[str, float], None]]:
             tenth = (step, int(10 * done))
             if tenth not in tenths:
                 tenths.add(tenth)
-                _note(f"search: {step}, {done:.0%} of all")
+                _note(f"{what}: {step}, {done:.0%} of all")
 
         yield report
         return
@@ -427,7 +480,7 @@ def _search_progress() -> Iterator[Callable[[str, float], None]]:
         task = progress.add_task("", total=1.0, visible=False)
 
         def update(step: str, done: float) -> None:
-            progress.update(task, description=f"search: {step}", completed=done, visible=True)
+            progress.update(task, description=f"{what}: {step}", completed=done, visible=True)
 
         yield update
 

@@ -134,6 +134,50 @@ def test_search_then_export_then_eval(checkpoint_folder, rows, tmp_path):
     )
 
 
+def test_bench(exported, checkpoint_folder, tmp_path):
+    result = run(checkpoint_folder, "--out", tmp_path / "plain.onnx", "--plain", "--no-verify")
+    assert result.exit_code == 0, result.output
+    result = run(
+        *("bench", exported, "--against", tmp_path / "plain.onnx", "--pytorch", checkpoint_folder),
+        *("--prompt-tokens", 30, "--new-tokens", 4, "--rounds", 2, "--threads", 1, "--json", tmp_path / "bench.json"),
+    )
+    assert result.exit_code == 0, result.output
+    for words in (
+        "30 prompt tokens, 4 new tokens",
+        "out: native library",
+        "plain.onnx",
+        "PyTorch",
+        "ratio",
+        "versions",
+    ):
+        assert words in result.stdout
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert [one["contender"]["name"] for one in found["contenders"]] == ["out", "plain.onnx", "PyTorch"]
+    assert [ratios["against"] for ratios in found["ratios"]] == ["plain.onnx", "PyTorch"]
+    assert found["contenders"][2]["same_tokens"] == 4
+
+
+def test_an_interrupted_bench_ends_its_process(exported, tmp_path):
+    command = [sys.executable, "-m", "act_export", "bench", exported, "--json", tmp_path / "bench.json"]
+    process = subprocess.Popen(
+        [*command, "--rounds", "10000", "--prompt-tokens", "30"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits it ignored
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("bench: round 1"):
+            break
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "interrupted; no partial output was left" in errors
+    assert not Path(f"/proc/{child}").exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_given_to_the_whole_job(checkpoint_folder, rows, tmp_path):
     result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--data", rows, "--no-verify")
     assert result.exit_code == 0, result.output
@@ -239,6 +283,14 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "inspect something else": (["inspect", with_file("t.onnx", "text")], "t.onnx"),
         "search into a folder": (["search", folder, "--out", tmp], "is a folder; pass a file"),
         "out is a checkpoint": ([folder, "--out", folder, "--plain"], "holds other files, e.g. "),
+        "bench without a file": (["bench", tmp / "no.onnx"], "there is no model"),
+        "bench of something else": (["bench", with_file("u.onnx", "text")], "can't read"),
+        "bench with a negative number": (
+            ["bench", folder, "--prompt-tokens=-5"],
+            "prompt tokens is -5; give 1 or more",
+        ),
+        "bench into a folder": (["bench", folder, "--json", tmp], "is a folder; pass a file"),
+        "bench into a missing folder": (["bench", folder, "--json", tmp / "none" / "b.json"], "there is no folder"),
         "search into a missing folder": (["search", folder, "--out", tmp / "none" / "c.json"], "there is no folder"),
     }
 
@@ -274,6 +326,11 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "search into a folder",
         "out is a checkpoint",
         "search into a missing folder",
+        "bench without a file",
+        "bench of something else",
+        "bench with a negative number",
+        "bench into a folder",
+        "bench into a missing folder",
     ],
 )
 def test_bad_input(name, checkpoint_folder, heads_file, tmp_path):

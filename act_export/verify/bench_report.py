@@ -1,0 +1,130 @@
+"""What `act-export bench` prints: every time and size beside its ratio, then what ran, and on which machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from act_export.verify.bench import BenchReport, Measured, Ratio, Ratios
+
+_STEADY = 1.5  # slowest by fastest round
+_LEAST_WIDTH = 100
+_WIDTH_OF_COLUMN = 24  # a terminal that is narrower breaks the lines; numbers are never cut
+
+
+def print_bench_report(report: BenchReport, console: Console | None = None) -> None:
+    """Prints a report on standard output, or on another console."""
+    console = console or Console(highlight=False, markup=False)
+    console.width = max(console.width, _LEAST_WIDTH, _WIDTH_OF_COLUMN * 2 * len(report.contenders))
+    console.print(_table(report))
+    file, *others = report.contenders
+    if others:
+        console.print(
+            f"Each ratio is of time or memory, {file.contender.name} / the other: below 1, {file.contender.name} takes "
+            f"less. +- is half the\ndistance between the quartiles of the rounds' ratios. Other numbers are medians."
+        )
+    for note in _notes(report):
+        console.print(note, soft_wrap=True)
+    console.print()
+    for line in _machine(report):
+        console.print(line, soft_wrap=True)
+
+
+def _table(report: BenchReport) -> Table:
+    request = report.request
+    title = (
+        f"{request.prompt_tokens} prompt tokens, {request.new_tokens} new tokens, batch {request.batch}, "
+        f"{report.threads} thread{'s' if report.threads > 1 else ''}, {request.rounds} "
+        f"round{'s' if request.rounds > 1 else ''}"
+    )
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table.add_column("")
+    file, *others = report.contenders
+    table.add_column(file.contender.name, justify="right", no_wrap=True)
+    for other in others:
+        table.add_column(other.contender.name, justify="right", no_wrap=True)
+        table.add_column("ratio", justify="right", no_wrap=True)
+    rows: list[tuple[str, Callable[[Measured], str], Callable[[Ratios], Ratio | None]]] = [
+        ("prompt", _prompt, lambda ratios: ratios.prompt),
+        ("first token", lambda one: f"{one.first_token_ms:.1f} ms", lambda ratios: ratios.first_token),
+        ("decode", _decode, lambda ratios: ratios.decode),
+        ("peak memory", lambda one: _megabytes(one.memory.peak_bytes), lambda ratios: ratios.memory),
+        (
+            "beyond the weights",
+            lambda one: _megabytes(one.memory.beyond_weights_bytes),
+            lambda ratios: ratios.memory_beyond_weights,
+        ),
+    ]
+    for name, number, ratio in rows:
+        cells = [number(file)]
+        for other, ratios in zip(others, report.ratios, strict=True):
+            cells += [number(other), _describe_ratio(ratio(ratios))]
+        table.add_row(name, *cells)
+    if others:
+        same = [f"{one.same_tokens} of {one.contender.new_tokens}" for one in others]
+        table.add_row("same greedy tokens", "", *(cell for text in same for cell in (text, "")))
+    return table
+
+
+def _prompt(one: Measured) -> str:
+    return f"{one.prompt_ms:.1f} ms\n{one.prompt_tokens_per_s:.1f} tokens/s"
+
+
+def _decode(one: Measured) -> str:
+    return f"{one.decode_ms:.2f} ms a token\n{one.decode_tokens_per_s:.1f} tokens/s"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def _describe_ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio.of_medians:.3f}" + (f" +-{ratio.spread:.3f}" if ratio.quartiles is not None else "")
+
+
+def _notes(report: BenchReport) -> list[str]:
+    lines = []
+    for one in report.contenders:
+        contender = one.contender
+        lines.append("; ".join([f"{contender.name}: {contender.kernel}", *contender.notes]))
+        if (contender.rounds, contender.new_tokens) != (report.request.rounds, report.request.new_tokens):
+            ratios = next(found for found in report.ratios if found.against == contender.name)
+            lines[-1] += (
+                f"; {ratios.rounds} of {report.request.rounds} rounds, the first {contender.new_tokens} of "
+                f"{report.request.new_tokens} new tokens. The ratios are over the same of both: "
+                f"{report.contenders[0].contender.name} took {ratios.file_prompt_ms:.1f} ms and "
+                f"{ratios.file_decode_ms:.2f} ms a token there"
+            )
+    unsteady = max(_unsteadiness(one) for one in report.contenders)
+    if unsteady > _STEADY:
+        lines.append(f"Rounds of the same contender differ {unsteady:.1f} times: other work was running; measure again")
+    before = ", ".join(_megabytes(one.memory.before_bytes) for one in report.contenders)
+    lines.append(
+        f"Peak memory: largest resident size of a process that loads one of them and runs this once. Of it, Python and "
+        f"libraries before the model: {before}"
+    )
+    return lines
+
+
+def _unsteadiness(one: Measured) -> float:
+    """Slowest by fastest round, of the prompt or of decoding."""
+    decode_ms = [mean(turn.step_ms) for turn in one.turns]
+    prompt_ms = [turn.prompt_ms for turn in one.turns]
+    return max(max(times) / min(times) for times in (prompt_ms, decode_ms))
+
+
+def _machine(report: BenchReport) -> list[str]:
+    machine = report.machine
+    return [
+        f"machine: {machine.processor}, {machine.architecture}, {machine.cores} cores ({machine.usable_cores} usable), "
+        f"{machine.memory_bytes / 1e9:.1f} GB memory",
+        f"load average: {report.load_before:.1f} before, {report.load_after:.1f} after; what exceeds the threads used "
+        f"is other work",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
+    ]
