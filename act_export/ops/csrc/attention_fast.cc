@@ -479,12 +479,20 @@ class Decode : Layer<T> {
 
   void Attend() {
     if (a_.sequence == 0) return KeepState();
-    const int64_t of_slice = rows_ * (2 + padded_value_);
-    Scratch<float> memory(host_, heads_ * rows_ * padded_total_ + heads_ * slices_ * of_slice);
-    probabilities_ = memory.Data();
+    // One allocation: threads that all asked for memory would wait for each other as long as the work takes.
+    const int64_t of_slices = slices_ * rows_ * (2 + padded_value_);
+    const int64_t of_finish = (rows_ + 2) * padded_value_ + PaddedSize(rows_ * slices_);
+    const int64_t of_head = rows_ * (padded_key_ + padded_total_) + of_slices + of_finish;
+    Scratch<float> memory(host_, heads_ * of_head);
+    queries_ = memory.Data();
+    probabilities_ = queries_ + heads_ * rows_ * padded_key_;
     outputs_ = probabilities_ + heads_ * rows_ * padded_total_;
-    maxima_ = outputs_ + heads_ * slices_ * rows_ * padded_value_;
+    finish_ = outputs_ + heads_ * slices_ * rows_ * padded_value_;
+    maxima_ = finish_ + heads_ * of_finish;
     sums_ = maxima_ + heads_ * slices_ * rows_;
+    Scratch<int64_t> visible(host_, 2 * a_.batch * rows_);
+    visible_ = visible.Data();
+    PrepareRows();
     std::vector<std::atomic<int64_t>> waiting(heads_);
     for (auto& count : waiting) count.store(slices_, std::memory_order_relaxed);
     host_.ParallelFor(heads_ * slices_, [&](int64_t i) {
@@ -529,15 +537,10 @@ class Decode : Layer<T> {
     const int64_t end = std::min(begin + kDecodeSlice, a_.total);
     AppendKeysAndValues(a_, b, head % a_.kv_num_heads, begin, slice == slices_ - 1 ? a_.present_capacity : end);
 
-    Scratch<float> memory(host_, rows_ * padded_key_ + DecodeScratch(a_.head_size, a_.value_head_size));
-    Scratch<int64_t> visible(host_, 2 * rows_);
-    float* queries = memory.Data();
-    for (int64_t row = 0; row < rows_; ++row) {
-      PackQuery(Base::Query(b, QueryHead(head, row), QueryRow(row)), queries + row * padded_key_);
-      const int64_t position = past_ + QueryRow(row);
-      visible[row] = std::max(FirstVisible(position, a_.sliding_window), sequence.begin);
-      visible[rows_ + row] = std::min(position + 1, sequence.end);
-    }
+    constexpr int64_t kOnStack = 8192;
+    const int64_t scratch_size = DecodeScratch(a_.value_head_size);
+    alignas(kAlignment) float stack[kOnStack];
+    Scratch<float> heap(host_, scratch_size > kOnStack ? scratch_size : 0);
     DecodeSlice<T> s;
     s.cache = Base::CacheOf(b, head % a_.kv_num_heads);
     s.begin = begin;
@@ -546,16 +549,33 @@ class Decode : Layer<T> {
     s.scores = Base::ScoresOfLayer();
     s.shift = std::ceil(std::log2(static_cast<float>(a_.total)));
     s.rows = rows_;
-    s.queries = queries;
-    s.row_begin = visible.Data();
-    s.row_end = visible.Data() + rows_;
+    s.queries = queries_ + head * rows_ * padded_key_;
+    s.row_begin = visible_ + 2 * b * rows_;
+    s.row_end = s.row_begin + rows_;
     s.maxima = maxima_ + (head * slices_ + slice) * rows_;
     s.sums = sums_ + (head * slices_ + slice) * rows_;
     s.probabilities = Probabilities(head, 0);
     s.probability_stride = padded_total_;
     s.output = Output(head, slice);
-    s.scratch = queries + rows_ * padded_key_;
+    s.scratch = scratch_size > kOnStack ? heap.Data() : stack;
     kernels_.decode(s);
+  }
+
+  // What every slice needs of the rows: queries as floats, and the positions that they see.
+  void PrepareRows() const {
+    for (int64_t head = 0; head < heads_; ++head) {
+      for (int64_t row = 0; row < rows_; ++row) {
+        PackQuery(Base::Query(head / a_.kv_num_heads, QueryHead(head, row), QueryRow(row)),
+                  queries_ + (head * rows_ + row) * padded_key_);
+      }
+    }
+    for (int64_t b = 0; b < a_.batch; ++b) {
+      for (int64_t row = 0; row < rows_; ++row) {
+        const int64_t position = past_ + QueryRow(row);
+        visible_[2 * b * rows_ + row] = std::max(FirstVisible(position, a_.sliding_window), sequences_[b].begin);
+        visible_[(2 * b + 1) * rows_ + row] = std::min(position + 1, sequences_[b].end);
+      }
+    }
   }
 
   void PackQuery(const T* query, float* to) const {
@@ -567,8 +587,7 @@ class Decode : Layer<T> {
   // All slices of this head have been attended to.
   void Finish(int64_t head) const {
     const int64_t b = head / a_.kv_num_heads;
-    Scratch<float> memory(host_, (rows_ + 2) * padded_value_ + rows_ * slices_);
-    float* attended = memory.Data();
+    float* attended = finish_ + head * ((rows_ + 2) * padded_value_ + PaddedSize(rows_ * slices_));
     float* factors = attended + (rows_ + 2) * padded_value_;
     for (int64_t row = 0; row < rows_; ++row) {
       JoinSlices(head, row, attended + row * padded_value_, factors + row * slices_);
@@ -666,8 +685,11 @@ class Decode : Layer<T> {
   const int64_t slices_;
   const int64_t padded_total_;
   const int64_t heads_;  // key-value heads of all sequences
+  float* queries_ = nullptr;
   float* probabilities_ = nullptr;
   float* outputs_ = nullptr;
+  float* finish_ = nullptr;
+  int64_t* visible_ = nullptr;
   float* maxima_ = nullptr;
   float* sums_ = nullptr;
 };

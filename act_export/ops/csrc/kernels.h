@@ -157,8 +157,14 @@ static constexpr int64_t RowBlockScratch(int64_t head_size, int64_t value_head_s
   return kRowBlock * (PaddedSize(head_size) + PaddedSize(value_head_size) + columns + kPadding) + kColumnTile * wider;
 }
 
-static constexpr int64_t DecodeScratch(int64_t head_size, int64_t value_head_size) {
-  return kColumnTile * PaddedSize(head_size > value_head_size ? head_size : value_head_size);
+// Values that a DecodeSlice has in float at a time, where they are stored otherwise.
+static constexpr int64_t DecodeTile(int64_t value_head_size) {
+  const int64_t fit = 8192 / PaddedSize(value_head_size);
+  return fit < 1 ? 1 : (fit < kColumnTile ? fit : kColumnTile);
+}
+
+static constexpr int64_t DecodeScratch(int64_t value_head_size) {
+  return DecodeTile(value_head_size) * PaddedSize(value_head_size);
 }
 
 }  // namespace act::fast

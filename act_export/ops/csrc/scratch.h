@@ -13,10 +13,14 @@ namespace act {
 template <typename T>
 class Scratch {
  public:
-  Scratch(Host& host, int64_t size) : host_(host), memory_(host.Allocate(static_cast<size_t>(size) * sizeof(T) + 64)) {
+  Scratch(Host& host, int64_t size) : host_(host) {
+    if (size == 0) return;
+    memory_ = host.Allocate(static_cast<size_t>(size) * sizeof(T) + 64);
     data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
   }
-  ~Scratch() { host_.Free(memory_); }
+  ~Scratch() {
+    if (memory_ != nullptr) host_.Free(memory_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -25,8 +29,8 @@ class Scratch {
 
  private:
   Host& host_;
-  void* memory_;
-  T* data_;
+  void* memory_ = nullptr;
+  T* data_ = nullptr;
 };
 
 }  // namespace act
