@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent / "csrc"
 # What each build runs. Sanitizers take long: they leave out the longest calls, or all but the threads.
 RUNS = {
     "": ["--random", "300"],
-    "address,undefined": ["--verbose", "--random", "40", "--max-total", "330"],
+    "address,undefined": ["--verbose", "--random", "40", "--max-total", "300"],
     "thread": ["--verbose", "--filter", "threads/"],
 }
 

@@ -17,7 +17,7 @@ namespace {
 // Prompts of one and of several blocks, a few tokens, one token; some heads in each way of calibrating a row.
 std::vector<Problem> Problems() {
   std::vector<Problem> problems;
-  for (const auto& [sequence, past] : {std::pair<int64_t, int64_t>{1, 700}, {5, 300}, {17, 0}, {250, 70}}) {
+  for (const auto& [sequence, past] : {std::pair<int64_t, int64_t>{1, 700}, {5, 300}, {17, 0}, {250, 50}}) {
     Problem problem;
     problem.seed = 5000 + static_cast<uint64_t>(sequence);
     problem.sequence = sequence;
