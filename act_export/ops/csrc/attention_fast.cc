@@ -10,6 +10,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef ACT_X86_KERNELS
+#include <cpuid.h>
+#endif
+
 #include "attention.h"
 #include "cache.h"
 #include "kernels.h"
@@ -543,15 +547,23 @@ class Decode : Layer<T> {
     Scratch<float> heap(host_, scratch_size > kOnStack ? scratch_size : 0);
     DecodeSlice<T> s;
     s.cache = Base::CacheOf(b, head % a_.kv_num_heads);
-    s.begin = begin;
-    s.end = end;
+    // Positions that some row sees: with a window, or padding, there may be few, or none.
+    const int64_t* row_begin = visible_ + 2 * b * rows_;
+    const int64_t* row_end = row_begin + rows_;
+    s.begin = std::clamp(*std::min_element(row_begin, row_begin + rows_), begin, end);
+    s.end = std::clamp(*std::max_element(row_end, row_end + rows_), s.begin, end);
+    for (int64_t row = 0; row < rows_; ++row) {
+      float* p = Probabilities(head, row);
+      std::fill(p + begin, p + s.begin, 0.0f);
+      std::fill(p + s.end, p + end, 0.0f);
+    }
     s.hidden = sequence.Hidden();
     s.scores = Base::ScoresOfLayer();
     s.shift = std::ceil(std::log2(static_cast<float>(a_.total)));
     s.rows = rows_;
     s.queries = queries_ + head * rows_ * padded_key_;
-    s.row_begin = visible_ + 2 * b * rows_;
-    s.row_end = s.row_begin + rows_;
+    s.row_begin = row_begin;
+    s.row_end = row_end;
     s.maxima = maxima_ + (head * slices_ + slice) * rows_;
     s.sums = sums_ + (head * slices_ + slice) * rows_;
     s.probabilities = Probabilities(head, 0);
@@ -710,7 +722,10 @@ const char* Name(InstructionSet instruction_set) {
 bool IsSupported(InstructionSet instruction_set) {
   if (instruction_set == InstructionSet::kPortable) return true;
 #ifdef ACT_X86_KERNELS
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // Of all compilers, not all know the name "f16c".
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   if (instruction_set == InstructionSet::kAvx2) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -53,6 +53,7 @@ AttentionAttributes::AttentionAttributes(const ort::Attributes& attributes, bool
   Expect(std::isfinite(softcap) && softcap >= 0.0f, "softcap is ", softcap, ", expected 0 (none) or a positive number");
   Expect(sliding_window == -1 || sliding_window > 0, "sliding_window is ", sliding_window,
          ", expected -1 (none) or a positive number");
+  sliding_window = std::min(sliding_window, INT64_MAX / 4);  // sums with positions stay in range
   if (calibrated) ReadCalibration(attributes);
 }
 

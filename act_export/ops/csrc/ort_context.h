@@ -227,7 +227,12 @@ class Call final : public Host {
   void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) override;
   // From the session's arena, which keeps what is freed: the next call takes no memory from the system.
   void* Allocate(size_t bytes) override {
-    void* memory = allocator_->Alloc(allocator_, bytes);
+    void* memory = nullptr;
+    try {
+      memory = allocator_->Alloc(allocator_, bytes);
+    } catch (...) {
+      // ONNX Runtime's own exception, of its own C++ runtime: it goes no further.
+    }
     if (memory == nullptr) throw std::bad_alloc();
     return memory;
   }
