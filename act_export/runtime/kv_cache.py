@@ -175,8 +175,10 @@ class InPlaceCache(Cache):
 
     def _forget(self) -> None:
         for part in self.session.state_inputs:
-            if self._buffers[part.name].shape[2] != self._capacity:  # growing was interrupted
-                self._bind_buffer(part, part.zeros(self.batch, self._capacity))
+            buffer = self._buffers[part.name]
+            # Growing may have been interrupted, between two buffers or while one was bound.
+            fits = buffer.shape[2] == self._capacity
+            self._bind_buffer(part, buffer if fits else part.zeros(self.batch, self._capacity))
 
     def _grow(self, capacity: int) -> None:
         for part in self.session.state_inputs:

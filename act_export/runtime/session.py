@@ -21,6 +21,7 @@ from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.state import DTYPES, State, state_inputs
 
 _LOGITS_TO_KEEP = "logits_to_keep"
+_OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
 
 
 class RunOutputs(NamedTuple):
@@ -124,6 +125,12 @@ class Session:
         options.use_per_session_threads = not shared_threads
         if threads is not None:
             options.intra_op_num_threads = threads
+        if native and _version_of(onnxruntime) < _OLDEST:
+            raise SessionError(
+                f"the native library needs ONNX Runtime {_OLDEST[0]}.{_OLDEST[1]} or newer; this is "
+                f"{onnxruntime.__version__}: upgrade it, or run the portable functions: native=False, --portable on "
+                "the command line"
+            )
         if native:
             try:
                 options.register_custom_ops_library(str(library_path()))
@@ -299,3 +306,8 @@ class Session:
             yield
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error
+
+
+def _version_of(onnxruntime: Any) -> tuple[int, int]:
+    major, minor, *_ = str(onnxruntime.__version__).split(".")
+    return int(major), int(minor)

@@ -284,7 +284,7 @@ def _contenders(request: BenchRequest, files: Sequence[ModelFile]) -> list[Conte
     if request.pytorch is not None:
         found.append(
             Contender(
-                name="PyTorch",
+                name=PYTORCH,
                 kind=PYTORCH,
                 source=request.pytorch,
                 kernel="PyTorch, eager, reference attention with the file's calibration",
@@ -321,7 +321,7 @@ def _names(files: Sequence[ModelFile]) -> list[str]:
     """As short as they can be and still differ: the file's, or of model.onnx the folder's; or else the whole path."""
     paths = [file.path.absolute() for file in files]
     names = [path.parent.name if path.name == "model.onnx" else path.name for path in paths]
-    return names if len(set(names)) == len(names) else list(map(str, paths))
+    return names if len({*names, PYTORCH}) == len(names) + 1 else list(map(str, paths))
 
 
 def _run_child(

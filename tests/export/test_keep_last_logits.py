@@ -114,7 +114,7 @@ def test_the_input_need_not_be_given():
     assert onnx.numpy_helper.to_array(default) == 0
 
 
-@pytest.mark.parametrize("shape", [None, ("B", 3), ("B", 5, 3)])
+@pytest.mark.parametrize("shape", [None, ("B", 3), ("B", 5, 3), ("B", None, 3), (None, "S", 3)])
 def test_logits_without_a_variable_number_of_positions_are_refused(shape):
     model = language_model(TAILS["head"])
     model.graph.outputs[0].shape = None if shape is None else ir.Shape(shape)

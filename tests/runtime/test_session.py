@@ -6,6 +6,7 @@ import importlib
 from importlib import metadata
 
 import numpy as np
+import onnxruntime
 import pytest
 from tiny import CALIBRATION, VOCABULARY
 
@@ -144,3 +145,10 @@ def test_a_failing_run_is_an_error_of_ours(tiny_session):
 def test_limits(tiny_session):
     assert (tiny_session.limits.vocabulary, tiny_session.limits.context) == (VOCABULARY, 256)
     assert tiny_session.limits.stop_tokens == (2,)
+
+
+def test_an_old_onnxruntime_is_refused_for_the_native_library(tiny_file, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    with pytest.raises(SessionError, match=r"needs ONNX Runtime 1\.24 or newer; this is 1\.23\.2"):
+        Session.open(tiny_file)
+    Session.open(tiny_file, native=False).close()

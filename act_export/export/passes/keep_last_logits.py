@@ -45,7 +45,7 @@ class KeepLastLogitsPass(ir.passes.InPlacePass):
         """
         graph = model.graph
         logits = next((value for value in graph.outputs if value.name == _OUTPUT), None)
-        if logits is None or logits.shape is None or len(logits.shape) != 3 or isinstance(logits.shape[1], int):
+        if logits is None or not _has_named_positions(logits):
             shape = None if logits is None else logits.shape
             raise UnsupportedModelError(f"logits have shape {shape}; expected (batch, sequence, vocabulary)")
         if any(value.name == INPUT for value in graph.inputs):
@@ -127,6 +127,13 @@ def _is_positionwise(node: ir.Node, logits: ir.Value) -> bool:
         axis = node.attributes.get_int("axis", _AXIS_DEFAULTS[node.op_type])
         return axis in (-1, 2) and rows == inputs[:1] and all(_rank(value) == 1 for value in others)
     return node.op_type in _ELEMENTWISE and all(_is_same_everywhere(value) for value in others)
+
+
+def _has_named_positions(logits: ir.Value) -> bool:
+    """Whether (batch, sequence, ..), with a name for the sequence: dimensions without one are all alike."""
+    if logits.shape is None or len(logits.shape) != 3 or isinstance(logits.shape[1], int):
+        return False
+    return ir.SymbolicDim(None) not in (logits.shape[0], logits.shape[1])
 
 
 def _has_positions(value: ir.Value, logits: ir.Value) -> bool:
