@@ -60,8 +60,9 @@ void DrawTokens(Random& random, Inputs<T>& inputs) {
 template <typename T>
 void Poison(Random& random, Tensor<T>& tensor, int64_t begin, int64_t width) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float all_ones = FloatFromBits(0xffffffffu);  // one more NaN: its bits overflow where they are added to
   for (int64_t i = begin; i < begin + width; ++i) {
-    tensor[i] = FromFloat<T>(random.Pick({NAN, NAN, kInfinity, -kInfinity}));
+    tensor[i] = FromFloat<T>(random.Pick({NAN, all_ones, kInfinity, -kInfinity}));
   }
 }
 
