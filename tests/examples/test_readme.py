@@ -25,9 +25,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 INCLUDES = "onnxruntime_cxx_api.h"
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return found
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,19 @@ def exported(checkpoint_folder, tmp_path_factory) -> Path:
 
 
 def test_python_runs(exported):
-    result = subprocess.run([sys.executable, "-c", block("python")], cwd=exported, capture_output=True, text=True)
+    generation, steps = blocks("python")
+    printed = run_python(generation, exported)
+    assert "The capital of France is" in printed
+    assert "1, 2, 3," in printed
+    length, size = map(int, run_python(steps, exported).split())
+    assert length > 8
+    assert size > 0
+
+
+def run_python(program: str, folder: Path) -> str:
+    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "The capital of France is" in result.stdout
-    assert "1, 2, 3," in result.stdout
+    return result.stdout
 
 
 def test_cpp_runs(exported, tmp_path):
@@ -60,7 +68,7 @@ def test_cpp_runs(exported, tmp_path):
     if not libraries:
         pytest.skip(f"there is no libonnxruntime.so in {capi}")
     (tmp_path / "libonnxruntime.so.1").symlink_to(libraries[-1])  # its name among libraries
-    (tmp_path / "example.cc").write_text(block("cpp"), encoding="utf-8")
+    (tmp_path / "example.cc").write_text(blocks("cpp")[0], encoding="utf-8")
     command = [compiler, "-std=c++17", "example.cc", "-o", "example", libraries[-1]]
     compiled = subprocess.run(list(map(str, command)), cwd=tmp_path, **_quiet())
     assert compiled.returncode == 0, compiled.stderr
@@ -93,7 +101,7 @@ def test_c_program_finds_the_entry_point(tmp_path):
 
 
 def test_calibration_file_loads():
-    calibration = Calibration.from_json(block("json"))
+    calibration = Calibration.from_json(blocks("json")[0])
     assert calibration.heads == {5: (0, 3), 8: (1,)}
     assert (calibration.beta, calibration.threshold, calibration.threshold_mode) == (0.4, 0.1, "absolute")
     assert calibration.model is not None
