@@ -21,6 +21,8 @@ def padded_batch(length=25, seed=0):
 @pytest.mark.parametrize("architecture", ROUTED)
 def test_without_calibration_it_is_the_same_model(architecture):
     model = tiny_model(architecture)
+    if architecture != "gemma2":  # which gives no numbers in float64; how float32 rounds depends on the processor
+        model = model.double()
     ids, mask = padded_batch()
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
@@ -30,8 +32,8 @@ def test_without_calibration_it_is_the_same_model(architecture):
             second = hooked(ids[:, 12:13], mask[:, :13], first.state)
             third = hooked(ids[:, 13:], mask, second.state)
     real = mask.bool()
-    torch.testing.assert_close(whole.logits[real], own[real], atol=5e-5, rtol=0)
-    torch.testing.assert_close(third.logits, own[:, 13:], atol=5e-5, rtol=0)
+    torch.testing.assert_close(whole.logits[real], own[real], atol=2e-5, rtol=0)
+    torch.testing.assert_close(third.logits, own[:, 13:], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
@@ -41,7 +43,7 @@ def test_a_padded_row_is_calibrated_as_if_alone(architecture):
     with torch.no_grad(), attention_hook(model, ReferenceAttention(CALIBRATION)) as hooked:
         together = hooked(ids, mask)
         alone = hooked(ids[:1, 9:], mask[:1, 9:])
-    torch.testing.assert_close(together.logits[0, 9:], alone.logits[0], atol=5e-5, rtol=0)
+    torch.testing.assert_close(together.logits[0, 9:], alone.logits[0], atol=2e-5, rtol=0)
     with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
         plain = hooked(ids, mask)
     assert (plain.logits - together.logits).abs().max() > 1e-2  # the calibration does something here
@@ -133,13 +135,13 @@ def test_a_window_that_only_the_mask_has_is_kept(monkeypatch):
         return lambda *a, sliding_window=None, **k: inner(*a, **k)
 
     monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
-    torch.testing.assert_close(*own_and_hooked(tiny_model("mistral")), atol=5e-5, rtol=0)
+    torch.testing.assert_close(*own_and_hooked(tiny_model("mistral")), atol=2e-5, rtol=0)
 
 
 def test_a_window_that_only_the_layers_ask_for_is_ignored():
     """OLMoE's layers ask for one; its masks, which decide, are full."""
     model = tiny_model("olmoe", sliding_window=7, num_experts=4, num_experts_per_tok=2)
-    torch.testing.assert_close(*own_and_hooked(model), atol=5e-5, rtol=0)
+    torch.testing.assert_close(*own_and_hooked(model), atol=2e-5, rtol=0)
 
 
 def test_a_mask_made_anew_is_refused_where_there_is_a_window(monkeypatch):
