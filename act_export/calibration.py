@@ -15,6 +15,7 @@ from act_export.errors import ActExportError
 FORMAT = "act-export calibration"
 FORMAT_VERSION = 1
 _FIELDS = {"format", "version", "model", "heads", "beta", "threshold", "threshold_mode", "provenance"}
+_MODEL_FIELDS = {"architecture", "layers", "heads", "fingerprint", "name"}
 DEFAULT_BETA = 0.4  # of the paper
 DEFAULT_THRESHOLD = {"absolute": 0.1, "relative": 5.0}  # of the released code; of the paper
 
@@ -31,13 +32,30 @@ class ModelIdentity:
         architecture: The configuration's model type, e.g. "llama".
         num_layers: Number of attention layers.
         num_heads: Number of query heads of each layer.
-        fingerprint: "sha256:..." over the weights, see `act_export.checkpoint.fingerprint`.
+        fingerprint: "sha256:..." over the weights, see `act_export.checkpoint.fingerprint`; None where it isn't known:
+            any weights of the shape fit.
+        name: Hub id of the model that heads were published for without its weights; a loaded model's identity has none.
     """
 
     architecture: str
     num_layers: int
     num_heads: int
-    fingerprint: str
+    fingerprint: str | None = None
+    name: str | None = None
+
+    def differences(self, other: ModelIdentity) -> list[tuple[str, object, object]]:
+        """What tells the two models apart: what it is called, this one's value, the other's.
+
+        A fingerprint that isn't known agrees with any; names are not compared.
+        """
+        compared: list[tuple[str, object, object]] = [
+            ("architecture", self.architecture, other.architecture),
+            ("number of layers", self.num_layers, other.num_layers),
+            ("number of heads", self.num_heads, other.num_heads),
+        ]
+        if self.fingerprint is not None and other.fingerprint is not None:
+            compared.append(("fingerprint of the weights", self.fingerprint, other.fingerprint))
+        return [(what, mine, theirs) for what, mine, theirs in compared if mine != theirs]
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class Provenance:
         calibrated_accuracy: The same with it.
         versions: Versions of the packages that took part.
         notes: Anything else worth keeping.
+        source: Where somebody else published the heads, e.g. {"paper": "...", "repository": "...", "commit": "..."}.
     """
 
     method: str
@@ -63,6 +82,7 @@ class Provenance:
     calibrated_accuracy: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,14 +194,8 @@ class Calibration:
         """
         if self.model is not None:
             differences = [
-                f"{name} is {mine} in the calibration, {theirs} in the model"
-                for name, mine, theirs in (
-                    ("architecture", self.model.architecture, model.architecture),
-                    ("number of layers", self.model.num_layers, model.num_layers),
-                    ("number of heads", self.model.num_heads, model.num_heads),
-                    ("fingerprint of the weights", self.model.fingerprint, model.fingerprint),
-                )
-                if mine != theirs
+                f"{what} is {mine} in the calibration, {theirs} in the model"
+                for what, mine, theirs in self.model.differences(model)
             ]
             if differences:
                 raise CalibrationError(
@@ -203,12 +217,14 @@ class Calibration:
         """The file's text: stable, so that equal calibrations give equal bytes."""
         document: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION}
         if self.model is not None:
-            document["model"] = {
+            known = {
+                "name": self.model.name,
                 "architecture": self.model.architecture,
                 "layers": self.model.num_layers,
                 "heads": self.model.num_heads,
                 "fingerprint": self.model.fingerprint,
             }
+            document["model"] = {key: value for key, value in known.items() if value is not None}
         document["heads"] = {str(layer): list(heads) for layer, heads in self.heads.items()}
         document["beta"] = (
             {str(layer): list(values) for layer, values in self.beta.items()}
@@ -287,9 +303,7 @@ class Calibration:
             beta={int(k): tuple(map(float, v)) for k, v in beta.items()} if isinstance(beta, dict) else float(beta),
             threshold=float(document.get("threshold", DEFAULT_THRESHOLD.get(mode, 0.0))),
             threshold_mode=mode,
-            model=None
-            if model is None
-            else ModelIdentity(model["architecture"], model["layers"], model["heads"], model["fingerprint"]),
+            model=None if model is None else _model_from_json(model),
             provenance=None
             if provenance is None
             else Provenance(**{**provenance, "tasks": tuple(provenance.get("tasks", ()))}),
@@ -309,13 +323,15 @@ class Calibration:
         return cls.from_json(text, source=str(path))
 
 
-def find_recipe(model: ModelIdentity) -> Path | None:
-    """Path of the shipped calibration made for exactly this model, if there is one."""
-    package = Path(__file__).parent
-    folder = package / "models"
-    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():  # a source tree
-        folder = package.parent / "models"
-    return next((path for path in sorted(folder.glob("*.json")) if Calibration.load(path).model == model), None)
+def _model_from_json(model: dict[str, Any]) -> ModelIdentity:
+    unknown = sorted(set(model) - _MODEL_FIELDS)
+    if unknown:
+        raise CalibrationError(
+            f"model has an unknown field {unknown[0]!r}; known are {', '.join(sorted(_MODEL_FIELDS))}"
+        )
+    return ModelIdentity(
+        model["architecture"], model["layers"], model["heads"], model.get("fingerprint"), model.get("name")
+    )
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +26,7 @@ from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from act_export.cache import cache_folder
 from act_export.calibration import ModelIdentity
 from act_export.errors import ActExportError
+from act_export.placement import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,35 +47,53 @@ class Checkpoint:
         name: What the user called it.
         model: In evaluation mode; no parameter requires a gradient.
         tokenizer: Pads on the left; None where the checkpoint has none.
-        identity: What a calibration is checked against.
+        identity: What a calibration is checked against; the same in every precision.
+        names: What the model goes by: hub ids, and names of folders.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     identity: ModelIdentity
+    names: tuple[str, ...] = ()
 
 
-def load_checkpoint(source: str) -> Checkpoint:
-    """Loads MODEL in float32.
+def load_checkpoint(
+    source: str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Loads MODEL.
 
     Args:
         source: A checkpoint folder, a hub id, a GGUF file, or a built-in name.
+        dtype: "float32", which exports need, "bfloat16", "float16", or "auto" for what the checkpoint is stored in.
+        device: Where to put the model; None for the CPU.
+        device_map: Instead of `device`: how to spread the model over several, as accelerate takes it, e.g. "auto".
 
     Raises:
         CheckpointError: If there is no such model, or it can't be read, or it isn't a causal language model.
+        PlacementError: If the precision isn't known, the device isn't there, or the model doesn't fit on the devices.
     """
-    if source in BUILT_IN:
-        return _load_folder(_converted(_built_in_gguf(source)), name=source)
+    placement = Placement(dtype, device, device_map)
     path = Path(source).expanduser()
+    is_gguf = source in BUILT_IN or (path.is_file() and path.suffix == ".gguf")
+    if is_gguf:
+        if device_map is not None:
+            raise CheckpointError(
+                f"device_map is {device_map!r}, but {source} is a GGUF file, whose weights are converted in this "
+                f"machine's memory first; leave out device_map and pass a device"
+            )
+        folder = _converted(_built_in_gguf(source) if source in BUILT_IN else path)
+        return _load_folder(folder, name=source, placement=placement)
     if path.is_dir():
-        return _load_folder(path, name=source)
+        return _load_folder(path, name=source, placement=placement)
     if path.is_file():
-        if path.suffix == ".gguf":
-            return _load_folder(_converted(path), name=source)
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
     if _looks_like_hub_id(source):
-        return _load_hub(source)
+        return _load_hub(source, placement=placement)
     raise CheckpointError(
         f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
         f"({', '.join(BUILT_IN)})"
@@ -137,6 +157,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Hash of names, shapes and a sample of the weights.
 
     The sample is rounded to bfloat16 first, so a bfloat16 or float32 copy of the same weights has the same fingerprint.
+    A float16 copy need not: float16 has no room for the smallest weights.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -191,7 +212,7 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def _load_folder(folder: Path, *, name: str) -> Checkpoint:
+def _load_folder(folder: Path, *, name: str, placement: Placement) -> Checkpoint:
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"; pass the file itself: {ggufs[0]}" if ggufs else ""
@@ -203,10 +224,10 @@ def _load_folder(folder: Path, *, name: str) -> Checkpoint:
         (folder / file).is_file()
         for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     )
-    return _load(str(folder), name=name, has_tokenizer=has_tokenizer)
+    return _load(str(folder), name=name, has_tokenizer=has_tokenizer, placement=placement)
 
 
-def _load_hub(name: str) -> Checkpoint:
+def _load_hub(name: str, *, placement: Placement) -> Checkpoint:
     from huggingface_hub import file_exists
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -214,10 +235,10 @@ def _load_hub(name: str) -> Checkpoint:
         has_tokenizer = any(file_exists(name, file) for file in ("tokenizer.json", "tokenizer_config.json"))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         has_tokenizer = True  # offline: the local cache decides below
-    return _load(name, name=name, has_tokenizer=has_tokenizer)
+    return _load(name, name=name, has_tokenizer=has_tokenizer, placement=placement)
 
 
-def _load(place: str, *, name: str, has_tokenizer: bool) -> Checkpoint:
+def _load(place: str, *, name: str, has_tokenizer: bool, placement: Placement) -> Checkpoint:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -229,15 +250,49 @@ def _load(place: str, *, name: str, has_tokenizer: bool) -> Checkpoint:
             )
         if getattr(config, "is_encoder_decoder", False):
             raise CheckpointError(f"{name} is an encoder-decoder model; only decoder-only models can be calibrated")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=placement.stored_dtype,
+            device_map=placement.device_map,
+            output_loading_info=True,
+        )
     model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; is it a causal language model?"
         )
+    placement.check_complete(model, name)
     tokenizer = load_tokenizer_of(place) if has_tokenizer else None
-    return Checkpoint(name, model.eval().requires_grad_(False), tokenizer, identify(model))
+    model.eval().requires_grad_(False)
+    identity = identify(model)
+    placement.apply(model, name)
+    return Checkpoint(name, model, tokenizer, identity, _names(name, place))
+
+
+def _names(source: str, place: str) -> tuple[str, ...]:
+    """What a model goes by, each once: by what the user called it, and by what its configuration recorded."""
+    recorded: object = None
+    config = Path(place) / "config.json"
+    if config.is_file():  # the loaded configuration says where it was loaded from instead
+        recorded = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
+    found = [source] if source in BUILT_IN else list(_names_of_place(source))
+    if isinstance(recorded, str) and recorded:
+        found += _names_of_place(recorded)
+    return tuple(dict.fromkeys(found))
+
+
+def _names_of_place(place: str) -> Iterator[str]:
+    """A hub id, or a folder's name and the hub id whose cache it is in."""
+    path = Path(place).expanduser()
+    if _looks_like_hub_id(place) and not path.exists():
+        yield place
+        return
+    for folder in dict.fromkeys((path.absolute(), path.resolve())):
+        yield folder.name
+        for part in folder.parts:
+            if part.startswith("models--") and part.count("--") == 2:
+                yield part.removeprefix("models--").replace("--", "/")
 
 
 @contextmanager

@@ -124,14 +124,30 @@ TaskOption = Annotated[str | None, typer.Option("--task", metavar="NAME", help="
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or on your own rows: prompt, choices, answer.")
 ]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME,...", help="A task, or several by comma, or a task file; repeatable."),
+]
+DataFilesOption = Annotated[
+    list[Path] | None, typer.Option("--data", metavar="FILE.jsonl", help="Your own rows; repeatable.")
+]
+ScoringOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="letter|likelihood|likelihood-per-token|generation", help="Instead of the task's own scoring."
+    ),
+]
 BetaOption = Annotated[float | None, typer.Option(help="Scale of later sinks, 0 to 2.")]
 ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above which a token is a later sink.")]
 ModeOption = Annotated[
     str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
 ]
-EvalTaskOption = Annotated[str | None, typer.Option("--task", metavar="NAME", help="The task to measure: sst2.")]
+EvalTaskOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME,...", help="A task, or several by comma, or a task file; repeatable."),
+]
 EvalDataOption = Annotated[
-    Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or your own rows: prompt, choices, answer.")
+    list[Path] | None, typer.Option("--data", metavar="FILE.jsonl", help="Your own rows; repeatable.")
 ]
 TokenizerOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
@@ -161,7 +177,8 @@ def export_command(
         typer.Option(help="A file *.onnx, or a folder that also gets tokenizer, config, calibration and library."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Calibration file; otherwise a shipped recipe, or a search.")
+        str | None,
+        typer.Option(metavar="FILE|NAME", help="Calibration file or shipped recipe; otherwise that, or a search."),
     ] = None,
     task: TaskOption = None,
     data: DataOption = None,
@@ -200,34 +217,98 @@ def export_command(
 @_reports_errors
 def search_command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="The calibration file to write.")] = Path("calibration.json"),
-    task: TaskOption = None,
-    data: DataOption = None,
-    beta: BetaOption = None,
-    threshold: ThresholdOption = None,
-    threshold_mode: ModeOption = None,
+    out: Annotated[Path | None, typer.Option(help="The calibration file to write; for several tasks a folder.")] = None,
+    task: TasksOption = None,
+    data: DataFilesOption = None,
+    scoring: ScoringOption = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples before each question.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")] = False,
+    method: Annotated[
+        str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How heads are ranked.")
+    ] = "gates",
+    beta: Annotated[str | None, typer.Option(metavar="B,...", help="Strengths to try: scale of later sinks.")] = None,
+    threshold: Annotated[str | None, typer.Option(metavar="T,...", help="Sink score thresholds to try.")] = None,
+    threshold_mode: Annotated[
+        str | None, typer.Option(metavar="absolute|relative", help="Or both, by comma, each with its thresholds.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(metavar="N,...", help="Numbers of heads to try.")] = None,
+    confirm: Annotated[int, typer.Option(help="Heads that gates+confirm measures exactly.")] = 40,
+    rank: Annotated[int | None, typer.Option(help="Questions to rank heads with, of each task.")] = None,
+    choose: Annotated[int | None, typer.Option(help="Questions to choose with.")] = None,
+    report: Annotated[int | None, typer.Option(help="Questions to report the gain on.")] = None,
     seed: SeedOption = 0,
+    joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Several tasks: also one set for all.")] = True,
+    random_draws: Annotated[int, typer.Option(help="Random head sets to compare with.")] = 3,
+    batch_tokens: Annotated[int | None, typer.Option(help="Positions that run together: bounds memory.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for ranking, a third more time.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16|float16|auto", help="To search in.")] = "float32",
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")] = None,
+    device_map: Annotated[str | None, typer.Option(metavar="auto", help="Spread the model over GPUs.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where finished work is kept, if not in the cache folder.")
+    ] = None,
 ) -> None:
-    """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it."""
-    from act_export.convert import CalibrationRequest, search_calibration
-    from act_export.export.write import check_writable
-    from act_export.hooks import check_supported
+    """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it.
 
-    request = CalibrationRequest(False, None, task, data, beta, threshold, threshold_mode, seed)
-    if out.is_dir():
-        raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
-    check_writable(out.parent)
-    checkpoint = _load(model)
-    check_supported(checkpoint.model)
-    with _progress("search") as progress:
-        found = search_calibration(checkpoint, request, progress=progress)
-    try:
-        found.save(out)
-    except OSError as error:
-        print(found.to_json())
-        raise ActExportError(f"can't write {out}: {error.strerror}; the calibration was printed instead") from error
-    _note(_describe_calibration(found))
-    print(out)
+    Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
+    """
+    from act_export.convert import DEFAULT_TASK
+    from act_export.hooks import check_supported
+    from act_export.search import SearchOptions, process_group
+    from act_export.search.processes import process_index
+    from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
+    from act_export.search_job import SearchJob, check_output, run_search, save_result
+    from act_export.search_table import print_search_result
+
+    names = _names(task)
+    options = SearchOptions(
+        method=method,
+        betas=_numbers("--beta", beta) or SearchOptions().betas,
+        thresholds=thresholds_of(_numbers("--threshold", threshold), threshold_mode),
+        head_counts=tuple(map(int, _numbers("--heads", heads, whole=True))) or HEAD_COUNTS,
+        confirm=confirm,
+        seed=seed,
+        batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        random_draws=random_draws,
+        chat=chat,
+        truncate=truncate,
+    )
+    job = SearchJob(
+        tasks=names if names or data else (DEFAULT_TASK,),
+        data=tuple(data or ()),
+        scoring=scoring,
+        shots=shots,
+        rank=rank,
+        choose=choose,
+        report=report,
+        options=options,
+        joint=joint,
+        journal=journal,
+    )
+    several = len(job.tasks) + len(job.data) > 1
+    target = out or Path("calibrations" if several else "calibration.json")
+    check_output(target, job)
+    with process_group():
+        checkpoint = _load(model, dtype=dtype, device=device, device_map=device_map)
+        check_supported(checkpoint.model)
+        first = process_index() == 0
+        with _progress("search") as progress:
+            result = run_search(checkpoint, job, progress=progress if first else None)
+        if not first:
+            return
+        computed, known = result.units
+        if computed < known:
+            _note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")
+        files = save_result(result, target)
+        print_search_result(result)
+        for name, calibration in result.calibrations.items():
+            _note(f"{name}: {_describe_calibration(calibration)}")
+        for file in files:
+            print(file)
 
 
 @app.command("verify")
@@ -244,7 +325,7 @@ def verify_command(
     with Session.open(file, native=False) as session:
         path, calibration, identity = session.path, session.calibration, session.model_identity
     checkpoint = _load(against)
-    if identity is not None and identity != checkpoint.identity:
+    if identity is not None and identity.differences(checkpoint.identity):
         raise ActExportError(
             f"{file} was exported from another model: {identity}, and {against} is {checkpoint.identity}"
         )
@@ -301,42 +382,67 @@ def eval_command(
         str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
     ] = "report",
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the splits; the file's own search has the say where there was one.")
+        int | None,
+        typer.Option(help="Of splits and shots; for splits the file's own search has the say where there was one."),
     ] = None,
+    scoring: Annotated[
+        str | None,
+        typer.Option(
+            metavar="letter|likelihood|likelihood-per-token|generation", help="Instead of the task's own scoring."
+        ),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples before each question.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at the most.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens that run together at the most.")] = None,
     portable: PortableOption = False,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
-    from act_export.convert import CalibrationRequest, requested_examples
-    from act_export.runtime import Session
-    from act_export.runtime.text import load_tokenizer
-    from act_export.verify.evaluate import compare, evaluate, held_out
-    from act_export.verify.inspect import inspect_file
+    from act_export.convert import DEFAULT_TASK
+    from act_export.verify.evaluation_report import print_evaluation_report, report_json
+    from act_export.verify.evaluation_request import EvaluationRequest
+    from act_export.verify.evaluation_run import evaluate_files
 
-    files = {"calibrated": file} | ({"plain": against} if against is not None else {})
-    calibrations = [inspect_file(path).calibration for path in files.values()]
-    everything, _ = requested_examples(CalibrationRequest(task=task, data=data))
-    examples = held_out(everything, calibrations, split=split, seed=seed)
-    results = {}
-    for name, path in files.items():
-        with Session.open(path, native=not portable) as session, _status() as step:
-            step(f"{name}, {len(examples)} prompts")
-            results[name] = evaluate(session, load_tokenizer(session, tokenizer), examples)
-    comparison = compare(results["plain"], results["calibrated"]) if against is not None else None
+    names = tuple(name.strip() for names in task or () for name in names.split(",") if name.strip())
+    request = EvaluationRequest(
+        file=file,
+        against=against,
+        tasks=names if names or data else (DEFAULT_TASK,),
+        data=tuple(data or ()),
+        split=split,
+        seed=seed,
+        scoring=scoring,
+        shots=shots,
+        chat=chat,
+        truncate=truncate,
+        limit=limit,
+        batch_tokens=batch_tokens,
+        portable=portable,
+        tokenizer=tokenizer,
+    )
+    with _progress("eval") as progress:
+        report = evaluate_files(request, progress=progress)
     if as_json:
-        shown = {name: asdict(result) for name, result in results.items()}
-        print(json.dumps({**shown, "comparison": asdict(comparison) if comparison else None}))
-        return
-    for name, result in results.items():
-        low, high = result.interval
-        print(f"{name}: {result.accuracy:.1%} of {len(examples)} (95% interval {low:.1%} to {high:.1%})")
-    if comparison is not None:
-        low, high = comparison.interval
-        print(
-            f"gain: {100 * comparison.gain:+.1f} points (95% interval {100 * low:+.1f} to {100 * high:+.1f}, McNemar "
-            f"p = {comparison.p:.2g})"
-        )
+        print(report_json(report))
+    else:
+        print_evaluation_report(report)
+
+
+@app.command(
+    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+@_reports_errors
+def lm_eval_command(context: typer.Context) -> None:
+    """Runs lm-evaluation-harness with the model type act-onnx; all options are its own."""
+    try:
+        from act_export.verify.harness import run_harness
+    except ModuleNotFoundError as error:
+        raise ActExportError(f"{error}; pip install 'act-export[lm-eval]'") from error
+
+    run_harness(context.args)
 
 
 @app.command("bench")
@@ -425,12 +531,28 @@ def library_command() -> None:
         raise ActExportError(str(error)) from error
 
 
-def _load(model: str) -> Checkpoint:
+def _load(
+    model: str, *, dtype: str = "float32", device: str | None = None, device_map: str | None = None
+) -> Checkpoint:
     with _status() as step:
         step(f"loading {model}")
         from act_export.checkpoint import load_checkpoint
 
-        return load_checkpoint(model)
+        return load_checkpoint(model, dtype=dtype, device=device, device_map=device_map)
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    """Names that come by comma, by repeating the option, or both."""
+    return tuple(name.strip() for names in given or () for name in names.split(",") if name.strip())
+
+
+def _numbers(option: str, given: str | None, *, whole: bool = False) -> tuple[float, ...]:
+    """Numbers that come by comma; none where the option isn't given."""
+    try:
+        return tuple(int(number) if whole else float(number) for number in given.split(",")) if given else ()
+    except ValueError as error:
+        kind = "whole numbers" if whole else "numbers"
+        raise ActExportError(f"{option} is {given!r}; it must be {kind}, by comma") from error
 
 
 def _note(message: str) -> None:
@@ -494,7 +616,9 @@ def _describe_calibration(calibration: Calibration) -> str:
     origin = calibration.provenance
     if origin is None:
         return text
-    text += f"; {origin.method} on {', '.join(origin.tasks)}"
+    text += f"; {origin.method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
+    if origin.source:
+        text += "; not measured here"
     if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
         text += (
             f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"

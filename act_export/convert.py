@@ -8,15 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.calibration import Calibration, find_recipe
+from act_export.calibration import Calibration
 from act_export.checkpoint import BUILT_IN, Checkpoint
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
 from act_export.export.write import check_output, is_file_output, publish, staged
 from act_export.ops.library import library_path
+from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
-from act_export.search import Progress, search_heads
-from act_export.tasks import Example, load_examples, read_examples, split_examples
+from act_export.search import Progress, SearchOptions, Threshold
+from act_export.search_job import SearchJob, run_search
 from act_export.verify.parity import ParityReport, verify_sessions
 
 DEFAULT_TASK = "sst2"
@@ -30,7 +31,7 @@ class CalibrationRequest:
 
     Attributes:
         plain: No calibrated heads: the baseline.
-        file: A calibration file.
+        calibration: A calibration file, or the name of a shipped recipe.
         task: Search on this task.
         data: Search on this JSON Lines file of prompts, choices and answers.
         beta: Instead of the calibration's.
@@ -40,7 +41,7 @@ class CalibrationRequest:
     """
 
     plain: bool = False
-    file: Path | None = None
+    calibration: str | os.PathLike[str] | None = None
     task: str | None = None
     data: Path | None = None
     beta: float | None = None
@@ -49,12 +50,12 @@ class CalibrationRequest:
     seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
-        """Raises ActExportError for options that contradict each other."""
+        """Raises ActExportError for options that contradict each other, or a calibration that isn't there."""
         sources = [
             name
             for name, given in (
                 ("--plain", self.plain),
-                ("--calibration", self.file),
+                ("--calibration", self.calibration),
                 ("--task", self.task),
                 ("--data", self.data),
             )
@@ -69,6 +70,8 @@ class CalibrationRequest:
             )
         # Values out of range are refused here, before any long work.
         Calibration({}).with_overrides(beta=self.beta, threshold=self.threshold, threshold_mode=self.threshold_mode)
+        if self.calibration is not None and named_recipe(self.calibration) is None:
+            Calibration.load(self.calibration)
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,8 @@ def resolve_calibration(
     """
     if request.plain:
         return None
-    path = request.file
-    if path is None and request.task is None and request.data is None:
-        path = find_recipe(checkpoint.identity)
-        if path is not None:
-            notice(f"using the shipped recipe {path.name}")
-        else:
-            notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
-    if path is not None:
-        calibration = Calibration.load(path)
-        calibration.check_fits(checkpoint.identity)
+    calibration = _calibration_without_search(checkpoint, request, notice)
+    if calibration is not None:
         return calibration.with_overrides(
             beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
         )
@@ -127,33 +122,51 @@ def resolve_calibration(
     return search_calibration(checkpoint, request, progress=progress)
 
 
-def requested_examples(request: CalibrationRequest) -> tuple[list[Example], str]:
-    """All examples of the requested task or data, and what to call them; the default task where neither is given."""
-    if request.data is not None:
-        return read_examples(request.data), request.data.name
-    name = request.task or DEFAULT_TASK
-    return load_examples(name), name
+def _calibration_without_search(
+    checkpoint: Checkpoint, request: CalibrationRequest, notice: Notice
+) -> Calibration | None:
+    """The given calibration, or the model's recipe where nothing was given; None where a search is asked for."""
+    given = request.calibration
+    named = named_recipe(given) if given is not None else None
+    if given is not None and named is None:
+        calibration = Calibration.load(given)
+        calibration.check_fits(checkpoint.identity)
+        return calibration
+    recipes = find_recipes(checkpoint.identity, checkpoint.names)
+    if named is not None:
+        named.calibration.check_fits(checkpoint.identity)
+        notice(announce(named, [recipe for recipe in recipes if recipe.name != named.name]))
+        return named.calibration
+    if request.task is not None or request.data is not None:
+        for recipe in recipes:
+            if recipe.tasks == (request.task,):
+                notice(f"a recipe for this model is shipped: --calibration {recipe.name} needs no search")
+        return None
+    if recipes:
+        notice(announce(recipes[0], recipes[1:]))
+        return recipes[0].calibration
+    notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
+    return None
 
 
 def search_calibration(
     checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
 ) -> Calibration:
-    """Searches on the requested task or data; see `act_export.search.search_heads`."""
-    examples, name = requested_examples(request)
+    """Searches on the requested task or data, the default task where neither is given; see `act_export.search_job`."""
     defaults = Calibration({}).with_overrides(
         beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
     )
     assert isinstance(defaults.beta, float | int)
-    return search_heads(
-        checkpoint,
-        split_examples(examples, seed=request.seed),
-        tasks=(name,),
-        beta=defaults.beta,
-        threshold=defaults.threshold,
-        threshold_mode=defaults.threshold_mode,
+    options = SearchOptions(
+        betas=(defaults.beta,),
+        thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
         seed=request.seed,
-        progress=progress,
     )
+    data = (request.data,) if request.data is not None else ()
+    tasks = () if data else (request.task or DEFAULT_TASK,)
+    result = run_search(checkpoint, SearchJob(tasks, data, options=options), progress=progress)
+    (calibration,) = result.calibrations.values()
+    return calibration
 
 
 def export_model(

@@ -9,6 +9,7 @@ model's own cache, joins past and new keys. No T x T mask is ever built.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -65,6 +66,7 @@ class AttentionCall(NamedTuple):
         softcap: 0 for none.
         sliding_window: -1 for none.
         past: None on a first call.
+        one_at_a_time: Each row is calibrated with the statistics up to itself, as if it came in a call of its own.
     """
 
     layer: int
@@ -76,6 +78,7 @@ class AttentionCall(NamedTuple):
     softcap: float
     sliding_window: int
     past: LayerState | None
+    one_at_a_time: bool = False
 
 
 class AttentionHook(Protocol):
@@ -91,15 +94,36 @@ class SinkCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, layers: Sequence[LayerState | None], attention_mask: Tensor) -> None:
+    def __init__(
+        self, layers: Sequence[LayerState | None], attention_mask: Tensor, *, one_at_a_time: bool = False
+    ) -> None:
         """Takes the state of each layer, None for a first call, and the mask (batch, past + sequence)."""
         self.attention_mask = attention_mask
+        self.one_at_a_time = one_at_a_time
         self.states: list[LayerState | None] = list(layers)
         self.calls = [0] * len(self.states)
         self.masks: list[tuple[Tensor, int]] = []  # that the model had built, with their windows
         self.layers = []
         self.layer_class_to_replicate = None
         self.offloading = False
+
+    def skip(self, layer: int, hidden: Tensor) -> None:
+        """Stands for a layer that isn't run in this call.
+
+        Args:
+            layer: Its index.
+            hidden: (batch, sequence, hidden size), for its batch and device.
+        """
+        self.calls[layer] += 1
+        nothing = hidden.new_zeros(hidden.shape[0], 0, self.attention_mask.shape[1], 0)
+        self.states[layer] = LayerState(nothing, nothing, nothing)
+
+    def replay(self, layer: int, state: LayerState | None) -> SinkCache:
+        """A cache with which one layer can compute this call again, from its state before the call."""
+        again = SinkCache([None] * len(self.states), self.attention_mask, one_at_a_time=self.one_at_a_time)
+        again.states[layer] = state
+        again.masks = self.masks
+        return again
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -177,6 +201,7 @@ class HookedModel:
         *,
         position_ids: Tensor | None = None,
         logits_to_keep: int = 0,
+        one_at_a_time: bool = False,
     ) -> HookedOutputs:
         """One forward pass.
 
@@ -186,6 +211,7 @@ class HookedModel:
             state: The previous call's state; None for a first call.
             position_ids: (batch, sequence); None to count the real tokens.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
+            one_at_a_time: Gives what a call for each token would, which is how a decoder calls.
 
         Raises:
             UnsupportedModelError: If the model's attention didn't pass through the hook exactly once per layer, or asks
@@ -193,20 +219,18 @@ class HookedModel:
         """
         if position_ids is None:
             position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
-        cache = SinkCache(state if state is not None else [None] * self.num_layers, attention_mask)
-        token = _active.set((self.hook, cache))
-        try:
-            extra = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
+        states = state if state is not None else [None] * self.num_layers
+        cache = SinkCache(states, attention_mask, one_at_a_time=one_at_a_time)
+        extra = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
+        with activated(self.hook, cache):
             logits = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=True,
+                **{_cache_argument(self.model): cache},
                 **extra,
             ).logits
-        finally:
-            _active.reset(token)
         _check_calls(cache.calls, self.model.config.model_type)
         return HookedOutputs(logits, [layer for layer in cache.states if layer is not None])
 
@@ -256,6 +280,8 @@ class ReferenceAttention:
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Runs `act_export.reference.calibrated_attention`."""
+        if call.one_at_a_time and call.query.shape[2] > 1:
+            return self._attend_one_at_a_time(call)
         layer = self.calibration.layer(call.layer) if self.calibration is not None else None
         heads = layer.heads if layer is not None else ()
         self.sliding_windows[call.layer] = call.sliding_window
@@ -277,6 +303,23 @@ class ReferenceAttention:
             threshold_mode=layer.threshold_mode if layer is not None else "absolute",
         )
         return outputs.output, LayerState(*outputs[1:])
+
+    def _attend_one_at_a_time(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
+        sequence = call.query.shape[2]
+        past = call.attention_mask.shape[1] - sequence
+        outputs, state = [], call.past
+        for row in range(sequence):
+            step = call._replace(
+                query=call.query[:, :, row : row + 1],
+                key=call.key[:, :, row : row + 1],
+                value=call.value[:, :, row : row + 1],
+                attention_mask=call.attention_mask[:, : past + row + 1],
+                past=state,
+            )
+            output, state = self.attend(step)
+            outputs.append(output)
+        assert state is not None  # a call has at least one row
+        return torch.cat(outputs, 1), state
 
 
 def flatten_heads(x: Tensor) -> Tensor:
@@ -319,6 +362,33 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[Hook
 _active: ContextVar[tuple[AttentionHook, SinkCache]] = ContextVar("act_export_hook")
 
 
+@contextmanager
+def activated(hook: AttentionHook, cache: SinkCache) -> Iterator[None]:
+    """Attention layers that run inside the block call this hook, with this cache."""
+    token = _active.set((hook, cache))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def active() -> tuple[AttentionHook, SinkCache]:
+    """The hook and the cache of the forward pass that is running.
+
+    Raises:
+        RuntimeError: If none is.
+    """
+    found = _active.get(None)
+    if found is None:
+        raise RuntimeError("the act_export attention runs only inside attention_hook(...)")
+    return found
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache; older transformers say `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -334,10 +404,7 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of the model's own attention."""
-    active = _active.get(None)
-    if active is None:
-        raise RuntimeError("the act_export attention runs only inside attention_hook(...)")
-    hook, cache = active
+    hook, cache = active()
     layer = getattr(module, "layer_idx", None)
     name = type(module).__name__
     if layer is None:
@@ -364,6 +431,7 @@ def _attention(
             softcap=float(softcap or 0.0),
             sliding_window=_window_of(attention_mask, sliding_window, cache, name),
             past=cache.states[layer],
+            one_at_a_time=cache.one_at_a_time,
         )
     )
     return output.view(*output.shape[:2], query.shape[1], -1), None
@@ -383,11 +451,11 @@ def _plain_mask(
             "the model overlays its causal mask with another (packed, blockwise or bidirectional); the operator can't "
             "express that"
         )
-    active = _active.get(None)
-    if active is None or attention_mask is None:
+    running = _active.get(None)
+    if running is None or attention_mask is None:
         return attention_mask
     mask = attention_mask.view(attention_mask.shape)  # an object of its own, to know it by
-    active[1].masks.append((mask, int(local_size) if local_size else -1))
+    running[1].masks.append((mask, int(local_size) if local_size else -1))
     return mask
 
 

@@ -206,6 +206,39 @@ def calibrate_with_state(
     return CalibratedProbabilities(move_sink_mass(probabilities, sinks, beta), column_sums, sinks)
 
 
+def calibrate_one_at_a_time(
+    probabilities: Tensor,
+    *,
+    beta: float | Tensor,
+    threshold: float,
+    threshold_mode: str = "absolute",
+    real: Tensor,
+    past_column_sums: Tensor,
+    sliding_window: int = -1,
+) -> CalibratedProbabilities:
+    """What `calibrate_with_state` gives when each row comes in a call of its own, computed for all rows at once.
+
+    Row i is then calibrated with the statistics of the rows up to i, so every row has later sinks of its own. Arguments
+    and errors as in `calibrate_with_state`.
+
+    Returns:
+        A' and C as there, and K by row: boolean (..., sequence, total).
+    """
+    sequence, total = probabilities.shape[-2:]
+    past = total - sequence
+    columns = torch.arange(total, device=probabilities.device)
+    rows = columns[past:, None]
+    own_sums = probabilities.masked_fill(~real[..., past:].unsqueeze(-1), 0).cumsum(-2)
+    column_sums = own_sums + torch.nn.functional.pad(past_column_sums, (0, sequence)).unsqueeze(-2)
+    seen = real.unsqueeze(-2) & (columns <= rows)
+    sinks = later_sinks(
+        column_sums, seen, threshold=threshold, threshold_mode=threshold_mode, sliding_window=sliding_window
+    )
+    by_row = beta.unsqueeze(-1) if isinstance(beta, Tensor) else beta
+    moved = move_sink_mass(probabilities.unsqueeze(-2), sinks, by_row).squeeze(-2)
+    return CalibratedProbabilities(moved, column_sums[..., -1, :], sinks)
+
+
 def calibrate_probabilities(
     probabilities: Tensor,
     *,

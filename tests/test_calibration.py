@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity, Provenance, find_recipe
+from act_export.calibration import Calibration, CalibrationError, ModelIdentity, Provenance
 
 IDENTITY = ModelIdentity("llama", 4, 8, "sha256:ab")
+BY_NAME = ModelIdentity("llama", 4, 8, name="owner/model")
 HEADS = st.dictionaries(
     st.integers(0, 30), st.lists(st.integers(0, 40), min_size=1, max_size=8, unique=True).map(sorted)
 )
@@ -26,14 +27,15 @@ def calibrations(draw):
             {k: st.lists(betas, min_size=len(v), max_size=len(v)).map(tuple) for k, v in heads.items()}
         )
     )
-    provenance = Provenance("gates", ("sst2",), {"rank": 96}, 0, 0.5, 0.75, {"torch": "2"}, {"p": 0.01})
+    searched = Provenance("gates", ("sst2",), {"rank": 96}, 0, 0.5, 0.75, {"torch": "2"}, {"p": 0.01})
+    published = Provenance("published", ("sst2", "cb"), source={"paper": "a paper", "commit": "abc"})
     return Calibration(
         heads,
         beta,
         draw(st.floats(0, 10)),
         draw(st.sampled_from(["absolute", "relative"])),
-        draw(st.sampled_from([None, IDENTITY])),
-        draw(st.sampled_from([None, provenance])),
+        draw(st.sampled_from([None, IDENTITY, BY_NAME, ModelIdentity("llama", 4, 8)])),
+        draw(st.sampled_from([None, searched, published])),
     )
 
 
@@ -96,6 +98,10 @@ def test_layer_share():
         ('{"heads": {"0": [1]}, "threshold_mode": "x", "threshold": 1}', "threshold_mode is 'x'"),
         ('{"format": "act-export calibration", "version": 1}', "heads"),
         ('{"heads": {}, "model": {"layers": 1}}', "architecture"),
+        (
+            '{"heads": {}, "model": {"architecture": "a", "layers": 1, "heads": 1, "fingerprnt": "x"}}',
+            "unknown field 'fingerprnt'",
+        ),
     ],
 )
 def test_malformed_files_are_refused(text, message, tmp_path):
@@ -118,6 +124,7 @@ def test_missing_file(tmp_path):
         (Calibration({}, model=ModelIdentity("llama", 5, 8, "sha256:ab")), "number of layers is 5"),
         (Calibration({}, model=ModelIdentity("llama", 4, 9, "sha256:ab")), "number of heads is 9"),
         (Calibration({}, model=ModelIdentity("llama", 4, 8, "sha256:cd")), "fingerprint of the weights is sha256:cd"),
+        (Calibration({}, model=ModelIdentity("llama", 4, 9, name="owner/model")), "number of heads is 9"),
         (Calibration({4: (0,)}), "layer 4 is out of range; the model has layers 0 to 3"),
         (Calibration({3: (0, 8)}), "head 8 of layer 3 is out of range; the model has heads 0 to 7"),
     ],
@@ -127,8 +134,25 @@ def test_a_calibration_that_does_not_fit_is_refused(calibration, message):
         calibration.check_fits(IDENTITY)
 
 
-def test_a_fitting_calibration_is_accepted():
-    Calibration({3: (0, 7)}, model=IDENTITY).check_fits(IDENTITY)
+@pytest.mark.parametrize("model", [None, IDENTITY, BY_NAME, ModelIdentity("llama", 4, 8)])
+def test_a_fitting_calibration_is_accepted(model):
+    Calibration({3: (0, 7)}, model=model).check_fits(IDENTITY)
+
+
+def test_what_is_not_known_is_not_written():
+    model = json.loads(Calibration({}, model=BY_NAME).to_json())["model"]
+    assert model == {"name": "owner/model", "architecture": "llama", "layers": 4, "heads": 8}
+    assert "name" not in json.loads(Calibration({}, model=IDENTITY).to_json())["model"]
+
+
+def test_a_file_of_an_earlier_release_keeps_its_meaning():
+    text = """{"format": "act-export calibration", "version": 1,
+        "model": {"architecture": "llama", "layers": 4, "heads": 8, "fingerprint": "sha256:ab"},
+        "heads": {"1": [0]}, "beta": 0.4, "threshold": 0.1, "threshold_mode": "absolute",
+        "provenance": {"method": "gates", "tasks": ["sst2"]}}"""
+    calibration = Calibration.from_json(text)
+    assert calibration.model == IDENTITY
+    assert calibration.provenance == Provenance("gates", ("sst2",))
 
 
 def test_overrides_drop_accuracies_that_no_longer_hold():
@@ -140,7 +164,3 @@ def test_overrides_drop_accuracies_that_no_longer_hold():
     assert changed.provenance == Provenance("gates")
     assert calibration.with_overrides(threshold_mode="relative").threshold == 5.0
     assert calibration.with_overrides(threshold_mode="relative", threshold=2.0).threshold == 2.0
-
-
-def test_no_recipe_for_an_unknown_model():
-    assert find_recipe(IDENTITY) is None

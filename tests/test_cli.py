@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tiny import save_checkpoint
 from typer.testing import CliRunner
 
-from act_export.calibration import Calibration
+from act_export.calibration import Calibration, ModelIdentity, Provenance
+from act_export.checkpoint import load_checkpoint
 from act_export.cli import app
 from act_export.runtime import Session
 
@@ -208,6 +210,45 @@ def test_overrides_reach_the_file(checkpoint_folder, heads_file, tmp_path):
     assert (calibration.beta, calibration.threshold_mode, calibration.threshold) == (0.2, "relative", 5.0)
 
 
+def test_a_shipped_recipe_is_used_by_itself_and_by_name(checkpoint_folder, tmp_path, monkeypatch):
+    identity = load_checkpoint(str(checkpoint_folder)).identity
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name, head, tasks in (("tiny", 1, ("sst2", "boolq")), ("tiny-boolq", 2, ("boolq",))):
+        Calibration({0: (head,)}, model=identity, provenance=Provenance("gates", tasks)).save(recipes / f"{name}.json")
+    monkeypatch.setattr("act_export.recipes.recipes_folder", lambda: recipes)
+    for options, used, others, head in (
+        ([], "tiny (sst2, boolq)", "tiny-boolq", 1),
+        (["--calibration", "tiny-boolq"], "tiny-boolq (boolq)", "tiny", 2),
+    ):
+        result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--no-verify", *options)
+        assert result.exit_code == 0, result.output
+        line = f"using the shipped recipe {used}; others for this model: {others}: --calibration {others}"
+        assert line in result.output
+        with Session.open(tmp_path / "m.onnx") as session:
+            assert session.calibration is not None
+            assert session.calibration.heads == {0: (head,)}
+
+
+def test_published_heads_without_a_fingerprint(checkpoint_folder, tmp_path):
+    """A file whose model is known by name only: exported, shown and verified as any other."""
+    published = Calibration(
+        {0: (1,), 1: (0, 3)},
+        model=ModelIdentity("llama", 2, 4, name="owner/model"),
+        provenance=Provenance("published", ("sst2",), source={"paper": "a paper"}),
+    )
+    published.save(tmp_path / "published.json")
+    out = tmp_path / "m.onnx"
+    result = run(checkpoint_folder, "--out", out, "--calibration", tmp_path / "published.json", "--no-verify")
+    assert result.exit_code == 0, result.output
+    shown = run("inspect", out)
+    assert shown.exit_code == 0, shown.output
+    assert "published for sst2" in shown.stdout
+    assert json.loads(run("inspect", out, "--json").stdout)["calibration"]["model"] == asdict(published.model)
+    verified = run("verify", out, "--against", checkpoint_folder)
+    assert verified.exit_code == 0, verified.output
+
+
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
     folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
     result = run(folder, "--out", tmp_path / "m.onnx", "--plain")
@@ -259,6 +300,11 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         ),
         "calibration that is not JSON": ([folder, *out, "--calibration", with_file("x.json", "{")], "is not JSON"),
         "missing calibration": ([folder, *out, "--calibration", tmp / "no.json"], "can't read the calibration"),
+        "unknown recipe": ([folder, *out, "--calibration", "smollm2-135"], "did you mean smollm2-135m"),
+        "recipe of another model": (
+            [folder, *out, "--calibration", "llama-2-7b-chat-classification"],
+            "belongs to another model: number of layers is 32 in the calibration, 2 in the model",
+        ),
         "beta too large": ([folder, *out, "--calibration", heads, "--beta", 2.5], "beta is 2.5; it must lie in [0, 2]"),
         "beta negative": ([folder, *out, "--calibration", heads, "--beta=-0.1"], "beta is -0.1"),
         "negative threshold": ([folder, *out, "--calibration", heads, "--threshold=-1"], "threshold is -1.0"),
@@ -307,6 +353,8 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "another model",
         "calibration that is not JSON",
         "missing calibration",
+        "unknown recipe",
+        "recipe of another model",
         "beta too large",
         "beta negative",
         "negative threshold",

@@ -1,8 +1,25 @@
 """Which heads to calibrate."""
 
-from act_export.search.choose import HEAD_COUNTS
 from act_export.search.fast_attention import FastAttention
 from act_export.search.gates import GatedAttention, gate_gradients
-from act_export.search.search import Progress, search_heads
+from act_export.search.processes import Progress, process_group
+from act_export.search.report import SearchResult, TaskReport
+from act_export.search.request import HEAD_COUNTS, METHODS, SearchError, SearchOptions, SearchTask, Threshold
+from act_export.search.search import search_heads
 
-__all__ = ["HEAD_COUNTS", "FastAttention", "GatedAttention", "Progress", "gate_gradients", "search_heads"]
+__all__ = [
+    "HEAD_COUNTS",
+    "METHODS",
+    "FastAttention",
+    "GatedAttention",
+    "Progress",
+    "SearchError",
+    "SearchOptions",
+    "SearchResult",
+    "SearchTask",
+    "TaskReport",
+    "Threshold",
+    "gate_gradients",
+    "process_group",
+    "search_heads",
+]

@@ -1,49 +1,45 @@
-"""How many of the ranked heads to calibrate, and whether any."""
+"""How many of the ranked heads to calibrate, how strongly, and whether any."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from act_export.tasks import EncodedExample, predicted_choice
+from act_export.calibration import Calibration, ModelIdentity
+from act_export.search.answers import Answers
+from act_export.search.rank import first_heads
+from act_export.search.request import Threshold
 from act_export.tasks.statistics import best_gain_p
 
-HEAD_COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60)
 SIGNIFICANCE = 0.05
-
-Scores = list[tuple[float, ...]]
-Heads = dict[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a set of calibrated heads does to the choose split.
+    """What a calibration does to the choose splits.
 
     Attributes:
-        heads: Calibrated heads by layer.
-        scores: By example, log-likelihoods of the choices.
-        correct: By example, whether the answer is right.
-        log_likelihood: Mean log-likelihood of the right answer among the choices.
+        calibration: Without heads for the plain model.
+        answers: By task.
     """
 
-    heads: Heads
-    scores: Scores
-    correct: tuple[bool, ...]
-    log_likelihood: float
-
-    @property
-    def num_heads(self) -> int:
-        """Number of calibrated heads."""
-        return sum(map(len, self.heads.values()))
+    calibration: Calibration
+    answers: tuple[Answers, ...]
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
-        return sum(self.correct) / len(self.correct)
+        """Mean accuracy over the tasks."""
+        return float(np.mean([answers.accuracy for answers in self.answers]))
+
+    @property
+    def log_likelihood(self) -> float:
+        """Mean log-likelihood of the right answers over the tasks."""
+        return float(np.mean([answers.log_likelihood for answers in self.answers]))
 
 
 @dataclass(frozen=True)
@@ -61,65 +57,88 @@ class Choice:
     candidates: tuple[Candidate, ...]
     p: float
 
-    @property
-    def heads(self) -> Heads:
-        """Chosen heads by layer; may be empty."""
-        return self.chosen.heads
 
+def candidate_calibrations(
+    effects: Mapping[float, Tensor], counts: Sequence[int], threshold: Threshold, model: ModelIdentity
+) -> list[Calibration]:
+    """The first n heads by effect, for each count n and each way to set beta; heads that lose are in none.
 
-def candidate_heads(gradients: Tensor, counts: Sequence[int] = HEAD_COUNTS) -> list[Heads]:
-    """The first n heads by gradient, for each count n; heads with no positive gradient are in none.
+    One beta is used alone; a beta below 1 is also tried with each above 1, every head taking the one that suits it.
 
     Args:
-        gradients: (layers, heads), see `act_export.search.gates.gate_gradients`.
+        effects: By beta, (layers, heads), see `act_export.search.rank.Effects`.
         counts: Numbers of heads. One beyond the number of helpful heads stands for all of these.
+        threshold: Of all candidates.
+        model: The same.
 
     Returns:
-        Heads by layer, without duplicates, the smallest first.
+        Without duplicates, the smallest of each way first.
     """
-    helpful = int((gradients > 0).sum())
-    order = torch.argsort(gradients.flatten(), descending=True, stable=True)[:helpful].tolist()
-    sizes = sorted({min(count, helpful) for count in counts} - {0})
-    num_heads = gradients.shape[1]
-    sets = []
-    for size in sizes:
-        heads: dict[int, list[int]] = {}
-        for index in sorted(order[:size]):
-            heads.setdefault(index // num_heads, []).append(index % num_heads)
-        sets.append({layer: tuple(indices) for layer, indices in heads.items()})
-    return sets
+    weak, strong = ([beta for beta in sorted(effects) if (beta < 1) == below] for below in (True, False))
+    ways: list[tuple[float, ...]] = [(beta,) for beta in sorted(effects)]
+    ways += product(weak, strong)
+    found: dict[str, Calibration] = {}
+    for way in ways:
+        stacked = torch.stack([effects[beta] for beta in way])
+        best, which = stacked.max(0)
+        helpful = first_heads(best, max(counts))
+        for size in sorted({min(count, len(helpful)) for count in counts} - {0}):
+            chosen = {head: way[int(which[head])] for head in helpful[:size]}
+            calibration = _calibration(chosen, threshold, model)
+            found.setdefault(calibration.to_json(), calibration)
+    return list(found.values())
 
 
-def choose_heads(
-    candidates: Sequence[Heads], examples: Sequence[EncodedExample], score: Callable[[Heads], Scores], *, seed: int = 0
-) -> Choice:
+def choose(candidates: Sequence[Calibration], plain: Sequence[Answers], answers: Sequence[Sequence[Answers]]) -> Choice:
     """Picks the candidate with the highest accuracy, of equals the likeliest answers, unless its gain may be luck.
 
     It is refused unless its gain over the plain model has p < 0.05 in a permutation test that picks the best candidate
-    anew each time, so that trying more candidates doesn't make a chance finding more likely.
+    anew each time, so that trying more candidates doesn't make a chance finding more likely. All tasks count the same.
 
     Args:
-        candidates: Sets of heads to try.
-        examples: The choose split.
-        score: Log-likelihoods of the choices of all examples, with these heads calibrated.
-        seed: Of the permutation test.
+        candidates: Calibrations that were tried.
+        plain: By task, the plain model's answers.
+        answers: By candidate and task.
     """
-    plain = _candidate({}, examples, score({}))
-    tried = [_candidate(heads, examples, score(heads)) for heads in candidates]
+    nothing = Candidate(Calibration({}), tuple(plain))
+    tried = [Candidate(c, tuple(row)) for c, row in zip(candidates, answers, strict=True)]
     if not tried:
-        return Choice(plain, (plain,), 1.0)
+        return Choice(nothing, (nothing,), 1.0)
     best = max(tried, key=lambda candidate: (candidate.accuracy, candidate.log_likelihood))
-    p = best_gain_p(plain.correct, [candidate.correct for candidate in tried], seed=seed)
-    return Choice(best if p < SIGNIFICANCE else plain, (plain, *tried), p)
+    weights = np.concatenate([np.full(len(part.credits), 1 / len(part.credits)) for part in plain])
+    p = best_gain_p(_credits(nothing), [_credits(candidate) for candidate in tried], weights=weights)
+    return Choice(best if p < SIGNIFICANCE else nothing, (nothing, *tried), p)
 
 
-def right_answers(examples: Sequence[EncodedExample], scores: Scores) -> tuple[bool, ...]:
-    """By example, whether the likeliest choice is the right one."""
-    return tuple(predicted_choice(row) == example.answer for example, row in zip(examples, scores, strict=True))
+def heads_with_betas(calibration: Calibration) -> dict[tuple[int, int], float]:
+    """Beta by calibrated head (layer, head)."""
+    pairs: dict[tuple[int, int], float] = {}
+    for layer, heads in calibration.heads.items():
+        betas = calibration.beta[layer] if isinstance(calibration.beta, Mapping) else (calibration.beta,) * len(heads)
+        pairs |= {(layer, head): beta for head, beta in zip(heads, betas, strict=True)}
+    return pairs
 
 
-def _candidate(heads: Heads, examples: Sequence[EncodedExample], scores: Scores) -> Candidate:
-    log_likelihoods = [
-        row[example.answer] - float(np.logaddexp.reduce(row)) for example, row in zip(examples, scores, strict=True)
-    ]
-    return Candidate(heads, scores, right_answers(examples, scores), float(np.mean(log_likelihoods)))
+def other_heads(calibration: Calibration, model: ModelIdentity, *, seed: int) -> Calibration:
+    """As many heads with the same betas, drawn at random from all of the model's: a control."""
+    betas = list(heads_with_betas(calibration).values())
+    drawn = np.random.default_rng(seed).permutation(model.num_layers * model.num_heads)[: len(betas)]
+    chosen = {divmod(int(index), model.num_heads): beta for index, beta in zip(drawn, betas, strict=True)}
+    return _calibration(chosen, Threshold(calibration.threshold, calibration.threshold_mode), model)
+
+
+def _calibration(betas: Mapping[tuple[int, int], float], threshold: Threshold, model: ModelIdentity) -> Calibration:
+    heads: dict[int, tuple[int, ...]] = {}
+    for layer, head in sorted(betas):
+        heads[layer] = (*heads.get(layer, ()), head)
+    same = set(betas.values())
+    beta: float | dict[int, tuple[float, ...]] = (
+        next(iter(same))
+        if len(same) == 1
+        else {layer: tuple(betas[layer, head] for head in of) for layer, of in heads.items()}
+    )
+    return Calibration(heads, beta, threshold.value, threshold.mode, model)
+
+
+def _credits(candidate: Candidate) -> list[float]:
+    return [credit for answers in candidate.answers for credit in answers.credits]

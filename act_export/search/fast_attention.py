@@ -12,7 +12,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from act_export.calibration import Calibration, LayerCalibration
 from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
-from act_export.reference import CalibratedProbabilities, attention_probabilities, calibrate_with_state
+from act_export.reference import (
+    CalibratedProbabilities,
+    attention_probabilities,
+    calibrate_one_at_a_time,
+    calibrate_with_state,
+)
 
 
 class FastAttention:
@@ -103,7 +108,8 @@ def calibrated_probabilities(
         softcap=call.softcap,
         sliding_window=call.sliding_window,
     )
-    return calibrate_with_state(
+    calibrate = calibrate_one_at_a_time if call.one_at_a_time else calibrate_with_state
+    return calibrate(
         probabilities,
         beta=probabilities.new_tensor(layer.beta).view(-1, 1, 1),
         threshold=layer.threshold,

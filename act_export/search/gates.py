@@ -8,7 +8,8 @@ graph of its own: the backward pass is that of the plain model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 
 from act_export.calibration import LayerCalibration
 from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
+from act_export.search.checkpointing import checkpointed
 from act_export.search.fast_attention import calibrated_probabilities, join_past, plain_attention, values_of
-from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, batches, choice_scores
-from act_export.tasks.scoring import BATCH_SIZE
+from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, choice_scores
 
 
 class GatedAttention:
@@ -52,53 +53,67 @@ class GatedAttention:
 
 def gate_gradients(
     model: PreTrainedModel,
-    examples: Sequence[EncodedExample],
+    batch: Sequence[EncodedExample],
     *,
     num_layers: int,
     num_heads: int,
     beta: float,
     threshold: float,
     threshold_mode: str = "absolute",
-    batch_size: int = BATCH_SIZE,
     length_normalized: bool = False,
-    on_batch: Callable[[int], None] | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """Mean derivative of the right answer's log-likelihood, among the choices, with respect to each head's gate.
+    """Derivative of the right answers' log-likelihood with respect to each head's gate, summed over one batch.
 
-    The model's own parameters receive no gradient.
+    The likelihood is that among the choices; where there is one choice only (a generation task's reference answer), its
+    own. The model's parameters receive no gradient.
 
     Args:
         model: Any that `act_export.hooks.attention_hook` takes.
-        examples: At least one.
+        batch: Examples that run together.
         num_layers: Attention layers of the model.
         num_heads: Query heads per layer.
-        beta: How an open gate calibrates, as in `act_export.calibration.Calibration`.
+        beta: How an open gate calibrates, as in `act_export.calibration.Calibration`. The derivative is proportional to
+            1 - beta, as long as no row of a beta above 1 is cut back.
         threshold: The same.
         threshold_mode: The same.
-        batch_size: Prompts that run together.
         length_normalized: Compare choices by log-likelihood per token.
-        on_batch: Called after each batch with the number of examples in it.
+        gradient_checkpointing: Compute each layer twice to keep one layer's activations instead of all layers'.
 
     Returns:
-        (num_layers, num_heads); positive where calibrating the head makes the right answer likelier.
+        float64 (num_layers, num_heads); positive where calibrating the head makes the right answers likelier.
 
     Raises:
         ScoringError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch.
+        UnsupportedModelError: If gradient checkpointing doesn't know the model's layers.
     """
-    total = torch.zeros(num_layers, num_heads)
-    for indices in batches(examples, batch_size):
-        batch = [examples[index] for index in indices]
-        gates = torch.zeros(num_layers, num_heads, device=model.device, requires_grad=True)
-        hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
-        with torch.enable_grad(), attention_hook(model, hook) as hooked:
-            scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
-            gain = torch.stack([row.log_softmax(0)[example.answer] for row, example in zip(scores, batch, strict=True)])
-            (gradient,) = torch.autograd.grad(gain.sum(), gates)
-        if not gradient.isfinite().all():
-            raise ScoringError(
-                f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}"
-            )
-        total += gradient.float().cpu()
-        if on_batch is not None:
-            on_batch(len(indices))
-    return total / len(examples)
+    gates = torch.zeros(num_layers, num_heads, device=model.device, requires_grad=True)
+    hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
+    saving = checkpointed(model, num_layers) if gradient_checkpointing else nullcontext()
+    with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
+        scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
+        (gradient,) = torch.autograd.grad(log_likelihoods(batch, scores).sum(), gates)
+    if not gradient.isfinite().all():
+        raise ScoringError(
+            f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}; the weights "
+            f"or their precision are at fault, float32 or bfloat16 may help"
+        )
+    return gradient.double().cpu()
+
+
+def log_likelihoods(examples: Sequence[EncodedExample], scores: Sequence[Tensor]) -> Tensor:
+    """Log-likelihood of each example's right answer among its choices, or its own where it is the only one.
+
+    Args:
+        examples: n of them.
+        scores: By example, log-likelihoods (choices,).
+
+    Returns:
+        (n,).
+    """
+    return torch.stack(
+        [
+            row.log_softmax(0)[example.answer] if len(row) > 1 else row[0]
+            for row, example in zip(scores, examples, strict=True)
+        ]
+    )

@@ -1,207 +1,385 @@
-"""Checkpoint and examples -> calibration: which heads answer better when their later sinks are calibrated."""
+"""Checkpoint and questions -> calibrations: which heads answer better when their later sinks are calibrated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
 import act_export
-from act_export.calibration import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, Provenance
+from act_export.calibration import Calibration, Provenance
 from act_export.checkpoint import Checkpoint
-from act_export.hooks import attention_hook
-from act_export.search.choice_bias import same_choices, without_choice_bias
-from act_export.search.choose import HEAD_COUNTS, Choice, Heads, Scores, candidate_heads, choose_heads, right_answers
-from act_export.search.fast_attention import FastAttention
-from act_export.search.gates import gate_gradients
-from act_export.tasks import (
-    EncodedExample,
-    Splits,
-    TorchLanguageModel,
-    encode_examples,
-    predicted_choice,
-    prompt_digest,
-    score_choices,
+from act_export.search.answers import (
+    CHOOSE,
+    CONTENT_FREE,
+    RANK,
+    REPORT,
+    Answers,
+    EncodedTask,
+    answer,
+    cost_of,
+    encode_task,
 )
-from act_export.tasks.scoring import BATCH_SIZE
-from act_export.tasks.statistics import gain_interval, mcnemar_p
+from act_export.search.choose import Choice, candidate_calibrations, choose, heads_with_betas, other_heads
+from act_export.search.journal import Journal
+from act_export.search.processes import Progress, Workers, process_index, same_everywhere
+from act_export.search.rank import Effects, rank_heads, ranking_cost
+from act_export.search.report import (
+    Gain,
+    SearchResult,
+    TaskReport,
+    average_gain,
+    choice_bias_accuracies,
+    gain_of,
+    label_prior_accuracy,
+    predicted_shares,
+)
+from act_export.search.request import SearchError, SearchOptions, SearchTask
+from act_export.tasks import prompt_digest
 
-METHOD = "gates"
-_GRADIENT_COST = 3  # of a prompt, in forward passes
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and how much of the whole search is done, from 0 to 1."""
+JOINT = "joint"
+_JOURNAL_VERSION = 1  # another one where the same key may stand for another result
 
 
 def search_heads(
     checkpoint: Checkpoint,
-    splits: Splits,
+    tasks: Sequence[SearchTask],
+    options: SearchOptions | None = None,
     *,
-    tasks: Sequence[str] = (),
-    beta: float = DEFAULT_BETA,
-    threshold: float | None = None,
-    threshold_mode: str = "absolute",
-    seed: int = 0,
-    head_counts: Sequence[int] = HEAD_COUNTS,
-    batch_size: int = BATCH_SIZE,
-    length_normalized: bool = False,
+    journal: str | os.PathLike[str] | None = None,
+    journals: str | os.PathLike[str] | None = None,
+    joint: bool = True,
+    published: Mapping[str, Calibration] | None = None,
     progress: Progress | None = None,
-) -> Calibration:
-    """Ranks all heads with one backward pass, chooses how many, and measures what that gains.
+) -> SearchResult:
+    """Ranks all heads, chooses how many, and measures what that gains, for each task and for all together.
 
-    The three splits keep the three steps honest: heads are ranked on one, their number (or none) is decided on the
-    second, and the accuracies in the result's provenance come from the third, which takes no part in either. The
-    provenance's note "used" has the digests of the first two's prompts, so that no later evaluation counts them.
+    The three splits of a task keep the three steps honest: heads are ranked on one, their number and strength (or
+    none) are decided on the second, and the accuracies come from the third, which takes no part in either. Every
+    calibration's provenance has the digests of the first two's questions, so that no later evaluation counts them.
+
+    Under `torchrun` the processes share the work, and all get the same result.
 
     Args:
         checkpoint: The model; its parameters stay as they are and receive no gradient.
-        splits: Examples, see `act_export.tasks.split_examples`.
-        tasks: What to call the examples in the provenance.
-        beta: In [0, 2], for every calibrated head.
-        threshold: tau, or alpha where the mode is "relative"; None for the mode's default.
-        threshold_mode: "absolute" or "relative".
-        seed: What the splits were drawn with; also seeds the statistics.
-        head_counts: Numbers of heads to try.
-        batch_size: Prompts that run together.
-        length_normalized: Compare choices by log-likelihood per token.
+        tasks: At least one, with different names.
+        options: How to search; None for the defaults.
+        journal: Folder that keeps finished work: the same search goes on from there.
+        journals: Instead, a folder in which every search has such a folder of its own. With neither nothing is kept.
+        joint: With several tasks, also find one set for all.
+        published: Head sets to report beside the found ones, by name.
         progress: Called after every batch.
 
     Returns:
-        The calibration, fit for this checkpoint only; without any heads where calibration doesn't help.
+        Calibrations that fit this checkpoint only, and what they gain.
 
     Raises:
-        CalibrationError: If beta, the threshold or its mode is out of range.
+        SearchError: For no task, or two of one name.
         TaskError: If the checkpoint has no tokenizer or an example can't be scored.
         ScoringError: If the model's scores aren't finite, naming the prompt.
+        JournalError: If the journal is another search's.
+        ProcessError: If the processes don't do the same search.
         UnsupportedModelError: If the model's attention can't be replaced.
     """
-    if threshold is None:
-        threshold = DEFAULT_THRESHOLD.get(threshold_mode, 0.0)
-    none = Calibration({}, beta, threshold, threshold_mode, checkpoint.identity)
-    longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
-    rank, choose, report = (
-        encode_examples(checkpoint.tokenizer, part, max_length=longest)
-        for part in (splits.rank, splits.choose, splits.report)
+    options = options or SearchOptions()
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) < len(names):
+        raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
+    encoded = [encode_task(checkpoint, task, options) for task in tasks]
+    description = describe_search(checkpoint, encoded, options)
+    same_everywhere("search", repr(description))
+    if journal is None and journals is not None:
+        journal = Path(journals) / hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
+    kept = Journal(journal, description, process=process_index()) if journal is not None else None
+    joint = joint and len(encoded) > 1
+    workers = Workers(
+        kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint), progress=progress
     )
-    work = _Work(_GRADIENT_COST * len(rank) + (1 + len(head_counts)) * len(choose) + 2 * len(report), progress)
-
-    def score(heads: Heads, examples: Sequence[EncodedExample]) -> Scores:
-        hook = FastAttention(Calibration(heads, beta, threshold, threshold_mode) if heads else None)
-        with attention_hook(checkpoint.model, hook) as hooked:
-            return score_choices(
-                TorchLanguageModel(hooked),
-                examples,
-                batch_size=batch_size,
-                length_normalized=length_normalized,
-                on_batch=work.done,
-            )
-
-    work.begin("ranking heads")
-    gradients = gate_gradients(
-        checkpoint.model,
-        rank,
-        num_layers=checkpoint.identity.num_layers,
-        num_heads=checkpoint.identity.num_heads,
-        beta=beta,
-        threshold=threshold,
-        threshold_mode=threshold_mode,
-        batch_size=batch_size,
-        length_normalized=length_normalized,
-        on_batch=lambda count: work.done(_GRADIENT_COST * count),
-    )
-    work.begin("choosing how many")
-    choice = choose_heads(
-        candidate_heads(gradients, head_counts), choose, lambda heads: score(heads, choose), seed=seed
-    )
-    work.begin("measuring the gain")
-    plain = score({}, report)
-    calibrated = score(choice.heads, report) if choice.heads else plain
-    work.finish()
-    return Calibration(
-        choice.heads,
-        none.beta,
-        none.threshold,
-        none.threshold_mode,
-        none.model,
-        _provenance(choice, splits, choose, report, plain, calibrated, tasks=tasks, seed=seed),
-    )
+    search = _Search(checkpoint, encoded, options, published or {}, workers)
+    try:
+        result = search.run(joint)
+    finally:
+        if kept is not None:
+            kept.close()
+    workers.finish()
+    return result
 
 
-class _Work:
-    """Counts forward passes of single prompts."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total = total
-        self.passes = 0
-        self.progress = progress
-        self.step = ""
-
-    def begin(self, step: str) -> None:
-        self.step = step
-        self.done(0)
-
-    def done(self, passes: int) -> None:
-        self.passes += passes
-        if self.progress is not None:
-            self.progress(self.step, min(self.passes / self.total, 1.0))
-
-    def finish(self) -> None:
-        self.passes = self.total
-        self.done(0)
-
-
-def _provenance(
-    choice: Choice,
-    splits: Splits,
-    choose: Sequence[EncodedExample],
-    report: Sequence[EncodedExample],
-    plain: Scores,
-    calibrated: Scores,
-    *,
-    tasks: Sequence[str],
-    seed: int,
-) -> Provenance:
-    plain_right, calibrated_right = right_answers(report, plain), right_answers(report, calibrated)
-    notes: dict[str, Any] = {
-        "choose_accuracy": {str(candidate.num_heads): round(candidate.accuracy, 4) for candidate in choice.candidates},
-        "choose_p": round(choice.p, 4),
+def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions) -> dict[str, Any]:
+    """All that decides what a search computes: what its journal is recognised by."""
+    settings = asdict(options)
+    settings["thresholds"] = [f"{threshold.mode} {threshold.value}" for threshold in options.thresholds]
+    return {
+        "journal": _JOURNAL_VERSION,
+        "model": checkpoint.identity.fingerprint,
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "questions": {task.task.name: task.digest for task in tasks},
+        "versions": _versions(),
+        **settings,
     }
-    if choice.heads:
-        low, high = gain_interval(plain_right, calibrated_right, seed=seed)
-        notes["gain_interval_95"] = [round(low, 4), round(high, 4)]
-        notes["mcnemar_p"] = float(f"{mcnemar_p(plain_right, calibrated_right):.2g}")
-        notes["predicted_shares"] = {"plain": _predicted_shares(plain), "calibrated": _predicted_shares(calibrated)}
-        if same_choices([*choose, *report]):
-            notes["accuracy_without_choice_bias"] = {
-                "plain": _accuracy(report, without_choice_bias(plain, choice.candidates[0].scores)),
-                "calibrated": _accuracy(report, without_choice_bias(calibrated, choice.chosen.scores)),
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A decision: the calibration, and the choice that led to it."""
+
+    calibration: Calibration
+    choice: Choice
+
+
+class _Search:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tasks: Sequence[EncodedTask],
+        options: SearchOptions,
+        published: Mapping[str, Calibration],
+        workers: Workers,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.tasks = tasks
+        self.options = options
+        self.published = published
+        self.workers = workers
+
+    def run(self, joint: bool) -> SearchResult:
+        effects = {task.task.name: self._rank(task) for task in self.tasks}
+        plain = self._answer("choosing how many", [(task, CHOOSE, None) for task in self.tasks])
+        found = {
+            task.task.name: self._choose([task], [effects[task.task.name]], [answers])
+            for task, answers in zip(self.tasks, plain, strict=True)
+        }
+        together = self._choose(self.tasks, list(effects.values()), plain) if joint else None
+        reported = self._report(found, together)
+        passes = {name: sum(effect.passes for effect in parts) for name, parts in effects.items()}
+        reports = {
+            task.task.name: _task_report(task, found[task.task.name], reported[task.task.name], passes[task.task.name])
+            for task in self.tasks
+        }
+        calibrations = {
+            task.task.name: replace(
+                found[task.task.name].calibration,
+                provenance=self._provenance([task], found[task.task.name], [reports[task.task.name]], "own"),
+            )
+            for task in self.tasks
+        }
+        plain_answers = {name: answers["plain"] for name, answers in reported.items()}
+
+        def average(kind: str) -> Gain:
+            return average_gain(plain_answers, {name: a.get(kind, a["plain"]) for name, a in reported.items()})
+
+        return SearchResult(
+            calibrations,
+            None
+            if together is None
+            else replace(
+                together.calibration,
+                provenance=self._provenance(self.tasks, together, list(reports.values()), JOINT, average(JOINT)),
+            ),
+            reports,
+            average("own") if len(self.tasks) > 1 else None,
+            average(JOINT) if together is not None else None,
+            (self.workers.computed, len(self.workers.found)),
+        )
+
+    def _rank(self, task: EncodedTask) -> list[Effects]:
+        """By threshold."""
+        return [
+            rank_heads(self.checkpoint, task, threshold, self.options, self.workers)
+            for threshold in self.options.thresholds
+        ]
+
+    def _choose(
+        self, tasks: Sequence[EncodedTask], effects: Sequence[Sequence[Effects]], plain: Sequence[Answers]
+    ) -> _Found:
+        candidates: list[Calibration] = []
+        for threshold, of_tasks in zip(self.options.thresholds, zip(*effects, strict=True), strict=True):
+            mean = {
+                beta: torch.stack([effect.log_likelihood[beta] for effect in of_tasks]).mean(0)
+                for beta in self.options.betas
             }
-    else:
-        notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
-    return Provenance(
-        method=METHOD,
-        tasks=tuple(tasks),
-        samples={"rank": len(splits.rank), "choose": len(splits.choose), "report": len(splits.report)},
-        seed=seed,
-        plain_accuracy=_accuracy(report, plain),
-        calibrated_accuracy=_accuracy(report, calibrated),
-        versions={
-            "act-export": act_export.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            candidates += candidate_calibrations(mean, self.options.head_counts, threshold, self.checkpoint.identity)
+        flat = self._answer(
+            "choosing how many" if len(tasks) == 1 else "choosing a joint set",
+            [(task, CHOOSE, candidate) for candidate in candidates for task in tasks],
+        )
+        rows = [flat[start : start + len(tasks)] for start in range(0, len(flat), len(tasks))]
+        choice = choose(candidates, plain, rows)
+        chosen = choice.chosen.calibration
+        if not chosen.heads:
+            first = self.options.thresholds[0]
+            chosen = Calibration({}, self.options.betas[0], first.value, first.mode, self.checkpoint.identity)
+        return _Found(chosen, choice)
+
+    def _report(self, found: Mapping[str, _Found], together: _Found | None) -> dict[str, dict[str, Answers]]:
+        """By task, answers to the report split: plain, own, joint, random heads, published sets; and content-free."""
+        requests: list[tuple[EncodedTask, str, Calibration | None]] = []
+        labels: list[tuple[str, str]] = []
+
+        def ask(task: EncodedTask, label: str, calibration: Calibration | None, split: str = REPORT) -> None:
+            requests.append((task, split, calibration))
+            labels.append((task.task.name, label))
+
+        for task in self.tasks:
+            ask(task, "plain", None)
+            ask(task, CONTENT_FREE, None, CONTENT_FREE)
+            own = found[task.task.name].calibration
+            if own.heads:
+                ask(task, "own", own)
+                for draw in range(self.options.random_draws):
+                    seed = self.options.seed + draw
+                    ask(task, f"random {draw}", other_heads(own, self.checkpoint.identity, seed=seed))
+            if together is not None and together.calibration.heads:
+                ask(task, JOINT, together.calibration)
+            for name, calibration in self.published.items():
+                ask(task, f"published {name}", calibration)
+        reported: dict[str, dict[str, Answers]] = {}
+        for (task_name, label), answers in zip(labels, self._answer("measuring the gain", requests), strict=True):
+            reported.setdefault(task_name, {})[label] = answers
+        return reported
+
+    def _answer(self, step: str, requests: Sequence[tuple[EncodedTask, str, Calibration | None]]) -> list[Answers]:
+        return answer(self.checkpoint, requests, self.options, self.workers, step=step)
+
+    def _provenance(
+        self,
+        tasks: Sequence[EncodedTask],
+        found: _Found,
+        reports: Sequence[TaskReport],
+        kind: str,
+        average: Gain | None = None,
+    ) -> Provenance:
+        used = {prompt_digest(e.question) for task in tasks for e in (*task.task.splits.rank, *task.task.splits.choose)}
+        plain_accuracy = sum(report.plain_accuracy for report in reports) / len(reports)
+        gains = [getattr(report, kind) for report in reports]
+        accuracies = [
+            gain.accuracy if gain else report.plain_accuracy for gain, report in zip(gains, reports, strict=True)
+        ]
+        notes: dict[str, Any] = {
+            "choose_accuracy": tried(found.choice),
+            "choose_p": round(found.choice.p, 4),
+            "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
+            "dtype": str(self.checkpoint.model.dtype).removeprefix("torch."),
+        }
+        if not found.calibration.heads:
+            notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
+        elif average is not None:
+            notes["average_gain"] = {"gain": average.gain, "interval_95": list(average.interval)}
+            notes["gains"] = {
+                report.task: [gain.gain, *gain.interval] for gain, report in zip(gains, reports, strict=True) if gain
+            }
+        else:
+            notes |= _gain_notes(reports[0])
+        sizes = {name: sum(report.sizes[name] for report in reports) for name in (RANK, CHOOSE, REPORT)}
+        return Provenance(
+            method=self.options.method,
+            tasks=tuple(task.task.name for task in tasks),
+            samples=sizes,
+            seed=self.options.seed,
+            plain_accuracy=round(plain_accuracy, 4),
+            calibrated_accuracy=round(sum(accuracies) / len(accuracies), 4),
+            versions=_versions(),
+            notes={**notes, "used": sorted(used)},
+        )
+
+
+def tried(choice: Choice) -> dict[str, float]:
+    """Accuracy on the choose split by what was tried, "heads" or "heads, betas, threshold" where these differ."""
+    kinds = [_kind(candidate.calibration) for candidate in choice.candidates[1:]]
+    one_kind = len(set(kinds)) <= 1
+    labels = ["0"] + [
+        str(candidate.calibration.num_calibrated_heads)
+        + ("" if one_kind else f" heads, beta {' and '.join(f'{beta:g}' for beta in kind[0])}, {kind[1]} {kind[2]:g}")
+        for candidate, kind in zip(choice.candidates[1:], kinds, strict=True)
+    ]
+    return {label: round(candidate.accuracy, 4) for label, candidate in zip(labels, choice.candidates, strict=True)}
+
+
+def _kind(calibration: Calibration) -> tuple[tuple[float, ...], str, float]:
+    betas = tuple(sorted(set(heads_with_betas(calibration).values())))
+    return betas, calibration.threshold_mode, calibration.threshold
+
+
+def _task_report(task: EncodedTask, found: _Found, answers: Mapping[str, Answers], passes: float) -> TaskReport:
+    plain, own, choice = answers["plain"], answers.get("own"), found.choice
+    splits = task.task.splits
+    generated = task.task.generation is not None
+    return TaskReport(
+        task=task.task.name,
+        plain_accuracy=round(plain.accuracy, 4),
+        own=gain_of(plain, own) if own is not None else None,
+        joint=gain_of(plain, answers[JOINT]) if JOINT in answers else None,
+        random_heads=tuple(round(a.accuracy, 4) for label, a in answers.items() if label.startswith("random ")),
+        label_prior=label_prior_accuracy(task, plain, answers[CONTENT_FREE]),
+        choice_bias=choice_bias_accuracies(
+            task, (plain, own), (choice.candidates[0].answers[0], choice.chosen.answers[0])
+        )
+        if own is not None
+        else None,
+        published={
+            label.removeprefix("published "): round(a.accuracy, 4)
+            for label, a in answers.items()
+            if label.startswith("published ")
         },
-        notes={**notes, "used": sorted(prompt_digest(example.prompt) for example in (*splits.rank, *splits.choose))},
+        predicted_shares=predicted_shares(plain, own) if own is not None and not generated else None,
+        p=round(choice.p, 4),
+        choose_accuracy=tried(choice),
+        forward_passes=round(passes, 1),
+        sizes={RANK: len(splits.rank), CHOOSE: len(splits.choose), REPORT: len(splits.report)},
+        duplicates=splits.duplicates,
     )
 
 
-def _accuracy(examples: Sequence[EncodedExample], scores: Scores) -> float:
-    return round(float(np.mean(right_answers(examples, scores))), 4)
+def _gain_notes(report: TaskReport) -> dict[str, Any]:
+    """What stands in a calibration's provenance beside its accuracy."""
+    assert report.own is not None  # only a set of heads has a gain
+    notes: dict[str, Any] = {"gain_interval_95": list(report.own.interval)}
+    if report.own.p is not None:
+        notes["mcnemar_p"] = report.own.p
+    if report.predicted_shares is not None:
+        plain, calibrated = report.predicted_shares
+        notes["predicted_shares"] = {"plain": list(plain), "calibrated": list(calibrated)}
+    controls: dict[str, Any] = {"random_heads": list(report.random_heads)}
+    if report.label_prior is not None:
+        controls["plain_without_label_prior"] = report.label_prior
+    if report.choice_bias is not None:
+        plain_unbiased, calibrated_unbiased = report.choice_bias
+        controls["without_choice_bias"] = {"plain": plain_unbiased, "calibrated": calibrated_unbiased}
+    if report.published:
+        controls["published"] = dict(report.published)
+    return {**notes, "controls": controls}
 
 
-def _predicted_shares(scores: Scores) -> list[float]:
-    """How often each choice, by its index, is the model's answer."""
-    counts = np.bincount([predicted_choice(row) for row in scores], minlength=max(map(len, scores)))
-    return [round(float(count) / len(scores), 4) for count in counts]
+def _planned_cost(
+    checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions, published: int, joint: bool
+) -> float:
+    """About what the whole search costs, in the unit of `Unit.cost`."""
+    layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
+    weak = sum(beta < 1 for beta in options.betas)
+    ways = len(options.betas) + weak * (len(options.betas) - weak)
+    candidates = ways * len(options.thresholds) * len(options.head_counts)
+    times = {
+        CHOOSE: 1 + candidates * (2 if joint else 1),
+        REPORT: 2 + options.random_draws + published + joint,
+        CONTENT_FREE: 1,
+    }
+    total = 0.0
+    for task in tasks:
+        total += ranking_cost(task, options, layers, heads)
+        total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
+    return total
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "act-export": act_export.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,15 +1,16 @@
 """Prompts, answers and scoring: the data that heads are chosen with, and that models are evaluated on."""
 
 from act_export.tasks.encoding import EncodedExample, encode_examples
-from act_export.tasks.examples import Example, TaskError, read_examples
+from act_export.tasks.examples import Example, Generation, TaskError, TaskExamples, read_examples
 from act_export.tasks.language_model import LanguageModel, RunsModel, SessionLanguageModel, TorchLanguageModel
 from act_export.tasks.scoring import ScoringError, batches, choice_scores, predicted_choice, score_choices
 from act_export.tasks.splits import Splits, prompt_digest, split_examples, unused
-from act_export.tasks.task import Task, load_examples, load_task, rows_path, task_names
+from act_export.tasks.task import Task, TaskOptions, load_examples, load_task, rows_path, task_names
 
 __all__ = [
     "EncodedExample",
     "Example",
+    "Generation",
     "LanguageModel",
     "RunsModel",
     "ScoringError",
@@ -17,6 +18,8 @@ __all__ = [
     "Splits",
     "Task",
     "TaskError",
+    "TaskExamples",
+    "TaskOptions",
     "TorchLanguageModel",
     "batches",
     "choice_scores",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,16 +21,23 @@ class EncodedExample:
         choices: Token ids of each choice, without the prompt's.
         answer: Index of the right choice.
         text: The prompt, shortened, for messages.
+        references: Texts that count as right where the model writes the answer itself; else none.
     """
 
     prompt: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
     answer: int
     text: str = field(default="", compare=False)
+    references: tuple[str, ...] = ()
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase | None, examples: Iterable[Example], *, max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Iterable[Example],
+    *,
+    max_length: int | None = None,
+    chat: bool = False,
+    truncate: bool = False,
 ) -> list[EncodedExample]:
     """Encodes examples.
 
@@ -40,47 +47,112 @@ def encode_examples(
     Args:
         tokenizer: Of the model that will score them.
         examples: At least one.
-        max_length: Longest sequence the model takes, in tokens; None for any.
+        max_length: Longest sequence the model takes, in tokens: prompt and longest choice; None for any.
+        chat: The prompt is a user's message in the tokenizer's chat template, and a choice begins the reply.
+        truncate: Of a prompt that is too long the beginning is left out; the tokens that begin every sequence, and what
+            a chat template adds, stay. Without it such a prompt is refused.
 
     Raises:
-        TaskError: If there is no tokenizer or no example, or naming the example and what is wrong with it.
+        TaskError: If there is no tokenizer, no chat template, or no example, or naming the example and what is wrong
+            with it.
     """
     if tokenizer is None:
         raise TaskError("the model has no tokenizer, so prompts can't be read; put tokenizer.json into its folder")
-    encoded = [_encode(tokenizer, example, max_length) for example in examples]
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise TaskError(
+            "the model's tokenizer has no chat template, so prompts can't be put as messages; leave out the chat "
+            "format, or put chat_template.jinja into the model's folder"
+        )
+    encode = _encode_message if chat else _encode_plain
+    limit = max_length if truncate else None
+    encoded = []
+    for example in examples:
+        ready = encode(tokenizer, example, limit)
+        _check(ready, example, max_length)
+        encoded.append(ready)
     if not encoded:
         raise TaskError("there are no examples to score")
     return encoded
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int | None) -> EncodedExample:
-    prompt = tuple(tokenizer(example.prompt).input_ids)
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
+    encoded = _encode(example, example.prompt, example.choices, lambda text: tokenizer(text).input_ids)
+    over = _over(encoded, limit)
+    if over == 0:
+        return encoded
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    first = next((index for index, token in enumerate(encoded.prompt) if token not in special), 0)
+    kept = encoded.prompt[:first] + encoded.prompt[first + over :]
+    if over >= len(encoded.prompt) - first:
+        raise TaskError(f"{_named(example)} can't be shortened to {limit} tokens: its longest choice leaves no room")
+    return EncodedExample(kept, encoded.choices, encoded.answer, encoded.text, encoded.references)
+
+
+def _encode_message(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
+    choices = tuple(choice.lstrip() for choice in example.choices)
+
+    def encoded(message: str) -> EncodedExample:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+        # The template's text has the special tokens already.
+        return _encode(example, str(text), choices, lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+
+    message = example.prompt
+    ready = encoded(message)
+    while over := _over(ready, limit):
+        tokens = tokenizer(message, add_special_tokens=False).input_ids
+        if over >= len(tokens):
+            raise TaskError(
+                f"{_named(example)} can't be shortened to {limit} tokens: chat template and longest choice leave none"
+            )
+        kept = str(tokenizer.decode(tokens[over:])).lstrip("\ufffd")  # of a letter that was cut in two
+        message = kept if len(kept) < len(message) else message[1:]
+        ready = encoded(message)
+    return ready
+
+
+def _encode(
+    example: Example, text: str, choices: tuple[str, ...], tokens_of: Callable[[str], list[int]]
+) -> EncodedExample:
+    prompt = tuple(tokens_of(text))
     if not prompt:
-        raise TaskError(f"the prompt {_short(example.prompt)} has no tokens")
-    choices: list[tuple[int, ...]] = []
-    for choice in example.choices:
-        whole = tuple(tokenizer(example.prompt + choice).input_ids)
+        raise TaskError(f"{_named(example)} has no tokens")
+    encoded: list[tuple[int, ...]] = []
+    for choice in choices:
+        whole = tuple(tokens_of(text + choice))
         if whole[: len(prompt)] != prompt:
             raise TaskError(
-                f"the tokens of the prompt {_short(example.prompt)} change when {choice!r} follows it, so the choice "
-                f"can't be scored alone; end the prompt without a space and begin each choice with one"
+                f"the tokens of {_named(example)} change when {choice!r} follows it, so the choice can't be scored "
+                f"alone; end the prompt without a space and begin each choice with one"
             )
-        tokens = whole[len(prompt) :]
+        encoded.append(whole[len(prompt) :])
+    return EncodedExample(prompt, tuple(encoded), example.answer, _short(example.prompt), example.references)
+
+
+def _check(encoded: EncodedExample, example: Example, max_length: int | None) -> None:
+    for index, (choice, tokens) in enumerate(zip(example.choices, encoded.choices, strict=True)):
         if not tokens:
-            raise TaskError(f"the choice {choice!r} of the prompt {_short(example.prompt)} has no tokens")
-        if tokens in choices:
-            other = example.choices[choices.index(tokens)]
+            raise TaskError(f"the choice {choice!r} of {_named(example)} has no tokens")
+        other = encoded.choices.index(tokens)
+        if other < index:
             raise TaskError(
-                f"the choices {other!r} and {choice!r} of the prompt {_short(example.prompt)} have the same tokens; "
-                f"the model can't tell them apart"
+                f"the choices {example.choices[other]!r} and {choice!r} of {_named(example)} have the same tokens; the "
+                f"model can't tell them apart"
             )
-        if max_length is not None and len(whole) > max_length:
-            raise TaskError(
-                f"the prompt {_short(example.prompt)} with {choice!r} has {len(whole)} tokens; the model takes "
-                f"{max_length}"
-            )
-        choices.append(tokens)
-    return EncodedExample(prompt, tuple(choices), example.answer, _short(example.prompt))
+        length = len(encoded.prompt) + len(tokens)
+        if max_length is not None and length > max_length:
+            raise TaskError(f"{_named(example)} with {choice!r} has {length} tokens; the model takes {max_length}")
+
+
+def _over(encoded: EncodedExample, limit: int | None) -> int:
+    longest = len(encoded.prompt) + max(map(len, encoded.choices))
+    return 0 if limit is None else max(0, longest - limit)
+
+
+def _named(example: Example) -> str:
+    where = f", {example.where}," if example.where else ""
+    return f"the prompt {_short(example.prompt)}{where}"
 
 
 def _short(prompt: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,24 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
+class ContinuesAtOnce(Protocol):
+    """A language model that computes in one pass what decoding token by token would give."""
+
+    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: Any) -> Tensor:
+        """Logits after each of several decoded tokens.
+
+        Args:
+            input_ids: int64 (batch, sequence), padded on the right.
+            attention_mask: int64 (batch, past + sequence), 1 for real tokens.
+            state: Of the prompts, as in `LanguageModel`.
+
+        Returns:
+            (batch, sequence, vocabulary), at least float32; meaningless at padding.
+        """
+        ...
+
+
 class TorchLanguageModel:
     """A transformers model under an attention hook; differentiable where gradients are enabled."""
 
@@ -54,10 +72,15 @@ class TorchLanguageModel:
         last = outputs.logits[:, -1].cpu()
         return last.to(torch.promote_types(last.dtype, torch.float32)), outputs.state
 
+    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: list[LayerState]) -> Tensor:
+        """See `ContinuesAtOnce`."""
+        device = self.hooked.model.device
+        logits = self.hooked(input_ids.to(device), attention_mask.to(device), state, one_at_a_time=True).logits.cpu()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def select(self, state: list[LayerState], rows: Tensor) -> list[LayerState]:
         """See `LanguageModel`."""
-        rows = rows.to(self.hooked.model.device)
-        return [LayerState(*(part.index_select(0, rows) for part in layer)) for layer in state]
+        return [LayerState(*(part.index_select(0, rows.to(part.device)) for part in layer)) for layer in state]
 
 
 class RunsModel(Protocol):

@@ -1,14 +1,16 @@
 """How likely each choice is: the log-likelihood of its tokens after the prompt.
 
 The prompt runs once, left-padded in a batch with others of about its length. A choice's first token is read off that
-pass; further tokens are decoded from the prompt's state one at a time, as generation would. They are not run together
-with the prompt: sink statistics of a call include all its rows, so the prompt, and the choice's early tokens, would be
-calibrated with statistics of tokens that have not been generated yet, and differently for every choice.
+pass; further tokens go on from the prompt's state as if they were decoded one at a time, as generation would (PyTorch
+computes that in one pass, ONNX Runtime in a call for each token). They are not run together with the prompt: sink
+statistics of a call include all its rows, so the prompt, and the choice's early tokens, would be calibrated with
+statistics of tokens that have not been generated yet, and differently for every choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from act_export.errors import ActExportError
 from act_export.runtime.generate import left_pad
 from act_export.tasks.encoding import EncodedExample
-from act_export.tasks.language_model import LanguageModel
+from act_export.tasks.language_model import ContinuesAtOnce, LanguageModel
 
 BATCH_SIZE = 16
 
@@ -29,7 +31,7 @@ def score_choices(
     model: LanguageModel,
     examples: Sequence[EncodedExample],
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = BATCH_SIZE,
     batch_tokens: int | None = None,
     length_normalized: bool = False,
     on_batch: Callable[[int], None] | None = None,
@@ -40,8 +42,8 @@ def score_choices(
         model: PyTorch or ONNX Runtime.
         examples: In any order.
         batch_size: Prompts that run together at the most; changes speed and memory, not the result.
-        batch_tokens: Tokens that run together at the most, padding included, unless one prompt alone has more; None
-            for any number.
+        batch_tokens: Positions that run together at the most, see `positions_of`, unless one example alone has more;
+            None for any number.
         length_normalized: Divide by the number of the choice's tokens.
         on_batch: Called after each batch with the number of examples in it.
 
@@ -70,16 +72,27 @@ def predicted_choice(scores: Sequence[float]) -> int:
 
 
 def batches(
-    examples: Sequence[EncodedExample], batch_size: int, batch_tokens: int | None = None
+    examples: Sequence[EncodedExample], batch_size: int | None = None, batch_tokens: int | None = None
 ) -> Iterator[list[int]]:
     """Indices of examples with prompts of about the same length, the longest first; limits as in `score_choices`."""
     by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
-    start = 0
-    while start < len(by_length):
-        longest = len(examples[by_length[start]].prompt)
-        size = batch_size if batch_tokens is None else max(1, min(batch_size, batch_tokens // longest))
-        yield by_length[start : start + size]
-        start += size
+    batch: list[int] = []
+    for index in by_length:
+        grown = [*batch, index]
+        full = batch_size is not None and len(grown) > batch_size
+        if batch and (full or (batch_tokens is not None and positions_of([examples[i] for i in grown]) > batch_tokens)):
+            yield batch
+            grown = [index]
+        batch = grown
+    if batch:
+        yield batch
+
+
+def positions_of(batch: Sequence[EncodedExample]) -> int:
+    """Positions that a batch's states hold, padding included: those of its prompts, and of each choice that goes on."""
+    longest = max(len(example.prompt) for example in batch)
+    going_on = [len(tokens) for example in batch for tokens in example.choices if len(tokens) > 1]
+    return len(batch) * longest + len(going_on) * (longest + max(going_on, default=1) - 1)
 
 
 def choice_scores(
@@ -99,21 +112,16 @@ def choice_scores(
     prompts = torch.tensor([index for index, example in enumerate(batch) for _ in example.choices])
     scores = logits.log_softmax(-1)[prompts, torch.tensor([tokens[0] for tokens in choices])]
 
-    decoding = [index for index, tokens in enumerate(choices) if len(tokens) > 1]
-    rows = prompts[decoding]
-    position = 1
-    while decoding:
-        state = model.select(state, rows)
-        attention_mask = torch.cat([attention_mask[rows], attention_mask.new_ones(len(decoding), 1)], 1)
-        logits, state = model(
-            torch.tensor([[choices[index][position - 1]] for index in decoding]), attention_mask, state
+    going_on = [index for index, tokens in enumerate(choices) if len(tokens) > 1]
+    if going_on:
+        state, rows = model.select(state, prompts[going_on]), prompts[going_on]
+        longer = [choices[index] for index in going_on]
+        rest = (
+            _at_once(model, longer, attention_mask[rows], state)
+            if isinstance(model, ContinuesAtOnce)
+            else _token_by_token(model, longer, attention_mask[rows], state)
         )
-        tokens = torch.tensor([choices[index][position] for index in decoding])
-        step = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        scores = scores.index_add(0, torch.tensor(decoding), step)
-        position += 1
-        rows = torch.tensor([row for row, index in enumerate(decoding) if len(choices[index]) > position])
-        decoding = [index for index in decoding if len(choices[index]) > position]
+        scores = scores.index_add(0, torch.tensor(going_on), rest)
     if length_normalized:
         scores = scores / torch.tensor([len(tokens) for tokens in choices])
     by_example = list(torch.split(scores, [len(example.choices) for example in batch]))
@@ -124,3 +132,53 @@ def choice_scores(
                 f"all finite numbers; its weights or its precision are at fault"
             )
     return by_example
+
+
+def _at_once(model: ContinuesAtOnce, choices: Sequence[tuple[int, ...]], attention_mask: Tensor, state: Any) -> Tensor:
+    """Log-likelihood of each choice after its first token, in one pass.
+
+    Args:
+        model: The model.
+        choices: Token ids, two or more each.
+        attention_mask: (choices, prompt) of the prompts.
+        state: Of the prompts, a row per choice.
+
+    Returns:
+        (choices,).
+    """
+    longest = max(map(len, choices)) - 1
+    lengths = torch.tensor([len(tokens) - 1 for tokens in choices])
+    real = (torch.arange(longest) < lengths[:, None]).long()
+    inputs, targets = (
+        torch.tensor(
+            [[*tokens[first : len(tokens) - 1 + first], *[0] * (longest + 1 - len(tokens))] for tokens in choices]
+        )
+        for first in (0, 1)
+    )
+    logits = model.continue_at_once(inputs, torch.cat([attention_mask, real], 1), state)
+    log_likelihoods = logits.gather(2, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    return log_likelihoods.masked_fill(real == 0, 0).sum(1)
+
+
+def _token_by_token(
+    model: LanguageModel, choices: Sequence[tuple[int, ...]], attention_mask: Tensor, state: Any
+) -> Tensor:
+    """As `_at_once`, a call for each position."""
+    total: Tensor | None = None
+    decoding = list(range(len(choices)))
+    position = 1
+    while decoding:
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(decoding), 1)], 1)
+        tokens = torch.tensor([[choices[index][position - 1]] for index in decoding])
+        logits, state = model(tokens, attention_mask, state)
+        following = torch.tensor([choices[index][position] for index in decoding])
+        step = logits.log_softmax(-1).gather(1, following[:, None])[:, 0]
+        total = step if total is None else total.index_add(0, torch.tensor(decoding), step)
+        position += 1
+        left = [row for row, index in enumerate(decoding) if len(choices[index]) > position]
+        if len(left) < len(decoding) and left:
+            rows = torch.tensor(left)
+            state, attention_mask = model.select(state, rows), attention_mask[rows]
+        decoding = [decoding[row] for row in left]
+    assert total is not None  # every choice has a second token
+    return total

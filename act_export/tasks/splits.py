@@ -1,76 +1,151 @@
 """Three disjoint sets of examples: to rank heads, to choose how many, and to report what that gains.
 
-A search records which prompts it used, so that no evaluation counts them as unseen, whatever it draws.
+A search records which questions it used, so that no evaluation counts them as unseen, whatever it draws.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
+from act_export.tasks.drawing import drawn, sameness
 from act_export.tasks.examples import Example, TaskError
 
 RANK, CHOOSE, REPORT = 96, 128, 240
+MINIMUM = 24
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint examples; no prompt occurs twice.
+    """Disjoint examples; no question occurs twice, and no two splits share a group.
 
     Attributes:
         rank: The gradient that ranks heads is taken on these.
         choose: How many heads, and whether any, is decided on these.
         report: Take no part in either; accuracies come from these.
+        duplicates: Number of examples left out because their question, or group, is another's.
     """
 
     rank: tuple[Example, ...]
     choose: tuple[Example, ...]
     report: tuple[Example, ...]
+    duplicates: int = field(default=0, compare=False)
 
 
 def split_examples(
-    examples: Iterable[Example], *, rank: int = RANK, choose: int = CHOOSE, report: int = REPORT, seed: int = 0
+    examples: Iterable[Example],
+    *,
+    rank: int | None = None,
+    choose: int | None = None,
+    report: int | None = None,
+    seed: int = 0,
 ) -> Splits:
     """Draws the three splits.
 
-    An example's place depends on its prompt and the seed alone: the same data in another order gives the same splits.
+    An example's place depends on its question and the seed alone: the same data in another order gives the same splits.
+    Only where an answer would be missing from a split, they are drawn so that each has its part of every answer.
 
     Args:
-        examples: Of two with the same prompt, the first is used.
-        rank: Number of examples to rank heads with.
-        choose: Number of examples to choose the number of heads with.
-        report: Number of examples to report accuracies on.
+        examples: Of those with the same question or group, one is used.
+        rank: Number of examples to rank heads with; None for 96, or about a fifth of the data where it is short.
+        choose: Number of examples to choose the number of heads with; None for 128, or about three tenths.
+        report: Number of examples to report accuracies on; None for 240, or about a half.
         seed: Another seed draws other splits.
 
     Raises:
-        TaskError: If there are too few different prompts, with the counts.
+        TaskError: If there are too few different questions, or too few with one of the answers, with the counts.
     """
-    sizes = {"rank": rank, "choose": choose, "report": report}
-    for name, size in sizes.items():
-        if size < 1:
-            raise TaskError(f"the {name} split has {size} examples; it needs at least 1")
-    different: dict[str, Example] = {}
-    for example in examples:
-        different.setdefault(example.prompt, example)
-    needed = rank + choose + report
-    if len(different) < needed:
-        raise TaskError(
-            f"there are {len(different)} different prompts; {rank} to rank heads, {choose} to choose how many and "
-            f"{report} to report on make {needed}. Add data, or make the splits smaller"
-        )
-    drawn = sorted(
-        different.values(), key=lambda example: hashlib.sha256(f"{seed}\n{example.prompt}".encode()).digest()
-    )
-    return Splits(tuple(drawn[:rank]), tuple(drawn[rank : rank + choose]), tuple(drawn[rank + choose : needed]))
+    given = list(examples)
+    different = drawn(given, seed)
+    sizes = _sizes(len(different), {"rank": rank, "choose": choose, "report": report})
+    splits = _consecutive(different, sizes)
+    if _lacks_an_answer(different, splits):
+        splits = _stratified(different, sizes)
+    ranking, choosing, reporting = map(tuple, splits)
+    return Splits(ranking, choosing, reporting, len(given) - len(different))
 
 
-def prompt_digest(prompt: str) -> str:
-    """What stands for a prompt in a search's record: 8 hex digits of its SHA-256."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:8]
+def prompt_digest(question: str) -> str:
+    """What stands for a question in a search's record: 8 hex digits of its SHA-256."""
+    return hashlib.sha256(question.encode()).hexdigest()[:8]
 
 
 def unused(examples: Iterable[Example], digests: Collection[str]) -> list[Example]:
-    """The examples whose prompts have none of these digests."""
-    used = frozenset(digests)
-    return [example for example in examples if prompt_digest(example.prompt) not in used]
+    """The examples whose questions have none of these digests, and don't count as the same as one that has."""
+    used_digests = frozenset(digests)
+    given = [(example, prompt_digest(example.question) in used_digests) for example in examples]
+    used = {same for example, is_used in given if is_used for same in sameness(example)}
+    return [example for example, _ in given if used.isdisjoint(sameness(example))]
+
+
+def _sizes(available: int, asked: dict[str, int | None]) -> list[int]:
+    for name, size in asked.items():
+        if size is not None and size < 1:
+            raise TaskError(f"the {name} split has {size} examples; it needs at least 1")
+    usual = {"rank": RANK, "choose": CHOOSE, "report": REPORT}
+    open_names = [name for name, size in asked.items() if size is None]
+    if open_names and available < MINIMUM:
+        raise TaskError(
+            f"there are {available} different prompts; {MINIMUM} are needed, and {sum(usual.values())} "
+            f"for splits of the usual sizes. Add data"
+        )
+    left = available - sum(size for size in asked.values() if size is not None)
+    wanted = sum(usual[name] for name in open_names)
+    sizes = {
+        name: size if size is not None else max(1, min(usual[name], left * usual[name] // wanted))
+        for name, size in asked.items()
+    }
+    if open_names and 0 < left < wanted:  # what rounding left over goes to the last
+        last = open_names[-1]
+        sizes[last] = max(1, left - sum(sizes[name] for name in open_names[:-1]))
+    needed = sum(sizes.values())
+    if available < needed:
+        raise TaskError(
+            f"there are {available} different prompts; {sizes['rank']} to rank heads, {sizes['choose']} to choose how "
+            f"many and {sizes['report']} to report on make {needed}. Add data, or make the splits smaller"
+        )
+    return list(sizes.values())
+
+
+def _consecutive(order: Sequence[Example], sizes: Sequence[int]) -> list[list[Example]]:
+    splits = []
+    start = 0
+    for size in sizes:
+        splits.append(list(order[start : start + size]))
+        start += size
+    return splits
+
+
+def _lacks_an_answer(order: Sequence[Example], splits: Sequence[Sequence[Example]]) -> bool:
+    if any(example.references for example in order) or len({len(example.choices) for example in order}) > 1:
+        return False
+    answers = {example.answer for example in order}
+    return any(len(split) >= len(answers) > len({example.answer for example in split}) for split in splits)
+
+
+def _stratified(order: Sequence[Example], sizes: Sequence[int]) -> list[list[Example]]:
+    """Every split that is large enough has one of each answer, and beyond that each answer's part of the data."""
+    by_answer: dict[int, list[Example]] = {}
+    for example in order:
+        by_answer.setdefault(example.answer, []).append(example)
+    large = [index for index, size in enumerate(sizes) if size >= len(by_answer)]
+    splits: list[list[Example]] = [[] for _ in sizes]
+    woven = []
+    for answer, alike in sorted(by_answer.items()):
+        if len(alike) < len(large):
+            if len({example.choices for example in order}) > 1:  # then an answer's index means nothing
+                return _consecutive(order, sizes)
+            raise TaskError(
+                f"{len(alike)} of {len(order)} different prompts have the answer {alike[0].choices[answer]!r}, too few "
+                f"for one in each of {len(large)} splits; add prompts with this answer, or leave it out"
+            )
+        for index, example in zip(large, alike, strict=False):
+            splits[index].append(example)
+        rest = alike[len(large) :]
+        woven += [((position + 0.5) / len(rest), answer, example) for position, example in enumerate(rest)]
+    remaining = iter([example for _, _, example in sorted(woven, key=lambda item: item[:2])])
+    for split, size in zip(splits, sizes, strict=True):
+        split += [next(remaining) for _ in range(size - len(split))]
+    places = {id(example): position for position, example in enumerate(order)}
+    return [sorted(split, key=lambda example: places[id(example)]) for split in splits]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 CONFIDENCE = 0.95
 _NORMAL_QUANTILE = 1.959963984540054  # of CONFIDENCE, two-sided
 _RESAMPLES = 10_000
+_BLOCK = 500  # resamples at a time: memory, not the result
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -42,6 +44,27 @@ def gain_interval(plain: ArrayLike, calibrated: ArrayLike, *, seed: int = 0) -> 
     return float(low), float(high)
 
 
+def mean_interval(groups: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of the groups' means: numbers are drawn anew within each group.
+
+    With differences between two models' numbers on the same questions it is a paired bootstrap of the gain; with the
+    questions of a task as a group, that of the average over tasks.
+
+    Args:
+        groups: One or more, each with at least one number.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If there is no group, or one is empty.
+    """
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError("there is no group of numbers, or one is empty")
+    random = np.random.default_rng(seed)
+    means = sum(_resampled_means(np.asarray(group, np.float64), random) for group in groups) / len(groups)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
 def mcnemar_p(plain: ArrayLike, calibrated: ArrayLike) -> float:
     """Exact two-sided McNemar test: how often chance alone would split the changed answers at least this unevenly.
 
@@ -55,7 +78,7 @@ def mcnemar_p(plain: ArrayLike, calibrated: ArrayLike) -> float:
     return float(min(1.0, 2 * tail / 2**changed))
 
 
-def best_gain_p(plain: ArrayLike, candidates: ArrayLike, *, seed: int = 0) -> float:
+def best_gain_p(plain: ArrayLike, candidates: ArrayLike, *, weights: ArrayLike | None = None, seed: int = 0) -> float:
     """How often the best of several candidates would gain this much if calibration changed nothing on average.
 
     A permutation test: plain and calibrated answers are exchanged, question by question and for all candidates at once,
@@ -63,14 +86,18 @@ def best_gain_p(plain: ArrayLike, candidates: ArrayLike, *, seed: int = 0) -> fl
     alike they are. With one candidate it is the one-sided McNemar test.
 
     Args:
-        plain: Boolean (examples,): answered rightly without calibration.
-        candidates: Boolean (candidates, examples): with each candidate.
+        plain: (examples,): 1 where answered rightly without calibration, 0 where not, or between.
+        candidates: (candidates, examples): with each candidate.
+        weights: (examples,): what each example counts; None for the same.
         seed: Of the permutations.
     """
-    differences = np.asarray(candidates, dtype=np.int64) - np.asarray(plain, dtype=np.int64)
-    signs = np.random.default_rng(seed).choice(np.array([-1, 1]), size=(_RESAMPLES, differences.shape[1]))
+    differences = np.asarray(candidates, dtype=np.float64) - np.asarray(plain, dtype=np.float64)
+    if weights is not None:
+        differences = differences * np.asarray(weights, dtype=np.float64)
+    signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0]), size=(_RESAMPLES, differences.shape[1]))
     best = (signs @ differences.T).max(1)
-    reached = int((best >= differences.sum(1).max()).sum())
+    gain = differences.sum(1).max()
+    reached = int((best >= gain - 1e-9 * max(1.0, abs(gain))).sum())
     return (1 + reached) / (1 + _RESAMPLES)
 
 
@@ -80,3 +107,11 @@ def _changes(plain: ArrayLike, calibrated: ArrayLike) -> tuple[int, int, int]:
     if before.shape != after.shape or before.ndim != 1 or before.size == 0:
         raise ValueError(f"answers of shapes {before.shape} and {after.shape} are not pairs")
     return int((after & ~before).sum()), int((before & ~after).sum()), before.size
+
+
+def _resampled_means(values: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.float64]:
+    """(resamples,): means of as many values, drawn with replacement; equal values are drawn together."""
+    different, counts = np.unique(values, return_counts=True)
+    shares = counts / counts.sum()
+    blocks = [random.multinomial(len(values), shares, size=_BLOCK) @ different for _ in range(_RESAMPLES // _BLOCK)]
+    return np.concatenate(blocks) / len(values)

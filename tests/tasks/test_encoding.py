@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from act_export.tasks import EncodedExample, Example, TaskError, encode_examples
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[it]{% endif %}"
+)
 
 
 class Characters:
@@ -23,6 +30,14 @@ class Characters:
         return SimpleNamespace(input_ids=[ord(piece[0]) + 1000 * (len(piece) - 1) for piece in pieces] + [*self.end])
 
 
+def real_tokenizer(*, chat_template: str | None = None) -> Any:
+    """A token per byte, and a token that begins every sequence."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 @given(prompt=st.text(min_size=1), choices=st.lists(st.text(min_size=1), min_size=2, unique=True))
 def test_prompt_and_choice_are_the_whole_text(prompt: str, choices: list[str]) -> None:
     (encoded,) = encode_examples(Characters(), [Example(prompt, tuple(choices), 0)])
@@ -35,6 +50,11 @@ def test_prompt_and_choice_are_the_whole_text(prompt: str, choices: list[str]) -
 def test_a_choice_may_have_one_token() -> None:
     encoded = encode_examples(Characters(" no", " yes"), [Example("ok?", (" no", " yes"), 1)])
     assert encoded == [EncodedExample((111, 107, 63), ((2032,), (3032,)), 1)]
+
+
+def test_references_are_kept() -> None:
+    (encoded,) = encode_examples(Characters(), [Example("a?", (" b",), 0, references=("b", "c"))])
+    assert encoded == EncodedExample((97, 63), ((32, 98),), 0, references=("b", "c"))
 
 
 def test_tokens_across_the_boundary_are_refused() -> None:
@@ -64,9 +84,11 @@ def test_a_choice_or_prompt_without_tokens_is_refused() -> None:
 
 
 def test_a_text_that_is_too_long_is_refused_and_shortened() -> None:
-    example = Example("a" * 100, (" a", " b"), 0)
+    example = Example("a" * 100, (" a", " b"), 0, where="line 7 of data.jsonl")
     assert encode_examples(Characters(), [example], max_length=102)
-    with pytest.raises(TaskError, match=r"prompt 'a{28}\.\.\.a{28}' with ' a' has 102 tokens; the model takes 101"):
+    with pytest.raises(
+        TaskError, match=r"'a{28}\.\.\.a{28}', line 7 of data\.jsonl, with ' a' has 102 tokens; the model takes 101"
+    ):
         encode_examples(Characters(), [example], max_length=101)
 
 
@@ -75,3 +97,53 @@ def test_no_tokenizer_and_no_example_are_refused() -> None:
         encode_examples(None, [Example("a", ("b", "c"), 0)])
     with pytest.raises(TaskError, match="there are no examples to score"):
         encode_examples(Characters(), [])
+
+
+@given(prompt=st.text(min_size=1, max_size=40), limit=st.integers(1, 60), longest=st.integers(1, 5))
+def test_a_prompt_is_cut_where_it_begins(prompt: str, limit: int, longest: int) -> None:
+    tokenizer = real_tokenizer()
+    example = Example(prompt, (" a", " " + "b" * longest), 1)
+    (whole,) = encode_examples(tokenizer, [example])
+    if limit < 1 + 1 + 1 + longest:  # first token, one of the prompt, the choice
+        if len(whole.prompt) + 1 + longest > limit:
+            with pytest.raises(TaskError, match="leaves no room"):
+                encode_examples(tokenizer, [example], max_length=limit, truncate=True)
+        return
+    (cut,) = encode_examples(tokenizer, [example], max_length=limit, truncate=True)
+    assert cut.choices == whole.choices
+    assert cut.prompt[0] == tokenizer.bos_token_id
+    assert whole.prompt[1:][-len(cut.prompt[1:]) :] == cut.prompt[1:]
+    assert len(cut.prompt) == min(len(whole.prompt), limit - 1 - longest)
+
+
+def test_a_message_is_put_into_the_template_once() -> None:
+    tokenizer = real_tokenizer(chat_template=CHAT)
+    (encoded,) = encode_examples(tokenizer, [Example("Is it?", (" no", " yes"), 1)], chat=True)
+    assert tokenizer.decode(encoded.prompt) == "<s>[user] Is it?</s>[it]"
+    assert encoded.prompt.count(tokenizer.bos_token_id) == 1
+    assert [tokenizer.decode(choice) for choice in encoded.choices] == ["no", "yes"]
+
+
+@given(message=st.text("abcé€😀 ", min_size=12, max_size=60), room=st.integers(4, 50))
+def test_a_message_is_cut_inside_the_template(message: str, room: int) -> None:
+    tokenizer = real_tokenizer(chat_template=CHAT)
+    frame = len(tokenizer("[user] </s>[it]", add_special_tokens=False).input_ids) + 1
+    (encoded,) = encode_examples(
+        tokenizer, [Example(message, (" no", " yes"), 0)], chat=True, truncate=True, max_length=frame + room + 3
+    )
+    text = tokenizer.decode(encoded.prompt)
+    assert text.startswith("<s>[user] ")
+    assert text.endswith("</s>[it]")
+    assert message.endswith(text.removeprefix("<s>[user] ").removesuffix("</s>[it]"))
+    assert frame + room - 4 < len(encoded.prompt) <= frame + room or len(message.encode()) <= room
+
+
+def test_a_template_that_leaves_no_room_is_refused() -> None:
+    tokenizer = real_tokenizer(chat_template=CHAT)
+    with pytest.raises(TaskError, match="can't be shortened to 12 tokens"):
+        encode_examples(tokenizer, [Example("a" * 30, (" a", " b"), 0)], chat=True, truncate=True, max_length=12)
+
+
+def test_a_tokenizer_without_chat_template_is_refused() -> None:
+    with pytest.raises(TaskError, match="has no chat template"):
+        encode_examples(real_tokenizer(), [Example("a", (" a", " b"), 0)], chat=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.tasks import Example, TaskError, read_examples
+from act_export.tasks import Example, Generation, TaskError, read_examples
 from act_export.tasks.examples import read_rows
 
 GOOD = {"prompt": "2 + 2 =", "choices": [" 3", " 4"], "answer": 1}
@@ -34,12 +34,32 @@ def test_what_is_written_is_read(
         for e in examples
     ]
     path = write(tmp_path_factory.mktemp("rows"), *(json.dumps(row, ensure_ascii=ascii_only) for row in rows))
-    assert read_examples(path) == examples
+    read = read_examples(path)
+    assert read.examples == tuple(examples)
+    assert (read.name, read.length_normalized, read.generation) == ("data.jsonl", False, None)
+    assert [example.where for example in read.examples] == [f"line {n} of data.jsonl" for n in range(1, len(rows) + 1)]
 
 
 def test_an_answer_may_leave_out_the_space_that_begins_its_choice(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps({**GOOD, "answer": "4"}))
-    assert read_examples(path) == [Example("2 + 2 =", (" 3", " 4"), 1)]
+    assert read_examples(path).examples == (Example("2 + 2 =", (" 3", " 4"), 1),)
+
+
+def test_answers_that_the_model_writes(tmp_path: Path) -> None:
+    rows = [{"prompt": "Capital of France?", "answers": ["Paris", "paris"]}, {"prompt": "b", "answers": [" c"]}]
+    read = read_examples(write(tmp_path, *map(json.dumps, rows)))
+    assert read.examples == (
+        Example("Capital of France?", (" Paris",), 0, references=("Paris", "paris")),
+        Example("b", (" c",), 0, references=(" c",)),
+    )
+    assert read.generation == Generation(max_new_tokens=50, stop=("\n",), metric="f1")
+
+
+def test_a_row_may_say_what_it_asks(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({**GOOD, "key": "two and two", "content_free": "N/A ="}), json.dumps(GOOD))
+    keyed, plain = read_examples(path).examples
+    assert (keyed.question, keyed.content_free) == ("two and two", "N/A =")
+    assert (plain.question, plain.content_free) == ("2 + 2 =", "")
 
 
 def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:
@@ -59,6 +79,12 @@ def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:
         (json.dumps({**GOOD, "choices": ["a", ""]}), r"choices are \['a', ''\]"),
         (json.dumps({**GOOD, "choices": ["a"]}), "two or more, all different"),
         (json.dumps({**GOOD, "choices": ["a", "a"]}), "two or more, all different"),
+        (json.dumps({**GOOD, "key": 5}), "key is 5; it must be a text"),
+        (json.dumps({**GOOD, "content_free": None}), "content_free is None"),
+        (json.dumps({"prompt": "a", "answers": []}), "there must be at least one"),
+        (json.dumps({"prompt": "a", "answers": ["b", " "]}), "at least one, and none of spaces only"),
+        (json.dumps({"prompt": "a", "answers": "b"}), "answers are 'b'"),
+        (json.dumps({"prompt": "a", "answers": ["b"]}), "put them into two files"),
         (json.dumps({**GOOD, "answer": " 5"}), "answer is ' 5', which is none of the choices"),
         (json.dumps({**GOOD, "choices": ["a", " a"], "answer": "a "}), "answer is 'a ', which is none of"),
         (json.dumps({**GOOD, "answer": 2}), "the 2 choices have indices 0 to 1"),

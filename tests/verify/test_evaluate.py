@@ -149,11 +149,11 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 
 def test_batches_shrink_so_that_their_logits_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation_module, "LOGITS_BYTES", 4 * 128 * 12)  # 12 tokens of 128 logits
+    monkeypatch.setattr(evaluation_module, "LOGITS_BYTES", 4 * 128 * 40)  # 40 positions of 128 logits
     model = Stubborn({" ": 0.0, "y": 2.0, "n": 1.0})
     counts: list[int] = []
     evaluation = evaluate(model, Letters(), QUESTIONS, on_batch=counts.append)
-    assert counts == [1, 2, 2]  # of 12; 5 and 3; 3 and 2 letters
+    assert counts == [1, 2, 2]  # of 12; 5 and 3; 3 and 2 letters, each again for either choice
     monkeypatch.undo()
     assert evaluation == evaluate(model, Letters(), QUESTIONS)
 

@@ -1,0 +1,113 @@
+"""In which precision a checkpoint is loaded, and onto which device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from act_export.errors import ActExportError
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
+
+
+class PlacementError(ActExportError):
+    """A precision that isn't known, or a device that isn't there or too small."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model goes, and as what.
+
+    Attributes:
+        dtype: One of `DTYPES`; "auto" is what the checkpoint is stored in.
+        device: None for the CPU, or where `device_map` has the say.
+        device_map: As accelerate takes it, e.g. "auto" to spread the model over all GPUs; None for one device.
+    """
+
+    dtype: str = "float32"
+    device: torch.device | str | None = None
+    device_map: str | Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks all that can be told without the model.
+
+        Raises:
+            PlacementError: Naming the value.
+        """
+        if self.dtype not in DTYPES:
+            raise PlacementError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.device is not None and self.device_map is not None:
+            raise PlacementError(f"device is {self.device} and device_map is {self.device_map!r}; pass one of them")
+        places = self.device_map.values() if isinstance(self.device_map, Mapping) else [self.device_map, self.device]
+        for place in places:
+            if place is not None and place not in (*_SPREADS, "disk"):
+                _check_device(place)
+
+    @property
+    def stored_dtype(self) -> torch.dtype | str:
+        """What transformers is asked for.
+
+        float16 comes later, by `apply`: it has no room for the smallest weights, and the fingerprint is to be that of
+        the weights as they are stored.
+        """
+        return (
+            "auto"
+            if self.dtype in ("auto", "float16")
+            else {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        )
+
+    def check_complete(self, model: torch.nn.Module, name: str) -> None:
+        """Refuses a model that a device map left weights out of.
+
+        Raises:
+            PlacementError: If some weights are on no device.
+        """
+        left_out = [weight for weight, parameter in model.named_parameters() if parameter.is_meta]
+        if left_out:
+            raise PlacementError(
+                f"{name} doesn't fit on the devices: device_map {self.device_map!r} leaves {len(left_out)} of its "
+                f"weights on the disk or in memory, e.g. {left_out[0]}; take a smaller dtype, more devices, or "
+                f"device_map 'cpu'"
+            )
+
+    def apply(self, model: torch.nn.Module, name: str) -> None:
+        """Rounds and moves a loaded model, in place.
+
+        Raises:
+            PlacementError: If the device's memory doesn't hold it.
+        """
+        if self.dtype == "float16":
+            for parameter in model.parameters():  # buffers, such as rotary frequencies, keep their precision
+                parameter.data = parameter.data.to(torch.float16)
+        if self.device is not None:
+            try:
+                model.to(self.device)
+            except torch.OutOfMemoryError as error:
+                raise PlacementError(
+                    f"{name} doesn't fit on {self.device}: {str(error).splitlines()[0]}; take a smaller dtype, or "
+                    f"device_map 'auto' to use several GPUs"
+                ) from error
+
+
+def _check_device(device: torch.device | str | int) -> None:
+    try:
+        place = torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
+    except RuntimeError as error:
+        raise PlacementError(
+            f"device is {device!r}; pass e.g. cpu, cuda or cuda:1, or as device_map {' or '.join(_SPREADS)}"
+        ) from error
+    if place.type == "meta":
+        raise PlacementError("device is meta, which holds no weights; pass e.g. cpu, cuda or cuda:1")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise PlacementError(
+            f"device is {place}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; pass "
+            f"another device, or install PyTorch with CUDA"
+        )
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PlacementError(f"device is {place}, which PyTorch {torch.__version__} can't use here") from error

@@ -1,0 +1,135 @@
+"""Recipes: the calibrations shipped in `models/`, each for one known checkpoint.
+
+A recipe that knows the weights' fingerprint is for exactly these weights. One without, for heads that were published
+without weights at hand, is used by itself only where the model goes by its name; whoever names it decides for himself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+
+PUBLISHED = "published"  # the method of heads that others found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A shipped calibration.
+
+    Attributes:
+        name: What `--calibration` takes: the file's name without its suffix.
+        path: The file.
+        calibration: What is in it.
+    """
+
+    name: str
+    path: Path
+    calibration: Calibration
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks its heads were found on."""
+        return self.calibration.provenance.tasks if self.calibration.provenance is not None else ()
+
+    def describe(self) -> str:
+        """Its name, the tasks, and what isn't known of it."""
+        remarks = [", ".join(self.tasks)] if self.tasks else []
+        origin, model = self.calibration.provenance, self.calibration.model
+        if origin is not None and origin.method == PUBLISHED:
+            remarks.append("heads published by others, not measured here")
+        if model is not None and model.fingerprint is None:
+            remarks.append(f"for {model.name or model.architecture}, whose weights can't be told from others")
+        return f"{self.name} ({'; '.join(remarks)})" if remarks else self.name
+
+    def fits_by_itself(self, model: ModelIdentity, names: Iterable[str]) -> bool:
+        """Whether it is for this model; see `find_recipes`."""
+        mine = self.calibration.model
+        if mine is None or mine.differences(model):
+            return False
+        if mine.fingerprint is not None:
+            return model.fingerprint is not None
+        return mine.name is not None and any(_is_called(name, mine.name) for name in names)
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: in the package, or beside it in a source tree."""
+    package = Path(__file__).parent
+    folder = package / "models"
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
+        folder = package.parent / "models"
+    return folder
+
+
+def shipped_recipes(folder: Path | None = None) -> list[Recipe]:
+    """All recipes, by name.
+
+    Args:
+        folder: Where they are; None for `recipes_folder()`.
+
+    Raises:
+        CalibrationError: If one isn't a calibration.
+    """
+    paths = sorted((folder or recipes_folder()).glob("*.json"), key=lambda path: path.stem)
+    return [Recipe(path.stem, path, Calibration.load(path)) for path in paths]
+
+
+def find_recipes(model: ModelIdentity, names: Sequence[str] = (), *, folder: Path | None = None) -> list[Recipe]:
+    """The recipes for a model; the first is the one to use where nobody chooses.
+
+    Args:
+        model: The model's identity.
+        names: What the model goes by, see `act_export.checkpoint.Checkpoint.names`.
+        folder: As in `shipped_recipes`.
+
+    Returns:
+        Those with the model's fingerprint, and those without any that have its shape and one of its names. The one
+        found on the most tasks comes first; among equals the names decide.
+
+    Raises:
+        CalibrationError: If a recipe isn't a calibration.
+    """
+    fitting = [recipe for recipe in shipped_recipes(folder) if recipe.fits_by_itself(model, names)]
+    return sorted(fitting, key=lambda recipe: (-len(recipe.tasks), recipe.name))
+
+
+def named_recipe(given: str | os.PathLike[str], *, folder: Path | None = None) -> Recipe | None:
+    """The shipped recipe that is meant; None where a file is.
+
+    Args:
+        given: A calibration file, or the name of a recipe. A file in the current folder goes before a recipe.
+        folder: As in `shipped_recipes`.
+
+    Raises:
+        CalibrationError: If there is neither such a file nor such a recipe, with the names that there are.
+    """
+    text = os.fspath(given)
+    if os.sep in text or Path(text).exists():
+        return None
+    recipes = {recipe.name: recipe for recipe in shipped_recipes(folder)}
+    if text in recipes:
+        return recipes[text]
+    wanted = text.removesuffix(".json").casefold()
+    near = difflib.get_close_matches(wanted, recipes, n=3, cutoff=0.5)
+    near += [name for name in recipes if name.startswith(wanted) and name not in near]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(recipes) or 'none'}"
+    raise CalibrationError(f"there is no calibration file {text}, and no shipped recipe of that name; {hint}")
+
+
+def announce(chosen: Recipe, others: Sequence[Recipe]) -> str:
+    """A line that says which recipe is used, and how to use another of the model's."""
+    line = f"using the shipped recipe {chosen.describe()}"
+    if others:
+        names = ", ".join(other.name for other in others)
+        line += f"; others for this model: {names}: --calibration {others[0].name}"
+    return line
+
+
+def _is_called(name: str, hub_id: str) -> bool:
+    """Whether a hub id is this one, or a folder's name its last part; upper and lower case are one."""
+    name, hub_id = name.casefold(), hub_id.casefold()
+    return name == hub_id or ("/" not in name and name == hub_id.rpartition("/")[2])

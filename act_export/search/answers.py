@@ -1,0 +1,192 @@
+"""Answers of the model, plain or calibrated in some way, to one split of a task's questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from act_export.calibration import Calibration
+from act_export.checkpoint import Checkpoint
+from act_export.hooks import attention_hook
+from act_export.search.fast_attention import FastAttention
+from act_export.search.processes import Unit, Workers
+from act_export.search.request import SearchOptions, SearchTask
+from act_export.tasks import (
+    EncodedExample,
+    Example,
+    TorchLanguageModel,
+    batches,
+    encode_examples,
+    predicted_choice,
+    score_choices,
+)
+from act_export.tasks.generation import generate_answers
+from act_export.tasks.label_prior import content_free_examples
+from act_export.tasks.metrics import exact_match, token_f1
+from act_export.tasks.scoring import positions_of
+
+RANK, CHOOSE, REPORT, CONTENT_FREE = "rank", "choose", "report", "content-free"
+METRICS = {"exact": exact_match, "f1": token_f1}
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's questions as tokens.
+
+    Attributes:
+        task: The task.
+        splits: Examples by split; "content-free" has those of the report split, or none.
+    """
+
+    task: SearchTask
+    splits: Mapping[str, tuple[EncodedExample, ...]]
+
+    @property
+    def digest(self) -> str:
+        """Different for different questions, choices, answers or splits."""
+        content = {
+            name: [[e.prompt, e.choices, e.answer, e.references] for e in examples]
+            for name, examples in self.splits.items()
+        }
+        settings = [self.task.length_normalized, repr(self.task.generation)]
+        return hashlib.sha256(json.dumps([content, settings]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How well questions were answered.
+
+    Attributes:
+        scores: By example, log-likelihoods of its choices; empty rows where the answer is generated.
+        credits: By example, 1 for a right answer and 0 for a wrong one; between where the metric is F1.
+        log_likelihood: Mean log-likelihood of the right answer among the choices; 0 where the answer is generated.
+    """
+
+    scores: tuple[tuple[float, ...], ...]
+    credits: tuple[float, ...]
+    log_likelihood: float
+
+    @property
+    def accuracy(self) -> float:
+        """Mean credit."""
+        return sum(self.credits) / len(self.credits)
+
+
+def encode_task(checkpoint: Checkpoint, task: SearchTask, options: SearchOptions) -> EncodedTask:
+    """Encodes a task's splits.
+
+    Raises:
+        TaskError: If the checkpoint has no tokenizer, or an example can't be scored.
+    """
+    longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    if longest is not None and task.generation is not None:
+        longest -= task.generation.max_new_tokens
+
+    def encode(examples: Sequence[Example]) -> tuple[EncodedExample, ...]:
+        return tuple(
+            encode_examples(
+                checkpoint.tokenizer, examples, max_length=longest, chat=options.chat, truncate=options.truncate
+            )
+        )
+
+    splits = {RANK: task.splits.rank, CHOOSE: task.splits.choose, REPORT: task.splits.report}
+    encoded = {name: encode(examples) for name, examples in splits.items()}
+    neutral = content_free_examples(task.splits.report) if task.generation is None else ()
+    return EncodedTask(task, {**encoded, CONTENT_FREE: encode(neutral) if neutral else ()})
+
+
+def answer(
+    checkpoint: Checkpoint,
+    requests: Sequence[tuple[EncodedTask, str, Calibration | None]],
+    options: SearchOptions,
+    workers: Workers,
+    *,
+    step: str,
+) -> list[Answers]:
+    """Answers to splits of tasks.
+
+    Args:
+        checkpoint: The model.
+        requests: Task, name of the split, and how the model is calibrated; None for not at all.
+        options: For `batch_tokens`.
+        workers: Who computes them.
+        step: What to call it when reporting progress.
+
+    Returns:
+        One for each request.
+
+    Raises:
+        ScoringError: If a score isn't finite, naming the prompt.
+    """
+    units: list[Unit] = []
+    parts: list[list[list[int]]] = []
+    for task, split, calibration in requests:
+        examples = task.splits[split]
+        parts.append(list(batches(examples, None, options.batch_tokens)))
+        for number, indices in enumerate(parts[-1]):
+            batch = [examples[index] for index in indices]
+            units.append(
+                Unit(
+                    f"answer {task.task.name} {split} {number} {_digest(calibration)}",
+                    cost_of(batch),
+                    lambda batch=batch, task=task, calibration=calibration: _answer_batch(  # type: ignore[misc]
+                        checkpoint, task, batch, calibration
+                    ),
+                )
+            )
+    results = iter(workers.run(step, units))
+    answers = []
+    for (task, split, _), batches_of in zip(requests, parts, strict=True):
+        examples = task.splits[split]
+        rows: list[tuple[float, ...]] = [()] * len(examples)
+        for indices in batches_of:
+            for index, row in zip(indices, next(results), strict=True):
+                rows[index] = tuple(row)
+        answers.append(_judge(task, examples, rows))
+    return answers
+
+
+def cost_of(batch: Sequence[EncodedExample]) -> float:
+    """About what one forward pass of a batch costs."""
+    return float(positions_of(batch))
+
+
+def _answer_batch(
+    checkpoint: Checkpoint, task: EncodedTask, batch: Sequence[EncodedExample], calibration: Calibration | None
+) -> list[list[float]]:
+    """By example, log-likelihoods of the choices, or where the answer is generated its credit."""
+    with attention_hook(checkpoint.model, FastAttention(calibration)) as hooked:
+        model = TorchLanguageModel(hooked)
+        generation = task.task.generation
+        if generation is None:
+            scores = score_choices(model, batch, batch_size=None, length_normalized=task.task.length_normalized)
+            return [list(row) for row in scores]
+        assert checkpoint.tokenizer is not None  # or nothing could have been encoded
+        texts = generate_answers(
+            model,
+            batch,
+            tokenizer=checkpoint.tokenizer,
+            max_new_tokens=generation.max_new_tokens,
+            stop=generation.stop,
+        )
+    return [[METRICS[generation.metric](text, e.references)] for text, e in zip(texts, batch, strict=True)]
+
+
+def _judge(task: EncodedTask, examples: Sequence[EncodedExample], rows: Sequence[tuple[float, ...]]) -> Answers:
+    if task.task.generation is not None:
+        return Answers(((),) * len(rows), tuple(row[0] for row in rows), 0.0)
+    correct = tuple(float(predicted_choice(row) == e.answer) for row, e in zip(rows, examples, strict=True))
+    right = [row[e.answer] - float(np.logaddexp.reduce(row)) for row, e in zip(rows, examples, strict=True)]
+    return Answers(tuple(rows), correct, float(np.mean(right)) if right else 0.0)
+
+
+def _digest(calibration: Calibration | None) -> str:
+    if calibration is None or not calibration.heads:
+        return "plain"
+    said = [sorted(calibration.heads.items()), calibration.threshold, calibration.threshold_mode]
+    betas = [calibration.beta] if not isinstance(calibration.beta, Mapping) else sorted(calibration.beta.items())
+    return hashlib.sha256(json.dumps([said, betas]).encode()).hexdigest()[:16]

@@ -1,0 +1,157 @@
+"""Units of work, shared out over the processes of `torchrun` and kept in a journal.
+
+Every process plans the same units and gets all results, in the order of the plan, whoever computed them: the answer
+doesn't depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from act_export.errors import ActExportError
+from act_export.search.journal import Journal
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of the whole is done, from 0 to 1."""
+
+
+class ProcessError(ActExportError):
+    """Processes that don't work on the same search."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that one process does at a time.
+
+    Attributes:
+        key: Names it in the journal; different for different work of one search.
+        cost: About how long it takes, in any unit.
+        compute: Gives its result, which JSON can hold.
+    """
+
+    key: str
+    cost: float
+    compute: Callable[[], Any]
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that `torchrun` started, for the duration of the block; alone otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
+        yield
+        return
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def process_index() -> int:
+    """This process's number, from 0."""
+    return distributed.get_rank() if _together() else 0
+
+
+def process_count() -> int:
+    """How many processes work together."""
+    return distributed.get_world_size() if _together() else 1
+
+
+class Workers:
+    """Runs units: what the journal has is not computed again."""
+
+    def __init__(self, journal: Journal | None = None, *, planned_cost: float = 0.0, progress: Progress | None = None):
+        """Takes what is known before the first unit.
+
+        Args:
+            journal: Where results are kept; None keeps none.
+            planned_cost: Of all units that will come, about.
+            progress: Called after each unit of this process.
+
+        Raises:
+            ProcessError: If the processes' journals belong to different searches.
+        """
+        self.journal = journal
+        self.planned_cost = planned_cost
+        self.progress = progress
+        self.cost_done = 0.0
+        self.computed = 0
+        self.found: dict[str, Any] = _merge(journal.values if journal is not None else {})
+
+    def run(self, step: str, units: Sequence[Unit]) -> list[Any]:
+        """Results of the units, in their order, on every process.
+
+        Args:
+            step: What to call them when reporting progress.
+            units: The same on every process.
+        """
+        missing = [unit for unit in units if unit.key not in self.found]
+        mine = _share(missing, process_index(), process_count())
+        total, own = (sum(unit.cost for unit in part) for part in (units, mine))
+        self.cost_done += total - sum(unit.cost for unit in missing)
+        self._report(step)
+        computed = {}
+        for unit in mine:
+            computed[unit.key] = unit.compute()
+            self.computed += 1
+            if self.journal is not None:
+                self.journal.record(unit.key, computed[unit.key])
+            self.cost_done += unit.cost * sum(u.cost for u in missing) / own
+            self._report(step)
+        self.found |= _merge(computed)
+        return [self.found[unit.key] for unit in units]
+
+    def _report(self, step: str) -> None:
+        if self.progress is not None:
+            self.progress(step, min(1.0, self.cost_done / max(self.planned_cost, 1e-9)))
+
+    def finish(self) -> None:
+        """Reports that all is done."""
+        self.cost_done = self.planned_cost = max(self.planned_cost, 1.0)
+        self._report("done")
+
+
+def same_everywhere(what: str, value: str) -> None:
+    """Checks that all processes have the same value.
+
+    Raises:
+        ProcessError: If they don't, on every process.
+    """
+    if process_count() > 1:
+        values: list[str] = [""] * process_count()
+        distributed.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise ProcessError(
+                f"the processes have different {what}s: {', '.join(sorted(set(values)))}; start all with the same "
+                f"command, the same versions and the same data"
+            )
+
+
+def _share(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
+    """The units of one process: the costliest go first, each to the process with the least to do."""
+    loads = [0.0] * count
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for position in sorted(range(len(units)), key=lambda position: -units[position].cost):
+        least = loads.index(min(loads))
+        loads[least] += units[position].cost
+        shares[least].append(position)
+    return [units[position] for position in sorted(shares[index])]
+
+
+def _merge(values: dict[str, Any]) -> dict[str, Any]:
+    if process_count() == 1:
+        return dict(values)
+    parts: list[dict[str, Any]] = [{}] * process_count()
+    distributed.all_gather_object(parts, values)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

@@ -1,0 +1,162 @@
+"""What a search found: for each task the heads, what they gain, and what else would have gained it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from act_export.calibration import Calibration
+from act_export.search.answers import CONTENT_FREE, REPORT, Answers, EncodedTask
+from act_export.search.choice_bias import same_choices, without_choice_bias
+from act_export.tasks import predicted_choice
+from act_export.tasks.label_prior import without_label_prior
+from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Accuracy of a calibrated model on the questions that the plain one answered too.
+
+    Attributes:
+        accuracy: Of the calibrated model.
+        gain: Over the plain model.
+        interval: 95% interval of the gain, by a paired bootstrap.
+        p: McNemar's; None where answers are more than right or wrong.
+    """
+
+    accuracy: float
+    gain: float
+    interval: tuple[float, float]
+    p: float | None
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What a search found on one task, on questions that took no part in it.
+
+    Attributes:
+        task: Its name.
+        plain_accuracy: Without calibration.
+        own: With the set found on this task; None where no set helped.
+        joint: With the set found on all tasks together; None where there is none.
+        random_heads: Accuracies with as many heads drawn at random as the task's own set has.
+        label_prior: Accuracy of the plain model without its label prior, see `act_export.tasks.label_prior`; None
+            where questions have no content-free form.
+        choice_bias: Accuracies of the plain model and with the task's own set, both without their mean preference for a
+            choice, see `act_export.search.choice_bias`; None where questions have different choices.
+        published: Accuracies with the head sets that others published for this model, by name.
+        predicted_shares: How often each choice is given, plain and calibrated.
+        p: Of the choice of the own set.
+        choose_accuracy: By what was tried, accuracy on the choose split.
+        forward_passes: Forward passes of one prompt that ranking the heads took.
+        sizes: Questions of each split.
+        duplicates: Questions left out of the splits because they are another's.
+    """
+
+    task: str
+    plain_accuracy: float
+    own: Gain | None
+    joint: Gain | None
+    random_heads: tuple[float, ...]
+    label_prior: float | None
+    choice_bias: tuple[float, float] | None
+    published: Mapping[str, float]
+    predicted_shares: tuple[tuple[float, ...], tuple[float, ...]] | None
+    p: float
+    choose_accuracy: Mapping[str, float]
+    forward_passes: float
+    sizes: Mapping[str, int]
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All that a search found.
+
+    Attributes:
+        calibrations: By task, for this model only; without heads where no set helped.
+        joint: Found on all tasks together, None where the search was on one or no joint set was asked for.
+        reports: By task.
+        average: Mean gain of the tasks' own sets over all tasks, 0 counting for those without; None for one task.
+        joint_average: The same for the joint set.
+        units: How many units of work this run computed, and how many there were.
+    """
+
+    calibrations: Mapping[str, Calibration]
+    joint: Calibration | None
+    reports: Mapping[str, TaskReport]
+    average: Gain | None = None
+    joint_average: Gain | None = None
+    units: tuple[int, int] = field(default=(0, 0), compare=False)
+
+
+def gain_of(plain: Answers, calibrated: Answers) -> Gain:
+    """What calibration gains on the same questions."""
+    differences = [after - before for before, after in zip(plain.credits, calibrated.credits, strict=True)]
+    binary = all(credit in (0, 1) for credit in (*plain.credits, *calibrated.credits))
+    return Gain(
+        accuracy=round(calibrated.accuracy, 4),
+        gain=round(float(np.mean(differences)), 4),
+        interval=_rounded(gain_interval(plain.credits, calibrated.credits) if binary else mean_interval([differences])),
+        p=float(f"{mcnemar_p(plain.credits, calibrated.credits):.2g}") if binary else None,
+    )
+
+
+def average_gain(plain: Mapping[str, Answers], calibrated: Mapping[str, Answers]) -> Gain:
+    """Mean gain over tasks; its interval draws questions anew within each task."""
+    differences = [
+        [after - before for before, after in zip(plain[task].credits, calibrated[task].credits, strict=True)]
+        for task in plain
+    ]
+    return Gain(
+        accuracy=round(float(np.mean([answers.accuracy for answers in calibrated.values()])), 4),
+        gain=round(float(np.mean([np.mean(part) for part in differences])), 4),
+        interval=_rounded(mean_interval(differences)),
+        p=None,
+    )
+
+
+def label_prior_accuracy(task: EncodedTask, plain: Answers, content_free: Answers) -> float | None:
+    """Accuracy of the plain model on the report split without its label prior; None where there is no such form."""
+    if not task.splits[CONTENT_FREE]:
+        return None
+    scores = without_label_prior(plain.scores, task.task.splits.report, content_free.scores)
+    return _accuracy(task, scores)
+
+
+def choice_bias_accuracies(
+    task: EncodedTask, report: tuple[Answers, Answers], choose: tuple[Answers, Answers]
+) -> tuple[float, float] | None:
+    """Accuracies of the plain and the calibrated model on the report split without their mean preference on the other.
+
+    None where the questions have different choices.
+    """
+    if task.task.generation is not None or not same_choices([e for part in task.splits.values() for e in part]):
+        return None
+    plain, calibrated = (
+        _accuracy(task, without_choice_bias(mine.scores, others.scores))
+        for mine, others in zip(report, choose, strict=True)
+    )
+    return plain, calibrated
+
+
+def predicted_shares(plain: Answers, calibrated: Answers) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """How often each choice, by its index, is the model's answer."""
+    most = max(map(len, plain.scores))
+    counts = [
+        np.bincount([predicted_choice(row) for row in answers.scores], minlength=most) / len(answers.scores)
+        for answers in (plain, calibrated)
+    ]
+    first, second = (tuple(round(float(share), 4) for share in shares) for shares in counts)
+    return first, second
+
+
+def _accuracy(task: EncodedTask, scores: list[tuple[float, ...]]) -> float:
+    right = [predicted_choice(row) == e.answer for row, e in zip(scores, task.splits[REPORT], strict=True)]
+    return round(float(np.mean(right)), 4)
+
+
+def _rounded(interval: tuple[float, float]) -> tuple[float, float]:
+    return round(interval[0], 4), round(interval[1], 4)

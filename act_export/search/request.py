@@ -1,0 +1,124 @@
+"""What a search is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from act_export.calibration import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
+from act_export.errors import ActExportError
+from act_export.tasks import Generation, Splits
+
+METHODS = ("gates", "gates+confirm", "exhaustive")
+HEAD_COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60)
+BATCH_TOKENS = 2048
+
+
+class SearchError(ActExportError):
+    """A search that can't be done as it was asked for."""
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """Questions to search on.
+
+    Attributes:
+        name: What to call them.
+        splits: To rank heads, to choose how many, and to report what that gains.
+        length_normalized: Compare choices by log-likelihood per token.
+        generation: How answers are generated and compared; None where there are choices.
+    """
+
+    name: str
+    splits: Splits
+    length_normalized: bool = False
+    generation: Generation | None = None
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What a later sink is: a threshold of the sink score, and its mode, as in `act_export.calibration.Calibration`."""
+
+    value: float = DEFAULT_THRESHOLD["absolute"]
+    mode: str = "absolute"
+
+
+def thresholds_of(values: Sequence[float], modes: str | None) -> tuple[Threshold, ...]:
+    """Thresholds to try.
+
+    Args:
+        values: None for each mode's default.
+        modes: "absolute", "relative", or both by comma; None for absolute.
+
+    Raises:
+        CalibrationError: For another mode, or for values of two modes: they mean different things.
+    """
+    names = [mode.strip() for mode in (modes or "absolute").split(",")]
+    unknown = [name for name in names if name not in DEFAULT_THRESHOLD]
+    if unknown:
+        raise CalibrationError(f"threshold_mode is {unknown[0]!r}; it must be {' or '.join(DEFAULT_THRESHOLD)}")
+    if values and len(names) > 1:
+        raise CalibrationError(
+            f"the thresholds {', '.join(f'{value:g}' for value in values)} can't be of two modes at once; leave them out "
+            f"to try each mode's default"
+        )
+    return tuple(Threshold(value, mode) for mode in names for value in values or (DEFAULT_THRESHOLD[mode],))
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search.
+
+    Attributes:
+        method: "gates", "exhaustive" or "gates+confirm".
+        betas: Strengths to try. Each alone; and each below 1 together with each above, every head taking what suits it.
+        thresholds: To try.
+        head_counts: Numbers of heads to try.
+        confirm: How many of the heads that gates rank first "gates+confirm" measures exactly, for each beta.
+        seed: Of the statistics and of the random heads; the splits' own seed, for the record.
+        batch_tokens: Positions that run together at the most, which bounds memory; see
+            `act_export.tasks.scoring.positions_of`. One example alone may have more.
+        gradient_checkpointing: A third of the memory for ranking, for a third more time.
+        random_draws: How often as many random heads are measured instead, as a control.
+        chat: Prompts are a user's messages in the model's chat template.
+        truncate: Cut prompts that are too long for the model on the left.
+    """
+
+    method: str = "gates"
+    betas: tuple[float, ...] = (DEFAULT_BETA,)
+    thresholds: tuple[Threshold, ...] = (Threshold(),)
+    head_counts: tuple[int, ...] = HEAD_COUNTS
+    confirm: int = 40
+    seed: int = 0
+    batch_tokens: int = BATCH_TOKENS
+    gradient_checkpointing: bool = False
+    random_draws: int = 3
+    chat: bool = False
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks every value.
+
+        Raises:
+            CalibrationError: For a beta or threshold that no calibration may have.
+            SearchError: For any other value, naming it.
+        """
+        if self.method not in METHODS:
+            raise SearchError(f"there is no method {self.method!r}; it must be {', '.join(METHODS)}")
+        for name in ("betas", "thresholds", "head_counts"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise SearchError(f"{name} are {values}; name at least one, and none twice")
+        for beta in self.betas:
+            Calibration({}, beta)
+            if beta == 1:
+                raise CalibrationError(
+                    "beta is 1, which changes nothing; below 1 weakens later sinks, above 1 strengthens"
+                )
+        for threshold in self.thresholds:
+            Calibration({}, threshold=threshold.value, threshold_mode=threshold.mode)
+        for name, least in (("confirm", 1), ("batch_tokens", 1), ("random_draws", 0)):
+            if getattr(self, name) < least:
+                raise SearchError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if min(self.head_counts) < 1:
+            raise SearchError(f"head_counts are {self.head_counts}; each must be at least 1")

@@ -1,0 +1,156 @@
+"""The search command's job: questions by name, where finished work is kept, and the files that come out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from act_export.cache import cache_folder, write_whole
+from act_export.calibration import Calibration
+from act_export.checkpoint import Checkpoint
+from act_export.errors import ActExportError
+from act_export.recipes import PUBLISHED, find_recipes
+from act_export.search import Progress, SearchOptions, SearchResult, SearchTask, search_heads
+from act_export.tasks import TaskExamples, TaskOptions, load_examples, read_examples, split_examples
+
+JOINT_FILE, REPORT_FILE = "joint.json", "search.json"
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """What to search on, and how.
+
+    Attributes:
+        tasks: Names of tasks, or paths of task files.
+        data: JSON Lines files of questions.
+        scoring: Instead of the tasks' own, see `act_export.tasks.TaskOptions`.
+        shots: Few-shot examples before each question.
+        rank: Questions to rank heads with; None for the usual number.
+        choose: Questions to choose the number of heads with; None for the usual number.
+        report: Questions to report accuracies on; None for the usual number.
+        options: How to search.
+        joint: With several tasks, also find one set for all.
+        journal: Folder for finished work; None for one of the search's own in the cache folder.
+    """
+
+    tasks: tuple[str, ...] = ()
+    data: tuple[Path, ...] = ()
+    scoring: str | None = None
+    shots: int = 0
+    rank: int | None = None
+    choose: int | None = None
+    report: int | None = None
+    options: SearchOptions = field(default_factory=SearchOptions)
+    joint: bool = True
+    journal: Path | None = None
+
+    def load(self) -> list[SearchTask]:
+        """The questions, drawn into splits.
+
+        Raises:
+            TaskError: If there is no such task or file, its questions can't be had, or there are too few.
+        """
+        options = TaskOptions(self.scoring, self.shots, self.options.seed)
+        found = [load_examples(name, options) for name in self.tasks]
+        return [self._split(task) for task in [*found, *map(read_examples, self.data)]]
+
+    def _split(self, task: TaskExamples) -> SearchTask:
+        splits = split_examples(
+            task.examples, rank=self.rank, choose=self.choose, report=self.report, seed=self.options.seed
+        )
+        return SearchTask(task.name, splits, task.length_normalized, task.generation)
+
+
+def run_search(checkpoint: Checkpoint, job: SearchJob, *, progress: Progress | None = None) -> SearchResult:
+    """Does the job; one that was interrupted goes on where it stopped.
+
+    Raises:
+        ActExportError: As `SearchJob.load` and `act_export.search.search_heads`.
+    """
+    return search_heads(
+        checkpoint,
+        job.load(),
+        job.options,
+        journal=job.journal,
+        journals=cache_folder() / "searches",
+        joint=job.joint,
+        published=published_sets(checkpoint),
+        progress=progress,
+    )
+
+
+def published_sets(checkpoint: Checkpoint) -> Mapping[str, Calibration]:
+    """Head sets that others published for this model, by the recipe's name."""
+    recipes = find_recipes(checkpoint.identity, checkpoint.names)
+    return {
+        recipe.name: recipe.calibration
+        for recipe in recipes
+        if recipe.calibration.provenance is not None and recipe.calibration.provenance.method == PUBLISHED
+    }
+
+
+def check_output(out: Path, job: SearchJob) -> None:
+    """Refuses, before any work, a place that the result can't be written to.
+
+    Raises:
+        ActExportError: With the place, and what to pass instead.
+    """
+    several = len(job.tasks) + len(job.data) > 1
+    if several and (out.suffix == ".json" or out.is_file()):
+        raise ActExportError(
+            f"{out} is one file, but a search on several tasks writes one for each; pass a folder, e.g. --out recipes"
+        )
+    if not several and out.is_dir():
+        raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
+    folder = out if several and out.exists() else out.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ActExportError(f"can't write to {folder}; pass another place with --out")
+
+
+def save_result(result: SearchResult, out: Path) -> list[Path]:
+    """Writes the calibration of a single task to the file `out`; of several, one each, the joint one and a report.
+
+    The report, `search.json`, has every figure of the search by task.
+
+    Returns:
+        The files.
+
+    Raises:
+        ActExportError: If they can't be written.
+    """
+    texts: dict[Path, str] = {}
+    if len(result.calibrations) == 1:
+        (calibration,) = result.calibrations.values()
+        texts[out] = calibration.to_json()
+    else:
+        for task, calibration in result.calibrations.items():
+            texts[out / f"{Path(task).stem}.json"] = calibration.to_json()
+        if result.joint is not None:
+            texts[out / JOINT_FILE] = result.joint.to_json()
+        texts[out / REPORT_FILE] = report_json(result)
+    for path, text in texts.items():
+        try:
+            write_whole(path, text)
+        except OSError as error:
+            raise ActExportError(
+                f"can't write {path}: {error.strerror}; pass another place with --out, the search is kept and won't be "
+                f"done again"
+            ) from error
+    return list(texts)
+
+
+def report_json(result: SearchResult) -> str:
+    """Every figure of a search: gains, intervals, controls and the ranking's cost."""
+    document = {
+        "tasks": {name: asdict(report) for name, report in result.reports.items()},
+        "average": asdict(result.average) if result.average is not None else None,
+        "joint_average": asdict(result.joint_average) if result.joint_average is not None else None,
+        "heads": {name: calibration.num_calibrated_heads for name, calibration in result.calibrations.items()},
+        "joint_heads": result.joint.num_calibrated_heads if result.joint is not None else None,
+    }
+    return json.dumps(document, indent=1) + "\n"

@@ -1,0 +1,87 @@
+"""What an evaluation is asked for: files, tasks and data, and how their questions are put."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from act_export.tasks import TaskOptions, load_examples, read_examples
+from act_export.tasks.examples import TaskExamples
+from act_export.verify.held_out import DEFAULT_SPLIT, SPLITS, EvaluationError
+
+_SCORINGS_OF_DATA = {"likelihood": False, "likelihood-per-token": True}
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to evaluate, and how.
+
+    Attributes:
+        file: The exported model, or its folder.
+        against: A plain export of the same model to compare with; None for none.
+        tasks: Names of tasks, or paths of task files.
+        data: JSON Lines files of questions.
+        split: "report", "held-out" or "all", see `act_export.verify.held_out`.
+        seed: Of the splits and of the shots; None for that of the file's own search, or 0.
+        scoring: How answers are told, see `act_export.tasks.TaskOptions`; None for each task's own.
+        shots: Examples before each question.
+        chat: Put prompts into the tokenizer's chat template.
+        truncate: Cut prompts that are too long, on the left.
+        limit: Questions of each task at the most; None for all.
+        batch_tokens: Tokens that run together at the most; None leaves it to act-export.
+        portable: Run the portable functions, not the native library.
+        tokenizer: Where the tokenizer is; None looks beside the file, then where the model came from.
+    """
+
+    file: Path
+    against: Path | None = None
+    tasks: tuple[str, ...] = ()
+    data: tuple[Path, ...] = ()
+    split: str = DEFAULT_SPLIT
+    seed: int | None = None
+    scoring: str | None = None
+    shots: int = 0
+    chat: bool = False
+    truncate: bool = False
+    limit: int | None = None
+    batch_tokens: int | None = None
+    portable: bool = False
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises EvaluationError for a value out of range, or options that contradict each other."""
+        if self.split not in SPLITS:
+            raise EvaluationError(f"there is no split {self.split!r}; pass report, held-out or all")
+        if not self.tasks and not self.data:
+            raise EvaluationError("there is nothing to evaluate on; pass a task or a data file")
+        for name, value in (("limit", self.limit), ("batch tokens", self.batch_tokens)):
+            if value is not None and value < 1:
+                raise EvaluationError(f"{name} is {value}; give 1 or more")
+        if self.data and self.shots:
+            raise EvaluationError("shots are drawn from the rows of a task; put those of --data into its prompts")
+        if self.data and self.scoring not in (None, *_SCORINGS_OF_DATA):
+            raise EvaluationError(
+                f"the prompts of --data stand as they are, so they can't be scored as {self.scoring!r}; pass "
+                f"{' or '.join(_SCORINGS_OF_DATA)}, or leave it out"
+            )
+
+
+def requested_tasks(request: EvaluationRequest) -> list[TaskExamples]:
+    """All examples of the tasks, then of the data; one named twice is loaded once.
+
+    Raises:
+        TaskError: If there is no such task or file, or its rows can't be had or used.
+        EvaluationError: If two have the same name.
+    """
+    options = TaskOptions(scoring=request.scoring, shots=request.shots, seed=request.seed or 0)
+    tasks = [load_examples(name, options) for name in dict.fromkeys(request.tasks)]
+    for path in dict.fromkeys(request.data):
+        task = read_examples(path)
+        if request.scoring is not None:
+            task = replace(task, length_normalized=_SCORINGS_OF_DATA[request.scoring])
+        tasks.append(task)
+    names = [task.name for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(f"two of the tasks are called {name}; rename a file")
+    return tasks
