@@ -406,7 +406,7 @@ def eval_command(
     from act_export.verify.evaluation_request import EvaluationRequest
     from act_export.verify.evaluation_run import evaluate_files
 
-    names = tuple(name.strip() for names in task or () for name in names.split(",") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for names in task or () for name in names.split(",") if name.strip()))
     request = EvaluationRequest(
         file=file,
         against=against,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,11 +51,14 @@ class SearchJob:
         """The questions, drawn into splits.
 
         Raises:
+            ActExportError: If the results of two tasks would have the same file name.
             TaskError: If there is no such task or file, its questions can't be had, or there are too few.
         """
         options = TaskOptions(self.scoring, self.shots, self.options.seed)
-        found = [load_examples(name, options) for name in self.tasks]
-        return [self._split(task) for task in [*found, *map(read_examples, self.data)]]
+        found = [*(load_examples(name, options) for name in self.tasks), *map(read_examples, self.data)]
+        if len(found) > 1:
+            _calibration_files(task.name for task in found)
+        return [self._split(task) for task in found]
 
     def _split(self, task: TaskExamples) -> SearchTask:
         splits = split_examples(
@@ -128,8 +131,8 @@ def save_result(result: SearchResult, out: Path) -> list[Path]:
         (calibration,) = result.calibrations.values()
         texts[out] = calibration.to_json()
     else:
-        for task, calibration in result.calibrations.items():
-            texts[out / f"{Path(task).stem}.json"] = calibration.to_json()
+        for task, name in _calibration_files(result.calibrations).items():
+            texts[out / name] = result.calibrations[task].to_json()
         if result.joint is not None:
             texts[out / JOINT_FILE] = result.joint.to_json()
         texts[out / REPORT_FILE] = report_json(result)
@@ -142,6 +145,20 @@ def save_result(result: SearchResult, out: Path) -> list[Path]:
                 f"done again"
             ) from error
     return list(texts)
+
+
+def _calibration_files(tasks: Iterable[str]) -> dict[str, str]:
+    """By task, the name of its file in the folder of a search on several."""
+    owners = {JOINT_FILE: "the joint set", REPORT_FILE: "the report"}
+    files: dict[str, str] = {}
+    for task in tasks:
+        files[task] = f"{Path(task).stem}.json"
+        if owners.setdefault(files[task], task) != task:
+            raise ActExportError(
+                f"{owners[files[task]]} and {task} would both be written to {files[task]}; rename the "
+                f"file of one of them"
+            )
+    return files
 
 
 def report_json(result: SearchResult) -> str:

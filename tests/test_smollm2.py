@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from act_export.calibration import Calibration, find_recipe
+from act_export.recipes import find_recipes
 from act_export.runtime import Session, generate
 
 pytestmark = pytest.mark.real
@@ -46,10 +46,10 @@ def parity(calibrated) -> dict:
 
 
 def test_the_shipped_recipe_is_inside(calibrated, smollm2):
-    recipe = find_recipe(smollm2.identity)
-    assert recipe is not None
+    recipe = find_recipes(smollm2.identity)[0].calibration
+
     with Session.open(calibrated, native=False) as session:
-        assert session.calibration == Calibration.load(recipe)
+        assert session.calibration == recipe
         assert session.properties["source"] == "smollm2-135m"
 
 
@@ -91,5 +91,6 @@ def test_generation(calibrated):
 
 def test_held_out_accuracy_through_onnxruntime(calibrated, plain, sst2_rows):
     shown = json.loads(act_export("eval", calibrated, "--against", plain, "--task", "sst2", "--json"))
-    assert len(shown["calibrated"]["answers"]) >= 240
-    assert shown["comparison"]["gain"] >= 0.10
+    (task,) = shown["tasks"]
+    assert len(task["calibrated"]["answers"]) >= 240
+    assert task["comparison"]["accuracy"]["gain"] >= 0.10

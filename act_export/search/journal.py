@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -72,15 +73,19 @@ class Journal:
     def close(self) -> None:
         """Closes the file; a later record opens it again."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # all that counts was written before `record` returned
+                self._file.close()
             self._file = None
 
     def _check_or_begin(self, search: dict[str, Any]) -> None:
         path = self.folder / "search.json"
         if not path.exists():
             names = [file.name for file in self.folder.iterdir()]
-            if any(not name.startswith((".", "units-", "search.json")) for name in names):
-                raise JournalError(f"{self.folder} is no journal and not empty; pass another folder with --journal")
+            if any(not name.startswith((".", "search.json")) for name in names):
+                raise JournalError(
+                    f"{self.folder} has no search.json, so it is no journal, and it isn't empty; pass another folder "
+                    f"with --journal"
+                )
             write_whole(path, json.dumps({"version": FORMAT_VERSION, "search": search}, indent=1) + "\n")
             return
         try:
@@ -89,23 +94,28 @@ class Journal:
         except (ValueError, KeyError, TypeError) as error:
             raise JournalError(f"{path} is not a search's description: {error!r}; pass another --journal") from error
         if version != FORMAT_VERSION:
-            raise JournalError(f"{path} has version {version}; this act-export writes {FORMAT_VERSION}")
+            raise JournalError(
+                f"{path} has version {version}; this act-export writes {FORMAT_VERSION}. Pass another folder with "
+                f"--journal"
+            )
         if before != search:
             raise JournalError(
-                f"{self.folder} is the journal of another search: {_difference(before, search)}. Pass another folder "
+                f"{self.folder} is the journal of another search: {difference(before, search)}. Pass another folder "
                 f"with --journal, or repeat the search that it belongs to; nothing in it was changed"
             )
 
     def _read(self) -> Iterator[tuple[str, Any]]:
         for path in sorted(self.folder.glob("units-*.jsonl")):
             lines = path.read_bytes().split(b"\n")
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end was cut off
                 try:
                     entry = json.loads(line)
                     yield entry["unit"], entry["value"]
                 except (ValueError, KeyError, TypeError) as error:
-                    if line and number < len(lines):  # the last line may be cut off
-                        raise JournalError(f"{path}, line {number}: not a finished unit: {error!r}") from error
+                    raise JournalError(
+                        f"{path}, line {number}: not a finished unit: {error!r}; take the line out, and the unit is "
+                        f"done again, or pass another folder with --journal"
+                    ) from error
 
     def _open_at_a_line_start(self) -> TextIO:
         cut_off = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
@@ -116,7 +126,8 @@ class Journal:
         return self._path.open("a", encoding="utf-8")
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What tells two searches' descriptions apart: names and both values, shortened."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in sorted(names))
 

@@ -7,16 +7,19 @@ doesn't depend on how many there are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
 
 from act_export.errors import ActExportError
-from act_export.search.journal import Journal
+from act_export.search.journal import Journal, difference
+
+_PATIENCE = timedelta(days=1)  # of a process that has done its units, for the others
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of the whole is done, from 0 to 1."""
@@ -47,7 +50,7 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:
@@ -76,7 +79,7 @@ class Workers:
             progress: Called after each unit of this process.
 
         Raises:
-            ProcessError: If the processes' journals belong to different searches.
+            ProcessError: If another process ended.
         """
         self.journal = journal
         self.planned_cost = planned_cost
@@ -90,12 +93,16 @@ class Workers:
 
         Args:
             step: What to call them when reporting progress.
-            units: The same on every process.
+            units: The same on every process. Of units with the same key one is computed.
+
+        Raises:
+            ProcessError: If another process ended.
         """
-        missing = [unit for unit in units if unit.key not in self.found]
+        missing = list({unit.key: unit for unit in units if unit.key not in self.found}.values())
         mine = _share(missing, process_index(), process_count())
         total, own = (sum(unit.cost for unit in part) for part in (units, mine))
-        self.cost_done += total - sum(unit.cost for unit in missing)
+        left = sum(unit.cost for unit in missing)
+        self.cost_done += total - left
         self._report(step)
         computed = {}
         for unit in mine:
@@ -103,8 +110,10 @@ class Workers:
             self.computed += 1
             if self.journal is not None:
                 self.journal.record(unit.key, computed[unit.key])
-            self.cost_done += unit.cost * sum(u.cost for u in missing) / own
+            self.cost_done += unit.cost * left / own
             self._report(step)
+        if not mine:
+            self.cost_done += left
         self.found |= _merge(computed)
         return [self.found[unit.key] for unit in units]
 
@@ -118,19 +127,18 @@ class Workers:
         self._report("done")
 
 
-def same_everywhere(what: str, value: str) -> None:
-    """Checks that all processes have the same value.
+def same_everywhere(search: Mapping[str, Any]) -> None:
+    """Checks that all processes do the same search.
 
     Raises:
-        ProcessError: If they don't, on every process.
+        ProcessError: If they don't, on every process, or if one ended.
     """
-    if process_count() > 1:
-        values: list[str] = [""] * process_count()
-        distributed.all_gather_object(values, value)
-        if len(set(values)) > 1:
+    first, *others = _gather(search)
+    for number, other in enumerate(others, start=1):
+        if other != first:
             raise ProcessError(
-                f"the processes have different {what}s: {', '.join(sorted(set(values)))}; start all with the same "
-                f"command, the same versions and the same data"
+                f"the processes do different searches; in process 0 and then in process {number}, "
+                f"{difference(first, other)}. Start all with the same command, the same versions and the same data"
             )
 
 
@@ -146,11 +154,21 @@ def _share(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
 
 
 def _merge(values: dict[str, Any]) -> dict[str, Any]:
-    if process_count() == 1:
-        return dict(values)
-    parts: list[dict[str, Any]] = [{}] * process_count()
-    distributed.all_gather_object(parts, values)
-    return {key: value for part in parts for key, value in part.items()}
+    return {key: value for part in _gather(values) for key, value in part.items()}
+
+
+def _gather(mine: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What every process has, by its number."""
+    parts: list[Mapping[str, Any]] = [mine] * process_count()
+    if len(parts) > 1:
+        try:
+            distributed.all_gather_object(parts, mine)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"another process ended before its work was done; its own message says why. Start all again: finished "
+                f"work is in the journal ({error})"
+            ) from error
+    return parts
 
 
 def _together() -> bool:

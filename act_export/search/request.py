@@ -59,8 +59,8 @@ def thresholds_of(values: Sequence[float], modes: str | None) -> tuple[Threshold
         raise CalibrationError(f"threshold_mode is {unknown[0]!r}; it must be {' or '.join(DEFAULT_THRESHOLD)}")
     if values and len(names) > 1:
         raise CalibrationError(
-            f"the thresholds {', '.join(f'{value:g}' for value in values)} can't be of two modes at once; leave them out "
-            f"to try each mode's default"
+            f"the thresholds {', '.join(f'{value:g}' for value in values)} can't be of two modes at once; leave them "
+            f"out to try each mode's default"
         )
     return tuple(Threshold(value, mode) for mode in names for value in values or (DEFAULT_THRESHOLD[mode],))
 

@@ -94,7 +94,7 @@ def search_heads(
         raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
     encoded = [encode_task(checkpoint, task, options) for task in tasks]
     description = describe_search(checkpoint, encoded, options)
-    same_everywhere("search", repr(description))
+    same_everywhere(description)
     if journal is None and journals is not None:
         journal = Path(journals) / hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
     kept = Journal(journal, description, process=process_index()) if journal is not None else None

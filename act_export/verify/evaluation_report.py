@@ -19,7 +19,7 @@ from act_export.verify.evaluation_results import Average, EvaluationReport, Task
 FORMAT = "act-export evaluation"
 FORMAT_VERSION = 1
 _NAMES = {"accuracy": "accuracy", "exact_match": "exact match", "f1": "F1"}
-_WIDTH_WITHOUT_NAMES = 110  # a terminal that is narrower breaks the lines; numbers are never cut
+_ANY_WIDTH = 1000
 _NOTHING = "-"
 
 
@@ -48,9 +48,10 @@ def report_json(report: EvaluationReport) -> str:
 def print_evaluation_report(report: EvaluationReport, console: Console | None = None) -> None:
     """Prints a report on standard output, or on another console."""
     console = console or Console(highlight=False, markup=False)
-    longest_name = max(len(result.name) for result in report.tasks)
-    console.width = max(console.width, _WIDTH_WITHOUT_NAMES + longest_name)
-    console.print(_table(report))
+    table = _table(report)
+    # A terminal that is narrower breaks the lines; numbers are never cut.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum)
+    console.print(table)
     for line in _notes(report):
         console.print(line, soft_wrap=True)
 
@@ -126,9 +127,9 @@ def _with_interval(share: float, interval: tuple[float, float]) -> str:
     return f"{_percent(share)}\n{100 * low:.1f} to {100 * high:.1f}"
 
 
-def _points(gain: float, interval: tuple[float, float], separator: str = "\n") -> str:
+def _points(gain: float, interval: tuple[float, float]) -> str:
     low, high = interval
-    return f"{100 * gain:+.1f}{separator}{100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * gain:+.1f}\n{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def _p(comparison: Comparison) -> str:
@@ -155,7 +156,10 @@ def _notes(report: EvaluationReport) -> list[str]:
 
 
 def _beyond_control(results: Sequence[TaskResult]) -> str:
-    beyond = [(result.name, result.beyond_control) for result in results if result.plain is not None]
-    return ", ".join(
-        f"{name} {_points(found.gain, found.interval, ', ')}" for name, found in beyond if found is not None
-    )
+    beyond = {result.name: result.beyond_control for result in results if result.plain is not None}
+    described = []
+    for name, found in beyond.items():
+        if found is not None:
+            low, high = found.interval
+            described.append(f"{name} {100 * found.gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
+    return ", ".join(described)

@@ -97,7 +97,7 @@ def test_metadata(unpacked):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("Project-URL") is None
     assert metadata["Home-page"] is None
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "smollm2", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "tasks", "lm-eval", "smollm2", "dev"}
     (licence,) = unpacked.glob("*.dist-info/licenses/LICENSE")
     assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
@@ -116,10 +116,11 @@ def test_command_is_installed(unpacked):
 
 def test_installed_wheel_finds_recipe_task_and_library(unpacked):
     code = f"""
-from act_export.calibration import ModelIdentity, find_recipe
+from act_export.calibration import ModelIdentity
+from act_export.recipes import find_recipes
 from act_export.ops.library import library_path
 from act_export.tasks import task_names
-print(find_recipe({RECIPE.model!r}))
+print(find_recipes({RECIPE.model!r})[0].path)
 print(library_path())
 print(*task_names())
 """
@@ -128,7 +129,7 @@ print(*task_names())
     ).splitlines()
     assert Path(recipe) == unpacked / "act_export" / "models" / "of-the-test.json"
     assert Path(library) == unpacked / "act_export" / "ops" / "libact_ops.so"
-    assert tasks.split() == sorted(path.stem for path in (PACKAGE / "tasks").glob("*.json"))
+    assert tasks.split() == sorted(path.stem for path in (PACKAGE / "tasks" / "specs").glob("*.json"))
 
 
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf isn't installed")

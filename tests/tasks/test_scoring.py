@@ -22,6 +22,7 @@ from act_export.tasks import (
     predicted_choice,
     score_choices,
 )
+from act_export.tasks.scoring import positions_of
 
 VOCABULARY = 23
 token = st.integers(0, VOCABULARY - 1)
@@ -125,16 +126,46 @@ def test_batches_hold_every_example_once_sorted_by_length(examples: list[Encoded
 
 
 @given(
-    examples=st.lists(an_example(), min_size=1, max_size=20), batch_size=st.integers(1, 6), tokens=st.integers(1, 20)
+    examples=st.lists(an_example(), min_size=1, max_size=20),
+    batch_size=st.none() | st.integers(1, 6),
+    tokens=st.integers(1, 40),
 )
-def test_batches_stay_within_their_tokens(examples: list[EncodedExample], batch_size: int, tokens: int) -> None:
+def test_batches_stay_within_their_tokens(
+    examples: list[EncodedExample], batch_size: int | None, tokens: int
+) -> None:
     parts = list(batches(examples, batch_size, tokens))
-    assert [i for part in parts for i in part] == [i for part in batches(examples, batch_size) for i in part]
+    assert [i for part in parts for i in part] == [i for part in batches(examples, None) for i in part]
     for part, following in zip(parts, [*parts[1:], []], strict=True):
-        longest = len(examples[part[0]].prompt)
-        assert len(part) == 1 or (len(part) <= batch_size and len(part) * longest <= tokens)
-        full = len(part) == batch_size or (len(part) + 1) * longest > tokens
-        assert full or not following
+        held = positions_of([examples[index] for index in part])
+        assert len(part) == 1 or (held <= tokens and len(part) <= (batch_size or 20))
+        grown = positions_of([examples[index] for index in [*part, *following[:1]]])
+        assert not following or len(part) == batch_size or grown > tokens
+
+
+def test_positions_are_those_of_the_prompts_and_of_each_choice_that_goes_on() -> None:
+    one_token = [EncodedExample((1, 2, 3), ((4,), (5,)), 0), EncodedExample((1,), ((4,), (5,)), 0)]
+    assert positions_of(one_token) == 2 * 3
+    longer = EncodedExample((1, 2), ((4,), (5, 6), (7, 8, 9)), 0)
+    assert positions_of([*one_token, longer]) == 3 * 3 + 2 * (3 + 2)
+
+
+class AtOnce(Recurrent):
+    """Computes what decoding would give in one pass."""
+
+    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: Tensor) -> Tensor:
+        logits = []
+        for end in range(1, input_ids.shape[1] + 1):
+            mask = attention_mask[:, : attention_mask.shape[1] - input_ids.shape[1] + end]
+            step, state = super().__call__(input_ids[:, end - 1 : end], mask, state)
+            logits.append(step)
+        return torch.stack(logits, 1)
+
+
+@given(examples=st.lists(an_example(), min_size=1, max_size=7), batch_size=st.integers(1, 4))
+def test_a_model_that_continues_at_once_gives_the_same(examples: list[EncodedExample], batch_size: int) -> None:
+    at_once = score_choices(AtOnce(), examples, batch_size=batch_size)
+    for row, example in zip(at_once, examples, strict=True):
+        assert row == pytest.approx(brute_force(example), abs=1e-9)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])

@@ -1,0 +1,98 @@
+"""Questions that a known calibration answers: what a search should find."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from act_export.calibration import Calibration
+from act_export.checkpoint import Checkpoint
+from act_export.hooks import ReferenceAttention, attention_hook
+from act_export.search import SearchTask
+from act_export.tasks import (
+    EncodedExample,
+    Example,
+    Generation,
+    TorchLanguageModel,
+    encode_examples,
+    predicted_choice,
+    score_choices,
+    split_examples,
+)
+from act_export.tasks.generation import generate_answers
+
+CHOICES = (" w97", " w98")
+
+
+class Words:
+    """A tokenizer whose text "w5 w17" is the tokens 5 and 17."""
+
+    all_special_tokens = ()
+    added_tokens_encoder: dict[str, int] = {}  # noqa: RUF012
+    eos_token_id = None
+
+    def __call__(self, text: str) -> Any:
+        return SimpleNamespace(input_ids=[int(word[1:]) for word in text.split()])
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
+        return " ".join(f"w{token}" for token in tokens)
+
+
+def reference_scores(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    examples: list[EncodedExample],
+    *,
+    length_normalized: bool = False,
+) -> list[tuple[float, ...]]:
+    """One prompt at a time, through the reference hook."""
+    with attention_hook(checkpoint.model, ReferenceAttention(calibration)) as hooked:
+        return score_choices(
+            TorchLanguageModel(hooked), examples, batch_size=1, length_normalized=length_normalized
+        )
+
+
+def reference_texts(
+    checkpoint: Checkpoint, calibration: Calibration | None, examples: list[EncodedExample], generation: Generation
+) -> list[str]:
+    """What the model says through the reference hook, one prompt at a time."""
+    with attention_hook(checkpoint.model, ReferenceAttention(calibration)) as hooked:
+        return generate_answers(
+            TorchLanguageModel(hooked),
+            examples,
+            tokenizer=checkpoint.tokenizer,
+            max_new_tokens=generation.max_new_tokens,
+            stop=generation.stop,
+            batch_size=1,
+        )
+
+
+def prompts(count: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, 14, (count,), generator=generator).tolist()
+    return [" ".join(f"w{t}" for t in torch.randint(3, 96, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def planted_task(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    *,
+    name: str = "planted",
+    choices: tuple[str, ...] = CHOICES,
+    content_free: str = "w3 w3 w3",
+    sizes: tuple[int, int, int] = (40, 50, 50),
+    seed: int = 0,
+    length_normalized: bool = False,
+) -> SearchTask:
+    """Questions whose right answer is what the model, calibrated so, says."""
+    examples = [Example(prompt, choices, 0, content_free=content_free) for prompt in prompts(sum(sizes), seed)]
+    scores = reference_scores(
+        checkpoint, calibration, encode_examples(checkpoint.tokenizer, examples), length_normalized=length_normalized
+    )
+    answered = [replace(e, answer=predicted_choice(row)) for e, row in zip(examples, scores, strict=True)]
+    rank, choose, report = sizes
+    splits = split_examples(answered, rank=rank, choose=choose, report=report, seed=seed)
+    return SearchTask(name, splits, length_normalized)
