@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -296,10 +297,12 @@ def search_command(
         checkpoint = _load(model, dtype=dtype, device=device, device_map=device_map)
         check_supported(checkpoint.model)
         first = process_index() == 0
+        started = time.monotonic()
         with _progress("search") as progress:
             result = run_search(checkpoint, job, progress=progress if first else None)
         if not first:
             return
+        _note(f"searched in {time.monotonic() - started:.1f} s")
         computed, known = result.units
         if computed < known:
             _note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tiny import tiny_checkpoint
 
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
@@ -24,6 +25,8 @@ from act_export.tasks import (
 )
 from act_export.tasks.generation import generate_answers
 
+PLANTED = Calibration({0: (1,)}, beta=0.0, threshold=0.1)
+GENERATION = Generation(max_new_tokens=4, stop=(), metric="f1")
 CHOICES = (" w97", " w98")
 
 
@@ -41,6 +44,10 @@ class Words:
         return " ".join(f"w{token}" for token in tokens)
 
 
+def words_checkpoint() -> Checkpoint:
+    return replace(tiny_checkpoint(), tokenizer=Words())
+
+
 def reference_scores(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
@@ -50,9 +57,7 @@ def reference_scores(
 ) -> list[tuple[float, ...]]:
     """One prompt at a time, through the reference hook."""
     with attention_hook(checkpoint.model, ReferenceAttention(calibration)) as hooked:
-        return score_choices(
-            TorchLanguageModel(hooked), examples, batch_size=1, length_normalized=length_normalized
-        )
+        return score_choices(TorchLanguageModel(hooked), examples, batch_size=1, length_normalized=length_normalized)
 
 
 def reference_texts(
@@ -96,3 +101,18 @@ def planted_task(
     rank, choose, report = sizes
     splits = split_examples(answered, rank=rank, choose=choose, report=report, seed=seed)
     return SearchTask(name, splits, length_normalized)
+
+
+def written_by(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    *,
+    name: str = "written",
+    sizes: tuple[int, int, int] = (20, 30, 30),
+) -> SearchTask:
+    """Questions whose right answer is what the model, calibrated so, writes."""
+    examples = [Example(prompt, CHOICES[:1], 0) for prompt in prompts(sum(sizes))]
+    texts = reference_texts(checkpoint, calibration, encode_examples(checkpoint.tokenizer, examples), GENERATION)
+    answered = [replace(e, choices=(f" {text}",), references=(text,)) for e, text in zip(examples, texts, strict=True)]
+    rank, choose, report = sizes
+    return SearchTask(name, split_examples(answered, rank=rank, choose=choose, report=report), generation=GENERATION)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +113,18 @@ def search_heads(
 
 
 def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions) -> dict[str, Any]:
-    """All that decides what a search computes: what its journal is recognised by."""
-    settings = asdict(options)
-    settings["thresholds"] = [f"{threshold.mode} {threshold.value}" for threshold in options.thresholds]
+    """What a journal is recognised by: all that a unit's result depends on and its key doesn't say.
+
+    Method, betas, thresholds and numbers of heads are in the keys, so a search with others goes on from the same
+    journal.
+    """
     return {
         "journal": _JOURNAL_VERSION,
         "model": checkpoint.identity.fingerprint,
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {task.task.name: task.digest for task in tasks},
+        "batch_tokens": options.batch_tokens,
         "versions": _versions(),
-        **settings,
     }
 
 

@@ -1,77 +1,40 @@
+"""The whole search on a tiny model, with questions that known heads answer."""
+
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from planted import CHOICES, PLANTED, planted_task, words_checkpoint, written_by
 
 import act_export
 from act_export.calibration import Calibration, CalibrationError
-from act_export.checkpoint import Checkpoint, identify
-from act_export.hooks import ReferenceAttention, attention_hook
-from act_export.search import search_heads
-from act_export.tasks import (
-    Example,
-    ScoringError,
-    Splits,
-    TaskError,
-    TorchLanguageModel,
-    encode_examples,
-    predicted_choice,
-    prompt_digest,
-    score_choices,
-    split_examples,
-    unused,
-)
+from act_export.checkpoint import Checkpoint
+from act_export.search import METHODS, SearchError, SearchOptions, SearchTask, Threshold, search_heads
+from act_export.search.request import thresholds_of
+from act_export.tasks import Example, ScoringError, Splits, TaskError, prompt_digest, unused
 
-PLANTED = Calibration({0: (0,)}, beta=0.0, threshold=0.1)
-SEARCH: dict[str, Any] = {"beta": 0.0, "threshold": 0.1, "head_counts": (1, 2, 4, 8), "seed": 3}
-
-
-class Letters:
-    """A tokenizer with a token per character."""
-
-    def __call__(self, text: str) -> Any:
-        return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4, seed=3)
 
 
 @pytest.fixture
-def checkpoint(llama: PreTrainedModel) -> Checkpoint:
-    model = llama.float()
-    return Checkpoint("tiny", model, Letters(), identify(model))
+def checkpoint() -> Checkpoint:
+    return words_checkpoint()
 
 
-def answered_by(checkpoint: Checkpoint, calibration: Calibration | None) -> Splits:
-    """Questions whose right answer is what the model, calibrated so, says."""
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for _ in range(150):
-        length = int(torch.randint(6, 14, (), generator=generator))
-        letters = torch.randint(65, 91, (length,), generator=generator).tolist()
-        examples.append(Example("".join(map(chr, letters)), (" a", " b"), 0))
-    with attention_hook(checkpoint.model, ReferenceAttention(calibration)) as hooked:
-        scores = score_choices(TorchLanguageModel(hooked), encode_examples(checkpoint.tokenizer, examples))
-    answered = [replace(e, answer=predicted_choice(row)) for e, row in zip(examples, scores, strict=True)]
-    return split_examples(answered, rank=40, choose=50, report=50, seed=3)
-
-
-def test_planted_heads_are_found(checkpoint: Checkpoint) -> None:
-    splits = answered_by(checkpoint, PLANTED)
-    steps: list[tuple[str, float]] = []
-    found = search_heads(
-        checkpoint, splits, tasks=("planted",), progress=lambda step, done: steps.append((step, done)), **SEARCH
-    )
-    assert found.heads == PLANTED.heads
-    assert (found.beta, found.threshold, found.threshold_mode) == (0.0, 0.1, "absolute")
+@pytest.mark.parametrize("method", METHODS)
+def test_planted_heads_are_found(checkpoint: Checkpoint, method: str) -> None:
+    task = planted_task(checkpoint, PLANTED, seed=3)
+    found = search_heads(checkpoint, [task], replace(OPTIONS, method=method)).calibrations["planted"]
+    assert (found.heads, found.beta) == (PLANTED.heads, 0.0)
+    assert (found.threshold, found.threshold_mode) == (0.1, "absolute")
     assert found.model == checkpoint.identity
-    found.check_fits(checkpoint.identity)
     origin = found.provenance
     assert origin is not None
-    assert origin.method == "gates"
+    assert origin.method == method
     assert origin.tasks == ("planted",)
     assert origin.samples == {"rank": 40, "choose": 50, "report": 50}
     assert origin.seed == 3
@@ -81,95 +44,232 @@ def test_planted_heads_are_found(checkpoint: Checkpoint) -> None:
         "transformers": transformers.__version__,
     }
     assert origin.plain_accuracy is not None
-    assert origin.calibrated_accuracy is not None
-    assert origin.calibrated_accuracy > origin.plain_accuracy
+    assert origin.plain_accuracy < origin.calibrated_accuracy == 1
     low, high = origin.notes["gain_interval_95"]
-    assert low <= origin.calibrated_accuracy - origin.plain_accuracy <= high
-    assert 0 <= origin.notes["mcnemar_p"] <= 1
-    assert sum(origin.notes["predicted_shares"]["calibrated"]) == pytest.approx(1)
-    assert set(origin.notes["accuracy_without_choice_bias"]) == {"plain", "calibrated"}
-    assert list(origin.notes["choose_accuracy"]) == ["0", "1", "2", "4", "8"]
+    assert 0 < low <= 1 - origin.plain_accuracy <= high
+    assert 0 < origin.notes["mcnemar_p"] < 0.05
+    assert origin.notes["choose_p"] < 0.05
+    assert origin.notes["dtype"] == "float32"
+    shares = origin.notes["predicted_shares"]
+    assert sum(shares["plain"]) == pytest.approx(1) == sum(shares["calibrated"])
+    assert set(origin.notes["controls"]) == {"random_heads", "plain_without_label_prior", "without_choice_bias"}
+    assert len(origin.notes["controls"]["random_heads"]) == 3
+    assert list(origin.notes["choose_accuracy"])[:2] == ["0", "1"]
     assert max(origin.notes["choose_accuracy"].values()) == origin.notes["choose_accuracy"]["1"] == 1
-    used = origin.notes["used"]
+    assert origin.notes["ranking_forward_passes"] > 0
+
+
+def test_the_file_holds_everything_and_comes_back(checkpoint: Checkpoint) -> None:
+    task = planted_task(checkpoint, PLANTED, seed=3)
+    found = search_heads(checkpoint, [task], OPTIONS).calibrations["planted"]
+    again = Calibration.from_json(found.to_json())
+    assert again.to_json() == found.to_json()
+    assert (again.heads, again.beta, again.model) == (found.heads, found.beta, found.model)
+    assert again.provenance is not None
+    assert again.provenance.notes == found.provenance.notes
+    again.check_fits(checkpoint.identity)
+    used = found.provenance.notes["used"]
     assert used == sorted(used)
-    assert set(used) == {prompt_digest(example.prompt) for example in (*splits.rank, *splits.choose)}
-    assert unused(splits.report, used) == list(splits.report)
-    assert Calibration.from_json(found.to_json()) == found
+    assert set(used) == {prompt_digest(e.prompt) for e in (*task.splits.rank, *task.splits.choose)}
+    assert unused(task.splits.report, used) == list(task.splits.report)
     (line,) = [line for line in found.to_json().splitlines() if '"used"' in line]
     assert line.count(",") == len(used) - 1
 
-    assert list(dict.fromkeys(step for step, _ in steps)) == [
-        "ranking heads",
-        "choosing how many",
-        "measuring the gain",
-    ]
-    done = [share for _, share in steps]
-    assert done == sorted(done)
-    assert (done[0], done[-1]) == (0, 1)
-
-
-def test_reported_accuracies_are_those_of_the_reference(checkpoint: Checkpoint) -> None:
-    splits = answered_by(checkpoint, PLANTED)
-    found = search_heads(checkpoint, splits, **SEARCH)
-    report = encode_examples(checkpoint.tokenizer, splits.report)
-    for calibration, accuracy in (
-        (None, found.provenance.plain_accuracy),
-        (found, found.provenance.calibrated_accuracy),
-    ):
-        with attention_hook(checkpoint.model, ReferenceAttention(calibration)) as hooked:
-            scores = score_choices(TorchLanguageModel(hooked), report, batch_size=1)
-        right = [predicted_choice(row) == example.answer for row, example in zip(scores, report, strict=True)]
-        assert accuracy == pytest.approx(sum(right) / len(right), abs=5e-5)
-
 
 def test_where_nothing_helps_no_head_is_calibrated_and_that_is_said(checkpoint: Checkpoint) -> None:
-    found = search_heads(checkpoint, answered_by(checkpoint, None), **SEARCH)
+    result = search_heads(checkpoint, [planted_task(checkpoint, None)], OPTIONS)
+    found = result.calibrations["planted"]
     assert found.heads == {}
+    assert (found.beta, found.threshold) == (0.0, 0.1)
     assert found.model == checkpoint.identity
     assert found.provenance.plain_accuracy == found.provenance.calibrated_accuracy == 1
     assert found.provenance.notes["result"].startswith("no head is calibrated")
+    assert "gain_interval_95" not in found.provenance.notes
     assert found.provenance.notes["choose_p"] > 0.05
     assert len(found.provenance.notes["used"]) == 90
+    report = result.reports["planted"]
+    assert (report.own, report.choice_bias, report.predicted_shares, report.random_heads) == (None, None, None, ())
 
 
-def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint) -> None:
-    splits = answered_by(checkpoint, None)
-    with torch.no_grad():
-        checkpoint.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ScoringError, match=r"after the prompt '[A-Z]+' are"):
-        search_heads(checkpoint, splits, **SEARCH)
+def test_every_head_takes_the_beta_that_suits_it(checkpoint: Checkpoint) -> None:
+    planted = Calibration({0: (1, 3)}, beta={0: (1.8, 0.0)}, threshold=0.1)
+    options = replace(OPTIONS, method="exhaustive", betas=(1.8, 0.0))
+    result = search_heads(checkpoint, [planted_task(checkpoint, planted)], options)
+    found = result.calibrations["planted"]
+    assert (found.heads, found.beta) == (planted.heads, planted.beta)
+    assert result.reports["planted"].own.accuracy == 1
+    labels = result.reports["planted"].choose_accuracy
+    assert labels["2 heads, beta 0 and 1.8, absolute 0.1"] == 1
+    assert {"0", "1 heads, beta 0, absolute 0.1", "1 heads, beta 1.8, absolute 0.1"} <= set(labels)
 
 
-def test_a_search_repeats_and_leaves_the_model_alone(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("planted", [Threshold(0.2), Threshold(1.5, "relative")])
+def test_the_threshold_that_suits_is_chosen(checkpoint: Checkpoint, planted: Threshold) -> None:
+    """0.1 is one of them too, and comes first."""
+    calibration = replace(PLANTED, threshold=planted.value, threshold_mode=planted.mode)
+    options = replace(OPTIONS, thresholds=(Threshold(), Threshold(0.2), Threshold(1.5, "relative")))
+    result = search_heads(checkpoint, [planted_task(checkpoint, calibration)], options)
+    found = result.calibrations["planted"]
+    assert (found.heads, found.threshold, found.threshold_mode) == (PLANTED.heads, planted.value, planted.mode)
+    assert result.reports["planted"].own.accuracy == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_length_normalized_choices(checkpoint: Checkpoint, method: str) -> None:
+    """The choice of four tokens would never be chosen by its whole log-likelihood."""
+    choices = (" w97 w5", " w98 w9 w4 w4")
+    task = planted_task(checkpoint, PLANTED, choices=choices, length_normalized=True)
+    options = replace(OPTIONS, method=method)
+    found = search_heads(checkpoint, [task], options)
+    assert found.calibrations["planted"].heads == PLANTED.heads
+    assert found.reports["planted"].own.accuracy == 1
+    assert found.reports["planted"].predicted_shares[1][1] > 0.1
+    otherwise = search_heads(checkpoint, [replace(task, length_normalized=False)], options)
+    assert otherwise.reports["planted"].plain_accuracy != found.reports["planted"].plain_accuracy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_written_answers(checkpoint: Checkpoint, method: str) -> None:
+    """Their credit is F1, between right and wrong."""
+    result = search_heads(checkpoint, [written_by(checkpoint, PLANTED)], replace(OPTIONS, method=method))
+    found, report = result.calibrations["written"], result.reports["written"]
+    assert found.heads == PLANTED.heads
+    assert report.own.accuracy == found.provenance.calibrated_accuracy == 1
+    assert 0 < report.plain_accuracy < 0.5
+    assert report.own.p is None
+    assert "mcnemar_p" not in found.provenance.notes
+    assert (report.label_prior, report.choice_bias, report.predicted_shares) == (None, None, None)
+
+
+def test_batch_tokens_change_nothing_but_rounding(checkpoint: Checkpoint) -> None:
+    task = planted_task(checkpoint, PLANTED)
+    results = [
+        search_heads(checkpoint, [task], replace(OPTIONS, method="gates+confirm", batch_tokens=size))
+        for size in (1, 40, 100_000)
+    ]
+    for result in results[1:]:
+        assert result.calibrations["planted"].heads == PLANTED.heads
+        assert result.calibrations["planted"].to_json() == results[0].calibrations["planted"].to_json()
+        assert result.units[1] < results[0].units[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_search_repeats_and_leaves_the_model_alone(checkpoint: Checkpoint, checkpointing: bool) -> None:
     before = {name: parameter.clone() for name, parameter in checkpoint.model.named_parameters()}
     implementation = checkpoint.model.config._attn_implementation
-    splits = answered_by(checkpoint, PLANTED)
-    first, second = (search_heads(checkpoint, splits, batch_size=size, **SEARCH) for size in (16, 7))
-    assert first.heads == second.heads
-    assert first.provenance == second.provenance
+    forwards = [module.forward.__func__ for module in checkpoint.model.modules()]
+    tasks = [planted_task(checkpoint, PLANTED), written_by(checkpoint, PLANTED)]
+    options = replace(OPTIONS, method="gates+confirm", gradient_checkpointing=checkpointing)
+    first, second = (search_heads(checkpoint, tasks, options) for _ in range(2))
+    assert first == second
     assert checkpoint.model.config._attn_implementation == implementation
+    assert [module.forward.__func__ for module in checkpoint.model.modules()] == forwards
+    assert not checkpoint.model.training
     for name, parameter in checkpoint.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+        assert not parameter.requires_grad
 
 
-def test_the_threshold_defaults_to_its_mode(checkpoint: Checkpoint) -> None:
-    splits = answered_by(checkpoint, PLANTED)
-    small = Splits(splits.rank[:2], splits.choose[:2], splits.report[:2])
-    for mode, threshold in (("absolute", 0.1), ("relative", 5.0)):
-        assert search_heads(checkpoint, small, threshold_mode=mode, head_counts=(1,)).threshold == threshold
+def test_the_model_is_left_alone_after_an_error_too(checkpoint: Checkpoint) -> None:
+    implementation = checkpoint.model.config._attn_implementation
+
+    def stop(step: str, done: float) -> None:
+        if step.startswith("measuring"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_heads(
+            checkpoint, [planted_task(checkpoint, PLANTED)], replace(OPTIONS, method="gates+confirm"), progress=stop
+        )
+    assert checkpoint.model.config._attn_implementation == implementation
+    assert search_heads(checkpoint, [planted_task(checkpoint, PLANTED)], OPTIONS).calibrations["planted"].heads
 
 
-def test_what_cannot_be_searched_is_refused_before_any_work(checkpoint: Checkpoint) -> None:
-    splits = answered_by(checkpoint, None)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("several", [False, True])
+def test_progress_reaches_the_end_and_never_runs_backwards(checkpoint: Checkpoint, method: str, several: bool) -> None:
+    tasks = [planted_task(checkpoint, PLANTED, name=name) for name in ("one", "two")[: 2 if several else 1]]
+    steps: list[tuple[str, float]] = []
+    search_heads(
+        checkpoint,
+        tasks,
+        replace(OPTIONS, method=method, betas=(0.0, 1.5), batch_tokens=200),
+        progress=lambda step, done: steps.append((step, done)),
+    )
+    shares = [done for _, done in steps]
+    assert shares == sorted(shares)
+    assert (shares[0], steps[-1]) == (0, ("done", 1))
+    assert shares[-2] > 0.4  # the plan isn't far off
+    for name in ("one", "two")[: len(tasks)]:
+        assert (f"ranking heads on {name}" in dict(steps)) == (method != "exhaustive")
+        assert (f"measuring heads on {name}" in dict(steps)) == (method != "gates")
+    assert {"choosing how many", "measuring the gain"} <= set(dict(steps))
+    assert ("choosing a joint set" in dict(steps)) == several
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, method: str) -> None:
+    task = planted_task(checkpoint, None)
+    with torch.no_grad():
+        checkpoint.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ScoringError, match=r"after the prompt '[w0-9 .]+' are .*nan"):
+        search_heads(checkpoint, [task], replace(OPTIONS, method=method))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"method": "random"}, SearchError, "no method 'random'; it must be gates, gates.confirm, exhaustive"),
+        ({"betas": ()}, SearchError, r"betas are \(\); name at least one"),
+        ({"betas": (0.4, 0.4)}, SearchError, r"betas are \(0.4, 0.4\); .* none twice"),
+        ({"betas": (0.4, 3)}, CalibrationError, "beta is 3; it must lie in"),
+        ({"betas": (float("nan"),)}, CalibrationError, "beta is nan"),
+        ({"betas": (1.0,)}, CalibrationError, "beta is 1, which changes nothing"),
+        ({"thresholds": ()}, SearchError, r"thresholds are \(\)"),
+        ({"thresholds": (Threshold(-1),)}, CalibrationError, "threshold is -1"),
+        ({"thresholds": (Threshold(0.1, "absolut"),)}, CalibrationError, "threshold_mode is 'absolut'"),
+        ({"head_counts": (4, 0)}, SearchError, r"head_counts are \(4, 0\); each must be at least 1"),
+        ({"head_counts": (4, 4)}, SearchError, r"head_counts are \(4, 4\); name at least one, and none twice"),
+        ({"confirm": 0}, SearchError, "confirm is 0; it must be at least 1"),
+        ({"batch_tokens": 0}, SearchError, "batch_tokens is 0; it must be at least 1"),
+        ({"random_draws": -1}, SearchError, "random_draws is -1; it must be at least 0"),
+    ],
+)
+def test_bad_options_are_refused(options: Mapping[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SearchOptions(**options)
+
+
+def test_thresholds_of_modes() -> None:
+    assert thresholds_of((), None) == (Threshold(0.1),)
+    assert thresholds_of((), "absolute, relative") == (Threshold(0.1), Threshold(5.0, "relative"))
+    assert thresholds_of((2.0, 3.0), "relative") == (Threshold(2.0, "relative"), Threshold(3.0, "relative"))
+    with pytest.raises(CalibrationError, match="threshold_mode is 'absolut'; it must be absolute or relative"):
+        thresholds_of((), "absolut")
+    with pytest.raises(CalibrationError, match=r"the thresholds 0\.1, 5 can't be of two modes at once"):
+        thresholds_of((0.1, 5.0), "absolute,relative")
+
+
+def test_what_cannot_be_searched_is_refused(checkpoint: Checkpoint) -> None:
+    task = planted_task(checkpoint, None, sizes=(6, 6, 6))
+    with pytest.raises(SearchError, match="the tasks are none; name at least one"):
+        search_heads(checkpoint, [])
+    with pytest.raises(SearchError, match=r"the tasks are planted, planted; .* none twice"):
+        search_heads(checkpoint, [task, task])
     with pytest.raises(TaskError, match="the model has no tokenizer"):
-        search_heads(replace(checkpoint, tokenizer=None), splits)
-    with pytest.raises(CalibrationError, match="threshold_mode is 'absolut'"):
-        search_heads(checkpoint, splits, threshold_mode="absolut")
-    with pytest.raises(CalibrationError, match="beta is 3"):
-        search_heads(checkpoint, splits, beta=3)
-    with pytest.raises(CalibrationError, match="threshold is -1"):
-        search_heads(checkpoint, splits, threshold=-1)
-    long = Splits((Example("a" * 3000, (" a", " b"), 0),), splits.choose, splits.report)
-    with pytest.raises(TaskError, match="has 3002 tokens; the model takes 2048"):
-        search_heads(checkpoint, long)
+        search_heads(replace(checkpoint, tokenizer=None), [task])
+    splits = task.splits
+    long = Splits((Example("w5 " * 299 + "w5", CHOICES, 0),), splits.choose, splits.report)
+    with pytest.raises(TaskError, match="has 301 tokens; the model takes 256"):
+        search_heads(checkpoint, [SearchTask("long", long)])
+    shortened = search_heads(checkpoint, [SearchTask("long", long)], replace(OPTIONS, truncate=True))
+    assert shortened.reports["long"].sizes == {"rank": 1, "choose": 6, "report": 6}
+
+
+def test_results_of_a_search_on_one_task_have_no_joint_set(checkpoint: Checkpoint) -> None:
+    result = search_heads(checkpoint, [planted_task(checkpoint, PLANTED)], OPTIONS)
+    assert (result.joint, result.average, result.joint_average) == (None, None, None)
+    assert result.reports["planted"].joint is None
+    assert result.units[0] == result.units[1] > 0
+    assert asdict(result)["reports"]["planted"]["sizes"] == {"rank": 40, "choose": 50, "report": 50}

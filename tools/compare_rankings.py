@@ -1,0 +1,115 @@
+"""Gates against the paper's exhaustive search: the same order of heads, at what cost?
+
+    .venv/bin/python tools/compare_rankings.py [--model smollm2-135m] [--task sst2] [--journal FOLDER]
+
+Ranks all heads of the model on one task's ranking split by both methods, prints Spearman's correlation, what each
+took in forward passes of one prompt, the time, and the held-out accuracy that each method's own search reaches. The
+paper's loop, every head switched on for all prompts, is timed on a few heads. With a journal an interrupted run goes on
+where it stopped; times are then those of the last run alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from act_export.calibration import Calibration
+from act_export.checkpoint import load_checkpoint
+from act_export.search import SearchOptions, search_heads
+from act_export.search.answers import RANK, answer, encode_task
+from act_export.search.journal import Journal
+from act_export.search.processes import Workers
+from act_export.search.rank import rank_heads
+from act_export.search.search import describe_search
+from act_export.search_job import SearchJob
+
+NAIVE_HEADS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--scoring")
+    parser.add_argument("--journal", type=Path, help="a folder that keeps finished work")
+    arguments = parser.parse_args()
+
+    checkpoint = load_checkpoint(arguments.model)
+    layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
+    (task,) = SearchJob(tasks=(arguments.task,), scoring=arguments.scoring).load()
+    orders, rows = {}, []
+    for method in ("gates", "exhaustive"):
+        options = SearchOptions(method=method)
+        encoded = encode_task(checkpoint, task, options)
+        journal = arguments.journal / method if arguments.journal is not None else None
+        kept = Journal(journal, describe_search(checkpoint, [encoded], options)) if journal is not None else None
+        with ProgressBar(console=Console(stderr=True)) as bar:
+            row = bar.add_task(method, total=1.0)
+            workers = Workers(kept, planned_cost=1.0)
+            started = time.monotonic()
+            effects = rank_heads(checkpoint, encoded, options.thresholds[0], options, workers)
+            seconds = time.monotonic() - started
+            orders[method] = effects.log_likelihood[options.betas[0]].flatten()
+            found = search_heads(
+                checkpoint,
+                [task],
+                options,
+                journal=journal,
+                progress=lambda _, done, bar=bar, row=row: bar.update(row, completed=done),
+            )
+        rows.append((method, effects.passes, seconds, workers.computed, found.reports[task.name], found))
+
+    prompts = len(task.splits.rank)
+    naive_passes = layers * heads * prompts
+    naive_seconds = time_of_the_loop(checkpoint, encoded, options) * layers * heads / NAIVE_HEADS
+    table = Table(title=f"{arguments.model}, {arguments.task}, {layers * heads} heads, {prompts} prompts to rank with")
+    for column in ("method", "passes", "of the loop's", "ranking", "heads found", "plain", "calibrated"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    table.add_row("the paper's loop", str(naive_passes), "100%", f"{naive_seconds:.0f} s (extrapolated)", "", "", "")
+    for method, passes, seconds, computed, report, found in rows:
+        accuracy = report.own.accuracy if report.own is not None else report.plain_accuracy
+        table.add_row(
+            method,
+            f"{passes:.0f}",
+            f"{passes / naive_passes:.1%}",
+            f"{seconds:.0f} s" if computed else "in the journal",
+            str(found.calibrations[task.name].num_calibrated_heads),
+            f"{report.plain_accuracy:.1%}",
+            f"{accuracy:.1%}",
+        )
+    Console(width=140).print(table)
+    agreement = float(((orders["gates"] > 0) == (orders["exhaustive"] > 0)).double().mean())
+    print(f"Spearman {spearman(orders['gates'], orders['exhaustive']):.3f}, same sign {agreement:.1%}")
+    print(f"{torch.get_num_threads()} threads")
+
+
+def time_of_the_loop(checkpoint, encoded, options) -> float:
+    """Seconds for a few heads, each switched on for all prompts."""
+    picked = np.random.default_rng(0).permutation(checkpoint.identity.num_layers * checkpoint.identity.num_heads)
+    started = time.monotonic()
+    for index in picked[:NAIVE_HEADS].tolist():
+        layer, head = divmod(index, checkpoint.identity.num_heads)
+        calibration = Calibration({layer: (head,)}, options.betas[0])
+        answer(checkpoint, [(encoded, RANK, calibration)], options, Workers(), step="loop")
+    return time.monotonic() - started
+
+
+def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Correlation of the ranks of two vectors; equal values share their mean rank."""
+    ranks = []
+    for values in (first, second):
+        _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+        last = counts.cumsum(0)
+        ranks.append((last - (counts - 1) / 2)[inverse].double())
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+if __name__ == "__main__":
+    main()
