@@ -100,6 +100,7 @@ class SinkCache(Cache):
         """Takes the state of each layer, None for a first call, and the mask (batch, past + sequence)."""
         self.attention_mask = attention_mask
         self.one_at_a_time = one_at_a_time
+        self._masks_by_device = {attention_mask.device: attention_mask}
         self.states: list[LayerState | None] = list(layers)
         self.calls = [0] * len(self.states)
         self.masks: list[tuple[Tensor, int]] = []  # that the model had built, with their windows
@@ -124,6 +125,12 @@ class SinkCache(Cache):
         again.states[layer] = state
         again.masks = self.masks
         return again
+
+    def mask_on(self, device: torch.device) -> Tensor:
+        """The mask where a layer computes: a model may be spread over several devices."""
+        if device not in self._masks_by_device:
+            self._masks_by_device[device] = self.attention_mask.to(device)
+        return self._masks_by_device[device]
 
     def __len__(self) -> int:
         """Number of layers."""
@@ -241,14 +248,14 @@ def check_supported(model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: If its attention can't be replaced, with the reason.
     """
-    ids = torch.zeros(2, 5, dtype=torch.long)
+    ids = torch.zeros(2, 5, dtype=torch.long, device=model.device)
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),
         attention_hook(model, ReferenceAttention(None)) as hooked,
     ):
         first = hooked(ids, torch.ones_like(ids), logits_to_keep=1)
-        hooked(ids, torch.ones(2, 10, dtype=torch.long), first.state, logits_to_keep=1)
+        hooked(ids, ids.new_ones(2, 10), first.state, logits_to_keep=1)
 
 
 @contextmanager
@@ -426,7 +433,7 @@ def _attention(
             query=query,
             key=key,
             value=value,
-            attention_mask=cache.attention_mask,  # the caller's own: transformers made the other one boolean
+            attention_mask=cache.mask_on(query.device),  # the caller's own: transformers made the other one boolean
             scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
             softcap=float(softcap or 0.0),
             sliding_window=_window_of(attention_mask, sliding_window, cache, name),
@@ -476,6 +483,9 @@ def _window_of(attention_mask: Tensor, asked: int | None, cache: SinkCache, name
     for mask, window in cache.masks:
         if mask is attention_mask:
             return window
+    windows = {window for _, window in cache.masks}
+    if len(windows) == 1 and all(mask.device != attention_mask.device for mask, _ in cache.masks):
+        return windows.pop()  # a copy for a layer on another device
     if asked or any(window > 0 for _, window in cache.masks):
         raise UnsupportedModelError(
             f"{name} changes its attention mask on the way, so its sliding window can't be told"

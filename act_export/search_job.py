@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,8 +111,11 @@ def check_output(out: Path, job: SearchJob) -> None:
     folder = out if several and out.exists() else out.resolve().parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ActExportError(f"can't write to {folder}; pass another place with --out")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ActExportError(f"can't write to {folder}: {error.strerror}; pass another place with --out") from error
 
 
 def save_result(result: SearchResult, out: Path) -> list[Path]:

@@ -8,12 +8,14 @@ from rich.table import Table
 from act_export.search import SearchResult
 from act_export.search.report import Gain
 
+_FILE_WIDTH = 160  # where the output is no terminal
+
 
 def print_search_result(result: SearchResult) -> None:
     """Prints a row for each task, on standard output: accuracies on questions that took no part in the search."""
     table = Table(title="accuracy on questions that took no part in the search")
     for column in ("task", "questions", "plain", "calibrated", "heads", "gain, 95% interval", "random heads"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
     table.add_column("plain without label prior", justify="right")
     if result.joint is not None:
         table.add_column("joint set", justify="right")
@@ -36,7 +38,9 @@ def print_search_result(result: SearchResult) -> None:
         table.add_section()
         table.add_row(*row, *([_gain(result.joint_average)] if result.joint is not None else []))
     console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    console.print(table)
     for name, report in result.reports.items():
         for published, accuracy in report.published.items():
             console.print(f"{name}: {accuracy:.1%} with the published heads {published}", highlight=False)

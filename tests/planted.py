@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny import tiny_checkpoint
+from tiny import save_checkpoint, tiny_checkpoint
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint import Checkpoint, load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import SearchTask
 from act_export.tasks import (
@@ -116,3 +118,18 @@ def written_by(
     answered = [replace(e, choices=(f" {text}",), references=(text,)) for e, text in zip(examples, texts, strict=True)]
     rank, choose, report = sizes
     return SearchTask(name, split_examples(answered, rank=rank, choose=choose, report=report), generation=GENERATION)
+
+
+def save_planted(folder: Path, *, count: int = 130, seed: int = 0) -> tuple[Path, Path]:
+    """A checkpoint folder, and a file of questions that `PLANTED` answers: `--rank 40 --choose 50` are enough."""
+    checkpoint = load_checkpoint(str(save_checkpoint(folder / "checkpoint")))
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, 14, (count,), generator=generator).tolist()
+    texts = ["".join(map(chr, torch.randint(65, 91, (n,), generator=generator).tolist())) for n in lengths]
+    examples = [Example(text, ("x", "y"), 0) for text in texts]
+    scores = reference_scores(checkpoint, PLANTED, encode_examples(checkpoint.tokenizer, examples))
+    rows = folder / "rows.jsonl"
+    with rows.open("w", encoding="utf-8") as file:
+        for text, row in zip(texts, scores, strict=True):
+            file.write(json.dumps({"prompt": text, "choices": ["x", "y"], "answer": predicted_choice(row)}) + "\n")
+    return folder / "checkpoint", rows

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import act_export
+import act_export.search
+import act_export.search.search as search_module
 
 
 @pytest.mark.parametrize("name", act_export.__all__)
@@ -19,6 +23,19 @@ def test_every_public_name_is_there(name):
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = act_export.nothing
+
+
+@pytest.mark.parametrize("name", act_export.search.__all__)
+def test_what_a_search_takes_and_gives_is_there(name):
+    assert getattr(act_export.search, name) is not None
+
+
+def test_a_search_needs_public_names_only():
+    """Every type in its signature has a public name."""
+    hints = get_type_hints(act_export.search_heads, vars(search_module))
+    text = " ".join(str(hint) for hint in hints.values())
+    found = set(re.findall(r"act_export\.search\.[\w.]*\.(\w+)", text))
+    assert {"SearchOptions", "SearchResult", "SearchTask"} == found <= set(act_export.search.__all__)
 
 
 def test_no_public_name_hides_a_module():

@@ -24,8 +24,15 @@ from act_export.calibration import LayerCalibration
 from act_export.hooks import AttentionCall, HookedModel, LayerState, active, attention_hook, empty_state, flatten_heads
 from act_export.reference import attention_probabilities, calibrate_one_at_a_time, calibrate_with_state
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
-from act_export.search.fast_attention import calibrated_probabilities, join_past, plain_attention
+from act_export.search.fast_attention import (
+    calibrated_probabilities,
+    head_groups,
+    join_past,
+    map_probabilities,
+    plain_attention,
+)
 from act_export.search.gates import log_likelihoods
+from act_export.search.request import Threshold
 from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores, predicted_choice
 
 
@@ -54,9 +61,7 @@ class PlainRun:
         *,
         num_layers: int,
         num_heads: int,
-        beta: float,
-        threshold: float,
-        threshold_mode: str = "absolute",
+        threshold: Threshold,
         length_normalized: bool = False,
     ) -> None:
         """Runs it.
@@ -66,9 +71,7 @@ class PlainRun:
             batch: Examples that run together.
             num_layers: Attention layers of the model.
             num_heads: Query heads per layer.
-            beta: Of the calibration whose effect is measured.
-            threshold: The same.
-            threshold_mode: The same.
+            threshold: Of the calibrations whose effects are measured.
             length_normalized: Compare choices by log-likelihood per token.
 
         Raises:
@@ -80,9 +83,8 @@ class PlainRun:
         self.layers = decoder_layers(model, num_layers)
         self.num_heads = num_heads
         self.length_normalized = length_normalized
-        heads = tuple(range(num_heads))
-        self.calibration = LayerCalibration(heads, (beta,) * num_heads, threshold, threshold_mode)
-        hook = _FindSinks(num_layers, self.calibration)
+        self.threshold = threshold
+        hook = _FindSinks(num_layers, threshold)
         record = _Record(self.layers)
         with torch.no_grad(), attention_hook(model, hook) as hooked, record.recording():
             self.scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
@@ -101,12 +103,13 @@ class PlainRun:
         self.rows_of = rows_of
 
     def effects(
-        self, layer: int, heads: Collection[int] | None = None, *, batch_tokens: int | None = None
+        self, layer: int, heads: Collection[int] | None = None, *, beta: float, batch_tokens: int | None = None
     ) -> LayerEffects:
         """What calibrating each of these heads alone changes.
 
         Args:
             layer: Their layer.
+            beta: How strongly.
             heads: Query heads; None for all. Those left out get 0.
             batch_tokens: Positions that run together at the most, as in `act_export.tasks.score_choices`.
 
@@ -124,7 +127,7 @@ class PlainRun:
         for indices in batches([self.batch[example] for example, _ in pairs], None, batch_tokens):
             together = [pairs[index] for index in indices]
             copies = [self.batch[example] for example, _ in together]
-            scores = self._scores_from(layer, together)
+            scores = self._scores_from(layer, together, beta)
             for (example, head), copy, row, gained in zip(
                 together, copies, scores, log_likelihoods(copies, scores).tolist(), strict=True
             ):
@@ -134,9 +137,9 @@ class PlainRun:
         share = (len(self.layers) - layer) / len(self.layers)
         return LayerEffects(tuple(gains), tuple(correct), len(pairs) * share)
 
-    def _scores_from(self, layer: int, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def _scores_from(self, layer: int, pairs: Sequence[tuple[int, int]], beta: float) -> list[Tensor]:
         """Log-likelihoods of the choices, by pair of example and the one head that is calibrated for it."""
-        hook = _OneHeadPerRow(layer, torch.tensor([head for _, head in pairs]), self.calibration)
+        hook = _OneHeadPerRow(layer, torch.tensor([head for _, head in pairs]), beta, self.threshold)
         with torch.no_grad(), attention_hook(self.model, hook) as hooked:
             model = _FromLayer(hooked, self, layer, [example for example, _ in pairs], hook)
             return choice_scores(
@@ -166,32 +169,38 @@ class _Record:
 
 
 class _FindSinks:
-    """The plain model; notes in which heads a calibration would find later sinks."""
+    """The plain model; notes in which heads there are later sinks."""
 
-    def __init__(self, num_layers: int, calibration: LayerCalibration) -> None:
+    def __init__(self, num_layers: int, threshold: Threshold) -> None:
         self.num_layers = num_layers
-        self.calibration = calibration
+        self.threshold = threshold
         self.has_sinks: list[Tensor] = []  # by call, boolean (layers, batch, heads)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
-        past = call.past if call.past is not None else empty_state(call, len(self.calibration.heads))
+        batch, num_heads = call.query.shape[:2]
+        past = call.past if call.past is not None else empty_state(call, num_heads)
         key, value = join_past(call, past)
-        found = calibrated_probabilities(call, key, past.sink_scores.squeeze(-1), self.calibration)
-        batch, heads = call.query.shape[:2]
         if call.layer == 0:
-            self.has_sinks.append(torch.zeros(self.num_layers, batch, heads, dtype=torch.bool))
-        self.has_sinks[-1][call.layer] = found.sinks.flatten(2).any(2).cpu()
-        state = LayerState(key, value, found.column_sums.unsqueeze(-1).float())
+            self.has_sinks.append(torch.zeros(self.num_layers, batch, num_heads, dtype=torch.bool))
+        sums = []
+        for heads in head_groups(call):
+            group = LayerCalibration(heads, (1.0,) * len(heads), self.threshold.value, self.threshold.mode)
+            maps = map_probabilities(call, key, heads)
+            found = calibrated_probabilities(call, maps, past.sink_scores[:, list(heads)].squeeze(-1), group)
+            self.has_sinks[-1][call.layer, :, list(heads)] = found.sinks.flatten(2).any(2).cpu()
+            sums.append(found.column_sums)
+        state = LayerState(key, value, torch.cat(sums, 1).unsqueeze(-1).float())
         return flatten_heads(plain_attention(call, key, value)), state
 
 
 class _OneHeadPerRow:
     """Calibrates one head of one layer, a different one for each row of the batch."""
 
-    def __init__(self, layer: int, heads: Tensor, calibration: LayerCalibration) -> None:
+    def __init__(self, layer: int, heads: Tensor, beta: float, threshold: Threshold) -> None:
         self.layer = layer
         self.heads = heads
-        self.calibration = calibration
+        self.beta = beta
+        self.threshold = threshold
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         past = call.past if call.past is not None else empty_state(call, 1 if call.layer == self.layer else 0)
@@ -213,9 +222,9 @@ class _OneHeadPerRow:
         calibrate = calibrate_one_at_a_time if call.one_at_a_time else calibrate_with_state
         calibrated = calibrate(
             probabilities,
-            beta=self.calibration.beta[0],
-            threshold=self.calibration.threshold,
-            threshold_mode=self.calibration.threshold_mode,
+            beta=self.beta,
+            threshold=self.threshold.value,
+            threshold_mode=self.threshold.mode,
             real=(call.attention_mask != 0)[:, None],
             past_column_sums=past.sink_scores.squeeze(-1).to(probabilities.dtype),
             sliding_window=call.sliding_window,
@@ -245,12 +254,14 @@ class _FromLayer(TorchLanguageModel):
         with self._starting_from(hidden):
             return super().__call__(input_ids, attention_mask, state)
 
-    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: list[LayerState]) -> Tensor:
+    def continue_at_once(
+        self, input_ids: Tensor, following: Tensor, attention_mask: Tensor, state: list[LayerState]
+    ) -> Tensor:
         """The choices that go on, which are padded on the right."""
         rows = [row for example in self.examples for row in self.plain.rows_of[example]]
         hidden = self.plain.hidden[1][self.layer][rows, : input_ids.shape[1]]
         with self._starting_from(hidden):
-            return super().continue_at_once(input_ids, attention_mask, state)
+            return super().continue_at_once(input_ids, following, attention_mask, state)
 
     def select(self, state: list[LayerState], rows: Tensor) -> list[LayerState]:
         self.hook.heads = self.hook.heads[rows]

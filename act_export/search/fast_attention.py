@@ -20,6 +20,9 @@ from act_export.reference import (
 )
 
 
+MAP_ELEMENTS = 2**25  # of all heads' attention maps that are in memory at once: 128 MiB in float32
+
+
 class FastAttention:
     """An attention hook: a calibration, or (with None) the plain model."""
 
@@ -35,13 +38,21 @@ class FastAttention:
         output = plain_attention(call, key, value)
         sums = call.query.new_zeros((call.query.shape[0], 0, key.shape[2]))
         if layer is not None:
-            calibrated = calibrated_probabilities(call, key, past.sink_scores.squeeze(-1), layer)
+            plain_maps = map_probabilities(call, key, layer.heads)
+            calibrated = calibrated_probabilities(call, plain_maps, past.sink_scores.squeeze(-1), layer)
             heads = torch.tensor(layer.heads, device=output.device)
             output = output.index_copy(
                 1, heads, (calibrated.probabilities @ values_of(call, value, layer.heads)).to(output.dtype)
             )
             sums = calibrated.column_sums
         return flatten_heads(output), LayerState(key, value, sums.unsqueeze(-1).float())
+
+
+def head_groups(call: AttentionCall) -> list[tuple[int, ...]]:
+    """All query heads, a few at a time: attention maps of a group have about `MAP_ELEMENTS` numbers at the most."""
+    batch, heads, sequence = call.query.shape[:3]
+    size = max(1, MAP_ELEMENTS // (batch * sequence * call.attention_mask.shape[1]))
+    return [tuple(range(start, min(start + size, heads))) for start in range(0, heads, size)]
 
 
 def join_past(call: AttentionCall, past: LayerState) -> tuple[Tensor, Tensor]:
@@ -88,33 +99,42 @@ def visible_keys(real: Tensor, sequence: int, sliding_window: int) -> Tensor:
     return (visible & real[:, None, None, :]) | (columns == rows)
 
 
+def map_probabilities(call: AttentionCall, key: Tensor, heads: range | tuple[int, ...]) -> Tensor:
+    """Plain attention maps of these heads, (batch, heads, sequence, total), at least float32.
+
+    Args:
+        call: The attention call.
+        key: Keys of all positions, (batch, kv_num_heads, total, head_size).
+        heads: Query heads.
+    """
+    return attention_probabilities(
+        call.query[:, list(heads)],
+        key[:, _kv_heads(call, heads)],
+        call.attention_mask != 0,
+        scale=call.scale,
+        softcap=call.softcap,
+        sliding_window=call.sliding_window,
+    )
+
+
 def calibrated_probabilities(
-    call: AttentionCall, key: Tensor, past_column_sums: Tensor, layer: LayerCalibration
+    call: AttentionCall, probabilities: Tensor, past_column_sums: Tensor, layer: LayerCalibration
 ) -> CalibratedProbabilities:
     """Calibrated attention maps (batch, calibrated heads, sequence, total) of the layer's calibrated heads.
 
     Args:
         call: The attention call.
-        key: Keys of all positions, (batch, kv_num_heads, total, head_size).
+        probabilities: Their plain attention maps.
         past_column_sums: (batch, calibrated heads, past).
         layer: Which heads, and how.
     """
-    real = call.attention_mask != 0
-    probabilities = attention_probabilities(
-        call.query[:, layer.heads],
-        key[:, _kv_heads(call, layer.heads)],
-        real,
-        scale=call.scale,
-        softcap=call.softcap,
-        sliding_window=call.sliding_window,
-    )
     calibrate = calibrate_one_at_a_time if call.one_at_a_time else calibrate_with_state
     return calibrate(
         probabilities,
         beta=probabilities.new_tensor(layer.beta).view(-1, 1, 1),
         threshold=layer.threshold,
         threshold_mode=layer.threshold_mode,
-        real=real[:, None],
+        real=(call.attention_mask != 0)[:, None],
         past_column_sums=past_column_sums.to(probabilities.dtype),
         sliding_window=call.sliding_window,
     )

@@ -18,8 +18,19 @@ from transformers import PreTrainedModel
 from act_export.calibration import LayerCalibration
 from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
 from act_export.search.checkpointing import checkpointed
-from act_export.search.fast_attention import calibrated_probabilities, join_past, plain_attention, values_of
+from act_export.search.fast_attention import (
+    calibrated_probabilities,
+    head_groups,
+    join_past,
+    map_probabilities,
+    plain_attention,
+    values_of,
+)
 from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, choice_scores
+
+
+# float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
+_LOSS_SCALES = (4096, 64, 1)
 
 
 class GatedAttention:
@@ -31,24 +42,29 @@ class GatedAttention:
     def __init__(self, gates: Tensor, *, beta: float, threshold: float, threshold_mode: str) -> None:
         """Takes the gates (layers, heads), and how an open gate calibrates."""
         self.gates = gates
-        heads = tuple(range(gates.shape[1]))
-        self.layer = LayerCalibration(heads, (beta,) * len(heads), threshold, threshold_mode)
+        self.beta = beta
+        self.threshold = threshold
+        self.threshold_mode = threshold_mode
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """See `act_export.hooks.AttentionHook`."""
         past = call.past if call.past is not None else empty_state(call, call.query.shape[1])
         key, value = join_past(call, past)
         plain = plain_attention(call, key, value)
+        differences, sums = [], []
         with torch.no_grad():
-            calibrated = calibrated_probabilities(call, key, past.sink_scores.squeeze(-1), self.layer)
-            values = values_of(call, value, self.layer.heads)
-            difference = (calibrated.probabilities @ values).to(plain.dtype) - plain
-            # a padding row has no calibrated output, and its plain one is meaningless
+            for heads in head_groups(call):
+                maps = map_probabilities(call, key, heads)
+                group = LayerCalibration(heads, (self.beta,) * len(heads), self.threshold, self.threshold_mode)
+                calibrated = calibrated_probabilities(call, maps, past.sink_scores[:, list(heads)].squeeze(-1), group)
+                differences.append((calibrated.probabilities - maps) @ values_of(call, value, heads))
+                sums.append(calibrated.column_sums)
+            # a padding row has no calibrated output
             real_rows = call.attention_mask[:, -call.query.shape[2] :] != 0
-            difference = difference.masked_fill(~real_rows[:, None, :, None], 0)
-        gate = self.gates[call.layer].to(plain.dtype)
-        state = LayerState(key, value, calibrated.column_sums.unsqueeze(-1).float())
-        return flatten_heads(plain + gate[:, None, None] * difference), state
+            difference = torch.cat(differences, 1).masked_fill(~real_rows[:, None, :, None], 0)
+        gate = self.gates[call.layer].to(difference)
+        state = LayerState(key, value, torch.cat(sums, 1).unsqueeze(-1).float())
+        return flatten_heads(plain + (gate[:, None, None] * difference).to(plain.dtype)), state
 
 
 def gate_gradients(
@@ -87,18 +103,22 @@ def gate_gradients(
         ScoringError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch.
         UnsupportedModelError: If gradient checkpointing doesn't know the model's layers.
     """
-    gates = torch.zeros(num_layers, num_heads, device=model.device, requires_grad=True)
-    hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
-    saving = checkpointed(model, num_layers) if gradient_checkpointing else nullcontext()
-    with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
-        scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
-        (gradient,) = torch.autograd.grad(log_likelihoods(batch, scores).sum(), gates)
-    if not gradient.isfinite().all():
+    for scale in _LOSS_SCALES if model.dtype == torch.float16 else (1,):
+        gates = torch.zeros(num_layers, num_heads, device=model.device, requires_grad=True)
+        hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
+        saving = checkpointed(model, num_layers) if gradient_checkpointing else nullcontext()
+        with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
+            scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
+            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores).sum(), gates)
+        gradient = scaled.double() / scale
+        if gradient.isfinite().all():
+            break
+    else:
         raise ScoringError(
             f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}; the weights "
             f"or their precision are at fault, float32 or bfloat16 may help"
         )
-    return gradient.double().cpu()
+    return gradient.cpu()
 
 
 def log_likelihoods(examples: Sequence[EncodedExample], scores: Sequence[Tensor]) -> Tensor:

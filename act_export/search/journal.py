@@ -128,8 +128,19 @@ class Journal:
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What tells two searches' descriptions apart: names and both values, shortened."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}" for name in sorted(names))
+    old, new = _flat(before), _flat(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}" for name in sorted(names))
+
+
+def _flat(search: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in a mapping count one by one: those of "questions" are "questions of TASK"."""
+    flat: dict[str, Any] = {}
+    for name, value in search.items():
+        flat |= (
+            {f"{name} of {of}": inner for of, inner in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat
 
 
 def _short(value: Any) -> str:

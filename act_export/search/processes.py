@@ -86,6 +86,7 @@ class Workers:
         self.progress = progress
         self.cost_done = 0.0
         self.computed = 0
+        self.needed: set[str] = set()
         self.found: dict[str, Any] = _merge(journal.values if journal is not None else {})
 
     def run(self, step: str, units: Sequence[Unit]) -> list[Any]:
@@ -103,6 +104,7 @@ class Workers:
         total, own = (sum(unit.cost for unit in part) for part in (units, mine))
         left = sum(unit.cost for unit in missing)
         self.cost_done += total - left
+        self.needed |= {unit.key for unit in units}
         self._report(step)
         computed = {}
         for unit in mine:

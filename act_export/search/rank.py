@@ -70,7 +70,8 @@ def ranking_cost(task: EncodedTask, options: SearchOptions, num_layers: int, num
     """About what ranking costs, in the unit of `Unit.cost`."""
     plain = sum(cost_of(batch) for batch in _batches(task, options))
     gates = 0 if options.method == "exhaustive" else GRADIENT_COST * plain
-    heads = {"gates": 0, "exhaustive": num_layers * num_heads, "gates+confirm": options.confirm}[options.method]
+    every = num_layers * num_heads
+    heads = {"gates": 0, "exhaustive": every, "gates+confirm": min(options.confirm, every)}[options.method]
     return len(options.thresholds) * (gates + len(options.betas) * heads * plain / 2)
 
 
@@ -126,26 +127,24 @@ def _exact(
     parts = _batches(task, options)
 
     @lru_cache(maxsize=1)  # units of one batch come one after the other
-    def plain_run(number: int, beta: float) -> PlainRun:
+    def plain_run(number: int) -> PlainRun:
         return PlainRun(
             checkpoint.model,
             parts[number],
             num_layers=num_layers,
             num_heads=num_heads,
-            beta=beta,
-            threshold=threshold.value,
-            threshold_mode=threshold.mode,
+            threshold=threshold,
             length_normalized=task.task.length_normalized,
         )
 
     def compute(number: int, beta: float, layer: int, heads: list[int]) -> list[list[float]]:
-        effects = plain_run(number, beta).effects(layer, heads, batch_tokens=options.batch_tokens)
+        effects = plain_run(number).effects(layer, heads, beta=beta, batch_tokens=options.batch_tokens)
         return [list(effects.log_likelihood), list(effects.correct), [effects.passes]]
 
     plan = [
         (beta, number, layer, heads)
-        for beta, chosen in wanted.items()
         for number in range(len(parts))
+        for beta, chosen in wanted.items()
         for layer in range(num_layers)
         if (heads := [h for h in range(num_heads) if chosen is None or (layer, h) in set(chosen)])
     ]
@@ -162,7 +161,7 @@ def _exact(
     count = len(task.splits[RANK])
     gained = {beta: torch.full((num_layers, num_heads), float("-inf"), dtype=torch.float64) for beta in wanted}
     correct = {beta: torch.zeros(num_layers, num_heads, dtype=torch.int64) for beta in wanted}
-    passes = float(count * len(wanted))  # the plain model's
+    passes = float(count)  # the plain model's, once for all betas
     results = workers.run(f"measuring heads on {task.task.name}", units)
     for (beta, _, layer, heads), (log_likelihood, right, took) in zip(plan, results, strict=True):
         for head in heads:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,11 @@ def search_heads(
         raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
     encoded = [encode_task(checkpoint, task, options) for task in tasks]
     description = describe_search(checkpoint, encoded, options)
-    same_everywhere(description)
+    joint = joint and len(encoded) > 1
+    same_everywhere({**description, **asdict(options), "joint": joint, "published": sorted(published or ())})
     if journal is None and journals is not None:
         journal = Path(journals) / hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
     kept = Journal(journal, description, process=process_index()) if journal is not None else None
-    joint = joint and len(encoded) > 1
     workers = Workers(
         kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint), progress=progress
     )
@@ -188,7 +188,7 @@ class _Search:
             reports,
             average("own") if len(self.tasks) > 1 else None,
             average(JOINT) if together is not None else None,
-            (self.workers.computed, len(self.workers.found)),
+            (self.workers.computed, len(self.workers.needed)),
         )
 
     def _rank(self, task: EncodedTask) -> list[Effects]:

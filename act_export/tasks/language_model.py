@@ -38,16 +38,17 @@ class LanguageModel(Protocol):
 class ContinuesAtOnce(Protocol):
     """A language model that computes in one pass what decoding token by token would give."""
 
-    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: Any) -> Tensor:
-        """Logits after each of several decoded tokens.
+    def continue_at_once(self, input_ids: Tensor, following: Tensor, attention_mask: Tensor, state: Any) -> Tensor:
+        """Log-likelihood of each token that follows one of several decoded tokens.
 
         Args:
             input_ids: int64 (batch, sequence), padded on the right.
+            following: int64 (batch, sequence), the token that comes after each.
             attention_mask: int64 (batch, past + sequence), 1 for real tokens.
             state: Of the prompts, as in `LanguageModel`.
 
         Returns:
-            (batch, sequence, vocabulary), at least float32; meaningless at padding.
+            (batch, sequence), at least float32; meaningless at padding.
         """
         ...
 
@@ -72,11 +73,15 @@ class TorchLanguageModel:
         last = outputs.logits[:, -1].cpu()
         return last.to(torch.promote_types(last.dtype, torch.float32)), outputs.state
 
-    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: list[LayerState]) -> Tensor:
+    def continue_at_once(
+        self, input_ids: Tensor, following: Tensor, attention_mask: Tensor, state: list[LayerState]
+    ) -> Tensor:
         """See `ContinuesAtOnce`."""
         device = self.hooked.model.device
-        logits = self.hooked(input_ids.to(device), attention_mask.to(device), state, one_at_a_time=True).logits.cpu()
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.hooked(input_ids.to(device), attention_mask.to(device), state, one_at_a_time=True).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = logits.gather(2, following.to(logits.device)[..., None])[..., 0]
+        return (chosen - logits.logsumexp(-1)).cpu()
 
     def select(self, state: list[LayerState], rows: Tensor) -> list[LayerState]:
         """See `LanguageModel`."""

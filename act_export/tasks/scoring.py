@@ -155,8 +155,7 @@ def _at_once(model: ContinuesAtOnce, choices: Sequence[tuple[int, ...]], attenti
         )
         for first in (0, 1)
     )
-    logits = model.continue_at_once(inputs, torch.cat([attention_mask, real], 1), state)
-    log_likelihoods = logits.gather(2, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    log_likelihoods = model.continue_at_once(inputs, targets, torch.cat([attention_mask, real], 1), state)
     return log_likelihoods.masked_fill(real == 0, 0).sum(1)
 
 

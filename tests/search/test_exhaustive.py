@@ -11,9 +11,10 @@ from act_export.hooks import ReferenceAttention, UnsupportedModelError, attentio
 from act_export.search.decoder_layers import decoder_layers
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import log_likelihoods
+from act_export.search.request import Threshold
 from act_export.tasks import EncodedExample, TorchLanguageModel, choice_scores, predicted_choice
 
-KNOBS = {"beta": 0.2, "threshold": 0.15}
+BETA, THRESHOLD = 0.2, Threshold(0.15)
 SHAPE = {"num_layers": 3, "num_heads": 4}
 ONE_TOKEN = [
     EncodedExample((5, 17, 99, 5, 40, 5, 3), ((1,), (2,)), 1),
@@ -30,7 +31,7 @@ MIXED = [
 def naive(model: PreTrainedModel, batch: Sequence[EncodedExample], layer: int, head: int) -> tuple[float, int]:
     """The head switched on, and everything run anew, one prompt at a time."""
     results = []
-    for calibration in (None, Calibration({layer: (head,)}, **KNOBS)):
+    for calibration in (None, Calibration({layer: (head,)}, BETA, THRESHOLD.value)):
         with torch.no_grad(), attention_hook(model, ReferenceAttention(calibration)) as hooked:
             scores = [choice_scores(TorchLanguageModel(hooked), [example])[0] for example in batch]
         right = sum(predicted_choice(row.tolist()) == e.answer for row, e in zip(scores, batch, strict=True))
@@ -45,11 +46,11 @@ def test_effects_are_those_of_switching_each_head_on(
     name: str, batch: list[EncodedExample], request: pytest.FixtureRequest
 ) -> None:
     model: PreTrainedModel = request.getfixturevalue(name)
-    plain = PlainRun(model, batch, **SHAPE, **KNOBS)
+    plain = PlainRun(model, batch, **SHAPE, threshold=THRESHOLD)
     changed = 0
     for layer in range(3):
         for batch_tokens in (None, 1, 20):
-            effects = plain.effects(layer, batch_tokens=batch_tokens)
+            effects = plain.effects(layer, beta=BETA, batch_tokens=batch_tokens)
             for head in range(4):
                 gain, right = naive(model, batch, layer, head)
                 assert effects.log_likelihood[head] == pytest.approx(gain, abs=2e-6)
@@ -60,32 +61,32 @@ def test_effects_are_those_of_switching_each_head_on(
 
 def test_pairs_without_later_sinks_are_not_run(llama: PreTrainedModel) -> None:
     """They would change nothing; a pass from a layer on counts as the share of layers that it runs."""
-    everything = PlainRun(llama, ONE_TOKEN, **SHAPE, beta=0.2, threshold=1e-6)
+    everything = PlainRun(llama, ONE_TOKEN, **SHAPE, threshold=Threshold(1e-6))
     assert everything.has_sinks.all()
-    assert [everything.effects(layer).passes for layer in range(3)] == pytest.approx([12, 8, 4])
-    nothing = PlainRun(llama, ONE_TOKEN, **SHAPE, beta=0.2, threshold=1.0)
+    assert [everything.effects(layer, beta=BETA).passes for layer in range(3)] == pytest.approx([12, 8, 4])
+    nothing = PlainRun(llama, ONE_TOKEN, **SHAPE, threshold=Threshold(1.0))
     assert not nothing.has_sinks.any()
-    assert nothing.effects(0).passes == 0
-    assert nothing.effects(0).log_likelihood == (0.0,) * 4
-    some = PlainRun(llama, ONE_TOKEN, **SHAPE, beta=0.2, threshold=0.4)
+    assert nothing.effects(0, beta=BETA).passes == 0
+    assert nothing.effects(0, beta=BETA).log_likelihood == (0.0,) * 4
+    some = PlainRun(llama, ONE_TOKEN, **SHAPE, threshold=Threshold(0.4))
     assert some.has_sinks[0].sum() > 0
-    assert some.effects(0).passes == some.has_sinks[0].sum() < 12
+    assert some.effects(0, beta=BETA).passes == some.has_sinks[0].sum() < 12
 
 
 def test_only_the_heads_asked_for_are_run(llama: PreTrainedModel) -> None:
-    plain = PlainRun(llama, ONE_TOKEN, **SHAPE, beta=0.2, threshold=1e-6)
-    every, some = plain.effects(1), plain.effects(1, [2])
+    plain = PlainRun(llama, ONE_TOKEN, **SHAPE, threshold=Threshold(1e-6))
+    every, some = plain.effects(1, beta=BETA), plain.effects(1, [2], beta=BETA)
     assert some.passes == pytest.approx(every.passes / 4)
     assert some.log_likelihood[2] == pytest.approx(every.log_likelihood[2], abs=1e-9)
     assert [some.log_likelihood[head] for head in (0, 1, 3)] == [0, 0, 0]
 
 
 def test_layers_below_are_not_computed_again(llama: PreTrainedModel) -> None:
-    plain = PlainRun(llama, MIXED, **SHAPE, beta=0.2, threshold=1e-6)
+    plain = PlainRun(llama, MIXED, **SHAPE, threshold=Threshold(1e-6))
     calls: list[int] = []
     for index, layer in enumerate(decoder_layers(llama, 3)):
         layer.self_attn.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
-    plain.effects(2)
+    plain.effects(2, beta=BETA)
     assert calls == [2, 2]  # the prompts, and the choices that go on
 
 

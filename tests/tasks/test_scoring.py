@@ -152,13 +152,13 @@ def test_positions_are_those_of_the_prompts_and_of_each_choice_that_goes_on() ->
 class AtOnce(Recurrent):
     """Computes what decoding would give in one pass."""
 
-    def continue_at_once(self, input_ids: Tensor, attention_mask: Tensor, state: Tensor) -> Tensor:
+    def continue_at_once(self, input_ids: Tensor, following: Tensor, attention_mask: Tensor, state: Tensor) -> Tensor:
         logits = []
         for end in range(1, input_ids.shape[1] + 1):
             mask = attention_mask[:, : attention_mask.shape[1] - input_ids.shape[1] + end]
             step, state = super().__call__(input_ids[:, end - 1 : end], mask, state)
             logits.append(step)
-        return torch.stack(logits, 1)
+        return torch.stack(logits, 1).log_softmax(-1).gather(2, following[..., None])[..., 0]
 
 
 @given(examples=st.lists(an_example(), min_size=1, max_size=7), batch_size=st.integers(1, 4))
