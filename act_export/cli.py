@@ -105,6 +105,12 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                _fail(
+                    f"out of memory: {error}; a search takes less with fewer --batch-tokens, "
+                    f"--gradient-checkpointing or --dtype bfloat16",
+                    EXIT_UNUSABLE,
+                )
             _console.print_exception()
             _fail(f"this is a defect of act-export, please report it: {type(error).__name__}: {error}", EXIT_DEFECT)
 
@@ -121,7 +127,9 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
 ]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file, or the folder with it.")]
-TaskOption = Annotated[str | None, typer.Option("--task", metavar="NAME", help="Search heads on this task: sst2.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", metavar="NAME", help="Search heads on this task, or the task of a file *.json.")
+]
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or on your own rows: prompt, choices, answer.")
 ]
@@ -142,13 +150,6 @@ BetaOption = Annotated[float | None, typer.Option(help="Scale of later sinks, 0 
 ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above which a token is a later sink.")]
 ModeOption = Annotated[
     str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
-]
-EvalTaskOption = Annotated[
-    list[str] | None,
-    typer.Option("--task", metavar="NAME,...", help="A task, or several by comma, or a task file; repeatable."),
-]
-EvalDataOption = Annotated[
-    list[Path] | None, typer.Option("--data", metavar="FILE.jsonl", help="Your own rows; repeatable.")
 ]
 TokenizerOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
@@ -259,7 +260,7 @@ def search_command(
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
     from act_export.search import SearchOptions, process_group
-    from act_export.search.processes import process_index
+    from act_export.search.processes import own_device, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
     from act_export.search_job import SearchJob, check_output, run_search, save_result
     from act_export.search_table import print_search_result
@@ -293,13 +294,14 @@ def search_command(
     several = len(job.tasks) + len(job.data) > 1
     target = out or Path("calibrations" if several else "calibration.json")
     check_output(target, job)
+    tasks = job.load()
     with process_group():
-        checkpoint = _load(model, dtype=dtype, device=device, device_map=device_map)
+        checkpoint = _load(model, dtype=dtype, device=own_device(device, device_map), device_map=device_map)
         check_supported(checkpoint.model)
         first = process_index() == 0
         started = time.monotonic()
         with _progress("search") as progress:
-            result = run_search(checkpoint, job, progress=progress if first else None)
+            result = run_search(checkpoint, job, tasks=tasks, progress=progress if first else None)
         if not first:
             return
         _note(f"searched in {time.monotonic() - started:.1f} s")
@@ -379,8 +381,8 @@ def eval_command(
     against: Annotated[
         Path | None, typer.Option(metavar="PLAIN.onnx", help="A plain export to compare with, in the same run.")
     ] = None,
-    task: EvalTaskOption = None,
-    data: EvalDataOption = None,
+    task: TasksOption = None,
+    data: DataFilesOption = None,
     split: Annotated[
         str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
     ] = "report",
@@ -388,12 +390,7 @@ def eval_command(
         int | None,
         typer.Option(help="Of splits and shots; for splits the file's own search has the say where there was one."),
     ] = None,
-    scoring: Annotated[
-        str | None,
-        typer.Option(
-            metavar="letter|likelihood|likelihood-per-token|generation", help="Instead of the task's own scoring."
-        ),
-    ] = None,
+    scoring: ScoringOption = None,
     shots: Annotated[int, typer.Option(min=0, help="Examples before each question.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")] = False,

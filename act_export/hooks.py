@@ -263,7 +263,7 @@ def as_unsupported(architecture: str) -> Iterator[None]:
     """Turns whatever a model's own code raises where it doesn't fit into an UnsupportedModelError with the cause."""
     try:
         yield
-    except (ActExportError, MemoryError):
+    except (ActExportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
 from act_export.recipes import PUBLISHED, find_recipes
 from act_export.search import Progress, SearchOptions, SearchResult, SearchTask, search_heads
-from act_export.tasks import TaskExamples, TaskOptions, load_examples, read_examples, split_examples
+from act_export.tasks import TaskExamples, TaskOptions, load_questions, split_examples
 
 JOINT_FILE, REPORT_FILE = "joint.json", "search.json"
 
@@ -47,6 +47,11 @@ class SearchJob:
     joint: bool = True
     journal: Path | None = None
 
+    def __post_init__(self) -> None:
+        """What is named twice counts once."""
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
+        object.__setattr__(self, "data", tuple(dict.fromkeys(self.data)))
+
     def load(self) -> list[SearchTask]:
         """The questions, drawn into splits.
 
@@ -54,8 +59,7 @@ class SearchJob:
             ActExportError: If the results of two tasks would have the same file name.
             TaskError: If there is no such task or file, its questions can't be had, or there are too few.
         """
-        options = TaskOptions(self.scoring, self.shots, self.options.seed)
-        found = [*(load_examples(name, options) for name in self.tasks), *map(read_examples, self.data)]
+        found = load_questions(self.tasks, self.data, TaskOptions(self.scoring, self.shots, self.options.seed))
         if len(found) > 1:
             _calibration_files(task.name for task in found)
         return [self._split(task) for task in found]
@@ -67,15 +71,27 @@ class SearchJob:
         return SearchTask(task.name, splits, task.length_normalized, task.generation)
 
 
-def run_search(checkpoint: Checkpoint, job: SearchJob, *, progress: Progress | None = None) -> SearchResult:
+def run_search(
+    checkpoint: Checkpoint,
+    job: SearchJob,
+    *,
+    tasks: Sequence[SearchTask] | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
     """Does the job; one that was interrupted goes on where it stopped.
+
+    Args:
+        checkpoint: The model.
+        job: What to do.
+        tasks: What `SearchJob.load` gave, if it was called before.
+        progress: Called after every unit of work.
 
     Raises:
         ActExportError: As `SearchJob.load` and `act_export.search.search_heads`.
     """
     return search_heads(
         checkpoint,
-        job.load(),
+        tasks if tasks is not None else job.load(),
         job.options,
         journal=job.journal,
         journals=cache_folder() / "searches",
@@ -108,6 +124,8 @@ def check_output(out: Path, job: SearchJob) -> None:
         )
     if not several and out.is_dir():
         raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
+    if job.journal is not None and job.journal.resolve() == out.resolve():
+        raise ActExportError(f"{out} can't be both the journal and what is written; pass another folder with --journal")
     folder = out if several and out.exists() else out.resolve().parent
     while not folder.exists():
         folder = folder.parent

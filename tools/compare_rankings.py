@@ -54,7 +54,7 @@ def main() -> None:
             row = bar.add_task(method, total=1.0)
             workers = Workers(kept, planned_cost=1.0)
             started = time.monotonic()
-            effects = rank_heads(checkpoint, encoded, options.thresholds[0], options, workers)
+            ((effects,),) = rank_heads(checkpoint, [encoded], options, workers).own
             seconds = time.monotonic() - started
             orders[method] = effects.log_likelihood[options.betas[0]].flatten()
             found = search_heads(

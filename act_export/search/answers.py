@@ -172,8 +172,16 @@ def _answer_batch(
             tokenizer=checkpoint.tokenizer,
             max_new_tokens=generation.max_new_tokens,
             stop=generation.stop,
+            stop_tokens=_stop_tokens(checkpoint),
         )
     return [[METRICS[generation.metric](text, e.references)] for text, e in zip(texts, batch, strict=True)]
+
+
+def _stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Tokens that end generation by the model's own settings."""
+    settings = checkpoint.model.generation_config
+    ends = settings.eos_token_id if settings is not None else None
+    return () if ends is None else tuple(ends) if isinstance(ends, Sequence) else (int(ends),)
 
 
 def _judge(task: EncodedTask, examples: Sequence[EncodedExample], rows: Sequence[tuple[float, ...]]) -> Answers:

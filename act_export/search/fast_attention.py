@@ -19,7 +19,6 @@ from act_export.reference import (
     calibrate_with_state,
 )
 
-
 MAP_ELEMENTS = 2**25  # of all heads' attention maps that are in memory at once: 128 MiB in float32
 
 

@@ -28,7 +28,6 @@ from act_export.search.fast_attention import (
 )
 from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, choice_scores
 
-
 # float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
 _LOSS_SCALES = (4096, 64, 1)
 

@@ -1,9 +1,9 @@
 """What a search has computed so far, on disk: an interrupted search goes on where it stopped.
 
-A journal is a folder. `search.json` says which search it belongs to; `units-PROCESS.jsonl` has a line for each finished
-unit of work, {"unit": key, "value": JSON}, written by one process and read by all. Numbers survive exactly (JSON holds
-Python floats to the last bit), so a resumed search gives the same answer. A line that was cut off by a crash counts as
-not written.
+A journal is a folder. `journal.json` says which search it belongs to; `units-PROCESS.jsonl` has a line for each
+finished unit of work, {"unit": key, "value": JSON}, written by one process and read by all. Numbers survive exactly
+(JSON holds Python floats to the last bit), so a resumed search gives the same answer. A line that was cut off by a
+crash counts as not written.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class Journal:
             self._file = None
 
     def _check_or_begin(self, search: dict[str, Any]) -> None:
-        path = self.folder / "search.json"
+        path = self.folder / "journal.json"
         if not path.exists():
             names = [file.name for file in self.folder.iterdir()]
-            if any(not name.startswith((".", "search.json")) for name in names):
+            if any(not name.startswith((".", "journal.json")) for name in names):
                 raise JournalError(
-                    f"{self.folder} has no search.json, so it is no journal, and it isn't empty; pass another folder "
+                    f"{self.folder} has no journal.json, so it is no journal, and it isn't empty; pass another folder "
                     f"with --journal"
                 )
             write_whole(path, json.dumps({"version": FORMAT_VERSION, "search": search}, indent=1) + "\n")

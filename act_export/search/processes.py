@@ -50,11 +50,33 @@ def process_group() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise ProcessError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes can't be joined: {error}; start them with "
+            f"torchrun, or unset WORLD_SIZE"
+        ) from error
     try:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+def own_device(device: str | None, device_map: str | None) -> str | None:
+    """The GPU of this process, where each of several on a machine was given "cuda".
+
+    Raises:
+        ProcessError: For a device map, which would spread each process over all GPUs.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2:
+        return device
+    if device_map is not None:
+        raise ProcessError(
+            f"device map {device_map!r} spreads the model of each process over all devices of this machine; start one "
+            f"process per machine, or pass --device cuda"
+        )
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 def process_index() -> int:

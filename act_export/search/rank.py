@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +18,9 @@ from act_export.tasks import EncodedExample, batches
 
 GRADIENT_COST = 3  # of a batch, in forward passes: the backward pass computes twice what the forward pass does
 
+Heads = Sequence[tuple[int, int]]
+"""(layer, head) pairs."""
+
 
 @dataclass(frozen=True)
 class Effects:
@@ -26,8 +28,8 @@ class Effects:
 
     Attributes:
         log_likelihood: By beta, float64 (layers, heads): mean gain in the right answer's log-likelihood. From gates it
-            is the first-order estimate. -inf where "gates+confirm" didn't measure the head.
-        correct: By beta, int64 (layers, heads): right answers gained less lost; empty from gates.
+            is the first-order estimate. -inf where the head wasn't measured.
+        correct: By beta, int64 (layers, heads): right answers gained less lost, the paper's criterion; none from gates.
         passes: Forward passes of one prompt that it took; a backward pass counts as two.
     """
 
@@ -36,23 +38,53 @@ class Effects:
     passes: float
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Effects of heads, by threshold.
+
+    Attributes:
+        own: By task and threshold.
+        joint: By threshold, for all tasks together; their mean.
+    """
+
+    own: tuple[tuple[Effects, ...], ...]
+    joint: tuple[Effects, ...]
+
+
 def rank_heads(
-    checkpoint: Checkpoint, task: EncodedTask, threshold: Threshold, options: SearchOptions, workers: Workers
-) -> Effects:
-    """Effects of all heads on a task's ranking split, by the method of the options.
+    checkpoint: Checkpoint,
+    tasks: Sequence[EncodedTask],
+    options: SearchOptions,
+    workers: Workers,
+    *,
+    joint: bool = False,
+) -> Ranking:
+    """Effects of all heads on the tasks' ranking splits, by the method of the options.
+
+    Args:
+        checkpoint: The model.
+        tasks: At least one.
+        options: Method, betas, thresholds.
+        workers: Who does it.
+        joint: The ranking for all tasks together will be used: "gates+confirm" measures its first heads too.
 
     Raises:
         ScoringError: If a score or a gradient isn't finite.
         UnsupportedModelError: If the method needs the model's decoder layers and can't find them.
     """
     if options.method == "exhaustive":
-        return _exact(checkpoint, task, threshold, options, workers, dict.fromkeys(options.betas))
-    estimated = _by_gates(checkpoint, task, threshold, options, workers)
+        own = _exact(checkpoint, tasks, options, workers, [[None] * len(options.thresholds)] * len(tasks))
+        return Ranking(own, _together(own))
+    estimated = _by_gates(checkpoint, tasks, options, workers)
     if options.method == "gates":
-        return estimated
-    wanted = {beta: first_heads(effect, options.confirm) for beta, effect in estimated.log_likelihood.items()}
-    exact = _exact(checkpoint, task, threshold, options, workers, wanted)
-    return Effects(exact.log_likelihood, exact.correct, estimated.passes + exact.passes)
+        return Ranking(estimated, _together(estimated))
+    first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
+    own = _exact(checkpoint, tasks, options, workers, first)
+    own = _with_passes(own, estimated)
+    if not joint:
+        return Ranking(own, ())
+    shared = [_first(effects, options.confirm) for effects in _together(estimated)]
+    return Ranking(own, _together(_exact(checkpoint, tasks, options, workers, [shared] * len(tasks))))
 
 
 def first_heads(effect: Tensor, count: int) -> list[tuple[int, int]]:
@@ -70,9 +102,43 @@ def ranking_cost(task: EncodedTask, options: SearchOptions, num_layers: int, num
     """About what ranking costs, in the unit of `Unit.cost`."""
     plain = sum(cost_of(batch) for batch in _batches(task, options))
     gates = 0 if options.method == "exhaustive" else GRADIENT_COST * plain
-    every = num_layers * num_heads
-    heads = {"gates": 0, "exhaustive": every, "gates+confirm": min(options.confirm, every)}[options.method]
+    heads = {
+        "gates": 0,
+        "exhaustive": num_layers * num_heads,
+        "gates+confirm": min(options.confirm, num_layers * num_heads),
+    }[options.method]
     return len(options.thresholds) * (gates + len(options.betas) * heads * plain / 2)
+
+
+def _first(effects: Effects, count: int) -> dict[float, Heads]:
+    return {beta: first_heads(effect, count) for beta, effect in effects.log_likelihood.items()}
+
+
+def _together(own: Sequence[Sequence[Effects]]) -> tuple[Effects, ...]:
+    """Mean over the tasks, by threshold."""
+    return tuple(
+        Effects(
+            {
+                beta: torch.stack([effects.log_likelihood[beta] for effects in of_tasks]).mean(0)
+                for beta in of_tasks[0].log_likelihood
+            },
+            {},
+            sum(effects.passes for effects in of_tasks),
+        )
+        for of_tasks in zip(*own, strict=True)
+    )
+
+
+def _with_passes(
+    exact: Sequence[Sequence[Effects]], estimated: Sequence[Sequence[Effects]]
+) -> tuple[tuple[Effects, ...], ...]:
+    return tuple(
+        tuple(
+            Effects(after.log_likelihood, after.correct, before.passes + after.passes)
+            for before, after in zip(of_before, of_after, strict=True)
+        )
+        for of_before, of_after in zip(estimated, exact, strict=True)
+    )
 
 
 def _batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExample]]:
@@ -80,12 +146,22 @@ def _batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExam
     return [[examples[index] for index in indices] for indices in batches(examples, None, options.batch_tokens)]
 
 
+def _compares_per_token(task: EncodedTask) -> bool:
+    """A generated answer's likelihood is taken per token, so that it counts as much as that of a choice."""
+    return task.task.length_normalized or task.task.generation is not None
+
+
+def _name(task: EncodedTask, threshold: Threshold) -> str:
+    return f"{task.task.name} {threshold.mode} {threshold.value}"
+
+
 def _by_gates(
-    checkpoint: Checkpoint, task: EncodedTask, threshold: Threshold, options: SearchOptions, workers: Workers
-) -> Effects:
+    checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions, workers: Workers
+) -> tuple[tuple[Effects, ...], ...]:
+    """By task and threshold."""
     shape = (checkpoint.identity.num_layers, checkpoint.identity.num_heads)
 
-    def compute(batch: Sequence[EncodedExample]) -> list[float]:
+    def compute(task: EncodedTask, threshold: Threshold, batch: Sequence[EncodedExample]) -> list[float]:
         gradient = gate_gradients(
             checkpoint.model,
             batch,
@@ -94,79 +170,127 @@ def _by_gates(
             beta=0.0,  # the gradient is proportional to 1 - beta: one pass for all
             threshold=threshold.value,
             threshold_mode=threshold.mode,
-            length_normalized=task.task.length_normalized,
+            length_normalized=_compares_per_token(task),
             gradient_checkpointing=options.gradient_checkpointing,
         )
         values: list[float] = gradient.flatten().tolist()
         return values
 
-    units = [
-        Unit(
-            f"gates {task.task.name} {threshold.mode} {threshold.value} {number}",
-            GRADIENT_COST * cost_of(batch),
-            lambda batch=batch: compute(batch),  # type: ignore[misc]
-        )
+    plan = [
+        (task, threshold, number, batch)
+        for task in tasks
+        for threshold in options.thresholds
         for number, batch in enumerate(_batches(task, options))
     ]
-    count = len(task.splits[RANK])
-    total = torch.tensor(workers.run(f"ranking heads on {task.task.name}", units), dtype=torch.float64).sum(0)
-    erased = total.view(shape) / count
-    return Effects({beta: (1 - beta) * erased for beta in options.betas}, {}, GRADIENT_COST * count)
+    units = [
+        Unit(
+            f"gates {_name(task, threshold)} {number}",
+            GRADIENT_COST * cost_of(batch),
+            lambda task=task, threshold=threshold, batch=batch: compute(task, threshold, batch),  # type: ignore[misc]
+        )
+        for task, threshold, number, batch in plan
+    ]
+    totals: dict[str, Tensor] = {}
+    for (task, threshold, _, _), values in zip(plan, workers.run("ranking heads", units), strict=True):
+        gradient = torch.tensor(values, dtype=torch.float64).view(shape)
+        name = _name(task, threshold)
+        totals[name] = totals[name] + gradient if name in totals else gradient
+
+    def effects(task: EncodedTask, threshold: Threshold) -> Effects:
+        count = len(task.splits[RANK])
+        erased = totals[_name(task, threshold)] / count
+        return Effects({beta: (1 - beta) * erased for beta in options.betas}, {}, GRADIENT_COST * count)
+
+    return tuple(tuple(effects(task, threshold) for threshold in options.thresholds) for task in tasks)
+
+
+class _PlainRuns:
+    """The plain model on a batch: kept for the units that follow, which are mostly of the same batch."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.kept: tuple[str, PlainRun] | None = None
+
+    def get(self, key: str, batch: Sequence[EncodedExample], threshold: Threshold, per_token: bool) -> PlainRun:
+        if self.kept is not None and self.kept[0] == key:
+            return self.kept[1]
+        self.kept = None  # before the next one takes its memory
+        run = PlainRun(
+            self.checkpoint.model,
+            batch,
+            num_layers=self.checkpoint.identity.num_layers,
+            num_heads=self.checkpoint.identity.num_heads,
+            threshold=threshold,
+            length_normalized=per_token,
+        )
+        self.kept = (key, run)
+        return run
 
 
 def _exact(
     checkpoint: Checkpoint,
-    task: EncodedTask,
-    threshold: Threshold,
+    tasks: Sequence[EncodedTask],
     options: SearchOptions,
     workers: Workers,
-    wanted: Mapping[float, Collection[tuple[int, int]] | None],
-) -> Effects:
-    """Effects of switching on each of the heads wanted for each beta (None for all)."""
+    wanted: Sequence[Sequence[Mapping[float, Heads] | None]],
+) -> tuple[tuple[Effects, ...], ...]:
+    """Effects, by task and threshold, of switching on each head that is wanted there for a beta (None for all)."""
     num_layers, num_heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
-    parts = _batches(task, options)
+    runs = _PlainRuns(checkpoint)
+    units: list[Unit] = []
+    plan: list[tuple[int, int, float, int, list[int]]] = []
+    for t, task in enumerate(tasks):
+        for k, threshold in enumerate(options.thresholds):
+            chosen = wanted[t][k]
+            for number, batch in enumerate(_batches(task, options)):
+                for beta in options.betas:
+                    for layer in range(num_layers):
+                        heads = [h for h in range(num_heads) if chosen is None or (layer, h) in chosen[beta]]
+                        if heads:
+                            plan.append((t, k, beta, layer, heads))
+                            units.append(_exact_unit(runs, task, threshold, number, batch, beta, layer, heads, options))
+    shape = (num_layers, num_heads)
+    gained = {key: torch.full(shape, float("-inf"), dtype=torch.float64) for key in {p[:3] for p in plan}}
+    correct = {key: torch.zeros(shape, dtype=torch.int64) for key in gained}
+    passes = {(t, k): float(len(task.splits[RANK])) for t, task in enumerate(tasks) for k in range(len(wanted[t]))}
+    for (t, k, beta, layer, heads), result in zip(plan, workers.run("measuring heads", units), strict=True):
+        log_likelihood, right, took = result
+        total = gained[t, k, beta]
+        for head in heads:
+            before = float(total[layer, head])
+            total[layer, head] = log_likelihood[head] + (0 if before == float("-inf") else before)
+        correct[t, k, beta][layer] += torch.tensor(right, dtype=torch.int64)
+        passes[t, k] += took[0]
 
-    @lru_cache(maxsize=1)  # units of one batch come one after the other
-    def plain_run(number: int) -> PlainRun:
-        return PlainRun(
-            checkpoint.model,
-            parts[number],
-            num_layers=num_layers,
-            num_heads=num_heads,
-            threshold=threshold,
-            length_normalized=task.task.length_normalized,
+    def effects(t: int, k: int) -> Effects:
+        nothing = torch.full(shape, float("-inf"), dtype=torch.float64)
+        count = len(tasks[t].splits[RANK])
+        return Effects(
+            {beta: gained.get((t, k, beta), nothing) / count for beta in options.betas},
+            {beta: correct[t, k, beta] for beta in options.betas if (t, k, beta) in correct},
+            passes[t, k],
         )
 
-    def compute(number: int, beta: float, layer: int, heads: list[int]) -> list[list[float]]:
-        effects = plain_run(number).effects(layer, heads, beta=beta, batch_tokens=options.batch_tokens)
+    return tuple(tuple(effects(t, k) for k in range(len(options.thresholds))) for t in range(len(tasks)))
+
+
+def _exact_unit(
+    runs: _PlainRuns,
+    task: EncodedTask,
+    threshold: Threshold,
+    number: int,
+    batch: Sequence[EncodedExample],
+    beta: float,
+    layer: int,
+    heads: list[int],
+    options: SearchOptions,
+) -> Unit:
+    def compute() -> list[list[float]]:
+        plain = runs.get(f"{_name(task, threshold)} {number}", batch, threshold, _compares_per_token(task))
+        effects = plain.effects(layer, heads, beta=beta, batch_tokens=options.batch_tokens)
         return [list(effects.log_likelihood), list(effects.correct), [effects.passes]]
 
-    plan = [
-        (beta, number, layer, heads)
-        for number in range(len(parts))
-        for beta, chosen in wanted.items()
-        for layer in range(num_layers)
-        if (heads := [h for h in range(num_heads) if chosen is None or (layer, h) in set(chosen)])
-    ]
-    units = [
-        Unit(
-            f"exact {task.task.name} {threshold.mode} {threshold.value} {beta} {number} {layer} {heads}",
-            cost_of(parts[number]) * len(heads) * (num_layers - layer) / num_layers,
-            lambda number=number, beta=beta, layer=layer, heads=heads: compute(  # type: ignore[misc]
-                number, beta, layer, heads
-            ),
-        )
-        for beta, number, layer, heads in plan
-    ]
-    count = len(task.splits[RANK])
-    gained = {beta: torch.full((num_layers, num_heads), float("-inf"), dtype=torch.float64) for beta in wanted}
-    correct = {beta: torch.zeros(num_layers, num_heads, dtype=torch.int64) for beta in wanted}
-    passes = float(count)  # the plain model's, once for all betas
-    results = workers.run(f"measuring heads on {task.task.name}", units)
-    for (beta, _, layer, heads), (log_likelihood, right, took) in zip(plan, results, strict=True):
-        for head in heads:
-            before = gained[beta][layer, head]
-            gained[beta][layer, head] = log_likelihood[head] + (0 if before == float("-inf") else before)
-        correct[beta][layer] += torch.tensor(right, dtype=torch.int64)
-        passes += took[0]
-    return Effects({beta: total / count for beta, total in gained.items()}, correct, passes)
+    num_layers = runs.checkpoint.identity.num_layers
+    share = (num_layers - layer) / num_layers
+    key = f"exact {_name(task, threshold)} {beta} {number} {layer} {heads}"
+    return Unit(key, cost_of(batch) * len(heads) * share, compute)

@@ -34,6 +34,16 @@ class SearchTask:
     length_normalized: bool = False
     generation: Generation | None = None
 
+    def __post_init__(self) -> None:
+        """Raises SearchError for questions that every answer would be right to."""
+        if self.generation is None:
+            for example in (*self.splits.rank, *self.splits.choose, *self.splits.report):
+                if len(example.choices) < 2:
+                    raise SearchError(
+                        f"{self.name} has a question with {len(example.choices)} choices "
+                        f"({example.where or example.prompt}); it needs two or more, or generation settings"
+                    )
+
 
 @dataclass(frozen=True)
 class Threshold:

@@ -28,7 +28,7 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, candidate_calibrations, choose, heads_with_betas, other_heads
-from act_export.search.journal import Journal
+from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Progress, Workers, process_index, same_everywhere
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.report import (
@@ -42,7 +42,7 @@ from act_export.search.report import (
     predicted_shares,
 )
 from act_export.search.request import SearchError, SearchOptions, SearchTask
-from act_export.tasks import prompt_digest
+from act_export.tasks import question_digests
 
 JOINT = "joint"
 _JOURNAL_VERSION = 1  # another one where the same key may stand for another result
@@ -92,13 +92,15 @@ def search_heads(
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
-    encoded = [encode_task(checkpoint, task, options) for task in tasks]
+    encoded = [encode_task(checkpoint, task, options) for task in _apart(tasks)]
     description = describe_search(checkpoint, encoded, options)
     joint = joint and len(encoded) > 1
     same_everywhere({**description, **asdict(options), "joint": joint, "published": sorted(published or ())})
     if journal is None and journals is not None:
         journal = Path(journals) / hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
-    kept = Journal(journal, description, process=process_index()) if journal is not None else None
+        kept = _open_if_possible(journal, description)
+    else:
+        kept = Journal(journal, description, process=process_index()) if journal is not None else None
     workers = Workers(
         kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint), progress=progress
     )
@@ -121,6 +123,7 @@ def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], option
     return {
         "journal": _JOURNAL_VERSION,
         "model": checkpoint.identity.fingerprint,
+        "configuration": _configuration_digest(checkpoint),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {task.task.name: task.digest for task in tasks},
         "batch_tokens": options.batch_tokens,
@@ -152,15 +155,18 @@ class _Search:
         self.workers = workers
 
     def run(self, joint: bool) -> SearchResult:
-        effects = {task.task.name: self._rank(task) for task in self.tasks}
+        ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint)
         plain = self._answer("choosing how many", [(task, CHOOSE, None) for task in self.tasks])
         found = {
-            task.task.name: self._choose([task], [effects[task.task.name]], [answers])
-            for task, answers in zip(self.tasks, plain, strict=True)
+            task.task.name: self._choose([task], effects, [answers])
+            for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
         }
-        together = self._choose(self.tasks, list(effects.values()), plain) if joint else None
+        together = self._choose(self.tasks, ranking.joint, plain) if joint else None
         reported = self._report(found, together)
-        passes = {name: sum(effect.passes for effect in parts) for name, parts in effects.items()}
+        passes = {
+            task.task.name: sum(effects.passes for effects in of_task)
+            for task, of_task in zip(self.tasks, ranking.own, strict=True)
+        }
         reports = {
             task.task.name: _task_report(task, found[task.task.name], reported[task.task.name], passes[task.task.name])
             for task in self.tasks
@@ -191,23 +197,19 @@ class _Search:
             (self.workers.computed, len(self.workers.needed)),
         )
 
-    def _rank(self, task: EncodedTask) -> list[Effects]:
-        """By threshold."""
-        return [
-            rank_heads(self.checkpoint, task, threshold, self.options, self.workers)
-            for threshold in self.options.thresholds
-        ]
+    def _choose(self, tasks: Sequence[EncodedTask], effects: Sequence[Effects], plain: Sequence[Answers]) -> _Found:
+        """The decision on these tasks together.
 
-    def _choose(
-        self, tasks: Sequence[EncodedTask], effects: Sequence[Sequence[Effects]], plain: Sequence[Answers]
-    ) -> _Found:
+        Args:
+            tasks: One, or all.
+            effects: By threshold.
+            plain: By task, the plain model's answers.
+        """
         candidates: list[Calibration] = []
-        for threshold, of_tasks in zip(self.options.thresholds, zip(*effects, strict=True), strict=True):
-            mean = {
-                beta: torch.stack([effect.log_likelihood[beta] for effect in of_tasks]).mean(0)
-                for beta in self.options.betas
-            }
-            candidates += candidate_calibrations(mean, self.options.head_counts, threshold, self.checkpoint.identity)
+        for threshold, of_threshold in zip(self.options.thresholds, effects, strict=True):
+            candidates += candidate_calibrations(
+                of_threshold.log_likelihood, self.options.head_counts, threshold, self.checkpoint.identity
+            )
         flat = self._answer(
             "choosing how many" if len(tasks) == 1 else "choosing a joint set",
             [(task, CHOOSE, candidate) for candidate in candidates for task in tasks],
@@ -258,7 +260,8 @@ class _Search:
         kind: str,
         average: Gain | None = None,
     ) -> Provenance:
-        used = {prompt_digest(e.question) for task in tasks for e in (*task.task.splits.rank, *task.task.splits.choose)}
+        splits = [task.task.splits for task in tasks]
+        used = {digest for split in splits for e in (*split.rank, *split.choose) for digest in question_digests(e)}
         plain_accuracy = sum(report.plain_accuracy for report in reports) / len(reports)
         gains = [getattr(report, kind) for report in reports]
         accuracies = [
@@ -377,6 +380,46 @@ def _planned_cost(
         total += ranking_cost(task, options, layers, heads)
         total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
     return total
+
+
+def _open_if_possible(folder: Path, description: Mapping[str, Any]) -> Journal | None:
+    """A journal that nobody asked for: where the folder can't be written to, the search does without."""
+    try:
+        return Journal(folder, description, process=process_index())
+    except JournalError:
+        return None
+
+
+def _configuration_digest(checkpoint: Checkpoint) -> str:
+    """Different where the same weights compute something else: other windows, rotary scaling, tokens that end."""
+    settings = checkpoint.model.config.to_dict()
+    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"):
+        settings.pop(name, None)
+    generation = checkpoint.model.generation_config
+    ends = generation.eos_token_id if generation is not None else None
+    return hashlib.sha256(json.dumps([settings, ends], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:
+    """The tasks without questions to report on that another task ranks or chooses with.
+
+    Raises:
+        SearchError: If a task has none left.
+    """
+    used = [
+        {digest for e in (*task.splits.rank, *task.splits.choose) for digest in question_digests(e)} for task in tasks
+    ]
+    apart = []
+    for index, task in enumerate(tasks):
+        others = set().union(*used[:index], *used[index + 1 :])
+        left = tuple(e for e in task.splits.report if others.isdisjoint(question_digests(e)))
+        if not left:
+            raise SearchError(
+                f"all questions that {task.name} would be reported on are used by another task's search; search on "
+                f"them one at a time"
+            )
+        apart.append(replace(task, splits=replace(task.splits, report=left)))
+    return apart
 
 
 def _versions() -> dict[str, str]:

@@ -4,8 +4,8 @@ from act_export.tasks.encoding import EncodedExample, encode_examples
 from act_export.tasks.examples import Example, Generation, TaskError, TaskExamples, read_examples
 from act_export.tasks.language_model import LanguageModel, RunsModel, SessionLanguageModel, TorchLanguageModel
 from act_export.tasks.scoring import ScoringError, batches, choice_scores, predicted_choice, score_choices
-from act_export.tasks.splits import Splits, prompt_digest, split_examples, unused
-from act_export.tasks.task import Task, TaskOptions, load_examples, load_task, rows_path, task_names
+from act_export.tasks.splits import Splits, prompt_digest, question_digests, split_examples, unused
+from act_export.tasks.task import Task, TaskOptions, load_examples, load_questions, load_task, rows_path, task_names
 
 __all__ = [
     "EncodedExample",
@@ -25,9 +25,11 @@ __all__ = [
     "choice_scores",
     "encode_examples",
     "load_examples",
+    "load_questions",
     "load_task",
     "predicted_choice",
     "prompt_digest",
+    "question_digests",
     "read_examples",
     "rows_path",
     "score_choices",

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from act_export.tasks.drawing import drawn, sameness
+from act_export.tasks.drawing import drawn, normal_form, sameness
 from act_export.tasks.examples import Example, TaskError
 
 RANK, CHOOSE, REPORT = 96, 128, 240
@@ -67,16 +67,26 @@ def split_examples(
 
 
 def prompt_digest(question: str) -> str:
-    """What stands for a question in a search's record: 8 hex digits of its SHA-256."""
-    return hashlib.sha256(question.encode()).hexdigest()[:8]
+    """What stands for a question in a search's record: 8 hex digits of the SHA-256 of its normal form."""
+    return _digest(f"question {normal_form(question)}")
+
+
+def question_digests(example: Example) -> frozenset[str]:
+    """What a search records of an example: its question's digest, and its group's where no two splits may share it.
+
+    Examples that count as the same have one in common.
+    """
+    return frozenset(map(_digest, sameness(example)))
 
 
 def unused(examples: Iterable[Example], digests: Collection[str]) -> list[Example]:
     """The examples whose questions have none of these digests, and don't count as the same as one that has."""
-    used_digests = frozenset(digests)
-    given = [(example, prompt_digest(example.question) in used_digests) for example in examples]
-    used = {same for example, is_used in given if is_used for same in sameness(example)}
-    return [example for example, _ in given if used.isdisjoint(sameness(example))]
+    used = frozenset(digests)
+    return [example for example in examples if used.isdisjoint(question_digests(example))]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _sizes(available: int, asked: dict[str, int | None]) -> list[int]:

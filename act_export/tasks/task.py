@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from act_export.tasks.examples import Generation, TaskError, TaskExamples
+from act_export.tasks.examples import Generation, TaskError, TaskExamples, read_examples
 from act_export.tasks.shots import with_shots
 from act_export.tasks.sources import FileSource, HubError, Row, Rows, cached_rows, file_rows, hub_rows, rows_path
-from act_export.tasks.task_definition import PER_TOKEN, Question, Task
+from act_export.tasks.task_definition import GENERATION, LIKELIHOOD, PER_TOKEN, Question, Task
 from act_export.tasks.task_file import read_task
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "TaskExamples",
     "TaskOptions",
     "load_examples",
+    "load_questions",
     "load_task",
     "rows_path",
     "task_names",
@@ -100,6 +103,49 @@ def load_examples(name: str, options: TaskOptions = TaskOptions()) -> TaskExampl
         length_normalized=scoring == PER_TOKEN,
         generation=task.generation,
     )
+
+
+def load_questions(
+    tasks: Sequence[str], data: Sequence[str | os.PathLike[str]], options: TaskOptions = TaskOptions()
+) -> list[TaskExamples]:
+    """All questions of several tasks and data files; one that is named twice is loaded once.
+
+    Args:
+        tasks: Names, or paths of task files.
+        data: JSON Lines files. Their prompts stand as they are: no few-shot examples are put before them, and of
+            scorings they take "likelihood" and "likelihood-per-token" (or, where they have no choices, "generation").
+        options: For all of them.
+
+    Raises:
+        TaskError: As `load_examples` and `read_examples`; if the options don't suit the data; or if two have the same
+            name.
+    """
+    found = [load_examples(name, options) for name in dict.fromkeys(tasks)]
+    for path in dict.fromkeys(data):
+        found.append(_scored(read_examples(path), options))
+    names = [task.name for task in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise TaskError(f"two of the tasks are called {twice}; rename a file")
+    return found
+
+
+def _scored(data: TaskExamples, options: TaskOptions) -> TaskExamples:
+    """A data file's questions, scored as the options say."""
+    if options.shots:
+        raise TaskError(
+            f"{data.name}: few-shot examples are drawn from the rows of a task; put those of a data file into its "
+            f"prompts"
+        )
+    ways = (GENERATION,) if data.generation is not None else (LIKELIHOOD, PER_TOKEN)
+    if options.scoring is None or (data.generation is not None and options.scoring == GENERATION):
+        return data
+    if options.scoring not in ways:
+        raise TaskError(
+            f"{data.name}: the prompts of a data file stand as they are, so they can't be scored as "
+            f"{options.scoring!r}; pass {' or '.join(ways)}, or leave it out"
+        )
+    return replace(data, length_normalized=options.scoring == PER_TOKEN)
 
 
 def _rows(task: Task, *, built_in: bool) -> Rows:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.tasks import TaskOptions, load_examples, read_examples
-from act_export.tasks.examples import TaskExamples
 from act_export.verify.held_out import DEFAULT_SPLIT, SPLITS, EvaluationError
-
-_SCORINGS_OF_DATA = {"likelihood": False, "likelihood-per-token": True}
 
 
 @dataclass(frozen=True)
@@ -57,31 +53,3 @@ class EvaluationRequest:
         for name, value in (("limit", self.limit), ("batch tokens", self.batch_tokens)):
             if value is not None and value < 1:
                 raise EvaluationError(f"{name} is {value}; give 1 or more")
-        if self.data and self.shots:
-            raise EvaluationError("shots are drawn from the rows of a task; put those of --data into its prompts")
-        if self.data and self.scoring not in (None, *_SCORINGS_OF_DATA):
-            raise EvaluationError(
-                f"the prompts of --data stand as they are, so they can't be scored as {self.scoring!r}; pass "
-                f"{' or '.join(_SCORINGS_OF_DATA)}, or leave it out"
-            )
-
-
-def requested_tasks(request: EvaluationRequest) -> list[TaskExamples]:
-    """All examples of the tasks, then of the data; one named twice is loaded once.
-
-    Raises:
-        TaskError: If there is no such task or file, or its rows can't be had or used.
-        EvaluationError: If two have the same name.
-    """
-    options = TaskOptions(scoring=request.scoring, shots=request.shots, seed=request.seed or 0)
-    tasks = [load_examples(name, options) for name in dict.fromkeys(request.tasks)]
-    for path in dict.fromkeys(request.data):
-        task = read_examples(path)
-        if request.scoring is not None:
-            task = replace(task, length_normalized=_SCORINGS_OF_DATA[request.scoring])
-        tasks.append(task)
-    names = [task.name for task in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise EvaluationError(f"two of the tasks are called {name}; rename a file")
-    return tasks

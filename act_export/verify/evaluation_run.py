@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from act_export.calibration import Calibration
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
-from act_export.tasks import EncodedExample, Example, encode_examples, prompt_digest
+from act_export.tasks import EncodedExample, Example, TaskOptions, encode_examples, load_questions, prompt_digest
 from act_export.tasks.drawing import place
 from act_export.tasks.examples import TaskExamples
 from act_export.tasks.scoring import BATCH_SIZE
@@ -22,7 +22,7 @@ from act_export.verify.evaluate import (
     evaluate_choices,
     language_model,
 )
-from act_export.verify.evaluation_request import EvaluationRequest, requested_tasks
+from act_export.verify.evaluation_request import EvaluationRequest
 from act_export.verify.evaluation_results import EvaluationReport, TaskResult, average_over
 from act_export.verify.held_out import EvaluationError, held_out
 from act_export.verify.label_prior import content_free_examples, without_label_prior
@@ -61,7 +61,9 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     """
     files = _read_files(request)
     calibrations = {name: _calibration(file) for name, file in files.items()}
-    tasks = [_questions(task, list(calibrations.values()), request) for task in requested_tasks(request)]
+    options = TaskOptions(request.scoring, request.shots, _seed(request, list(calibrations.values())))
+    asked = load_questions(request.tasks, request.data, options)
+    tasks = [_questions(task, list(calibrations.values()), request) for task in asked]
     plain = list(files)[-1]
     has_control = _is_plain(calibrations[plain])
     steps = _Steps(progress)
@@ -86,6 +88,13 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
         for index, one in enumerate(work)
     )
     return EvaluationReport(request, results, average_over(results))
+
+
+def _seed(request: EvaluationRequest, calibrations: Sequence[Calibration | None]) -> int:
+    """What few-shot examples are drawn with: what the file's search drew them with, unless another is asked for."""
+    origins = [calibration.provenance for calibration in calibrations if calibration is not None]
+    seeds = [request.seed, *(origin.seed for origin in origins if origin is not None)]
+    return next((seed for seed in seeds if seed is not None), 0)
 
 
 def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from act_export.calibration import Calibration, Provenance
 from act_export.errors import ActExportError
-from act_export.tasks import Example, Splits, TaskError, prompt_digest, split_examples, unused
+from act_export.tasks import Example, Splits, TaskError, question_digests, split_examples, unused
 
 SPLITS = ("report", "held-out", "all")
 DEFAULT_SPLIT = "report"
@@ -65,7 +65,7 @@ def _was_on(search: Provenance, examples: Sequence[Example], task: str | None) -
     if task is None or not search.tasks or task in search.tasks:
         return True
     recorded = frozenset(_recorded(search) or ())  # of data under another name
-    return any(prompt_digest(example.question) in recorded for example in examples)
+    return any(not recorded.isdisjoint(question_digests(example)) for example in examples)
 
 
 def _drawing(searches: Sequence[Provenance], seed: int | None) -> Provenance:
@@ -93,7 +93,7 @@ def _used_questions(search: Provenance, examples: Sequence[Example]) -> Collecti
     if recorded is not None:
         return recorded
     splits = _drawn_again(search, examples)
-    return [prompt_digest(example.question) for example in (*splits.rank, *splits.choose)]
+    return {digest for example in (*splits.rank, *splits.choose) for digest in question_digests(example)}
 
 
 def _drawn_again(search: Provenance, examples: Sequence[Example]) -> Splits:

@@ -182,7 +182,7 @@ def test_other_questions_have_a_journal_of_their_own(
         search_heads(checkpoint, of, OPTIONS, journals=tmp_path)
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 2
-    assert all((folder / "search.json").is_file() for folder in folders)
+    assert all((folder / "journal.json").is_file() for folder in folders)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_processes_write_their_own_files_and_read_all(tmp_path: Path) -> None:
     second.record("b", [2])
     assert first.values == {"a": 1}
     assert Journal(tmp_path, SEARCH, process=2).values == {"a": 1, "b": [2]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["search.json", "units-0.jsonl", "units-1.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.json", "units-0.jsonl", "units-1.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, garbage: bytes) -> None:
 
 def test_a_folder_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("important")
-    with pytest.raises(JournalError, match=r"has no search\.json, so it is no journal, .*--journal"):
+    with pytest.raises(JournalError, match=r"has no journal\.json, so it is no journal, .*--journal"):
         Journal(tmp_path, SEARCH)
     assert contents(tmp_path) == {"thesis.txt": b"important"}
     with pytest.raises(JournalError, match=r"can't use the journal .*thesis\.txt: .*pass another with --journal"):
@@ -286,20 +286,20 @@ def test_units_without_their_search_are_not_taken(tmp_path: Path) -> None:
     """Nobody knows which search they belong to."""
     journal = Journal(tmp_path, SEARCH)
     journal.record("a", 1)
-    (tmp_path / "search.json").unlink()
-    with pytest.raises(JournalError, match=r"has no search\.json"):
+    (tmp_path / "journal.json").unlink()
+    with pytest.raises(JournalError, match=r"has no journal\.json"):
         Journal(tmp_path, SEARCH)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "search": 3}', "\xff"])
 def test_a_damaged_description_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "search.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(JournalError, match=r"search\.json is not a search's description: .*--journal"):
+    (tmp_path / "journal.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(JournalError, match=r"journal\.json is not a search's description: .*--journal"):
         Journal(tmp_path, SEARCH)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "search.json").write_text(json.dumps({"version": 2, "search": SEARCH}))
+    (tmp_path / "journal.json").write_text(json.dumps({"version": 2, "search": SEARCH}))
     with pytest.raises(JournalError, match=r"has version 2; this act-export writes 1.*--journal"):
         Journal(tmp_path, SEARCH)
 

@@ -54,7 +54,7 @@ def naive_effects(checkpoint: Checkpoint, task: EncodedTask, beta: float) -> tup
 
 
 def test_exhaustive_effects_are_those_of_each_head_alone(checkpoint: Checkpoint, task: EncodedTask) -> None:
-    effects = rank_heads(checkpoint, task, THRESHOLD, OPTIONS, Workers())
+    ((effects,),) = rank_heads(checkpoint, [task], OPTIONS, Workers()).own
     assert set(effects.log_likelihood) == set(effects.correct) == {0.2, 1.5}
     for beta in OPTIONS.betas:
         expected, correct = naive_effects(checkpoint, task, beta)
@@ -70,7 +70,7 @@ def test_confirmed_effects_are_the_exhaustive_ones_of_the_heads_that_gates_rank_
     checkpoint: Checkpoint, task: EncodedTask
 ) -> None:
     gates, confirmed, exhaustive = (
-        rank_heads(checkpoint, task, THRESHOLD, replace(OPTIONS, method=method), Workers())
+        rank_heads(checkpoint, [task], replace(OPTIONS, method=method), Workers()).own[0][0]
         for method in ("gates", "gates+confirm", "exhaustive")
     )
     for beta in OPTIONS.betas:
@@ -92,7 +92,7 @@ def test_gates_give_the_slope_of_the_effects_at_beta_1(task: EncodedTask) -> Non
     checkpoint = words_checkpoint()
     checkpoint.model.double()
     options = replace(OPTIONS, method="gates", betas=(0.3, 1.7, 0.0))
-    estimated = rank_heads(checkpoint, task, THRESHOLD, options, Workers())
+    ((estimated,),) = rank_heads(checkpoint, [task], options, Workers()).own
     assert estimated.correct == {}
     (weaker, _), (stronger, _) = (naive_effects(checkpoint, task, beta) for beta in (1 - 1e-4, 1 + 1e-4))
     slope = (weaker - stronger) / 2e-4
@@ -107,9 +107,9 @@ def test_batches_and_checkpointing_change_nothing_but_rounding(
     checkpoint: Checkpoint, task: EncodedTask, method: str
 ) -> None:
     options = replace(OPTIONS, method=method)
-    expected = rank_heads(checkpoint, task, THRESHOLD, replace(options, batch_tokens=10_000), Workers())
+    ((expected,),) = rank_heads(checkpoint, [task], replace(options, batch_tokens=10_000), Workers()).own
     for changed in (replace(options, batch_tokens=1), replace(options, gradient_checkpointing=True)):
-        effects = rank_heads(checkpoint, task, THRESHOLD, changed, Workers())
+        ((effects,),) = rank_heads(checkpoint, [task], changed, Workers()).own
         for beta in options.betas:
             torch.testing.assert_close(
                 effects.log_likelihood[beta], expected.log_likelihood[beta], atol=1e-5, rtol=1e-5
@@ -121,7 +121,7 @@ def test_batches_and_checkpointing_change_nothing_but_rounding(
 def test_the_planned_cost_is_about_what_is_spent(checkpoint: Checkpoint, task: EncodedTask, method: str) -> None:
     options = replace(OPTIONS, method=method, confirm=100)
     workers = Workers()
-    rank_heads(checkpoint, task, THRESHOLD, options, workers)
+    rank_heads(checkpoint, [task], options, workers)
     planned = ranking_cost(task, options, num_layers=2, num_heads=4)
     assert 0.6 < workers.cost_done / planned < 1.6
 

@@ -201,9 +201,8 @@ def test_progress_reaches_the_end_and_never_runs_backwards(checkpoint: Checkpoin
     assert shares == sorted(shares)
     assert (shares[0], steps[-1]) == (0, ("done", 1))
     assert shares[-2] > 0.4  # the plan isn't far off
-    for name in ("one", "two")[: len(tasks)]:
-        assert (f"ranking heads on {name}" in dict(steps)) == (method != "exhaustive")
-        assert (f"measuring heads on {name}" in dict(steps)) == (method != "gates")
+    assert ("ranking heads" in dict(steps)) == (method != "exhaustive")
+    assert ("measuring heads" in dict(steps)) == (method != "gates")
     assert {"choosing how many", "measuring the gain"} <= set(dict(steps))
     assert ("choosing a joint set" in dict(steps)) == several
 

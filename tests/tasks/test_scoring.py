@@ -130,9 +130,7 @@ def test_batches_hold_every_example_once_sorted_by_length(examples: list[Encoded
     batch_size=st.none() | st.integers(1, 6),
     tokens=st.integers(1, 40),
 )
-def test_batches_stay_within_their_tokens(
-    examples: list[EncodedExample], batch_size: int | None, tokens: int
-) -> None:
+def test_batches_stay_within_their_tokens(examples: list[EncodedExample], batch_size: int | None, tokens: int) -> None:
     parts = list(batches(examples, batch_size, tokens))
     assert [i for part in parts for i in part] == [i for part in batches(examples, None) for i in part]
     for part, following in zip(parts, [*parts[1:], []], strict=True):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import random
 from collections import Counter
 
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.tasks import Example, Splits, TaskError, prompt_digest, split_examples, unused
+from act_export.tasks import Example, Splits, TaskError, prompt_digest, question_digests, split_examples, unused
 
 sizes = st.integers(1, 8)
 
@@ -131,7 +133,7 @@ def test_no_group_is_in_two_splits() -> None:
 
 def test_a_prompts_digest_stays_what_it_is() -> None:
     """Calibration files have them."""
-    assert prompt_digest("a prompt é") == "8ffc9a32"
+    assert prompt_digest("a prompt é") == "65878c49"
 
 
 def test_used_prompts_are_left_out_whatever_their_answer() -> None:
@@ -150,5 +152,13 @@ def test_a_question_about_a_used_passage_is_used() -> None:
         Example(f"prompt {index}", (" a", " b"), 0, key=f"key {index}", group=group)
         for index, group in enumerate(("one", "One!", "two"))
     )
-    assert unused([first, second, third], [prompt_digest("key 0")]) == [third]
+    assert unused([first, second, third], question_digests(first)) == [third]
+    assert unused([second, third], question_digests(first)) == [third]  # the used question needn't be there
+    assert unused([first, second, third], [prompt_digest("key 0")]) == [second, third]
     assert unused([first, second, third], [prompt_digest("prompt 0")]) == [first, second, third]
+
+
+def test_a_copy_that_differs_in_case_and_space_is_used() -> None:
+    data = examples(6)
+    used = {digest for example in data for digest in question_digests(example)}
+    assert unused([replace(example, prompt=f" {example.prompt.upper()} ") for example in data], used) == []

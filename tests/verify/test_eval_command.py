@@ -78,7 +78,7 @@ def test_tasks_by_comma_and_the_default_one(
         (["--limit", "0"], "limit is 0"),
         (["--chat"], "no chat template"),
         (["--scoring", "letter"], "can't be scored as 'letter'"),
-        (["--shots", "2"], "shots are drawn from the rows of a task"),
+        (["--shots", "2"], "few-shot examples are drawn from the rows of a task"),
         (["--against", "none.onnx"], "there is no model none.onnx"),
     ],
 )

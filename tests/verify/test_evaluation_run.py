@@ -277,8 +277,6 @@ def test_a_file_without_a_tokenizer(tiny_file, choosing) -> None:
         ({"tasks": ("sst2",), "split": "test"}, "there is no split 'test'"),
         ({"tasks": ("sst2",), "limit": 0}, "limit is 0; give 1 or more"),
         ({"tasks": ("sst2",), "batch_tokens": -1}, "batch tokens is -1"),
-        ({"data": (Path("rows.jsonl"),), "shots": 2}, "shots are drawn from the rows of a task"),
-        ({"data": (Path("rows.jsonl"),), "scoring": "letter"}, "can't be scored as 'letter'"),
     ],
 )
 def test_requests_that_make_no_sense(options, message) -> None:
@@ -289,5 +287,5 @@ def test_requests_that_make_no_sense(options, message) -> None:
 def test_two_data_files_of_one_name(files, choosing, tmp_path) -> None:
     copy = tmp_path / choosing.name
     copy.write_text(choosing.read_text())
-    with pytest.raises(EvaluationError, match=r"two of the tasks are called choosing.jsonl; rename a file"):
+    with pytest.raises(TaskError, match=r"two of the tasks are called choosing.jsonl; rename a file"):
         evaluate_files(EvaluationRequest(**files, data=(choosing, copy)))
