@@ -40,8 +40,8 @@ class SearchTask:
             for example in (*self.splits.rank, *self.splits.choose, *self.splits.report):
                 if len(example.choices) < 2:
                     raise SearchError(
-                        f"{self.name} has a question with {len(example.choices)} choices "
-                        f"({example.where or example.prompt}); it needs two or more, or generation settings"
+                        f"{self.name} has a question with fewer than two choices "
+                        f"({example.where or example.prompt}); it needs them, or generation settings"
                     )
 
 

@@ -18,7 +18,16 @@ from typer.testing import CliRunner
 
 from act_export.cli import app
 from act_export.search.journal import Journal
-from act_export.search.processes import Unit, Workers, _share, process_count, process_group, process_index
+from act_export.search.processes import (
+    ProcessError,
+    Unit,
+    Workers,
+    _share,
+    own_device,
+    process_count,
+    process_group,
+    process_index,
+)
 
 # Each process runs its commands one after the other, in one process group, and says how each ended.
 PROGRAM = """
@@ -202,3 +211,23 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         assert "betas was [0.0], is [0.5]" in errors
     assert "another process ended before its work was done" in outputs[0][1]
     assert not (tmp_path / "failed.json").exists()
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_device("cuda", None) == "cuda"
+    assert own_device(None, "auto") is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device("cuda", None) == "cuda:1"
+    assert own_device("cuda:0", None) == "cuda:0"
+    assert own_device(None, None) is None
+    with pytest.raises(ProcessError, match="device map 'auto' spreads the model of each process"):
+        own_device(None, "auto")
+
+
+def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ProcessError, match=r"WORLD_SIZE is 2, but .* torchrun"), process_group():
+        pass

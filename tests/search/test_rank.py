@@ -41,7 +41,8 @@ def naive_effects(checkpoint: Checkpoint, task: EncodedTask, beta: float) -> tup
     examples = list(task.splits[RANK])
     results = []
     for calibration in (None, *(Calibration({la: (he,)}, beta, 0.1) for la in range(2) for he in range(4))):
-        rows = reference_scores(checkpoint, calibration, examples, length_normalized=task.task.length_normalized)
+        per_token = task.task.length_normalized or task.task.generation is not None
+        rows = reference_scores(checkpoint, calibration, examples, length_normalized=per_token)
         gains = [
             torch.tensor(row, dtype=torch.float64).log_softmax(0)[e.answer].item() if len(row) > 1 else row[0]
             for row, e in zip(rows, examples, strict=True)

@@ -272,3 +272,30 @@ def test_results_of_a_search_on_one_task_have_no_joint_set(checkpoint: Checkpoin
     assert result.reports["planted"].joint is None
     assert result.units[0] == result.units[1] > 0
     assert asdict(result)["reports"]["planted"]["sizes"] == {"rank": 40, "choose": 50, "report": 50}
+
+
+def test_questions_that_another_task_uses_are_not_reported_on(checkpoint: Checkpoint) -> None:
+    one, other = (planted_task(checkpoint, PLANTED, name=name, seed=seed) for name, seed in (("one", 3), ("other", 4)))
+    borrowed = (*one.splits.rank[:5], *one.splits.choose[:4], *other.splits.report)
+    mixed = replace(other, splits=replace(other.splits, report=borrowed))
+    result = search_heads(checkpoint, [one, mixed], OPTIONS)
+    assert result.reports["other"].sizes["report"] == len(other.splits.report)
+    assert result.reports["one"].sizes["report"] == len(one.splits.report)
+    copy = replace(one, name="copy", splits=Splits(one.splits.report, one.splits.choose, one.splits.rank))
+    with pytest.raises(SearchError, match="all questions that one would be reported on are used by another task"):
+        search_heads(checkpoint, [one, copy], OPTIONS)
+
+
+def test_a_question_with_one_choice_needs_generation_settings(checkpoint: Checkpoint) -> None:
+    splits = planted_task(checkpoint, PLANTED, seed=3).splits
+    alone = Splits((Example("w3", (" w4",), 0),), splits.choose, splits.report)
+    with pytest.raises(SearchError, match=r"lonely has a question with fewer than two choices \(w3\)"):
+        SearchTask("lonely", alone)
+
+
+def test_confirmed_heads_of_a_joint_set_are_measured_on_every_task(checkpoint: Checkpoint) -> None:
+    """Also where the tasks' own first heads have none in common."""
+    tasks = [planted_task(checkpoint, PLANTED, name=name, seed=seed) for name, seed in (("one", 3), ("two", 4))]
+    result = search_heads(checkpoint, tasks, replace(OPTIONS, method="gates+confirm", confirm=1))
+    assert result.joint is not None
+    assert result.joint.num_calibrated_heads == 1

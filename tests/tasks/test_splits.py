@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
