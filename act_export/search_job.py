@@ -68,7 +68,8 @@ class SearchJob:
         splits = split_examples(
             task.examples, rank=self.rank, choose=self.choose, report=self.report, seed=self.options.seed
         )
-        return SearchTask(task.name, splits, task.length_normalized, task.generation)
+        form: dict[str, str | int] = {"scoring": self.scoring or "the task's own", "shots": self.shots}
+        return SearchTask(task.name, splits, task.length_normalized, task.generation, form)
 
 
 def run_search(

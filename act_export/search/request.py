@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from act_export.calibration import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
 from act_export.errors import ActExportError
@@ -27,12 +27,14 @@ class SearchTask:
         splits: To rank heads, to choose how many, and to report what that gains.
         length_normalized: Compare choices by log-likelihood per token.
         generation: How answers are generated and compared; None where there are choices.
+        form: How the questions are put, for the record, e.g. {"scoring": "likelihood", "shots": 0}.
     """
 
     name: str
     splits: Splits
     length_normalized: bool = False
     generation: Generation | None = None
+    form: Mapping[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises SearchError for questions that every answer would be right to."""

@@ -10,10 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import act_export
 from act_export.calibration import Calibration, Provenance
 from act_export.checkpoint import Checkpoint
 from act_export.search.answers import (
@@ -27,9 +23,10 @@ from act_export.search.answers import (
     cost_of,
     encode_task,
 )
-from act_export.search.choose import Choice, candidate_calibrations, choose, heads_with_betas, other_heads
+from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
 from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Progress, Workers, process_index, same_everywhere
+from act_export.search.provenance import package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.report import (
     Gain,
@@ -127,7 +124,7 @@ def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], option
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {task.task.name: task.digest for task in tasks},
         "batch_tokens": options.batch_tokens,
-        "versions": _versions(),
+        "versions": package_versions(),
     }
 
 
@@ -174,7 +171,7 @@ class _Search:
         calibrations = {
             task.task.name: replace(
                 found[task.task.name].calibration,
-                provenance=self._provenance([task], found[task.task.name], [reports[task.task.name]], "own"),
+                provenance=self._provenance([task], found[task.task.name], reports, [reports[task.task.name].own]),
             )
             for task in self.tasks
         }
@@ -189,7 +186,9 @@ class _Search:
             if together is None
             else replace(
                 together.calibration,
-                provenance=self._provenance(self.tasks, together, list(reports.values()), JOINT, average(JOINT)),
+                provenance=self._provenance(
+                    self.tasks, together, reports, [report.joint for report in reports.values()], average(JOINT)
+                ),
             ),
             reports,
             average("own") if len(self.tasks) > 1 else None,
@@ -249,67 +248,27 @@ class _Search:
             reported.setdefault(task_name, {})[label] = answers
         return reported
 
-    def _answer(self, step: str, requests: Sequence[tuple[EncodedTask, str, Calibration | None]]) -> list[Answers]:
-        return answer(self.checkpoint, requests, self.options, self.workers, step=step)
-
     def _provenance(
         self,
         tasks: Sequence[EncodedTask],
         found: _Found,
-        reports: Sequence[TaskReport],
-        kind: str,
+        reports: Mapping[str, TaskReport],
+        gains: Sequence[Gain | None],
         average: Gain | None = None,
     ) -> Provenance:
-        splits = [task.task.splits for task in tasks]
-        used = {digest for split in splits for e in (*split.rank, *split.choose) for digest in question_digests(e)}
-        plain_accuracy = sum(report.plain_accuracy for report in reports) / len(reports)
-        gains = [getattr(report, kind) for report in reports]
-        accuracies = [
-            gain.accuracy if gain else report.plain_accuracy for gain, report in zip(gains, reports, strict=True)
-        ]
-        notes: dict[str, Any] = {
-            "choose_accuracy": tried(found.choice),
-            "choose_p": round(found.choice.p, 4),
-            "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
-            "dtype": str(self.checkpoint.model.dtype).removeprefix("torch."),
-        }
-        if not found.calibration.heads:
-            notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
-        elif average is not None:
-            notes["average_gain"] = {"gain": average.gain, "interval_95": list(average.interval)}
-            notes["gains"] = {
-                report.task: [gain.gain, *gain.interval] for gain, report in zip(gains, reports, strict=True) if gain
-            }
-        else:
-            notes |= _gain_notes(reports[0])
-        sizes = {name: sum(report.sizes[name] for report in reports) for name in (RANK, CHOOSE, REPORT)}
-        return Provenance(
-            method=self.options.method,
-            tasks=tuple(task.task.name for task in tasks),
-            samples=sizes,
-            seed=self.options.seed,
-            plain_accuracy=round(plain_accuracy, 4),
-            calibrated_accuracy=round(sum(accuracies) / len(accuracies), 4),
-            versions=_versions(),
-            notes={**notes, "used": sorted(used)},
+        return search_provenance(
+            found.calibration,
+            found.choice,
+            [task.task for task in tasks],
+            [reports[task.task.name] for task in tasks],
+            gains,
+            self.options,
+            dtype=self.checkpoint.model.dtype,
+            average=average,
         )
 
-
-def tried(choice: Choice) -> dict[str, float]:
-    """Accuracy on the choose split by what was tried, "heads" or "heads, betas, threshold" where these differ."""
-    kinds = [_kind(candidate.calibration) for candidate in choice.candidates[1:]]
-    one_kind = len(set(kinds)) <= 1
-    labels = ["0"] + [
-        str(candidate.calibration.num_calibrated_heads)
-        + ("" if one_kind else f" heads, beta {' and '.join(f'{beta:g}' for beta in kind[0])}, {kind[1]} {kind[2]:g}")
-        for candidate, kind in zip(choice.candidates[1:], kinds, strict=True)
-    ]
-    return {label: round(candidate.accuracy, 4) for label, candidate in zip(labels, choice.candidates, strict=True)}
-
-
-def _kind(calibration: Calibration) -> tuple[tuple[float, ...], str, float]:
-    betas = tuple(sorted(set(heads_with_betas(calibration).values())))
-    return betas, calibration.threshold_mode, calibration.threshold
+    def _answer(self, step: str, requests: Sequence[tuple[EncodedTask, str, Calibration | None]]) -> list[Answers]:
+        return answer(self.checkpoint, requests, self.options, self.workers, step=step)
 
 
 def _task_report(task: EncodedTask, found: _Found, answers: Mapping[str, Answers], passes: float) -> TaskReport:
@@ -340,26 +299,6 @@ def _task_report(task: EncodedTask, found: _Found, answers: Mapping[str, Answers
         sizes={RANK: len(splits.rank), CHOOSE: len(splits.choose), REPORT: len(splits.report)},
         duplicates=splits.duplicates,
     )
-
-
-def _gain_notes(report: TaskReport) -> dict[str, Any]:
-    """What stands in a calibration's provenance beside its accuracy."""
-    assert report.own is not None  # only a set of heads has a gain
-    notes: dict[str, Any] = {"gain_interval_95": list(report.own.interval)}
-    if report.own.p is not None:
-        notes["mcnemar_p"] = report.own.p
-    if report.predicted_shares is not None:
-        plain, calibrated = report.predicted_shares
-        notes["predicted_shares"] = {"plain": list(plain), "calibrated": list(calibrated)}
-    controls: dict[str, Any] = {"random_heads": list(report.random_heads)}
-    if report.label_prior is not None:
-        controls["plain_without_label_prior"] = report.label_prior
-    if report.choice_bias is not None:
-        plain_unbiased, calibrated_unbiased = report.choice_bias
-        controls["without_choice_bias"] = {"plain": plain_unbiased, "calibrated": calibrated_unbiased}
-    if report.published:
-        controls["published"] = dict(report.published)
-    return {**notes, "controls": controls}
 
 
 def _planned_cost(
@@ -420,11 +359,3 @@ def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:
             )
         apart.append(replace(task, splits=replace(task.splits, report=left)))
     return apart
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "act-export": act_export.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

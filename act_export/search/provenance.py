@@ -1,0 +1,119 @@
+"""What a calibration says of where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+
+import act_export
+from act_export.calibration import Calibration, Provenance
+from act_export.search.answers import CHOOSE, RANK, REPORT
+from act_export.search.choose import Choice, heads_with_betas
+from act_export.search.report import Gain, TaskReport
+from act_export.search.request import SearchOptions, SearchTask
+from act_export.tasks import question_digests
+
+
+def search_provenance(
+    calibration: Calibration,
+    choice: Choice,
+    tasks: Sequence[SearchTask],
+    reports: Sequence[TaskReport],
+    gains: Sequence[Gain | None],
+    options: SearchOptions,
+    *,
+    dtype: torch.dtype,
+    average: Gain | None = None,
+) -> Provenance:
+    """The record of a search.
+
+    Args:
+        calibration: What it found.
+        choice: How it was chosen.
+        tasks: What it was found on.
+        reports: By task.
+        gains: By task, on questions that took no part; None where no set helped.
+        options: How it was searched.
+        dtype: In what precision.
+        average: Mean gain over the tasks, where the set was found on all of them together.
+    """
+    used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
+    accuracies = [
+        gain.accuracy if gain is not None else report.plain_accuracy
+        for gain, report in zip(gains, reports, strict=True)
+    ]
+    notes: dict[str, Any] = {
+        "choose_accuracy": tried(choice),
+        "choose_p": round(choice.p, 4),
+        "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
+        "dtype": str(dtype).removeprefix("torch."),
+        "questions": {**tasks[0].form, "chat": options.chat, "truncate": options.truncate},
+    }
+    if not calibration.heads:
+        notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
+    elif average is not None:
+        notes["average_gain"] = {"gain": average.gain, "interval_95": list(average.interval)}
+        notes["gains"] = {
+            report.task: [gain.gain, *gain.interval] for gain, report in zip(gains, reports, strict=True) if gain
+        }
+    else:
+        notes |= _gain_notes(reports[0])
+    return Provenance(
+        method=options.method,
+        tasks=tuple(task.name for task in tasks),
+        samples={name: sum(report.sizes[name] for report in reports) for name in (RANK, CHOOSE, REPORT)},
+        seed=options.seed,
+        plain_accuracy=round(sum(report.plain_accuracy for report in reports) / len(reports), 4),
+        calibrated_accuracy=round(sum(accuracies) / len(accuracies), 4),
+        versions=package_versions(),
+        notes={**notes, "used": sorted(used)},
+    )
+
+
+def tried(choice: Choice) -> dict[str, float]:
+    """Accuracy on the choose split by what was tried, "heads" or "heads, betas, threshold" where these differ."""
+    kinds = [_kind(candidate.calibration) for candidate in choice.candidates[1:]]
+    one_kind = len(set(kinds)) <= 1
+    labels = ["0"] + [
+        str(candidate.calibration.num_calibrated_heads)
+        + ("" if one_kind else f" heads, beta {' and '.join(f'{beta:g}' for beta in kind[0])}, {kind[1]} {kind[2]:g}")
+        for candidate, kind in zip(choice.candidates[1:], kinds, strict=True)
+    ]
+    return {label: round(candidate.accuracy, 4) for label, candidate in zip(labels, choice.candidates, strict=True)}
+
+
+def _kind(calibration: Calibration) -> tuple[tuple[float, ...], str, float]:
+    betas = tuple(sorted(set(heads_with_betas(calibration).values())))
+    return betas, calibration.threshold_mode, calibration.threshold
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that a search's numbers depend on."""
+    return {
+        "act-export": act_export.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _gain_notes(report: TaskReport) -> dict[str, Any]:
+    """What stands in a calibration's provenance beside its accuracy."""
+    assert report.own is not None  # only a set of heads has a gain
+    notes: dict[str, Any] = {"gain_interval_95": list(report.own.interval)}
+    if report.own.p is not None:
+        notes["mcnemar_p"] = report.own.p
+    if report.predicted_shares is not None:
+        plain, calibrated = report.predicted_shares
+        notes["predicted_shares"] = {"plain": list(plain), "calibrated": list(calibrated)}
+    controls: dict[str, Any] = {"random_heads": list(report.random_heads)}
+    if report.label_prior is not None:
+        controls["plain_without_label_prior"] = report.label_prior
+    if report.choice_bias is not None:
+        plain_unbiased, calibrated_unbiased = report.choice_bias
+        controls["without_choice_bias"] = {"plain": plain_unbiased, "calibrated": calibrated_unbiased}
+    if report.published:
+        controls["published"] = dict(report.published)
+    return {**notes, "controls": controls}
