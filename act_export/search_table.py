@@ -36,7 +36,7 @@ def print_search_result(result: SearchResult) -> None:
         plain = sum(report.plain_accuracy for report in result.reports.values()) / len(result.reports)
         row = ["average", "", f"{plain:.1%}", f"{result.average.accuracy:.1%}", "", _gain(result.average), "", ""]
         table.add_section()
-        table.add_row(*row, *([_gain(result.joint_average)] if result.joint is not None else []))
+        table.add_row(*row, *([_gain(result.joint_average if result.joint.heads else None)] if result.joint is not None else []))
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
