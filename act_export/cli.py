@@ -101,7 +101,10 @@ def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except ActExportError as error:
             _fail(str(error), EXIT_UNUSABLE)
         except (_InterruptedError, KeyboardInterrupt):
-            _fail("interrupted; no partial output was left", EXIT_UNUSABLE)
+            _fail(
+                "interrupted; no partial output was left. What a search has finished is kept: the same command goes on",
+                EXIT_UNUSABLE,
+            )
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
@@ -311,7 +314,11 @@ def search_command(
         files = save_result(result, target)
         print_search_result(result)
         for name, calibration in result.calibrations.items():
-            _note(f"{name}: {_describe_calibration(calibration)}")
+            if calibration.heads:
+                _note(f"{name}: {_describe_calibration(calibration)}")
+            else:
+                p = result.reports[name].p
+                _note(f"{name}: no head is calibrated: nothing tried gained more than luck explains (p = {p:.2g})")
         for file in files:
             print(file)
 

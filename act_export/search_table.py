@@ -34,9 +34,11 @@ def print_search_result(result: SearchResult) -> None:
         table.add_row(*row, *([_gain(report.joint)] if result.joint is not None else []))
     if result.average is not None:
         plain = sum(report.plain_accuracy for report in result.reports.values()) / len(result.reports)
-        row = ["average", "", f"{plain:.1%}", f"{result.average.accuracy:.1%}", "", _gain(result.average), "", ""]
+        average = result.average if any(c.heads for c in result.calibrations.values()) else None
+        row = ["average", "", f"{plain:.1%}", f"{result.average.accuracy:.1%}", "", _gain(average), "", ""]
         table.add_section()
-        table.add_row(*row, *([_gain(result.joint_average if result.joint.heads else None)] if result.joint is not None else []))
+        joint = result.joint_average if result.joint is not None and result.joint.heads else None
+        table.add_row(*row, *([_gain(joint)] if result.joint is not None else []))
     console = Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)

@@ -177,7 +177,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "unknown mode": (["--threshold-mode", "both"], "threshold_mode is 'both'; it must be absolute or relative"),
     "no whole number": (["--heads", "1.5"], "--heads is '1.5'; it must be whole numbers, by comma"),
-    "no heads": (["--heads", "0"], "head_counts are (0,); each must be at least 1"),
+    "no heads": (["--heads", "0"], "the numbers of heads are (0,); each must be at least 1"),
     "nothing to confirm": (["--confirm", "0"], "confirm is 0; it must be at least 1"),
     "no tokens": (["--batch-tokens", "0"], "batch_tokens is 0; it must be at least 1"),
     "draws below 0": (["--random-draws=-1"], "random_draws is -1; it must be at least 0"),

@@ -133,4 +133,4 @@ class SearchOptions:
             if getattr(self, name) < least:
                 raise SearchError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if min(self.head_counts) < 1:
-            raise SearchError(f"head_counts are {self.head_counts}; each must be at least 1")
+            raise SearchError(f"the numbers of heads are {self.head_counts}; each must be at least 1")

@@ -228,7 +228,7 @@ def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, method
         ({"thresholds": ()}, SearchError, r"thresholds are \(\)"),
         ({"thresholds": (Threshold(-1),)}, CalibrationError, "threshold is -1"),
         ({"thresholds": (Threshold(0.1, "absolut"),)}, CalibrationError, "threshold_mode is 'absolut'"),
-        ({"head_counts": (4, 0)}, SearchError, r"head_counts are \(4, 0\); each must be at least 1"),
+        ({"head_counts": (4, 0)}, SearchError, r"the numbers of heads are \(4, 0\); each must be at least 1"),
         ({"head_counts": (4, 4)}, SearchError, r"head_counts are \(4, 4\); name at least one, and none twice"),
         ({"confirm": 0}, SearchError, "confirm is 0; it must be at least 1"),
         ({"batch_tokens": 0}, SearchError, "batch_tokens is 0; it must be at least 1"),
