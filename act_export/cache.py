@@ -13,7 +13,7 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("act-export"))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file, whole or not at all, with the folders it is in; of several writers at once the last one wins.
 
     Raises:
@@ -22,5 +22,5 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as own:
         whole = Path(own) / path.name
-        whole.write_text(text, encoding="utf-8")
+        whole.write_bytes(content.encode() if isinstance(content, str) else content)
         whole.replace(path)

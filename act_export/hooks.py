@@ -200,6 +200,11 @@ class HookedModel:
     hook: AttentionHook
     num_layers: int
 
+    @property
+    def fewest_logits(self) -> int:
+        """The smallest `logits_to_keep` that the model takes: 1, or 0 (all) where it always computes all."""
+        return 1 if "logits_to_keep" in inspect.signature(self.model.forward).parameters else 0
+
     def __call__(
         self,
         input_ids: Tensor,

@@ -143,10 +143,12 @@ def _check(encoded: EncodedExample, example: Example, max_length: int | None) ->
         length = len(encoded.prompt) + len(tokens)
         if max_length is not None and length > max_length:
             raise TaskError(f"{_named(example)} with {choice!r} has {length} tokens; the model takes {max_length}")
+    if max_length is not None and len(encoded.prompt) > max_length:
+        raise TaskError(f"{_named(example)} has {len(encoded.prompt)} tokens; the model takes {max_length}")
 
 
 def _over(encoded: EncodedExample, limit: int | None) -> int:
-    longest = len(encoded.prompt) + max(map(len, encoded.choices))
+    longest = len(encoded.prompt) + max(map(len, encoded.choices), default=0)
     return 0 if limit is None else max(0, longest - limit)
 
 

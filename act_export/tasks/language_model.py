@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,8 +58,6 @@ class TorchLanguageModel:
     def __init__(self, hooked: HookedModel) -> None:
         """Takes what `act_export.hooks.attention_hook` yields."""
         self.hooked = hooked
-        parameters = inspect.signature(hooked.model.forward).parameters
-        self.logits_to_keep = 1 if "logits_to_keep" in parameters else 0
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor, state: list[LayerState] | None
@@ -68,7 +65,7 @@ class TorchLanguageModel:
         """See `LanguageModel`."""
         device = self.hooked.model.device
         outputs = self.hooked(
-            input_ids.to(device), attention_mask.to(device), state, logits_to_keep=self.logits_to_keep
+            input_ids.to(device), attention_mask.to(device), state, logits_to_keep=self.hooked.fewest_logits
         )
         last = outputs.logits[:, -1].cpu()
         return last.to(torch.promote_types(last.dtype, torch.float32)), outputs.state

@@ -1,0 +1,33 @@
+"""Where a model's attention sinks are, and the report that shows them."""
+
+from act_export.profile.profile import (
+    ALL,
+    GRID,
+    MODES,
+    POSITION_EDGES,
+    RELATIVE_BINS,
+    ExamplePrompt,
+    LaterSinks,
+    ProfileError,
+    SinkProfile,
+    SinkStatistics,
+    SinkTokens,
+)
+from act_export.profile.run import ProfileOptions, PromptSource, profile_sinks
+
+__all__ = [
+    "ALL",
+    "GRID",
+    "MODES",
+    "POSITION_EDGES",
+    "RELATIVE_BINS",
+    "ExamplePrompt",
+    "LaterSinks",
+    "ProfileError",
+    "ProfileOptions",
+    "PromptSource",
+    "SinkProfile",
+    "SinkStatistics",
+    "SinkTokens",
+    "profile_sinks",
+]

@@ -1,0 +1,139 @@
+"""Attention with its statistics, a block of rows at a time: no attention map is ever whole in memory.
+
+A block of rows is multiplied with its keys, put through the softmax, and read while it is in the processor's cache: by
+the values, for the output; by the rows' weights in the mean attention map; for the entropy. What is kept of a head are
+the mean map's rows over all columns, (grid, total), from which both column sums and the map follow.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from act_export.hooks import AttentionCall
+
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of an attention map's rows that are in memory at once
+_UNSEEN = -1e30  # finite: times a probability of 0 it is 0
+
+
+class AttentionStatistics(NamedTuple):
+    """Statistics of one layer's attention maps.
+
+    Attributes:
+        column_sums: Sum of each column over the real rows (batch, num_heads, total).
+        entropy: Of a row in nats, mean over the real rows (batch, num_heads).
+        mean_map: (batch, num_heads, grid, grid), see `act_export.profile.profile.SinkStatistics`.
+    """
+
+    column_sums: Tensor
+    entropy: Tensor
+    mean_map: Tensor
+
+
+class MapGrid(NamedTuple):
+    """How the tokens of a batch fall into the rows and columns of a mean attention map.
+
+    Attributes:
+        rows: (batch, grid, total), each grid row's weights of the tokens: they sum to 1. Padding has none.
+        columns: (batch, total, grid), the share of each token that lies in each grid column.
+        tokens: Number of real tokens of each sequence (batch,).
+    """
+
+    rows: Tensor
+    columns: Tensor
+    tokens: Tensor
+
+
+def map_grid(real: Tensor, grid: int, dtype: torch.dtype = torch.float32) -> MapGrid:
+    """The grid of a batch: real tokens share it evenly, and those on a border count in proportion.
+
+    Args:
+        real: Boolean (batch, total), with at least one real token in each sequence.
+        grid: Number of rows and columns.
+        dtype: Of the weights.
+    """
+    tokens = real.sum(1)
+    position = (real.long().cumsum(1) - 1).to(torch.float64)
+    # The token at position p covers grid * p / tokens to grid * (p + 1) / tokens.
+    width = grid / tokens[:, None].to(torch.float64)
+    start, cells = position * width, torch.arange(grid, device=real.device)
+    overlap = torch.minimum((start + width)[..., None], cells + 1.0) - torch.maximum(start[..., None], cells.double())
+    overlap = overlap.clamp(min=0).masked_fill(~real[..., None], 0)
+    return MapGrid(overlap.transpose(1, 2).to(dtype), (overlap / width[..., None]).to(dtype), tokens)
+
+
+def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, AttentionStatistics]:
+    """Plain attention of a first call, and the statistics of its maps.
+
+    Args:
+        call: Without a past.
+        grid: Of its mask.
+
+    Returns:
+        Output (batch, num_heads, sequence, head_size), and the statistics, at least float32.
+    """
+    batch, heads, total, _ = call.query.shape
+    kv_heads = call.key.shape[1]
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query = (call.query.to(dtype) * call.scale).reshape(batch, kv_heads, heads // kv_heads, total, -1)
+    key, value = call.key.to(dtype).transpose(2, 3), call.value.to(dtype)
+    real = call.attention_mask != 0
+    unpadded = bool(real.all())
+    weighted = query.new_zeros(batch, heads, grid.rows.shape[1], total)
+    entropy = query.new_zeros(batch, heads)
+    output = query.new_empty(query.shape)
+    for rows in _row_blocks(call, batch * heads):
+        first = 0 if call.sliding_window < 0 else max(0, rows.start - call.sliding_window + 1)
+        columns = slice(first, rows.stop)
+        block = query[:, :, :, rows].flatten(2, 3)  # the heads that share keys, one below the other
+        size = (batch, kv_heads, heads // kv_heads, rows.stop - rows.start, -1)
+        logits = (block @ key[..., columns]).view(size)
+        if call.softcap > 0:
+            logits.div_(call.softcap).tanh_().mul_(call.softcap)
+        _hide(logits, rows, columns, call.sliding_window, None if unpadded else real)
+        maps = torch.softmax(logits, -1)
+        output[:, :, :, rows] = (maps.flatten(2, 3) @ value[:, :, columns]).view(size)
+        by_head = maps.flatten(1, 2)
+        bins = _bins_of(grid.rows[:, :, rows]) if unpadded else slice(None)
+        weighted[:, :, bins, columns] += grid.rows[:, None, bins, rows] @ by_head
+        row_entropy = logits.amax(-1) - maps.amax(-1).log_() - logits.mul_(maps).sum(-1)
+        if not unpadded:
+            row_entropy.masked_fill_(~real[:, None, None, rows], 0)
+        entropy += row_entropy.sum(-1).flatten(1)
+    # Every token's weights sum to grid / tokens over the rows of the grid.
+    per_row = grid.tokens.to(dtype) / grid.rows.shape[1]
+    return output.flatten(1, 2), AttentionStatistics(
+        weighted.sum(2) * per_row[:, None, None],
+        entropy / grid.tokens[:, None],
+        weighted @ grid.columns[:, None],
+    )
+
+
+def _row_blocks(call: AttentionCall, maps: int) -> list[slice]:
+    total = call.query.shape[2]
+    size = max(1, _BLOCK_ELEMENTS.get(call.query.device.type, 2**26) // (maps * total))
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _hide(logits: Tensor, rows: slice, columns: slice, sliding_window: int, real: Tensor | None) -> None:
+    """Overwrites what rows can't see: later keys, keys that left the window, padding."""
+    row = torch.arange(rows.start, rows.stop, device=logits.device)[:, None]
+    if sliding_window < 0 and real is None:  # only the block on the diagonal has anything to hide
+        later = torch.arange(rows.start, columns.stop, device=logits.device) > row
+        logits[..., rows.start - columns.start :].masked_fill_(later, _UNSEEN)
+        return
+    column = torch.arange(columns.start, columns.stop, device=logits.device)
+    hidden = column > row
+    if sliding_window >= 0:
+        hidden = hidden | (column <= row - sliding_window)
+    if real is not None:
+        hidden = (hidden | ~real[:, None, columns])[:, None, None]
+    logits.masked_fill_(hidden, _UNSEEN)
+
+
+def _bins_of(weights: Tensor) -> slice:
+    """Rows of the grid that have a part in these rows; the same in each sequence of an unpadded batch."""
+    used = weights[0].any(1).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1)

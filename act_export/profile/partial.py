@@ -1,0 +1,62 @@
+"""Unfinished work of a profile on disk: the sums so far, and how many steps they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from act_export.cache import write_whole
+from act_export.profile.profile import ProfileError
+from act_export.profile.tally import Tally
+
+
+class PartialTally:
+    """The tallies of one profile, in a file named by what the profile is of."""
+
+    def __init__(self, folder: Path, digest: str, tallies: Sequence[Tally]) -> None:
+        """Takes the folder, what names this profile among others, and the tallies that `resume` fills."""
+        self.path = folder / f"{digest}.safetensors"
+        self.tallies = tallies
+
+    def resume(self) -> int:
+        """Takes the sums over from the file, if there is one.
+
+        Returns:
+            Number of steps that they are of.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                done = int((file.metadata() or {})["done"])
+                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            return 0  # there is none, or nothing that can be gone on from
+        wanted = {name: tensor.shape for name, tensor in self._sums().items()}
+        if {name: tensor.shape for name, tensor in sums.items()} != wanted:
+            return 0
+        for name, tensor in self._sums().items():
+            tensor.copy_(sums[name])
+        return done
+
+    def save(self, done: int) -> None:
+        """Writes the sums of the first `done` steps, whole or not at all.
+
+        Raises:
+            ProfileError: If they can't be written.
+        """
+        try:
+            write_whole(self.path, save(self._sums(), {"done": str(done)}))
+        except OSError as error:
+            raise ProfileError(f"can't keep unfinished work in {self.path.parent}: {error.strerror}") from error
+
+    def discard(self) -> None:
+        """Removes the file: the work is finished."""
+        self.path.unlink(missing_ok=True)
+
+    def _sums(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{index}/{name}": sums for index, tally in enumerate(self.tallies) for name, sums in tally.sums.items()
+        }

@@ -1,0 +1,279 @@
+"""Profiles the sinks of a model over sources of prompts; interrupted, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import act_export
+from act_export.calibration import DEFAULT_THRESHOLD, Calibration
+from act_export.checkpoint import Checkpoint
+from act_export.profile.partial import PartialTally
+from act_export.profile.profile import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError, SinkProfile
+from act_export.profile.profiling import profile_batch
+from act_export.profile.tally import Tally, statistics_of
+from act_export.tasks import EncodedExample, batches
+
+BATCH_TOKENS = 2048
+EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory where it is calibrated
+_SAVE_EVERY_SECONDS = 10.0
+_EFFECT_COST = 6  # of a batch, in plain passes: forward, backward, and every head's calibrated map
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and how much of the whole is done, from 0 to 1."""
+
+EffectsOf = Callable[[Sequence[EncodedExample]], Tensor]
+"""Gives the gradient of a batch of questions for every head's gate, summed over the batch: (layers, heads)."""
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Prompts that are profiled together.
+
+    Attributes:
+        name: A task's, or a file's.
+        prompts: Token ids, one tuple per prompt.
+        questions: The same prompts with their answers, where effects are measured; else none.
+        effects: Measures effects on the questions; None where they aren't.
+        form: All that decides what `effects` gives, besides the model and the questions; JSON.
+    """
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    questions: tuple[EncodedExample, ...] = ()
+    effects: EffectsOf | None = None
+    form: str = ""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What counts as a sink, and how prompts run.
+
+    Attributes:
+        absolute_threshold: tau.
+        relative_threshold: alpha: a sink score counts where it is above alpha / tokens of the prompt.
+        batch_tokens: Positions that run together at the most, padding included; one prompt alone may have more.
+    """
+
+    absolute_threshold: float = DEFAULT_THRESHOLD[ABSOLUTE]
+    relative_threshold: float = DEFAULT_THRESHOLD[RELATIVE]
+    batch_tokens: int = BATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        """Raises CalibrationError or ProfileError for a value out of range, naming it."""
+        for mode, threshold in self.thresholds.items():
+            Calibration({}, threshold=threshold, threshold_mode=mode)
+        if self.batch_tokens < 1:
+            raise ProfileError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """By mode."""
+        return {ABSOLUTE: self.absolute_threshold, RELATIVE: self.relative_threshold}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One batch: computed first, then counted, which takes no time. Between the two nothing of it is in the sums."""
+
+    what: str
+    cost: float
+    compute: Callable[[], Callable[[], None]]
+
+
+def profile_sinks(
+    checkpoint: Checkpoint,
+    sources: Sequence[PromptSource],
+    options: ProfileOptions = ProfileOptions(),
+    *,
+    calibration: Calibration | None = None,
+    partial: Path | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> SinkProfile:
+    """Where the sinks are, by source and over all.
+
+    No attention map is kept: memory grows with the length of the longest prompt, not its square.
+
+    Args:
+        checkpoint: The model, with its tokenizer where tokens shall have texts.
+        sources: At least one, each with at least one prompt.
+        options: See `ProfileOptions`.
+        calibration: Run one example of each source with it too.
+        partial: Folder that keeps unfinished work; the same call goes on from there. None to keep nothing.
+        out: Where to write the profile, see `SinkProfile.save`; only then is the unfinished work removed.
+        progress: Called before every batch.
+        notes: To be kept in the profile's options.
+
+    Raises:
+        ProfileError: If there is no source or prompt, or two sources have the same name.
+        CalibrationError: If the calibration isn't for this model.
+        UnsupportedModelError: If the model's attention can't be exchanged.
+    """
+    _check(sources)
+    identity = checkpoint.identity
+    if calibration is not None:
+        calibration.check_fits(identity)
+    tallies = [Tally(source.prompts, identity.num_layers, identity.num_heads, options.thresholds) for source in sources]
+    steps = [
+        step
+        for source, tally in zip(sources, tallies, strict=True)
+        for step in _steps(checkpoint, source, tally, options)
+    ]
+    kept = PartialTally(partial, _digest(checkpoint, sources, options), tallies) if partial is not None else None
+    _run(steps, kept, progress)
+    texts = _texts(checkpoint, {token for tally in tallies for token in tally.sink_ids()})
+    profile = SinkProfile(
+        model=identity,
+        model_name=checkpoint.name,
+        overall=statistics_of(ALL, tallies, texts),
+        sources={
+            source.name: tally.statistics(source.name, texts) for source, tally in zip(sources, tallies, strict=True)
+        },
+        examples=tuple(example for source in sources for example in _example(checkpoint, source, calibration)),
+        calibration=calibration,
+        options={
+            **options.thresholds,
+            "batch_tokens": options.batch_tokens,
+            "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+            "device": checkpoint.model.device.type,
+            **(notes or {}),
+        },
+        versions={
+            "act-export": act_export.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    if out is not None:
+        profile.save(out)
+        if kept is not None:
+            kept.discard()
+    return profile
+
+
+def _check(sources: Sequence[PromptSource]) -> None:
+    if not sources:
+        raise ProfileError("there is nothing to profile; name at least one source of prompts")
+    names = [source.name for source in sources]
+    for source in sources:
+        if not source.prompts or not all(source.prompts):
+            raise ProfileError(f"{source.name} has no prompts, or one without tokens; each source needs at least one")
+        if names.count(source.name) > 1 or source.name == ALL:
+            taken = "is taken: it stands for all prompts together" if source.name == ALL else "names two sources"
+            raise ProfileError(f"the name {source.name!r} {taken}; rename a file")
+
+
+def _steps(checkpoint: Checkpoint, source: PromptSource, tally: Tally, options: ProfileOptions) -> Iterator[_Step]:
+    def profile(batch: Sequence[tuple[int, ...]]) -> Callable[[], None]:
+        computed = list(profile_batch(checkpoint.model, batch))
+
+        def count() -> None:
+            for ids, statistics in zip(batch, computed, strict=True):
+                tally.add(ids, statistics)
+
+        return count
+
+    def measure(effects: EffectsOf, batch: Sequence[EncodedExample]) -> Callable[[], None]:
+        gradients = effects(batch)
+        return lambda: tally.add_effects(gradients, len(batch))
+
+    as_examples = [EncodedExample(prompt, (), 0) for prompt in source.prompts]
+    for indices in batches(as_examples, None, options.batch_tokens):
+        batch = [source.prompts[index] for index in indices]
+        cost = float(sum(map(len, batch)))
+        yield _Step(source.name, cost, lambda batch=batch: profile(batch))  # type: ignore[misc]
+    if source.effects is None:
+        return
+    for indices in batches(source.questions, None, options.batch_tokens):
+        asked = [source.questions[index] for index in indices]
+        cost = float(_EFFECT_COST * sum(len(question.prompt) for question in asked))
+        yield _Step(
+            f"{source.name}, effects of heads",
+            cost,
+            lambda effects=source.effects, asked=asked: measure(effects, asked),  # type: ignore[misc]
+        )
+
+
+def _run(steps: Sequence[_Step], kept: PartialTally | None, progress: Progress | None) -> None:
+    total = sum(step.cost for step in steps)
+    done = kept.resume() if kept is not None else 0
+    saved = done
+    saved_at, save_took = time.monotonic(), 0.0
+    whole = True  # the sums are those of `done` steps
+    try:
+        for step in steps[done:]:
+            if progress is not None:
+                progress(step.what, sum(earlier.cost for earlier in steps[:done]) / total)
+            count = step.compute()
+            whole = False
+            count()
+            done, whole = done + 1, True
+            now = time.monotonic()
+            if kept is not None and now - saved_at > max(_SAVE_EVERY_SECONDS, 20 * save_took):
+                kept.save(done)
+                saved, saved_at, save_took = done, time.monotonic(), time.monotonic() - now
+    finally:
+        if kept is not None and whole and done > saved:
+            kept.save(done)
+    if progress is not None:
+        progress("done", 1.0)
+
+
+def _example(checkpoint: Checkpoint, source: PromptSource, calibration: Calibration | None) -> Iterator[ExamplePrompt]:
+    """The source's first prompt that isn't too long; none where all are."""
+    ids = next((prompt for prompt in source.prompts if 1 < len(prompt) <= EXAMPLE_TOKENS), None)
+    if ids is None:
+        return
+    (plain,) = profile_batch(checkpoint.model, [ids])
+    calibrated = None
+    if calibration is not None:
+        (calibrated,) = profile_batch(checkpoint.model, [ids], calibration)
+    texts = _texts(checkpoint, set(ids))
+    yield ExamplePrompt(
+        source.name,
+        torch.tensor(ids).numpy(),
+        tuple(texts[token] for token in ids),
+        plain.scores.float().numpy(),
+        calibrated.scores.float().numpy() if calibrated is not None else None,
+    )
+
+
+def _texts(checkpoint: Checkpoint, ids: set[int]) -> dict[int, str]:
+    """What tokens stand for; of a part of a letter, the tokenizer's own name for it."""
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        return {token: f"<{token}>" for token in ids}
+    texts = {token: str(tokenizer.decode([token])) for token in ids}
+    return {
+        token: text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+        for token, text in texts.items()
+    }
+
+
+def _digest(checkpoint: Checkpoint, sources: Sequence[PromptSource], options: ProfileOptions) -> str:
+    """Different where a step would be, or would give something else."""
+    content = [
+        str(checkpoint.identity),
+        str(checkpoint.model.dtype),
+        checkpoint.model.device.type,
+        options.thresholds,
+        options.batch_tokens,
+        act_export.__version__,
+        torch.__version__,
+        [
+            [source.name, source.prompts, [[q.prompt, q.choices, q.answer] for q in source.questions], source.form]
+            for source in sources
+        ],
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
