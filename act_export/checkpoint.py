@@ -133,6 +133,11 @@ def _looks_like_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not source.endswith(("/", ".gguf"))
 
 
+def public_name(name: str) -> str:
+    """A model's name as it was asked for, without what only this machine knows."""
+    return name if name in BUILT_IN or (not Path(name).exists() and name.count("/") == 1) else Path(name).resolve().name
+
+
 def identify(model: PreTrainedModel) -> ModelIdentity:
     """What a calibration of this model must agree with."""
     num_layers, num_heads = layers_and_heads(model.config)

@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from act_export import __version__
+from act_export.command_line import (
+    EXIT_UNUSABLE,
+    BatchTokensOption,
+    BetaOption,
+    ChatOption,
+    DataFilesOption,
+    DataOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    FileArgument,
+    JsonOption,
+    ModelArgument,
+    ModeOption,
+    PortableOption,
+    ScoringOption,
+    SeedOption,
+    ShotsOption,
+    TaskOption,
+    TasksOption,
+    ThresholdOption,
+    TokenizerOption,
+    TruncateOption,
+    console,
+    describe_calibration,
+    fail,
+    interrupt,
+    load_model,
+    names_of,
+    note,
+    numbers_of,
+    progress_bar,
+    reports_errors,
+    status,
+    terminate,
+)
 from act_export.errors import ActExportError, VerificationError
+from act_export.profile_commands import profile_command, report_command
 
 if TYPE_CHECKING:
-    from act_export.calibration import Calibration
-    from act_export.checkpoint import Checkpoint
     from act_export.convert import Converted
     from act_export.verify.parity import ParityReport
 
 DEFAULT_COMMAND = "export"
-EXIT_FAILED_PARITY = 1
-EXIT_UNUSABLE = 2
-EXIT_DEFECT = 3
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_console = Console(stderr=True, highlight=False)
 
 
 class _DefaultToExport(typer.core.TyperGroup):
@@ -53,7 +77,7 @@ class _DefaultToExport(typer.core.TyperGroup):
 def _refuse_mistyped_command(word: str, commands: list[str]) -> None:
     near = difflib.get_close_matches(word, commands, n=1, cutoff=0.7)
     if near and not Path(word).exists():
-        _fail(f"there is no command {word!r} and no model of that name; did you mean {near[0]}?", EXIT_UNUSABLE)
+        fail(f"there is no command {word!r} and no model of that name; did you mean {near[0]}?", EXIT_UNUSABLE)
 
 
 app = typer.Typer(
@@ -70,98 +94,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `act-export` command."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
-
-
-class _InterruptedError(BaseException):
-    """Ctrl-C. Not KeyboardInterrupt: Python would end by that signal where it passed through C code, handled or not."""
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise _InterruptedError
-
-
-def _terminate(*_: object) -> NoReturn:
-    sys.exit(128 + signal.SIGTERM)  # an exception, so that partial files are removed
-
-
-def _reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Ends a command with a message and an exit code where the user can do something about it."""
-
-    @functools.wraps(command)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return command(*args, **kwargs)
-        except VerificationError as error:
-            _fail(str(error), EXIT_FAILED_PARITY)
-        except ActExportError as error:
-            _fail(str(error), EXIT_UNUSABLE)
-        except (_InterruptedError, KeyboardInterrupt):
-            _fail(
-                "interrupted; no partial output was left. What a search has finished is kept: the same command goes on",
-                EXIT_UNUSABLE,
-            )
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-                _fail(
-                    f"out of memory: {error}; a search takes less with fewer --batch-tokens, "
-                    f"--gradient-checkpointing or --dtype bfloat16",
-                    EXIT_UNUSABLE,
-                )
-            _console.print_exception()
-            _fail(f"this is a defect of act-export, please report it: {type(error).__name__}: {error}", EXIT_DEFECT)
-
-    return wrapped
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    _console.print("error:", style="bold red", end=" ")
-    _console.print(message, markup=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
-]
-FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file, or the folder with it.")]
-TaskOption = Annotated[
-    str | None, typer.Option("--task", metavar="NAME", help="Search heads on this task, or the task of a file *.json.")
-]
-DataOption = Annotated[
-    Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or on your own rows: prompt, choices, answer.")
-]
-TasksOption = Annotated[
-    list[str] | None,
-    typer.Option("--task", metavar="NAME,...", help="A task, or several by comma, or a task file; repeatable."),
-]
-DataFilesOption = Annotated[
-    list[Path] | None, typer.Option("--data", metavar="FILE.jsonl", help="Your own rows; repeatable.")
-]
-ScoringOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="letter|likelihood|likelihood-per-token|generation", help="Instead of the task's own scoring."
-    ),
-]
-BetaOption = Annotated[float | None, typer.Option(help="Scale of later sinks, 0 to 2.")]
-ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above which a token is a later sink.")]
-ModeOption = Annotated[
-    str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
-]
-TokenizerOption = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
-]
-SeedOption = Annotated[int, typer.Option(help="Seed of the splits.")]
-PortableOption = Annotated[
-    bool, typer.Option("--portable", help="Run the portable functions instead of the native library.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -174,7 +111,7 @@ def _version(
 
 
 @app.command(DEFAULT_COMMAND)
-@_reports_errors
+@reports_errors
 def export_command(
     model: ModelArgument,
     out: Annotated[
@@ -207,28 +144,28 @@ def export_command(
         from act_export.runtime.providers import import_onnxruntime
 
         import_onnxruntime()
-    checkpoint = _load(model)
+    checkpoint = load_model(model)
     check_supported(checkpoint.model)
-    with _progress("search") as progress:
-        chosen = resolve_calibration(checkpoint, request, notice=_note, progress=progress)
+    with progress_bar("search") as progress:
+        chosen = resolve_calibration(checkpoint, request, notice=note, progress=progress)
     if chosen is not None and not chosen.num_calibrated_heads:
-        _note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
-    with _status() as step:
+        note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
+    with status() as step:
         written = export_model(checkpoint, chosen, out, verify=verify, progress=step)
     _summarize(written)
 
 
 @app.command("search")
-@_reports_errors
+@reports_errors
 def search_command(
     model: ModelArgument,
     out: Annotated[Path | None, typer.Option(help="The calibration file to write; for several tasks a folder.")] = None,
     task: TasksOption = None,
     data: DataFilesOption = None,
     scoring: ScoringOption = None,
-    shots: Annotated[int, typer.Option(min=0, help="Examples before each question.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")] = False,
+    shots: ShotsOption = 0,
+    chat: ChatOption = False,
+    truncate: TruncateOption = False,
     method: Annotated[
         str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How heads are ranked.")
     ] = "gates",
@@ -245,13 +182,13 @@ def search_command(
     seed: SeedOption = 0,
     joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Several tasks: also one set for all.")] = True,
     random_draws: Annotated[int, typer.Option(help="Random head sets to compare with.")] = 3,
-    batch_tokens: Annotated[int | None, typer.Option(help="Positions that run together: bounds memory.")] = None,
+    batch_tokens: BatchTokensOption = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for ranking, a third more time.")
     ] = False,
-    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16|float16|auto", help="To search in.")] = "float32",
-    device: Annotated[str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")] = None,
-    device_map: Annotated[str | None, typer.Option(metavar="auto", help="Spread the model over GPUs.")] = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     journal: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where finished work is kept, if not in the cache folder.")
     ] = None,
@@ -268,12 +205,12 @@ def search_command(
     from act_export.search_job import SearchJob, check_output, run_search, save_result
     from act_export.search_table import print_search_result
 
-    names = _names(task)
+    names = names_of(task)
     options = SearchOptions(
         method=method,
-        betas=_numbers("--beta", beta) or SearchOptions().betas,
-        thresholds=thresholds_of(_numbers("--threshold", threshold), threshold_mode),
-        head_counts=tuple(map(int, _numbers("--heads", heads, whole=True))) or HEAD_COUNTS,
+        betas=numbers_of("--beta", beta) or SearchOptions().betas,
+        thresholds=thresholds_of(numbers_of("--threshold", threshold), threshold_mode),
+        head_counts=tuple(map(int, numbers_of("--heads", heads, whole=True))) or HEAD_COUNTS,
         confirm=confirm,
         seed=seed,
         batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
@@ -299,32 +236,36 @@ def search_command(
     check_output(target, job)
     tasks = job.load()
     with process_group():
-        checkpoint = _load(model, dtype=dtype, device=own_device(device, device_map), device_map=device_map)
+        checkpoint = load_model(model, dtype=dtype, device=own_device(device, device_map), device_map=device_map)
         check_supported(checkpoint.model)
         first = process_index() == 0
         started = time.monotonic()
-        with _progress("search") as progress:
+        with progress_bar("search") as progress:
             result = run_search(checkpoint, job, tasks=tasks, progress=progress if first else None)
         if not first:
             return
-        _note(f"searched in {time.monotonic() - started:.1f} s")
+        note(f"searched in {time.monotonic() - started:.1f} s")
         computed, known = result.units
         if computed < known:
-            _note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")
+            note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")
         files = save_result(result, target)
         print_search_result(result)
         for name, calibration in result.calibrations.items():
             if calibration.heads:
-                _note(f"{name}: {_describe_calibration(calibration)}")
+                note(f"{name}: {describe_calibration(calibration)}")
             else:
                 p = result.reports[name].p
-                _note(f"{name}: no head is calibrated: nothing tried gained more than luck explains (p = {p:.2g})")
+                note(f"{name}: no head is calibrated: nothing tried gained more than luck explains (p = {p:.2g})")
         for file in files:
             print(file)
 
 
+app.command("profile")(reports_errors(profile_command))
+app.command("report")(reports_errors(report_command))
+
+
 @app.command("verify")
-@_reports_errors
+@reports_errors
 def verify_command(
     file: FileArgument,
     against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint that it was exported from.")],
@@ -336,23 +277,23 @@ def verify_command(
 
     with Session.open(file, native=False) as session:
         path, calibration, identity = session.path, session.calibration, session.model_identity
-    checkpoint = _load(against)
+    checkpoint = load_model(against)
     if identity is not None and identity.differences(checkpoint.identity):
         raise ActExportError(
             f"{file} was exported from another model: {identity}, and {against} is {checkpoint.identity}"
         )
-    with _status() as step:
+    with status() as step:
         report = verify_file(path, checkpoint, calibration, progress=step)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
-        _console.print(_parity_table(report))
+        console.print(_parity_table(report))
     if not report.passed:
         raise VerificationError(f"{file} disagrees with PyTorch\n{describe_failures(report)}")
 
 
 @app.command("generate")
-@_reports_errors
+@reports_errors
 def generate_command(
     file: FileArgument,
     prompt: Annotated[
@@ -382,7 +323,7 @@ def generate_command(
 
 
 @app.command("eval")
-@_reports_errors
+@reports_errors
 def eval_command(
     file: FileArgument,
     against: Annotated[
@@ -398,9 +339,9 @@ def eval_command(
         typer.Option(help="Of splits and shots; for splits the file's own search has the say where there was one."),
     ] = None,
     scoring: ScoringOption = None,
-    shots: Annotated[int, typer.Option(min=0, help="Examples before each question.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")] = False,
+    shots: ShotsOption = 0,
+    chat: ChatOption = False,
+    truncate: TruncateOption = False,
     limit: Annotated[int | None, typer.Option(help="Questions of each task at the most.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens that run together at the most.")] = None,
     portable: PortableOption = False,
@@ -413,7 +354,7 @@ def eval_command(
     from act_export.verify.evaluation_request import EvaluationRequest
     from act_export.verify.evaluation_run import evaluate_files
 
-    names = tuple(dict.fromkeys(name.strip() for names in task or () for name in names.split(",") if name.strip()))
+    names = tuple(dict.fromkeys(names_of(task)))
     request = EvaluationRequest(
         file=file,
         against=against,
@@ -430,7 +371,7 @@ def eval_command(
         portable=portable,
         tokenizer=tokenizer,
     )
-    with _progress("eval") as progress:
+    with progress_bar("eval") as progress:
         report = evaluate_files(request, progress=progress)
     if as_json:
         print(report_json(report))
@@ -441,7 +382,7 @@ def eval_command(
 @app.command(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
-@_reports_errors
+@reports_errors
 def lm_eval_command(context: typer.Context) -> None:
     """Runs lm-evaluation-harness with the model type act-onnx; all options are its own."""
     try:
@@ -453,7 +394,7 @@ def lm_eval_command(context: typer.Context) -> None:
 
 
 @app.command("bench")
-@_reports_errors
+@reports_errors
 def bench_command(
     file: FileArgument,
     against: Annotated[
@@ -498,7 +439,7 @@ def bench_command(
         pytorch_tokens=pytorch_tokens,
         seed=seed,
     )
-    with _progress("bench") as progress:
+    with progress_bar("bench") as progress:
         report = bench_file(request, progress=progress)
     print_bench_report(report)
     if json_file is not None:
@@ -506,7 +447,7 @@ def bench_command(
 
 
 @app.command("inspect")
-@_reports_errors
+@reports_errors
 def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     """Shows what is baked into an exported file."""
     from act_export.verify.inspect import inspect_file
@@ -522,12 +463,12 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     table.add_row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
         table.add_row(operator, f"{count} nodes")
-    table.add_row("calibration", _describe_calibration(found.calibration) if found.calibration else "none (plain)")
+    table.add_row("calibration", describe_calibration(found.calibration) if found.calibration else "none (plain)")
     Console().print(table)
 
 
 @app.command("library")
-@_reports_errors
+@reports_errors
 def library_command() -> None:
     """Prints the path of the native library, for C++, C#, Triton and other hosts."""
     from act_export.ops.library import LibraryNotFoundError, library_path
@@ -536,102 +477,6 @@ def library_command() -> None:
         print(library_path())
     except LibraryNotFoundError as error:
         raise ActExportError(str(error)) from error
-
-
-def _load(
-    model: str, *, dtype: str = "float32", device: str | None = None, device_map: str | None = None
-) -> Checkpoint:
-    with _status() as step:
-        step(f"loading {model}")
-        from act_export.checkpoint import load_checkpoint
-
-        return load_checkpoint(model, dtype=dtype, device=device, device_map=device_map)
-
-
-def _names(given: list[str] | None) -> tuple[str, ...]:
-    """Names that come by comma, by repeating the option, or both."""
-    return tuple(name.strip() for names in given or () for name in names.split(",") if name.strip())
-
-
-def _numbers(option: str, given: str | None, *, whole: bool = False) -> tuple[float, ...]:
-    """Numbers that come by comma; none where the option isn't given."""
-    try:
-        return tuple(int(number) if whole else float(number) for number in given.split(",")) if given else ()
-    except ValueError as error:
-        kind = "whole numbers" if whole else "numbers"
-        raise ActExportError(f"{option} is {given!r}; it must be {kind}, by comma") from error
-
-
-def _note(message: str) -> None:
-    _console.print(message, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """What is being done and how long it took so far; a line per step where there is no terminal."""
-    if not _console.is_terminal:
-        said: set[str] = set()
-
-        def say_once(step: str) -> None:
-            stage = step.partition(":")[0]
-            if stage not in said:
-                said.add(stage)
-                _note(stage)
-
-        yield say_once
-        return
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda step: progress.update(task, description=step)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[str, float], None]]:
-    if not _console.is_terminal:
-        tenths: set[tuple[str, int]] = set()
-
-        def report(step: str, done: float) -> None:
-            tenth = (step, int(10 * done))
-            if tenth not in tenths:
-                tenths.add(tenth)
-                _note(f"{what}: {step}, {done:.0%} of all")
-
-        yield report
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_console, transient=True) as progress:
-        task = progress.add_task("", total=1.0, visible=False)
-
-        def update(step: str, done: float) -> None:
-            progress.update(task, description=f"{what}: {step}", completed=done, visible=True)
-
-        yield update
-
-
-def _describe_calibration(calibration: Calibration) -> str:
-    strength = calibration.beta if isinstance(calibration.beta, float) else "per head"
-    text = (
-        f"{calibration.num_calibrated_heads} heads in {len(calibration.heads)} layers, beta {strength}, "
-        f"{calibration.threshold_mode} threshold {calibration.threshold:g}"
-    )
-    origin = calibration.provenance
-    if origin is None:
-        return text
-    text += f"; {origin.method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
-    if origin.source:
-        text += "; not measured here"
-    if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
-        text += (
-            f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
-            f" ({origin.samples.get('report', 0)} prompts, PyTorch)"
-        )
-    return text
 
 
 def _parity_table(report: ParityReport) -> Table:
@@ -669,16 +514,16 @@ def _parity_table(report: ParityReport) -> Table:
 
 def _summarize(written: Converted) -> None:
     calibration = written.calibration
-    _note(f"calibration: {_describe_calibration(calibration) if calibration is not None else 'none (plain)'}")
+    note(f"calibration: {describe_calibration(calibration) if calibration is not None else 'none (plain)'}")
     if written.parity is None:
-        _note("parity: not checked")
+        note("parity: not checked")
     else:
         for engine in written.parity.engines:
-            _note(
+            note(
                 f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"
                 + (", greedy tokens identical" if engine.greedy_identical else "")
             )
     for file in written.files:
         if file.suffix in (".onnx", ".data"):
-            _note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
+            note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
     print(next(file for file in written.files if file.suffix == ".onnx"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import BUILT_IN, Checkpoint
+from act_export.checkpoint import Checkpoint, public_name
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
 from act_export.export.write import check_output, is_file_output, publish, staged
@@ -195,7 +195,7 @@ def export_model(
     name = out.name if is_file_output(out) else "model.onnx"
     with staged(out) as folder:
         progress("exporting")
-        build_model(checkpoint, calibration, folder / name, source=_public_name(checkpoint.name))
+        build_model(checkpoint, calibration, folder / name, source=public_name(checkpoint.name))
         if not is_file_output(out):
             _add_companions(folder, checkpoint, calibration)
         report = None
@@ -241,11 +241,6 @@ def describe_failures(report: ParityReport) -> str:
                     f"{'differ' if result.greedy_identical is False else 'agree'}"
                 )
     return "\n".join(lines)
-
-
-def _public_name(name: str) -> str:
-    """The model's name without what only this machine knows."""
-    return name if name in BUILT_IN or (not Path(name).exists() and name.count("/") == 1) else Path(name).resolve().name
 
 
 def _add_companions(folder: Path, checkpoint: Checkpoint, calibration: Calibration | None) -> None:

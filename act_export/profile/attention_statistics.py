@@ -7,6 +7,7 @@ the mean map's rows over all columns, (grid, total), from which both column sums
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from act_export.hooks import AttentionCall
 
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of an attention map's rows that are in memory at once
+_BLOCK_ELEMENTS = {"cpu": 2**20}  # of an attention map that are in memory at once, by kind of device
+_OTHERWISE = 2**26
 _UNSEEN = -1e30  # finite: times a probability of 0 it is 0
 
 
@@ -77,44 +79,51 @@ def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, 
     batch, heads, total, _ = call.query.shape
     kv_heads = call.key.shape[1]
     dtype = torch.promote_types(call.query.dtype, torch.float32)
-    query = (call.query.to(dtype) * call.scale).reshape(batch, kv_heads, heads // kv_heads, total, -1)
-    key, value = call.key.to(dtype).transpose(2, 3), call.value.to(dtype)
+    query = (call.query.to(dtype) * call.scale).contiguous().view(batch, kv_heads, heads // kv_heads, total, -1)
+    key, value = call.key.to(dtype).contiguous().transpose(2, 3), call.value.to(dtype).contiguous()
     real = call.attention_mask != 0
     unpadded = bool(real.all())
-    weighted = query.new_zeros(batch, heads, grid.rows.shape[1], total)
-    entropy = query.new_zeros(batch, heads)
+    weighted = query.new_zeros(*query.shape[:3], grid.rows.shape[1], total)
+    entropy = query.new_zeros(query.shape[:3])
     output = query.new_empty(query.shape)
-    for rows in _row_blocks(call, batch * heads):
+    for kv, rows in _blocks(call):
         first = 0 if call.sliding_window < 0 else max(0, rows.start - call.sliding_window + 1)
         columns = slice(first, rows.stop)
-        block = query[:, :, :, rows].flatten(2, 3)  # the heads that share keys, one below the other
-        size = (batch, kv_heads, heads // kv_heads, rows.stop - rows.start, -1)
-        logits = (block @ key[..., columns]).view(size)
+        block = query[:, kv, :, rows]
+        logits = (block.flatten(2, 3) @ key[:, kv, :, columns]).view(*block.shape[:-1], -1)
         if call.softcap > 0:
             logits.div_(call.softcap).tanh_().mul_(call.softcap)
         _hide(logits, rows, columns, call.sliding_window, None if unpadded else real)
         maps = torch.softmax(logits, -1)
-        output[:, :, :, rows] = (maps.flatten(2, 3) @ value[:, :, columns]).view(size)
-        by_head = maps.flatten(1, 2)
-        bins = _bins_of(grid.rows[:, :, rows]) if unpadded else slice(None)
-        weighted[:, :, bins, columns] += grid.rows[:, None, bins, rows] @ by_head
+        output[:, kv, :, rows] = (maps.flatten(2, 3) @ value[:, kv, columns]).view_as(block)
+        bins = _bins_of(grid.rows[:, :, rows])
+        weighted[:, kv, :, bins, columns] += grid.rows[:, None, None, bins, rows] @ maps
         row_entropy = logits.amax(-1) - maps.amax(-1).log_() - logits.mul_(maps).sum(-1)
         if not unpadded:
             row_entropy.masked_fill_(~real[:, None, None, rows], 0)
-        entropy += row_entropy.sum(-1).flatten(1)
+        entropy[:, kv] += row_entropy.sum(-1)
     # Every token's weights sum to grid / tokens over the rows of the grid.
     per_row = grid.tokens.to(dtype) / grid.rows.shape[1]
     return output.flatten(1, 2), AttentionStatistics(
-        weighted.sum(2) * per_row[:, None, None],
-        entropy / grid.tokens[:, None],
-        weighted @ grid.columns[:, None],
+        weighted.sum(3).flatten(1, 2) * per_row[:, None, None],
+        entropy.flatten(1, 2) / grid.tokens[:, None],
+        weighted.flatten(1, 2) @ grid.columns[:, None],
     )
 
 
-def _row_blocks(call: AttentionCall, maps: int) -> list[slice]:
-    total = call.query.shape[2]
-    size = max(1, _BLOCK_ELEMENTS.get(call.query.device.type, 2**26) // (maps * total))
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def _blocks(call: AttentionCall) -> Iterator[tuple[slice, slice]]:
+    """Key-value heads, and rows, that are computed together.
+
+    All heads where their maps are small; else one by one, because matrix products of many rows are the faster ones.
+    """
+    batch, heads, total = call.query.shape[:3]
+    kv_heads = call.key.shape[1]
+    limit = _BLOCK_ELEMENTS.get(call.query.device.type, _OTHERWISE)
+    together = kv_heads if batch * heads * total * total <= limit else 1
+    size = max(1, limit // (batch * heads // kv_heads * together * total))
+    for head in range(0, kv_heads, together):
+        for start in range(0, total, size):
+            yield slice(head, head + together), slice(start, min(start + size, total))
 
 
 def _hide(logits: Tensor, rows: slice, columns: slice, sliding_window: int, real: Tensor | None) -> None:
@@ -134,6 +143,6 @@ def _hide(logits: Tensor, rows: slice, columns: slice, sliding_window: int, real
 
 
 def _bins_of(weights: Tensor) -> slice:
-    """Rows of the grid that have a part in these rows; the same in each sequence of an unpadded batch."""
-    used = weights[0].any(1).nonzero()
-    return slice(int(used[0]), int(used[-1]) + 1)
+    """Rows of the grid (batch, grid, rows) that have a part in these rows in any sequence."""
+    used = weights.any(2).any(0).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import act_export
 from act_export.calibration import DEFAULT_THRESHOLD, Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint import Checkpoint, public_name
 from act_export.profile.partial import PartialTally
 from act_export.profile.profile import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError, SinkProfile
 from act_export.profile.profiling import profile_batch
@@ -125,22 +125,23 @@ def profile_sinks(
     if calibration is not None:
         calibration.check_fits(identity)
     tallies = [Tally(source.prompts, identity.num_layers, identity.num_heads, options.thresholds) for source in sources]
+    seen: dict[tuple[int, ...], Tensor] = {}
     steps = [
         step
         for source, tally in zip(sources, tallies, strict=True)
-        for step in _steps(checkpoint, source, tally, options)
+        for step in _steps(checkpoint, source, tally, options, seen)
     ]
     kept = PartialTally(partial, _digest(checkpoint, sources, options), tallies) if partial is not None else None
     _run(steps, kept, progress)
     texts = _texts(checkpoint, {token for tally in tallies for token in tally.sink_ids()})
     profile = SinkProfile(
         model=identity,
-        model_name=checkpoint.name,
+        model_name=public_name(checkpoint.name),
         overall=statistics_of(ALL, tallies, texts),
         sources={
             source.name: tally.statistics(source.name, texts) for source, tally in zip(sources, tallies, strict=True)
         },
-        examples=tuple(example for source in sources for example in _example(checkpoint, source, calibration)),
+        examples=tuple(example for source in sources for example in _example(checkpoint, source, calibration, seen)),
         calibration=calibration,
         options={
             **options.thresholds,
@@ -174,13 +175,24 @@ def _check(sources: Sequence[PromptSource]) -> None:
             raise ProfileError(f"the name {source.name!r} {taken}; rename a file")
 
 
-def _steps(checkpoint: Checkpoint, source: PromptSource, tally: Tally, options: ProfileOptions) -> Iterator[_Step]:
+def _steps(
+    checkpoint: Checkpoint,
+    source: PromptSource,
+    tally: Tally,
+    options: ProfileOptions,
+    seen: dict[tuple[int, ...], Tensor],
+) -> Iterator[_Step]:
+    """The batches of a source; sink scores of the prompt that is its example go into `seen`."""
+    example = _example_prompt(source)
+
     def profile(batch: Sequence[tuple[int, ...]]) -> Callable[[], None]:
         computed = list(profile_batch(checkpoint.model, batch))
 
         def count() -> None:
             for ids, statistics in zip(batch, computed, strict=True):
                 tally.add(ids, statistics)
+                if ids == example:
+                    seen[ids] = statistics.scores
 
         return count
 
@@ -230,23 +242,35 @@ def _run(steps: Sequence[_Step], kept: PartialTally | None, progress: Progress |
         progress("done", 1.0)
 
 
-def _example(checkpoint: Checkpoint, source: PromptSource, calibration: Calibration | None) -> Iterator[ExamplePrompt]:
-    """The source's first prompt that isn't too long; none where all are."""
-    ids = next((prompt for prompt in source.prompts if 1 < len(prompt) <= EXAMPLE_TOKENS), None)
+def _example_prompt(source: PromptSource) -> tuple[int, ...] | None:
+    """The source's first prompt that isn't too long; None where all are."""
+    return next((prompt for prompt in source.prompts if 1 < len(prompt) <= EXAMPLE_TOKENS), None)
+
+
+def _example(
+    checkpoint: Checkpoint,
+    source: PromptSource,
+    calibration: Calibration | None,
+    seen: Mapping[tuple[int, ...], Tensor],
+) -> Iterator[ExamplePrompt]:
+    ids = _example_prompt(source)
     if ids is None:
         return
-    (plain,) = profile_batch(checkpoint.model, [ids])
-    calibrated = None
-    if calibration is not None:
-        (calibrated,) = profile_batch(checkpoint.model, [ids], calibration)
+    scores = seen[ids] if ids in seen else _scores(checkpoint, ids)  # it ran before an interruption
+    calibrated = _scores(checkpoint, ids, calibration) if calibration is not None else None
     texts = _texts(checkpoint, set(ids))
     yield ExamplePrompt(
         source.name,
         torch.tensor(ids).numpy(),
         tuple(texts[token] for token in ids),
-        plain.scores.float().numpy(),
-        calibrated.scores.float().numpy() if calibrated is not None else None,
+        scores.float().numpy(),
+        calibrated.float().numpy() if calibrated is not None else None,
     )
+
+
+def _scores(checkpoint: Checkpoint, ids: tuple[int, ...], calibration: Calibration | None = None) -> Tensor:
+    (statistics,) = profile_batch(checkpoint.model, [ids], calibration)
+    return statistics.scores
 
 
 def _texts(checkpoint: Checkpoint, ids: set[int]) -> dict[int, str]:

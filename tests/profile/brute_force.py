@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from act_export.profile import GRID, POSITION_EDGES, RELATIVE_BINS
+from act_export.profile import GRID, POSITION_EDGES, RELATIVE_BINS, SinkStatistics
 
 THRESHOLDS = {"absolute": 0.1, "relative": 5.0}
 
@@ -33,7 +34,7 @@ def window_of(model: PreTrainedModel, layer: int) -> int:
     return window
 
 
-def brute_force(model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[str, object]:
+def brute_force(model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[str, Any]:
     """By the fields' names in SinkStatistics; of LaterSinks and SinkTokens as "mode/field" and "mode/tokens/field"."""
     scalars: dict[str, list[np.ndarray]] = defaultdict(list)
     exposure = np.zeros(len(POSITION_EDGES)), np.zeros(RELATIVE_BINS)
@@ -80,7 +81,7 @@ def brute_force(model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[
             scalars[f"{mode}/mass"].append(mass)
             scalars[f"{mode}/absolute_positions"].append(absolute)
             scalars[f"{mode}/relative_positions"].append(relative)
-    means: dict[str, object] = {name: np.mean(values, 0) for name, values in scalars.items()}
+    means: dict[str, Any] = {name: np.mean(values, 0) for name, values in scalars.items()}
     means["initial_score_std"] = np.std(scalars["initial_score"], 0)
     means["mass_std"] = np.std(scalars["absolute/mass"], 0)
     means["absolute_exposure"], means["relative_exposure"] = exposure
@@ -112,3 +113,42 @@ def resampled(maps: np.ndarray) -> np.ndarray:
     over_keys = cells(maps)
     over_rows = cells(np.swapaxes(over_keys, -1, -2))
     return np.swapaxes(over_rows, -1, -2) * GRID / tokens
+
+
+_FIELDS = (
+    "initial_score",
+    "initial_score_std",
+    "mass_std",
+    "entropy",
+    "mean_map",
+    "absolute_exposure",
+    "relative_exposure",
+)
+_BY_MODE = ("initial_rate", "rate", "count", "mass", "absolute_positions", "relative_positions")
+
+
+def differences(found: SinkStatistics, model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[str, float]:
+    """Largest difference of each statistic of a profile from brute force, by name."""
+    wanted = brute_force(model, prompts)
+    largest = {field: _largest(getattr(found, field), wanted[field]) for field in _FIELDS}
+    for mode in THRESHOLDS:
+        later = found.by[mode]
+        for field in _BY_MODE:
+            largest[f"{mode}/{field}"] = _largest(getattr(later, field), wanted[f"{mode}/{field}"])
+        ids = later.tokens.ids.tolist()
+        layers = later.tokens.sinks.shape[1]
+        wanted_tokens = {field: wanted[f"{mode}/tokens/{field}"] for field in ("occurrences", "mass", "sinks")}
+        assert set(ids) == set(wanted_tokens["mass"])
+        for field in ("occurrences", "mass"):
+            largest[f"{mode}/tokens/{field}"] = _largest(
+                getattr(later.tokens, field), [wanted_tokens[field][token] for token in ids]
+            )
+        sinks = [[wanted_tokens["sinks"].get((token, layer), 0) for layer in range(layers)] for token in ids]
+        largest[f"{mode}/tokens/sinks"] = _largest(later.tokens.sinks, np.array(sinks).reshape(len(ids), layers))
+    return largest
+
+
+def _largest(found: np.ndarray, wanted: object) -> float:
+    wanted = np.asarray(wanted)
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max(initial=0))

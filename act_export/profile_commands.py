@@ -1,0 +1,169 @@
+"""The commands that show a model's sinks: profile and report."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from act_export.command_line import (
+    BatchTokensOption,
+    ChatOption,
+    DataFilesOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    ScoringOption,
+    SeedOption,
+    ShotsOption,
+    TasksOption,
+    TruncateOption,
+    load_model,
+    names_of,
+    note,
+    progress_bar,
+    status,
+)
+from act_export.errors import ActExportError
+
+FORMATS = ("html", "png", "svg")
+
+
+def profile_command(
+    model: ModelArgument,
+    task: TasksOption = None,
+    data: DataFilesOption = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Plain text; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="With FILE.json beside it.")] = Path(
+        "profile.safetensors"
+    ),
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|NAME", help="Show what it changes; otherwise the model's shipped recipe."),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write the page FILE.html too.")] = True,
+    effects: Annotated[
+        bool, typer.Option("--effects/--no-effects", help="Measure whether each head's sinks help or hurt the answers.")
+    ] = True,
+    prompts: Annotated[int, typer.Option(help="Of each source at the most.")] = 96,
+    length: Annotated[int, typer.Option(help="Tokens of the sequences that texts are cut into.")] = 1024,
+    absolute_threshold: Annotated[float, typer.Option(help="Sink score above which a token is a sink.")] = 0.1,
+    relative_threshold: Annotated[float, typer.Option(help="The same, divided by the prompt's tokens.")] = 5.0,
+    scoring: ScoringOption = None,
+    shots: ShotsOption = 0,
+    chat: ChatOption = False,
+    truncate: TruncateOption = False,
+    seed: SeedOption = 0,
+    batch_tokens: BatchTokensOption = None,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+) -> None:
+    """Finds where the model's attention sinks are: by layer, head, position and token.
+
+    Writes FILE.safetensors and FILE.json, and a page that shows them. Interrupted or killed, the same command goes on
+    where it stopped.
+    """
+    from act_export.convert import DEFAULT_TASK
+    from act_export.hooks import check_supported
+    from act_export.profile import ProfileOptions
+    from act_export.profile.report.facts import effect_facts, key_facts
+    from act_export.profile.run import BATCH_TOKENS
+    from act_export.profile_job import ProfileJob, calibration_to_show, load_prompts, named_calibration, run_profile
+
+    names = names_of(task)
+    job = ProfileJob(
+        tasks=names if names or data or text else (DEFAULT_TASK,),
+        data=tuple(data or ()),
+        texts=tuple(text or ()),
+        prompts=prompts,
+        length=length,
+        scoring=scoring,
+        shots=shots,
+        chat=chat,
+        truncate=truncate,
+        seed=seed,
+        effects=effects,
+        options=ProfileOptions(
+            absolute_threshold, relative_threshold, BATCH_TOKENS if batch_tokens is None else batch_tokens
+        ),
+    )
+    _check_profile_output(out)
+    if calibration is not None:
+        named_calibration(calibration)  # refused before long work
+    questions = load_prompts(job)
+    checkpoint = load_model(model, dtype=dtype, device=device, device_map=device_map)
+    check_supported(checkpoint.model)
+    shown = calibration_to_show(checkpoint, calibration, note)
+    with progress_bar("profile") as progress:
+        profile = run_profile(checkpoint, job, questions, calibration=shown, out=out, progress=progress)
+    for line in (*key_facts(profile.overall, "absolute", shown), *effect_facts(profile.overall, "absolute")):
+        note(line)
+    print(out)
+    print(out.with_suffix(".json"))
+    if report:
+        from act_export.profile.report import accuracies_of, write_report
+
+        page = out.with_suffix(".html")
+        with status() as step:
+            step(f"writing {page}")
+            write_report(profile, page, accuracies=accuracies_of(shown) if shown is not None else ())
+        print(page)
+
+
+def report_command(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="What act-export profile wrote.")],
+    calibration: Annotated[
+        str | None,
+        typer.Argument(metavar="[CALIBRATION]", help="Calibration file or shipped recipe, to mark its heads."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page, or for png and svg a folder: report.html, or figures.")
+    ] = None,
+    figures: Annotated[str, typer.Option("--format", metavar="html|png|svg", help="A page, or its figures.")] = "html",
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE.json", help="Accuracies to show: of eval --json, or a search's search.json."),
+    ] = None,
+) -> None:
+    """Shows a profile: one page to open in a browser, or figures for a paper."""
+    from act_export.profile import SinkProfile
+    from act_export.profile.report import accuracies_of, write_figures, write_report
+    from act_export.profile_job import named_calibration
+
+    if figures not in FORMATS:
+        raise ActExportError(f"--format is {figures!r}; it must be {', '.join(FORMATS)}")
+    target = out if out is not None else Path("report.html" if figures == "html" else "figures")
+    if figures == "html" and target.is_dir():
+        raise ActExportError(f"{target} is a folder; pass a file, e.g. --out {target / 'report.html'}")
+    if figures != "html" and target.is_file():
+        raise ActExportError(f"{target} is a file, but {figures} figures are several; pass a folder with --out")
+    loaded = SinkProfile.load(profile)
+    shown = named_calibration(calibration) if calibration is not None else loaded.calibration
+    accuracies = [one for source in (shown, *(evaluation or ())) if source is not None for one in accuracies_of(source)]
+    with status() as step:
+        step(f"writing {target}")
+        if figures == "html":
+            write_report(loaded, target, calibration=shown, accuracies=accuracies)
+            written = [target]
+        else:
+            written = write_figures(loaded, target, figures, calibration=shown, accuracies=accuracies)
+    for file in written:
+        print(file)
+
+
+def _check_profile_output(out: Path) -> None:
+    """Refuses, before any work, a place that the profile can't be written to."""
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ActExportError(f"{out} isn't a file *.safetensors; pass e.g. --out {out.with_suffix('.safetensors')}")
+    folder = out.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ActExportError(f"can't write to {folder}: {error.strerror}; pass another place with --out") from error
