@@ -49,7 +49,10 @@ def profile_command(
         bool, typer.Option("--effects/--no-effects", help="Measure whether each head's sinks help or hurt the answers.")
     ] = True,
     prompts: Annotated[int, typer.Option(help="Of each source at the most.")] = 96,
-    length: Annotated[int, typer.Option(help="Tokens of the sequences that texts are cut into.")] = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of what texts are cut into; 1024, or what the model takes."),
+    ] = None,
     absolute_threshold: Annotated[float, typer.Option(help="Sink score above which a token is a sink.")] = 0.1,
     relative_threshold: Annotated[float, typer.Option(help="The same, divided by the prompt's tokens.")] = 5.0,
     scoring: ScoringOption = None,

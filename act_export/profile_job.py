@@ -41,7 +41,7 @@ class ProfileJob:
         data: JSON Lines files of questions, or of prompts alone.
         texts: Text files.
         prompts: Of each source at the most.
-        length: Tokens of a sequence that texts are cut into.
+        length: Tokens of a sequence that texts are cut into; None for 1024, or what the model takes where that is less.
         scoring: As in `act_export.tasks.TaskOptions`; matters for effects.
         shots: Few-shot examples before each question.
         chat: Put questions into the model's chat template.
@@ -55,7 +55,7 @@ class ProfileJob:
     data: tuple[Path, ...] = ()
     texts: tuple[Path, ...] = ()
     prompts: int = RANK
-    length: int = LENGTH
+    length: int | None = None
     scoring: str | None = None
     shots: int = 0
     chat: bool = False
@@ -67,8 +67,9 @@ class ProfileJob:
     def __post_init__(self) -> None:
         """Raises ProfileError for a number out of range."""
         for name in ("prompts", "length"):
-            if getattr(self, name) < 1:
-                raise ProfileError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ProfileError(f"--{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,11 @@ def encode_prompts(checkpoint: Checkpoint, job: ProfileJob, questions: Sequence[
                 f"beta {DEFAULT_BETA}, per token {asked.task.length_normalized}" if asked.task is not None else "",
             )
         )
-    if longest is not None and job.texts and job.length > longest:
-        raise ProfileError(f"--length is {job.length}; the model takes {longest} tokens")
+    length = job.length if job.length is not None else min(LENGTH, longest or LENGTH)
+    if longest is not None and job.texts and length > longest:
+        raise ProfileError(f"--length is {length}; the model takes {longest} tokens")
     sources += [
-        PromptSource(path.name, text_prompts(checkpoint.tokenizer, path, length=job.length, most=job.prompts))
+        PromptSource(path.name, text_prompts(checkpoint.tokenizer, path, length=length, most=job.prompts))
         for path in dict.fromkeys(job.texts)
     ]
     return sources

@@ -266,6 +266,6 @@ def _tensors(profile: SinkProfile) -> Iterator[tuple[str, NDArray[Any]]]:
 def _checked_name(path: str | os.PathLike[str]) -> Path:
     if Path(path).suffix != ".safetensors":
         raise ProfileError(
-            f"{path} doesn't end with .safetensors; e.g. profile.safetensors, and profile.json beside it"
+            f"{path} doesn't end with .safetensors; pass e.g. {Path(path).with_suffix('.safetensors').name}"
         )
     return Path(path)
