@@ -7,6 +7,7 @@ the mean map's rows over all columns, (grid, total), from which both column sums
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from act_export.hooks import AttentionCall
 
-_BLOCK_ELEMENTS = {"cpu": 2**20}  # of an attention map that are in memory at once, by kind of device
-_OTHERWISE = 2**26
+# Of an attention map's rows that are in memory at once, by kind of device: as many elements as fit in a cache, but of
+# long prompts no fewer rows than matrix products need to be fast.
+_BLOCK_ELEMENTS = {"cpu": 2**20}
+_BLOCK_ROWS = {"cpu": 512}
+_ELEMENTS_OTHERWISE, _ROWS_OTHERWISE = 2**26, 4096
 _UNSEEN = -1e30  # finite: times a probability of 0 it is 0
 
 
@@ -86,15 +90,25 @@ def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, 
     weighted = query.new_zeros(*query.shape[:3], grid.rows.shape[1], total)
     entropy = query.new_zeros(query.shape[:3])
     output = query.new_empty(query.shape)
-    for kv, rows in _blocks(call):
+    blocks = list(_blocks(call))
+    # Blocks share their memory: new pages for each would take as long as the arithmetic.
+    largest = max(batch * query[0, kv, :, rows].shape.numel() // query.shape[-1] for kv, rows in blocks) * total
+    scratch = query.new_empty(2, largest)
+    for kv, rows in blocks:
         first = 0 if call.sliding_window < 0 else max(0, rows.start - call.sliding_window + 1)
         columns = slice(first, rows.stop)
         block = query[:, kv, :, rows]
-        logits = (block.flatten(2, 3) @ key[:, kv, :, columns]).view(*block.shape[:-1], -1)
+        shape = (*block.shape[:-1], columns.stop - columns.start)
+        logits, maps = (part[: math.prod(shape)].view(shape) for part in scratch)
+        torch.bmm(
+            block.flatten(2, 3).flatten(0, 1),
+            key[:, kv, :, columns].flatten(0, 1),
+            out=logits.flatten(2, 3).flatten(0, 1),
+        )
         if call.softcap > 0:
             logits.div_(call.softcap).tanh_().mul_(call.softcap)
         _hide(logits, rows, columns, call.sliding_window, None if unpadded else real)
-        maps = torch.softmax(logits, -1)
+        torch.softmax(logits, -1, out=maps)
         output[:, kv, :, rows] = (maps.flatten(2, 3) @ value[:, kv, columns]).view_as(block)
         bins = _bins_of(grid.rows[:, :, rows])
         weighted[:, kv, :, bins, columns] += grid.rows[:, None, None, bins, rows] @ maps
@@ -117,10 +131,11 @@ def _blocks(call: AttentionCall) -> Iterator[tuple[slice, slice]]:
     All heads where their maps are small; else one by one, because matrix products of many rows are the faster ones.
     """
     batch, heads, total = call.query.shape[:3]
-    kv_heads = call.key.shape[1]
-    limit = _BLOCK_ELEMENTS.get(call.query.device.type, _OTHERWISE)
-    together = kv_heads if batch * heads * total * total <= limit else 1
-    size = max(1, limit // (batch * heads // kv_heads * together * total))
+    kv_heads, kind = call.key.shape[1], call.query.device.type
+    elements = _BLOCK_ELEMENTS.get(kind, _ELEMENTS_OTHERWISE)
+    together = kv_heads if batch * heads * total * total <= elements else 1
+    of_each = batch * heads // kv_heads * together  # rows of a block for each query
+    size = max(1, elements // (of_each * total), _BLOCK_ROWS.get(kind, _ROWS_OTHERWISE) // of_each)
     for head in range(0, kv_heads, together):
         for start in range(0, total, size):
             yield slice(head, head + together), slice(start, min(start + size, total))

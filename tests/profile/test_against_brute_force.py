@@ -38,14 +38,16 @@ def double(checkpoint: Checkpoint) -> Checkpoint:
     architecture=st.sampled_from(["llama", "mistral", "gpt2", "qwen3", "phi3"]),
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     block_elements=st.sampled_from([1, 300, 2000, 2**20]),
+    block_rows=st.sampled_from([1, 10, 512]),
     batch_tokens=st.sampled_from([1, 100, 2048]),
     seed=st.integers(0, 99),
 )
-def test_every_statistic_of_tiny_models(architecture, lengths, block_elements, batch_tokens, seed):
+def test_every_statistic_of_tiny_models(architecture, lengths, block_elements, block_rows, batch_tokens, seed):
     checkpoint = double(tiny_checkpoint(architecture, seed=seed))
     prompts = random_prompts(lengths, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_statistics, "_BLOCK_ELEMENTS", {"cpu": block_elements})
+        patch.setattr(attention_statistics, "_BLOCK_ROWS", {"cpu": block_rows})
         found = profile_sinks(
             checkpoint, [PromptSource("random", tuple(prompts))], ProfileOptions(batch_tokens=batch_tokens)
         )

@@ -1,0 +1,130 @@
+"""The page: one HTML file with its data, style, script and plotting library, which asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import vl_convert
+
+from act_export.cache import write_whole
+from act_export.calibration import Calibration
+from act_export.errors import ActExportError
+from act_export.profile.profile import ABSOLUTE, ALL, GRID, MODES, SinkProfile
+from act_export.profile.report.accuracy import TaskAccuracy
+from act_export.profile.report.document import TOKENS, page_document
+from act_export.profile.report.facts import key_facts, threshold_text
+from act_export.profile.report.figures import QUANTITIES
+from act_export.profile.report.sections import (
+    accuracy_section,
+    calibration_text,
+    effects_section,
+    how_made,
+    items,
+    options,
+    prompts_section,
+    source_row,
+    summary,
+)
+
+_MODE_NAMES = {"absolute": "absolute", "relative": "relative to length"}
+
+
+def write_report(
+    profile: SinkProfile,
+    out: Path,
+    *,
+    calibration: Calibration | None = None,
+    accuracies: Sequence[TaskAccuracy] = (),
+) -> None:
+    """Writes the report of a profile, one HTML file that opens from disk.
+
+    Args:
+        profile: What to show.
+        out: The file, written whole or not at all.
+        calibration: Whose heads to mark; None for the profile's own, if it has one.
+        accuracies: Of tasks, see `act_export.profile.report.accuracies_of`; without any there is no such section.
+
+    Raises:
+        CalibrationError: If the calibration doesn't fit the model.
+        ActExportError: If the file can't be written.
+    """
+    calibration = calibration if calibration is not None else profile.calibration
+    if calibration is not None:
+        calibration.check_fits(profile.model)
+    try:
+        write_whole(out, report_html(profile, calibration, accuracies))
+    except OSError as error:
+        raise ActExportError(f"can't write {out}: {error.strerror}; pass another place with --out") from error
+
+
+def report_html(profile: SinkProfile, calibration: Calibration | None, accuracies: Sequence[TaskAccuracy]) -> str:
+    """The page's text.
+
+    Args:
+        profile: What to show.
+        calibration: Whose heads to mark; None for none.
+        accuracies: Of tasks.
+    """
+    bundle, script = plotting_library(), _as_script(_part("page.js"))
+    overall = profile.overall
+    return Template(_part("page.html")).substitute(
+        model=html.escape(profile.model_name),
+        summary=html.escape(summary(profile)),
+        script_hashes=" ".join(map(_hash, (bundle, script))),
+        style=_part("page.css"),
+        bundle=bundle,
+        script=script,
+        data=_as_json(page_document(profile, calibration, accuracies)),
+        grid=GRID,
+        token_limit=TOKENS,
+        threshold=html.escape(threshold_text(overall.by[ABSOLUTE])),
+        facts=items(key_facts(overall, ABSOLUTE, calibration)),
+        calibration=calibration_text(calibration),
+        ring_note=" A ring marks a calibrated head." if calibration is not None and calibration.heads else "",
+        source_options=options({ALL: "all prompts"} | {name: name for name in profile.sources}),
+        mode_options=options({mode: _MODE_NAMES[mode] for mode in MODES}),
+        quantity_options=options({each.column: each.title for each in QUANTITIES}),
+        layer_options=options({str(layer): str(layer) for layer in range(profile.model.num_layers)}),
+        source_rows="\n".join(source_row(each) for each in (*profile.sources.values(), overall)),
+        effects=effects_section(profile),
+        accuracy_link='<li><a href="#accuracy">Accuracy</a></li>' if accuracies else "",
+        accuracy=accuracy_section(accuracies),
+        prompts=prompts_section(profile, calibration),
+        made=how_made(profile, calibration),
+    )
+
+
+@functools.cache
+def plotting_library() -> str:
+    """Vega, Vega-Lite and vega-embed as the page's script: it sets `vegaEmbed`, and nothing else is seen of it."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return _as_script(f"(() => {{{bundle}}})();")
+
+
+def _part(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _as_script(text: str) -> str:
+    """Line ends as the HTML parser makes them, so that the hash is right, and nothing that would end the element."""
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    return plain.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _as_json(document: Mapping[str, Any]) -> str:
+    """JSON in which no token's text can be taken for HTML."""
+    text = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
