@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from act_export.convert import export_model as export_model
     from act_export.errors import ActExportError as ActExportError
     from act_export.ops.library import library_path as library_path
+    from act_export.profile import SinkProfile as SinkProfile
     from act_export.reference import calibrate_probabilities as calibrate_probabilities
     from act_export.runtime.generate import Sampling as Sampling
     from act_export.runtime.generate import generate as generate
@@ -38,6 +39,7 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "Sampling": "runtime.generate",
     "Session": "runtime.session",
+    "SinkProfile": "profile",
     "bench_file": "verify.bench",
     "calibrate_probabilities": "reference",
     "export_model": "convert",

@@ -73,6 +73,7 @@ def profile_command(
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
     from act_export.profile import ProfileOptions
+    from act_export.profile.report import accuracies_of, write_report
     from act_export.profile.report.facts import effect_facts, key_facts
     from act_export.profile.run import BATCH_TOKENS
     from act_export.profile_job import ProfileJob, calibration_to_show, load_prompts, named_calibration, run_profile
@@ -94,13 +95,14 @@ def profile_command(
             absolute_threshold, relative_threshold, BATCH_TOKENS if batch_tokens is None else batch_tokens
         ),
     )
-    _check_profile_output(out)
+    _check_profile_output(out, report=report)
     if calibration is not None:
         named_calibration(calibration)  # refused before long work
     questions = load_prompts(job)
     checkpoint = load_model(model, dtype=dtype, device=device, device_map=device_map)
     check_supported(checkpoint.model)
     shown = calibration_to_show(checkpoint, calibration, note)
+    accuracies = accuracies_of(shown) if report and shown is not None else ()  # refused before long work
     with progress_bar("profile") as progress:
         profile = run_profile(checkpoint, job, questions, calibration=shown, out=out, progress=progress)
     for line in (*key_facts(profile.overall, "absolute", shown), *effect_facts(profile.overall, "absolute")):
@@ -108,12 +110,10 @@ def profile_command(
     print(out)
     print(out.with_suffix(".json"))
     if report:
-        from act_export.profile.report import accuracies_of, write_report
-
         page = out.with_suffix(".html")
         with status() as step:
             step(f"writing {page}")
-            write_report(profile, page, accuracies=accuracies_of(shown) if shown is not None else ())
+            write_report(profile, page, accuracies=accuracies)
         print(page)
 
 
@@ -158,10 +158,22 @@ def report_command(
         print(file)
 
 
-def _check_profile_output(out: Path) -> None:
-    """Refuses, before any work, a place that the profile can't be written to."""
+def _check_profile_output(out: Path, *, report: bool) -> None:
+    """Refuses, before any work, a place that the profile can't be written to, or where another file would be lost."""
+    from act_export.profile.profile_file import FORMAT
+
     if out.suffix != ".safetensors" or out.is_dir():
-        raise ActExportError(f"{out} isn't a file *.safetensors; pass e.g. --out {out.with_suffix('.safetensors')}")
+        raise ActExportError(f"{out} isn't a file *.safetensors; pass e.g. --out {out.stem or 'profile'}.safetensors")
+    for beside in (out.with_suffix(".json"), *([out.with_suffix(".html")] if report else ())):
+        if beside.is_dir():
+            raise ActExportError(
+                f"{beside} is a folder, and would be written beside {out}; pass another name with --out"
+            )
+    document = out.with_suffix(".json")
+    if document.exists() and FORMAT not in document.read_text(encoding="utf-8", errors="replace")[:200]:
+        raise ActExportError(
+            f"{document} would be written beside {out}, but is there and no profile's; pass another name with --out"
+        )
     folder = out.resolve().parent
     while not folder.exists():
         folder = folder.parent

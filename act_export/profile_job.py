@@ -13,12 +13,13 @@ from act_export.calibration import DEFAULT_BETA, Calibration
 from act_export.checkpoint import Checkpoint
 from act_export.profile import ProfileError, ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
-from act_export.profile.run import EffectsOf, Progress
+from act_export.profile.run import EffectsOf, Progress, check_names
 from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.search.gates import gate_gradients
 from act_export.tasks import (
     EncodedExample,
     Example,
+    TaskError,
     TaskExamples,
     TaskOptions,
     encode_examples,
@@ -26,7 +27,7 @@ from act_export.tasks import (
     split_examples,
 )
 from act_export.tasks.drawing import drawn
-from act_export.tasks.splits import MINIMUM, RANK
+from act_export.tasks.splits import RANK
 
 LENGTH = 1024
 
@@ -36,9 +37,9 @@ class ProfileJob:
     """What to profile, and how.
 
     Attributes:
-        tasks: Names of tasks, or paths of task files. Up to 96 questions of each are those that a search with the same
-            seed ranks heads with, so none that it reports accuracies on.
-        data: JSON Lines files of questions, or of prompts alone.
+        tasks: Names of tasks, or paths of task files. The questions are those that a search with the same seed ranks
+            heads with, at most 96 of each and fewer of a small set, so none that it reports accuracies on.
+        data: JSON Lines files of questions, for which the same holds, or of prompts alone.
         texts: Text files.
         prompts: Of each source at the most.
         length: Tokens of a sequence that texts are cut into; None for 1024, or what the model takes where that is less.
@@ -108,6 +109,7 @@ def load_prompts(job: ProfileJob) -> list[SourceQuestions]:
     for path in job.texts:
         if not path.is_file():
             raise ProfileError(f"there is no text file {path}")
+    check_names([*(source.name for source in found), *(path.name for path in dict.fromkeys(job.texts))])
     return found
 
 
@@ -217,11 +219,11 @@ def named_calibration(given: str) -> Calibration:
 
 
 def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
-    """The questions that a search would rank heads with; of a set too small to search on, the first that are drawn."""
-    different = drawn(examples, job.seed)
-    if len(different) < MINIMUM or job.prompts > RANK:
-        return different[: job.prompts]
-    return split_examples(examples, seed=job.seed).rank[: job.prompts]
+    """The questions that a search would rank heads with; of a set that can't be searched on, the first drawn."""
+    try:
+        return split_examples(examples, seed=job.seed).rank[: job.prompts]
+    except TaskError:  # too few, or too few with one of the answers: no matter here
+        return drawn(examples, job.seed)[: job.prompts]
 
 
 def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> EffectsOf:

@@ -81,8 +81,10 @@ def test_prompts_of_a_task_are_those_that_a_search_ranks_with(planted, here, mon
 def test_interrupted_the_same_command_goes_on(planted, here, monkeypatch):
     model, rows = planted
     arguments = ("profile", model, "--data", rows, "--batch-tokens", 30, "--no-report")
-    assert act_export(*arguments, "--out", "whole.safetensors").exit_code == 0
-    compute, calls = run.profile_batch, []
+    compute, calls, whole = run.profile_batch, [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "profile_batch", lambda *given: whole.append(given) or compute(*given))
+        assert act_export(*arguments, "--out", "whole.safetensors").exit_code == 0
 
     def stop(*given):
         calls.append(given)
@@ -101,7 +103,7 @@ def test_interrupted_the_same_command_goes_on(planted, here, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(run, "profile_batch", lambda *given: counted.append(given) or compute(*given))
         assert act_export(*arguments).exit_code == 0
-    assert len(counted) > 0
+    assert len(counted) == len(whole) - 3 + 1  # the example again: its scores aren't kept
     assert Path("profile.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
@@ -124,16 +126,27 @@ def test_the_report_command(planted, here):
 def test_bad_input_is_named_before_any_work(planted, here):
     model, rows = planted
     (here / "folder.safetensors").mkdir()
+    (here / "page.html").mkdir()
+    Calibration({0: (1,)}).save("mine.json")
     (here / "list.jsonl").write_text("[]\n")
     (here / "empty.txt").write_text("")
     no_tokenizer = save_checkpoint(here / "bare", tokenizer=False)
     bloom = save_checkpoint(here / "bloom", architecture="bloom")
+    (here / "bare" / "empty.txt").write_text("")
     for arguments, message in (
         (
             (model, "--data", rows, "--out", "p.json"),
             "p.json isn't a file *.safetensors; pass e.g. --out p.safetensors",
         ),
         ((model, "--data", rows, "--out", "folder.safetensors"), "isn't a file *.safetensors"),
+        ((model, "--data", rows, "--out", "."), "isn't a file *.safetensors; pass e.g. --out profile.safetensors"),
+        ((model, "--data", rows, "--out", "/"), "isn't a file *.safetensors; pass e.g. --out profile.safetensors"),
+        ((model, "--data", rows, "--out", "mine.safetensors"), "mine.json would be written beside mine.safetensors"),
+        (
+            (model, "--data", rows, "--out", "page.safetensors"),
+            "page.html is a folder",
+        ),
+        ((model, "--text", "empty.txt", "--text", here / "bare" / "empty.txt"), "'empty.txt' names two sources"),
         ((model, "--data", rows, "--prompts", 0), "--prompts is 0; it must be at least 1"),
         ((model, "--data", rows, "--length", 0), "--length is 0"),
         ((model, "--data", rows, "--absolute-threshold", -1), "threshold is -1"),
@@ -151,7 +164,7 @@ def test_bad_input_is_named_before_any_work(planted, here):
         result = act_export("profile", *arguments)
         assert result.exit_code == 2, (arguments, result.output)
         assert message in " ".join(result.stderr.split()), (arguments, result.stderr)
-    assert names(here) == {"folder.safetensors", "list.jsonl", "empty.txt", "bare", "bloom"}
+    assert names(here) == {"folder.safetensors", "page.html", "mine.json", "list.jsonl", "empty.txt", "bare", "bloom"}
 
 
 def test_bad_input_of_a_report(planted, here):
@@ -163,6 +176,7 @@ def test_bad_input_of_a_report(planted, here):
     for arguments, message in (
         (("nowhere.safetensors",), "can't read the profile nowhere.safetensors"),
         (("broken.json",), "can't read the profile broken.json"),
+        ((".",), ". is a folder; pass a profile in it, e.g. profile.safetensors"),
         (("profile.json", "other.json"), "layer 9"),
         (("profile.json", "nothing"), "there is no calibration file nothing"),
         (("profile.json", "--format", "pdf"), "--format is 'pdf'; it must be html, png, svg"),
@@ -174,3 +188,13 @@ def test_bad_input_of_a_report(planted, here):
         assert result.exit_code == 2, (arguments, result.output)
         assert message in " ".join(result.stderr.split()), (arguments, result.stderr)
     assert json.loads(Path("profile.json").read_text())["format"] == "act-export sink profile"
+
+
+def test_data_that_is_too_little_or_too_uneven_to_search_on_can_be_profiled(here):
+    from act_export.profile_job import ProfileJob, load_prompts
+
+    rows = [{"prompt": f"w{n}", "choices": [" w97", " w98"], "answer": int(n == 7)} for n in range(40)]
+    for count in (1, 40):
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        (found,) = load_prompts(ProfileJob(data=(Path("rows.jsonl"),)))
+        assert len(found.examples) == count

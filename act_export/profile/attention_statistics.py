@@ -89,7 +89,7 @@ def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, 
     unpadded = bool(real.all())
     weighted = query.new_zeros(*query.shape[:3], grid.rows.shape[1], total)
     entropy = query.new_zeros(query.shape[:3])
-    output = query.new_empty(query.shape)
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
     blocks = list(_blocks(call))
     # Blocks share their memory: new pages for each would take as long as the arithmetic.
     largest = max(batch * query[0, kv, :, rows].shape.numel() // query.shape[-1] for kv, rows in blocks) * total
@@ -109,10 +109,12 @@ def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, 
             logits.div_(call.softcap).tanh_().mul_(call.softcap)
         _hide(logits, rows, columns, call.sliding_window, None if unpadded else real)
         torch.softmax(logits, -1, out=maps)
-        output[:, kv, :, rows] = (maps.flatten(2, 3) @ value[:, kv, columns]).view_as(block)
+        output[:, kv, :, rows] = (maps.flatten(2, 3) @ value[:, kv, columns]).view(*block.shape[:-1], -1)
         bins = _bins_of(grid.rows[:, :, rows])
         weighted[:, kv, :, bins, columns] += grid.rows[:, None, None, bins, rows] @ maps
-        row_entropy = logits.amax(-1) - maps.amax(-1).log_() - logits.mul_(maps).sum(-1)
+        # Logits relative to the row's largest, so that nothing cancels: log p = logit - largest + log(largest p).
+        logits.sub_(logits.amax(-1, keepdim=True)).mul_(maps)
+        row_entropy = -maps.amax(-1).log_() - logits.sum(-1)
         if not unpadded:
             row_entropy.masked_fill_(~real[:, None, None, rows], 0)
         entropy[:, kv] += row_entropy.sum(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,19 @@ class PartialTally:
             tensor.copy_(sums[name])
         return done
 
+    def check(self) -> None:
+        """Refuses, before any work, a folder that can't be written to.
+
+        Raises:
+            ProfileError: With the folder, and what to do.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def save(self, done: int) -> None:
         """Writes the sums of the first `done` steps, whole or not at all.
 
@@ -50,11 +64,17 @@ class PartialTally:
         try:
             write_whole(self.path, save(self._sums(), {"done": str(done)}))
         except OSError as error:
-            raise ProfileError(f"can't keep unfinished work in {self.path.parent}: {error.strerror}") from error
+            raise self._unwritable(error) from error
 
     def discard(self) -> None:
         """Removes the file: the work is finished."""
         self.path.unlink(missing_ok=True)
+
+    def _unwritable(self, error: OSError) -> ProfileError:
+        return ProfileError(
+            f"can't keep unfinished work in {self.path.parent}: {error.strerror}; make room there, or set "
+            f"XDG_CACHE_HOME to another folder"
+        )
 
     def _sums(self) -> dict[str, torch.Tensor]:
         return {

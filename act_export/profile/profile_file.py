@@ -118,6 +118,8 @@ def save_profile(profile: SinkProfile, path: str | os.PathLike[str]) -> None:
 def load_profile(path: str | os.PathLike[str]) -> SinkProfile:
     """Reads a profile by either of its files' names; see `SinkProfile.load`."""
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise ProfileError(f"{path} is a folder; pass a profile in it, e.g. {path / 'profile.safetensors'}")
     document_path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
     try:
         document = json.loads(document_path.read_text(encoding="utf-8"))
@@ -265,7 +267,6 @@ def _tensors(profile: SinkProfile) -> Iterator[tuple[str, NDArray[Any]]]:
 
 def _checked_name(path: str | os.PathLike[str]) -> Path:
     if Path(path).suffix != ".safetensors":
-        raise ProfileError(
-            f"{path} doesn't end with .safetensors; pass e.g. {Path(path).with_suffix('.safetensors').name}"
-        )
+        example = f"{Path(path).stem or 'profile'}.safetensors"
+        raise ProfileError(f"{path} doesn't end with .safetensors; pass e.g. {example}")
     return Path(path)

@@ -24,6 +24,7 @@ from act_export.profile.tally import Tally, statistics_of
 from act_export.tasks import EncodedExample, batches
 
 BATCH_TOKENS = 2048
+SUMS_VERSION = 1  # of what a step adds to the sums; sums of another version aren't gone on from
 EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory where it is calibrated
 _SAVE_EVERY_SECONDS = 10.0
 _EFFECT_COST = 6  # of a batch, in plain passes: forward, backward, and every head's calibrated map
@@ -103,15 +104,17 @@ def profile_sinks(
 ) -> SinkProfile:
     """Where the sinks are, by source and over all.
 
-    No attention map is kept: memory grows with the length of the longest prompt, not its square.
+    No attention map is kept: memory grows with the length of the longest prompt, not its square. Effects are measured
+    by the sources' own functions, which may take more.
 
     Args:
         checkpoint: The model, with its tokenizer where tokens shall have texts.
         sources: At least one, each with at least one prompt.
         options: See `ProfileOptions`.
         calibration: Run one example of each source with it too.
-        partial: Folder that keeps unfinished work; the same call goes on from there. None to keep nothing.
-        out: Where to write the profile, see `SinkProfile.save`; only then is the unfinished work removed.
+        partial: Folder that keeps unfinished work until the profile is finished; the same call goes on from there.
+            None to keep nothing.
+        out: Where to write the profile, see `SinkProfile.save`; unfinished work is removed after that.
         progress: Called before every batch.
         notes: To be kept in the profile's options.
 
@@ -125,7 +128,7 @@ def profile_sinks(
     if calibration is not None:
         calibration.check_fits(identity)
     tallies = [Tally(source.prompts, identity.num_layers, identity.num_heads, options.thresholds) for source in sources]
-    seen: dict[tuple[int, ...], Tensor] = {}
+    seen: dict[str, Tensor] = {}
     steps = [
         step
         for source, tally in zip(sources, tallies, strict=True)
@@ -158,21 +161,26 @@ def profile_sinks(
     )
     if out is not None:
         profile.save(out)
-        if kept is not None:
-            kept.discard()
+    if kept is not None:
+        kept.discard()
     return profile
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ProfileError if two sources have the same name, or one that is taken."""
+    for name in names:
+        if names.count(name) > 1 or name == ALL:
+            taken = "is taken: it stands for all prompts together" if name == ALL else "names two sources"
+            raise ProfileError(f"the name {name!r} {taken}; rename a file")
 
 
 def _check(sources: Sequence[PromptSource]) -> None:
     if not sources:
         raise ProfileError("there is nothing to profile; name at least one source of prompts")
-    names = [source.name for source in sources]
     for source in sources:
         if not source.prompts or not all(source.prompts):
             raise ProfileError(f"{source.name} has no prompts, or one without tokens; each source needs at least one")
-        if names.count(source.name) > 1 or source.name == ALL:
-            taken = "is taken: it stands for all prompts together" if source.name == ALL else "names two sources"
-            raise ProfileError(f"the name {source.name!r} {taken}; rename a file")
+    check_names([source.name for source in sources])
 
 
 def _steps(
@@ -180,10 +188,10 @@ def _steps(
     source: PromptSource,
     tally: Tally,
     options: ProfileOptions,
-    seen: dict[tuple[int, ...], Tensor],
+    seen: dict[str, Tensor],
 ) -> Iterator[_Step]:
-    """The batches of a source; sink scores of the prompt that is its example go into `seen`."""
-    example = _example_prompt(source)
+    """The batches of a source. Its example runs alone, as it would again after a stop; its sink scores go to `seen`."""
+    example = _example_index(source)
 
     def profile(batch: Sequence[tuple[int, ...]]) -> Callable[[], None]:
         computed = list(profile_batch(checkpoint.model, batch))
@@ -191,8 +199,8 @@ def _steps(
         def count() -> None:
             for ids, statistics in zip(batch, computed, strict=True):
                 tally.add(ids, statistics)
-                if ids == example:
-                    seen[ids] = statistics.scores
+            if example is not None and batch == [source.prompts[example]]:
+                seen[source.name] = computed[0].scores
 
         return count
 
@@ -200,9 +208,10 @@ def _steps(
         gradients = effects(batch)
         return lambda: tally.add_effects(gradients, len(batch))
 
-    as_examples = [EncodedExample(prompt, (), 0) for prompt in source.prompts]
-    for indices in batches(as_examples, None, options.batch_tokens):
-        batch = [source.prompts[index] for index in indices]
+    rest = [prompt for index, prompt in enumerate(source.prompts) if index != example]
+    together = batches([EncodedExample(prompt, (), 0) for prompt in rest], None, options.batch_tokens)
+    first = [[source.prompts[example]]] if example is not None else []
+    for batch in (*first, *([rest[index] for index in indices] for indices in together)):
         cost = float(sum(map(len, batch)))
         yield _Step(source.name, cost, lambda batch=batch: profile(batch))  # type: ignore[misc]
     if source.effects is None:
@@ -219,7 +228,10 @@ def _steps(
 
 def _run(steps: Sequence[_Step], kept: PartialTally | None, progress: Progress | None) -> None:
     total = sum(step.cost for step in steps)
-    done = kept.resume() if kept is not None else 0
+    done = 0
+    if kept is not None:
+        kept.check()
+        done = kept.resume()
     saved = done
     saved_at, save_took = time.monotonic(), 0.0
     whole = True  # the sums are those of `done` steps
@@ -236,27 +248,26 @@ def _run(steps: Sequence[_Step], kept: PartialTally | None, progress: Progress |
                 kept.save(done)
                 saved, saved_at, save_took = done, time.monotonic(), time.monotonic() - now
     finally:
-        if kept is not None and whole and done > saved:
+        if kept is not None and whole and saved < done < len(steps):
             kept.save(done)
     if progress is not None:
         progress("done", 1.0)
 
 
-def _example_prompt(source: PromptSource) -> tuple[int, ...] | None:
+def _example_index(source: PromptSource) -> int | None:
     """The source's first prompt that isn't too long; None where all are."""
-    return next((prompt for prompt in source.prompts if 1 < len(prompt) <= EXAMPLE_TOKENS), None)
+    lengths = map(len, source.prompts)
+    return next((index for index, length in enumerate(lengths) if 1 < length <= EXAMPLE_TOKENS), None)
 
 
 def _example(
-    checkpoint: Checkpoint,
-    source: PromptSource,
-    calibration: Calibration | None,
-    seen: Mapping[tuple[int, ...], Tensor],
+    checkpoint: Checkpoint, source: PromptSource, calibration: Calibration | None, seen: Mapping[str, Tensor]
 ) -> Iterator[ExamplePrompt]:
-    ids = _example_prompt(source)
-    if ids is None:
+    index = _example_index(source)
+    if index is None:
         return
-    scores = seen[ids] if ids in seen else _scores(checkpoint, ids)  # it ran before an interruption
+    ids = source.prompts[index]
+    scores = seen[source.name] if source.name in seen else _scores(checkpoint, ids)  # it ran before a stop
     calibrated = _scores(checkpoint, ids, calibration) if calibration is not None else None
     texts = _texts(checkpoint, set(ids))
     yield ExamplePrompt(
@@ -278,16 +289,21 @@ def _texts(checkpoint: Checkpoint, ids: set[int]) -> dict[int, str]:
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         return {token: f"<{token}>" for token in ids}
-    texts = {token: str(tokenizer.decode([token])) for token in ids}
-    return {
-        token: text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
-        for token, text in texts.items()
-    }
+    # Behind another token: some tokenizers leave out the space that a text begins with.
+    anchor = tokenizer("a", add_special_tokens=False).input_ids
+    before = str(tokenizer.decode(anchor))
+    texts = {}
+    for token in ids:
+        text = str(tokenizer.decode([*anchor, token]))
+        own = text[len(before) :] if text.startswith(before) else ""
+        texts[token] = own if own and "\ufffd" not in own else str(tokenizer.convert_ids_to_tokens(token))
+    return texts
 
 
 def _digest(checkpoint: Checkpoint, sources: Sequence[PromptSource], options: ProfileOptions) -> str:
     """Different where a step would be, or would give something else."""
     content = [
+        SUMS_VERSION,
         str(checkpoint.identity),
         str(checkpoint.model.dtype),
         checkpoint.model.device.type,
@@ -295,6 +311,7 @@ def _digest(checkpoint: Checkpoint, sources: Sequence[PromptSource], options: Pr
         options.batch_tokens,
         act_export.__version__,
         torch.__version__,
+        transformers.__version__,
         [
             [source.name, source.prompts, [[q.prompt, q.choices, q.answer] for q in source.questions], source.form]
             for source in sources

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_profile_file import assert_same
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
+from tokenizers import decoders, models
 
 from act_export.calibration import Calibration, CalibrationError
 from act_export.checkpoint import Checkpoint
@@ -21,13 +22,14 @@ from act_export.profile import (
     SinkProfile,
     attention_statistics,
     profile_sinks,
+    profiling,
     run,
 )
 from act_export.profile.tally import Tally
 from act_export.reference import attention_probabilities, calibrate_with_state
 from act_export.tasks import EncodedExample
 
-LENGTHS = (40, 12, 33, 25, 8, 40)
+LENGTHS = (40, 12, 33, 25, 8, 40)  # the example, the first, would be with the last in a batch
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> tuple[tuple[int, ...], ...]:
@@ -58,7 +60,7 @@ def sources() -> list[PromptSource]:
     ]
 
 
-OPTIONS = ProfileOptions(batch_tokens=60)
+OPTIONS = ProfileOptions(batch_tokens=80)
 
 
 @pytest.fixture
@@ -88,6 +90,10 @@ def test_stopped_between_batches_it_goes_on_to_the_same_result(checkpoint, tmp_p
         profiled(checkpoint, partial=tmp_path, progress=stop)
     assert len(list(tmp_path.iterdir())) == 1
     again: list[str] = []
+    other = tmp_path / "kept nothing"
+    profile_sinks(checkpoint, sources(), OPTIONS, partial=other)
+    assert list(other.iterdir()) == []  # of finished work nothing is kept
+    other.rmdir()
     resumed = profiled(
         checkpoint, partial=tmp_path, progress=lambda step, _: again.append(step), out=tmp_path / "p.safetensors"
     )
@@ -132,33 +138,48 @@ def test_stopped_while_a_batch_is_computed(checkpoint, tmp_path, monkeypatch):
         with pytest.raises(Stop):
             profiled(checkpoint, partial=tmp_path)
     (kept,) = tmp_path.iterdir()
+    content = kept.read_bytes()
     assert_same(profiled(checkpoint, partial=tmp_path), whole)
-    kept.write_bytes(kept.read_bytes()[:-7])  # what a full disk would leave
+    kept.write_bytes(content[:-7])  # what a full disk would leave
     assert_same(profiled(checkpoint, partial=tmp_path), whole)
 
 
 def test_other_work_is_not_gone_on_from(checkpoint, tmp_path):
+    def unfinished(given, options, model=checkpoint):
+        """What is kept of a profile that stops after a batch."""
+        calls: list[str] = []
+
+        def stop(step, done):
+            calls.append(step)
+            if len(calls) == 2:
+                raise Stop
+
+        with pytest.raises(Stop):
+            profile_sinks(model, given, options, partial=tmp_path, progress=stop)
+
     kept: set[Path] = set()
     for options, given in (
         (OPTIONS, sources()),
-        (ProfileOptions(batch_tokens=61), sources()),
-        (ProfileOptions(0.2, batch_tokens=60), sources()),
+        (ProfileOptions(batch_tokens=81), sources()),
+        (ProfileOptions(0.2, batch_tokens=80), sources()),
         (OPTIONS, sources()[:1]),
         (OPTIONS, [PromptSource("plain", prompts(2)), sources()[1]]),
         (OPTIONS, [sources()[0], PromptSource("asked", prompts(1), sources()[1].questions, effects_of, "otherwise")]),
     ):
         before = len(kept)
-        profile_sinks(checkpoint, given, options, partial=tmp_path)
+        unfinished(given, options)
         kept = set(tmp_path.iterdir())
         assert len(kept) == before + 1
-    profile_sinks(tiny_checkpoint(seed=1), sources(), OPTIONS, partial=tmp_path)
+    unfinished(sources(), OPTIONS, tiny_checkpoint(seed=1))
     assert len(set(tmp_path.iterdir())) == len(kept) + 1
 
 
 def test_a_place_that_can_not_be_written_to(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ProfileError, match="can't keep unfinished work"):
-        profiled(checkpoint, partial=tmp_path / "file")
+    called: list[str] = []
+    with pytest.raises(ProfileError, match=r"can't keep unfinished work.*XDG_CACHE_HOME"):
+        profiled(checkpoint, partial=tmp_path / "file", progress=lambda step, _: called.append(step))
+    assert called == []  # before any work
 
 
 def test_effects_are_means_over_their_prompts(checkpoint):
@@ -191,6 +212,55 @@ class Recorded(ReferenceAttention):
         tokens = maps.shape[-1]
         self.scores.append(maps[0].sum(1) / torch.arange(tokens, 0, -1))
         return super().attend(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_about_the_same(checkpoint, dtype):
+    whole = profiled(checkpoint)
+    checkpoint.model.to(dtype)
+    half = profiled(checkpoint)
+    assert half.options["dtype"] == str(dtype).removeprefix("torch.")
+    assert half.overall.mean_map.dtype == np.float32
+    for field in ("initial_score", "entropy", "mean_map"):
+        np.testing.assert_allclose(getattr(half.overall, field), getattr(whole.overall, field), atol=0.15)
+    np.testing.assert_allclose(half.overall.mean_map.sum(-1), 1, atol=1e-5)
+
+
+def test_entropy_of_large_logits_does_not_cancel():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 40, 8, generator=generator) * size for size in (1000, 3, 1))
+    mask = torch.ones(1, 40, dtype=torch.long)
+    call = AttentionCall(0, query, key, value, mask, 1.0, 0.0, -1, None)
+    found = attention_statistics.attend_with_statistics(call, attention_statistics.map_grid(mask != 0, 32))[1]
+    maps = attention_probabilities(query.double(), key.double(), mask != 0, scale=1.0)
+    wanted = torch.special.entr(maps).sum(-1).mean(-1)
+    assert query.abs().max() > 2000
+    torch.testing.assert_close(found.entropy.double(), wanted, atol=1e-5, rtol=0)
+    assert (found.entropy >= 0).all()
+
+
+def test_values_of_another_size_than_keys():
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, 9, 8, generator=generator) for heads in (4, 2))
+    value = torch.randn(1, 2, 9, 5, generator=generator)
+    mask = torch.ones(1, 9, dtype=torch.long)
+    call = AttentionCall(0, query, key, value, mask, 0.3, 0.0, -1, None)
+    output, _ = attention_statistics.attend_with_statistics(call, attention_statistics.map_grid(mask != 0, 32))
+    maps = attention_probabilities(query, key.repeat_interleave(2, 1), mask != 0, scale=0.3)
+    torch.testing.assert_close(output, maps @ value.repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
+def test_a_calibrated_prompt_is_the_same_in_a_padded_batch(architecture):
+    model = tiny_checkpoint(architecture).model
+    given = prompts(3, (30, 11, 22))
+    together = list(profiling.profile_batch(model, given, CALIBRATION))
+    plain = list(profiling.profile_batch(model, given))
+    for prompt, found, uncalibrated in zip(given, together, plain, strict=True):
+        (alone,) = profiling.profile_batch(model, [prompt], CALIBRATION)
+        for one, other in zip(found, alone, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+        assert (found.scores - uncalibrated.scores).abs().max() > 1e-3
 
 
 def test_the_example_before_and_after_calibration_is_the_references(checkpoint):
@@ -226,6 +296,15 @@ def test_texts_of_tokens(checkpoint):
     (example,) = profile_sinks(with_tokenizer, [PromptSource("text", (ids,))]).examples
     assert (example.texts[0], example.texts[-1]) == ("a", "\n")
     assert "\ufffd" not in "".join(example.texts)  # of a part of a letter, the tokenizer's name for it
+    spaced = tiny_tokenizer()  # with names like those of Llama 2, whose decoder leaves out the first space
+    spaced.backend_tokenizer.model = models.BPE(
+        vocab={"<unk>": 10, "a": 11, "\u2581the": 12, "the": 13}, merges=[], unk_token="<unk>"
+    )
+    spaced.backend_tokenizer.pre_tokenizer = None
+    spaced.backend_tokenizer.decoder = decoders.Metaspace()
+    with_spaces = Checkpoint("tiny", checkpoint.model, spaced, checkpoint.identity)
+    (example,) = profile_sinks(with_spaces, [PromptSource("text", ((12, 13, 12),))]).examples
+    assert example.texts == (" the", "the", " the")
     (example,) = profile_sinks(checkpoint, [PromptSource("text", (ids,))]).examples
     assert example.texts == tuple(f"<{token}>" for token in ids)
 
