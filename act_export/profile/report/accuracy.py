@@ -31,9 +31,9 @@ class TaskAccuracy:
         task: Its name.
         samples: Number of questions.
         plain: Accuracy without calibration, in [0, 1].
-        plain_interval: 95% interval of it.
+        plain_interval: 95% interval of it; None of a mean over tasks, which is no share of questions.
         calibrated: Accuracy with it.
-        calibrated_interval: 95% interval of it.
+        calibrated_interval: 95% interval of it, or None likewise.
         gain: Calibrated minus plain.
         gain_interval: 95% interval of the gain, paired; None where it isn't known.
         measured_with: "PyTorch" or "ONNX Runtime".
@@ -43,9 +43,9 @@ class TaskAccuracy:
     task: str
     samples: int
     plain: float
-    plain_interval: Interval
+    plain_interval: Interval | None
     calibrated: float
-    calibrated_interval: Interval
+    calibrated_interval: Interval | None
     gain: float
     gain_interval: Interval | None
     measured_with: str
@@ -145,7 +145,12 @@ def _of_calibration(calibration: Calibration, name: str) -> tuple[TaskAccuracy, 
             interval = notes["average_gain"]["interval_95"]
         samples = _count(provenance.samples["report"])
         accuracy = _measured_in_pytorch(
-            title, samples, provenance.plain_accuracy, provenance.calibrated_accuracy, interval
+            title,
+            samples,
+            provenance.plain_accuracy,
+            provenance.calibrated_accuracy,
+            interval,
+            one_task=len(tasks) == 1,
         )
     except (KeyError, TypeError, ValueError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
@@ -153,15 +158,17 @@ def _of_calibration(calibration: Calibration, name: str) -> tuple[TaskAccuracy, 
     return (accuracy,)
 
 
-def _measured_in_pytorch(task: str, samples: int, plain: Any, calibrated: Any, gain_interval: Any) -> TaskAccuracy:
+def _measured_in_pytorch(
+    task: str, samples: int, plain: Any, calibrated: Any, gain_interval: Any, *, one_task: bool = True
+) -> TaskAccuracy:
     before, after = _share(plain), _share(calibrated)
     return TaskAccuracy(
         task=task,
         samples=samples,
         plain=before,
-        plain_interval=accuracy_interval(round(before * samples), samples),
+        plain_interval=accuracy_interval(round(before * samples), samples) if one_task else None,
         calibrated=after,
-        calibrated_interval=accuracy_interval(round(after * samples), samples),
+        calibrated_interval=accuracy_interval(round(after * samples), samples) if one_task else None,
         gain=after - before,
         gain_interval=_interval(gain_interval, -1.0) if gain_interval is not None else None,
         measured_with=PYTORCH,

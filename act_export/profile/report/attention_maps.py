@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.profile.profile import Floats, SinkProfile
+from act_export.profile.profile import ABSOLUTE, Floats, SinkProfile
 
 STEPS = 10_000
 """Shares of attention are carried in ten-thousandths: what a page shows, 12.34%, is exactly what it carries."""
@@ -28,12 +28,10 @@ class HeadMaps:
 
     Attributes:
         heads: Which, as (layer, head); the maps of a source are in this order.
-        complete: Whether these are all heads.
         by_source: Encoded maps (heads, GRID, GRID), by source; see `encode_shares`.
     """
 
     heads: tuple[tuple[int, int], ...]
-    complete: bool
     by_source: Mapping[str, str]
 
 
@@ -41,11 +39,6 @@ def encode_shares(shares: Floats) -> str:
     """Shares in ten-thousandths: 16-bit unsigned integers, little-endian, compressed by zlib, in base64."""
     steps = np.clip(np.rint(shares.astype(np.float64) * STEPS), 0, 65535).astype("<u2")
     return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode("ascii")
-
-
-def decode_shares(text: str, shape: Sequence[int]) -> NDArray[np.float64]:
-    """What `encode_shares` was given, to the next ten-thousandth."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").reshape(shape) / STEPS
 
 
 def layer_maps(mean_map: Floats) -> Floats:
@@ -75,13 +68,13 @@ def head_maps(
     if size <= budget_bytes:
         if size * (1 + len(profile.sources)) <= budget_bytes:
             encoded |= {name: encode_shares(source.mean_map) for name, source in profile.sources.items()}
-        return HeadMaps(places, True, encoded)
-    mass = overall.by["absolute"].mass
+        return HeadMaps(places, encoded)
+    mass = overall.by[ABSOLUTE].mass
     order = sorted(places, key=lambda place: (place not in calibrated, -float(mass[place])))
     kept = tuple(sorted(order[: len(places) * budget_bytes // size]))
     chosen = [layer * heads + head for layer, head in kept]
     maps = overall.mean_map.reshape(-1, *overall.mean_map.shape[2:])[chosen]
-    return HeadMaps(kept, False, {overall.name: encode_shares(maps)})
+    return HeadMaps(kept, {overall.name: encode_shares(maps)})
 
 
 def map_picture(shares: Floats, ramp: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from act_export.profile.report.figure_data import (
     POSITIONS,
     accuracy_columns,
     calibrated_betas,
+    have_intervals,
     head_places,
     head_statistics,
     position_rates,
@@ -26,7 +27,7 @@ from act_export.profile.report.figure_data import (
 )
 from act_export.profile.report.figures import (
     QUANTITIES,
-    accuracy_intervals,
+    accuracy_points,
     attention_map,
     effect_scatter,
     head_heatmap,
@@ -63,14 +64,13 @@ def page_document(
         "steps": STEPS,
         "ramps": {"light": RAMP_ON_LIGHT, "dark": RAMP_ON_DARK},
         "config": page_config(),
-        "charts": _charts(),
+        "charts": _charts(accuracies),
         "quantities": [{"column": quantity.column, "title": quantity.title} for quantity in QUANTITIES],
         "places": head_places(profile.model, calibration),
         "sources": {each.name: _source(each, calibration, profile.model.num_heads) for each in statistics},
         "layer_maps": {each.name: _shares(layer_maps(each.mean_map)) for each in statistics},
         "head_maps": {
             "heads": maps.heads,
-            "complete": maps.complete,
             "by_source": {
                 name: {"shape": [len(maps.heads), GRID, GRID], "shares": encoded}
                 for name, encoded in maps.by_source.items()
@@ -89,27 +89,21 @@ def ran_with(profile: SinkProfile, calibration: Calibration | None) -> bool:
     return mine == its
 
 
-def floats_of(encoded: Mapping[str, Any]) -> Floats:
-    """An array of the document as the script reads it."""
-    values: Floats = np.frombuffer(base64.b64decode(encoded["float32"]), "<f4").reshape(encoded["shape"])
-    return values
-
-
-def _charts() -> dict[str, Any]:
+def _charts(accuracies: Sequence[TaskAccuracy]) -> dict[str, Any]:
     return {
         **{f"heads_{each.column}": head_heatmap(each, PAGE_COLOURS) for each in QUANTITIES},
         **{f"positions_{each}": position_bars(each, PAGE_COLOURS) for each in POSITIONS},
         **{f"layer_positions_{each}": position_layers(each, PAGE_COLOURS) for each in POSITIONS},
         "map": attention_map(PAGE_COLOURS),
         "effects": effect_scatter(PAGE_COLOURS),
-        "accuracy": accuracy_intervals(PAGE_COLOURS),
+        "accuracy": accuracy_points(PAGE_COLOURS, intervals=have_intervals(accuracies)),
     }
 
 
 def _source(statistics: SinkStatistics, calibration: Calibration | None, num_heads: int) -> dict[str, Any]:
     return {
         "by": {mode: _by_mode(statistics, mode, calibration, num_heads) for mode in MODES},
-        "effects": statistics.effects is not None,
+        "effects": effect_facts(statistics) or None,
     }
 
 
@@ -119,7 +113,6 @@ def _by_mode(statistics: SinkStatistics, mode: str, calibration: Calibration | N
         "threshold": threshold_text(statistics.by[mode]),
         "tau": statistics.by[mode].threshold,
         "facts": key_facts(statistics, mode, calibration),
-        "effect_facts": effect_facts(statistics, mode),
         "heads": {name: _floats(values) for name, values in head_statistics(statistics, mode).items()},
         "positions": {
             positions: {

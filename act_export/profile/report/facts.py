@@ -35,8 +35,13 @@ def threshold_text(sinks: LaterSinks) -> str:
     return f"sink score above {sinks.threshold:g} / T, T the tokens of the prompt"
 
 
-def effect_facts(statistics: SinkStatistics, mode: str) -> list[str]:
-    """What the effects of the heads say; nothing where they weren't measured."""
+def effect_facts(statistics: SinkStatistics, mode: str = ABSOLUTE) -> list[str]:
+    """What the effects of the heads say; nothing where they weren't measured.
+
+    Args:
+        statistics: Of the source.
+        mode: Of the threshold that the effects were measured at, which a profile does at the absolute one.
+    """
     effects = statistics.effects
     if effects is None:
         return []
@@ -49,7 +54,7 @@ def effect_facts(statistics: SinkStatistics, mode: str) -> list[str]:
         f"(their sinks hurt) and less likely in {helps} (their sinks help)."
         + (f" In {neither} it would change nothing." if neither else ""),
         f"The strongest effect is {effects[layer, head]:+.2g} nats, in layer {layer}, head {head}.",
-        f"The Spearman rank correlation of effect and later-sink mass is {correlation:+.2f}.",
+        f"The Spearman rank correlation of effect and later-sink mass ({mode} threshold) is {correlation:+.2f}.",
         f"Effects are means over {_counted(statistics.effect_prompts, 'prompt')}.",
     ]
 

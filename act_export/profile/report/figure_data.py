@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.calibration import Calibration, ModelIdentity
-from act_export.profile.profile import POSITION_EDGES, RELATIVE_BINS, Floats, SinkStatistics
+from act_export.profile.profile import ABSOLUTE, POSITION_EDGES, RELATIVE, RELATIVE_BINS, Floats, SinkStatistics
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.token_text import visible_text
 
@@ -18,7 +18,6 @@ Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 """A table: its columns by name, all of one length."""
 
 CALIBRATED, PLAIN = "calibrated", "not calibrated"
-RELATIVE, ABSOLUTE = "relative", "absolute"
 POSITIONS = (RELATIVE, ABSOLUTE)
 _MAIN_LAYERS = 3  # named beside a token
 
@@ -160,17 +159,26 @@ def token_rows(statistics: SinkStatistics, mode: str, num_heads: int, limit: int
 
 
 def accuracy_columns(accuracies: Sequence[TaskAccuracy]) -> dict[str, list[Any]]:
-    """Two rows for each accuracy, plain and calibrated: task, model, value, low, high."""
+    """Two rows for each accuracy, plain and calibrated: task, model, value, low, high, interval.
+
+    low and high are the ends of its interval, None where it has none, and interval is both in words, "" there.
+    """
     names = accuracy_names(accuracies)
     rows = [
-        (name, model, value, *interval)
+        (name, model, value, *(interval or (None, None)), _percent_range(interval) if interval else "")
         for name, accuracy in zip(names, accuracies, strict=True)
         for model, value, interval in (
             ("plain", accuracy.plain, accuracy.plain_interval),
             ("calibrated", accuracy.calibrated, accuracy.calibrated_interval),
         )
     ]
-    return {key: [row[at] for row in rows] for at, key in enumerate(("task", "model", "value", "low", "high"))}
+    columns = ("task", "model", "value", "low", "high", "interval")
+    return {column: [row[at] for row in rows] for at, column in enumerate(columns)}
+
+
+def have_intervals(accuracies: Sequence[TaskAccuracy]) -> bool:
+    """Whether any of the accuracies has an interval of its own."""
+    return any(each.plain_interval or each.calibrated_interval for each in accuracies)
 
 
 def accuracy_names(accuracies: Sequence[TaskAccuracy]) -> list[str]:
@@ -180,6 +188,10 @@ def accuracy_names(accuracies: Sequence[TaskAccuracy]) -> list[str]:
     return [
         name if names.count(name) == 1 else f"{name}, {names[: at + 1].count(name)}" for at, name in enumerate(names)
     ]
+
+
+def _percent_range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
 def _range(positions: str, start: float, end: float) -> str:

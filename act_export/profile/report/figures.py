@@ -56,14 +56,7 @@ def head_heatmap(quantity: Quantity, colours: Colours) -> Chart:
         color=alt.Color(
             f"{quantity.column}:Q",
             scale=alt.Scale(type=quantity.scale, domainMin=0, interpolate="rgb"),
-            legend=alt.Legend(
-                title=quantity.title,
-                format=_SHORT[quantity.format],
-                orient="top",
-                direction="horizontal",
-                gradientThickness=8,
-                tickCount=4,
-            ),
+            legend=_ramp_legend(quantity.title, _SHORT[quantity.format]),
         )
     )
     rings = (
@@ -165,7 +158,7 @@ def position_layers(positions: str, colours: Colours) -> Chart:
 
 
 def effect_scatter(colours: Colours) -> Chart:
-    """Effect of calibrating each head alone against its later-sink mass. Table "heads"."""
+    """Effect of calibrating each head alone against its later-sink mass. Table "heads", by the absolute threshold."""
     points = (
         alt.Chart(alt.NamedData("heads"))
         .mark_point(filled=True, size=42, opacity=0.85, strokeWidth=1)
@@ -187,9 +180,15 @@ def effect_scatter(colours: Colours) -> Chart:
     return _specification(alt.layer(zero, points, data=alt.NamedData("heads")))
 
 
-def accuracy_intervals(colours: Colours) -> Chart:
-    """Accuracies with their intervals, plain above calibrated. Table "accuracy"."""
+def accuracy_points(colours: Colours, *, intervals: bool) -> Chart:
+    """Accuracies, plain above calibrated, with the intervals of those that have one. Table "accuracy".
+
+    Args:
+        colours: By name.
+        intervals: Whether any has one.
+    """
     models = ["plain", "calibrated"]
+    title = "Accuracy, 95% interval" if intervals else "Accuracy"
     base = alt.Chart(alt.NamedData("accuracy")).encode(
         y=alt.Y("task:N", title=None, sort=None, axis=alt.Axis(domain=False, ticks=False, grid=False, labelLimit=220)),
         yOffset=alt.YOffset("model:N", sort=models),
@@ -198,19 +197,23 @@ def accuracy_intervals(colours: Colours) -> Chart:
             alt.Tooltip("task:N", title="Task"),
             alt.Tooltip("model:N", title="Model"),
             _tip("value", "Accuracy", ".1%"),
-            _tip("low", "95% interval from", ".1%"),
-            _tip("high", "to", ".1%"),
+            alt.Tooltip("interval:N", title="95% interval"),
         ],
     )
-    scale = alt.Scale(zero=False, nice=True)
-    x = alt.X("low:Q", title="Accuracy, 95% interval", axis=alt.Axis(format=".0%", tickCount=6), scale=scale)
-    lines = base.mark_rule(strokeWidth=1.5, aria=False).encode(x=x, x2="high:Q")
+    shared = {
+        "title": title,
+        "axis": alt.Axis(format=".0%", tickCount=6),
+        "scale": alt.Scale(zero=False, nice=True),
+    }
     points = base.mark_point(filled=True, size=50, opacity=1, strokeWidth=1.5).encode(
-        x=alt.X("value:Q", scale=scale, title="Accuracy, 95% interval"),
+        x=alt.X("value:Q", **shared),
         fill=alt.Fill("model:N", **_two(models, colours["page"], colours["accent"])),
         shape=alt.Shape("model:N", **_two(models, "circle", "diamond")),
     )
-    return _specification(alt.layer(lines, points))
+    if not intervals:
+        return _specification(points)
+    lines = base.transform_filter(alt.expr.isValid(alt.datum.low)).mark_rule(strokeWidth=1.5, aria=False)
+    return _specification(alt.layer(lines.encode(x=alt.X("low:Q", **shared), x2="high:Q"), points))
 
 
 _LEFT = 34  # of labels: charts one above the other begin at the same place

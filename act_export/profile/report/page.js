@@ -32,9 +32,9 @@
       Object.fromEntries(names.map((name) => [name, columns[name][at]])));
   }
 
-  function headRows() {
+  function headRows(mode = chosen.mode) {
     const columns = { ...data.places };
-    for (const [name, values] of Object.entries(sinks().heads)) columns[name] = floats(values);
+    for (const [name, values] of Object.entries(source().by[mode].heads)) columns[name] = floats(values);
     return rowsOf(columns);
   }
 
@@ -126,26 +126,37 @@
     set(theme) { try { localStorage.setItem("act-export-theme", theme); } catch { /* nothing remembers it */ } },
   };
   const theme = () => document.documentElement.dataset.theme ?? (systemDark.matches ? "dark" : "light");
-  const ramp = () => data.ramps[theme()];
 
   function setTheme(name) {
     if (name === "light" || name === "dark") document.documentElement.dataset.theme = name;
     find("theme").setAttribute("aria-pressed", String(theme() === "dark"));
-    paint();
   }
 
-  /** Colour of a share: 256 steps of the ramp, by the square root. */
-  let colours = [];
-  function paint() {
-    const stops = ramp().map((text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)));
-    colours = Array.from({ length: 256 }, (_, step) => {
+  // ---- Colours: every one is there for both themes, and CSS chooses, so that nothing is drawn again to print ---------
+
+  /** A ramp in 256 even steps, [red, green, blue] each. */
+  function stepsOf(ramp) {
+    const stops = ramp.map((text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)));
+    return Array.from({ length: 256 }, (_, step) => {
       const place = (step / 255) * (stops.length - 1);
       const below = Math.min(Math.floor(place), stops.length - 2);
-      return stops[below].map((value, channel) => value + (place - below) * (stops[below + 1][channel] - value));
+      return stops[below].map((value, channel) => Math.round(value + (place - below) * (stops[below + 1][channel] - value)));
     });
-    find("map-legend").style.background = `linear-gradient(to right, ${ramp().join()})`;
   }
-  const colourOf = (share) => colours[Math.min(255, Math.round(255 * Math.sqrt(share)))];
+  const [onLight, onDark] = [stepsOf(data.ramps.light), stepsOf(data.ramps.dark)];
+  const stepOf = (share) => Math.min(255, Math.round(255 * Math.sqrt(share)));
+  const colourOf = (step) => `light-dark(rgb(${onLight[step].join(" ")}), rgb(${onDark[step].join(" ")}))`;
+
+  /** Vega colours by step, grey k for step k; this puts the ramps' colours in the place of the greys. */
+  const GREYS = ["#000000", "#ffffff"];
+  function colour(element) {
+    for (const name of ["fill", "stop-color"]) {
+      for (const part of element.querySelectorAll(`[${name}^="rgb("]`)) {
+        const grey = /^rgb\((\d+), \1, \1\)$/.exec(part.getAttribute(name));
+        if (grey) part.style.setProperty(name, colourOf(Number(grey[1])));
+      }
+    }
+  }
 
   // ---- Charts -----------------------------------------------------------------------------------------------------
 
@@ -158,16 +169,19 @@
     };
     const options = {
       renderer: "svg", actions: false, ast: true, defaultStyle: false,
-      config: { ...data.config, range: { heatmap: ramp(), ramp: ramp() } },
+      config: { ...data.config, range: { heatmap: GREYS, ramp: GREYS } },
       tooltip: (_handler, event, _item, value) => {
         if (value && typeof value === "object") showTooltip(value, event.clientX, event.clientY);
         else hideTooltip();
       },
     };
-    element.drawing = (element.drawing ?? Promise.resolve()).then(async () => {
+    const last = element.drawing ?? Promise.resolve();
+    element.drawing = last.catch(() => { /* whoever asked for that drawing was told */ }).then(async () => {
       element.view?.finalize();
+      element.view = null;
       element.view = (await vegaEmbed(element, specification, options)).view;
       element.querySelector(".vega-bindings")?.remove();  // a form for inputs, of which there are none
+      colour(element);
       const cells = [...element.querySelectorAll(`.${marks}.role-mark path[role="graphics-symbol"]`)];
       rove(element, cells, (cell) => placeOf(cell.__data__.datum), (cell) => cell.__data__.tooltip);
     });
@@ -189,6 +203,10 @@
   function drawPositions(positions) {
     const [bars, layers] = [`positions-${positions}-chart`, `layers-${positions}-chart`];
     const bins = positionRows(positions).map((row) => row.start);
+    const figure = find(bars).closest("figure");
+    for (const part of figure.querySelectorAll(".chart, details")) part.hidden = bins.length === 0;
+    figure.querySelector(".note").hidden = bins.length > 0;
+    if (bins.length === 0) return null;
     const width = Math.max(180, widthOf(bars) - 72);
     const words = positions === "relative" ? "share of the way through the prompt" : "position in the prompt";
     return Promise.all([
@@ -207,9 +225,9 @@
   async function drawEffects() {
     if (!find("effects-chart")) return;
     find("effects-chart").closest("figure").hidden = !source().effects;
-    fillList(find("effect-facts"), source().effects ? sinks().effect_facts : ["Not measured on these prompts."]);
+    fillList(find("effect-facts"), source().effects ?? ["Not measured on these prompts."]);
     if (!source().effects) return;
-    const rows = headRows();
+    const rows = headRows("absolute");  // the threshold that effects are measured at
     const order = rows.slice().sort((one, other) => one.mass - other.mass || one.effect - other.effect);
     const rank = new Map(order.map((row, at) => [`${row.layer},${row.head}`, at]));
     await draw("effects-chart", "effects", { heads: rows }, {
@@ -225,7 +243,7 @@
     const place = new Map(rows.map((row, at) => [`${row.task},${row.model}`, at]));
     await draw("accuracy-chart", "accuracy", { accuracy: rows }, {
       width: Math.max(160, Math.min(560, widthOf("accuracy-chart") - 200)), height: 20 * rows.length,
-      marks: "mark-symbol", describe: "Accuracy by task, plain and calibrated, with 95% intervals",
+      marks: "mark-symbol", describe: "Accuracy by task, plain and calibrated",
       placeOf: (row) => [0, place.get(`${row.task},${row.model}`)],
     });
   }
@@ -244,8 +262,8 @@
     }),
     relative: () => rateTable("relative"),
     absolute: () => rateTable("absolute"),
-    effects: () => ({
-      caption: "Effects", rows: headRows().sort((one, other) => other.effect - one.effect),
+    effects: () => source().effects && ({
+      caption: "Effects, and mass by the absolute threshold", rows: headRows("absolute").sort((one, other) => other.effect - one.effect),
       columns: {
         Layer: (row) => row.layer, Head: (row) => row.head, Beta: (row) => row.beta || dash,
         "Effect (nats)": (row) => row.effect.toFixed(5), "Later-sink mass": (row) => percent(row.mass, 2),
@@ -259,8 +277,9 @@
   });
 
   function fillNumbers(details) {
-    if (!details.open) return;
-    const { caption, rows, columns } = tables[details.dataset.numbers]();
+    const numbers = details.open && tables[details.dataset.numbers]();
+    if (!numbers) return;  // closed, or its figure is hidden
+    const { caption, rows, columns } = numbers;
     const names = Object.keys(columns);
     const head = make("tr", {}, ...names.map((name) => make("th", { scope: "col", class: "number" }, name)));
     const body = rows.map((row) =>
@@ -284,16 +303,22 @@
     return maps.values.subarray(at * cellsOfMap, (at + 1) * cellsOfMap);
   }
 
-  function thumbnail(layer, head) {
-    const canvas = make("canvas", { width: data.grid, height: data.grid, "aria-hidden": "true" });
+  function pictureOf(map, steps, name) {
+    const canvas = make("canvas", { width: data.grid, height: data.grid, class: name, "aria-hidden": "true" });
     const context = canvas.getContext("2d");
     const picture = context.createImageData(data.grid, data.grid);
-    mapOf(layer, head).forEach((value, at) => picture.data.set([...colourOf(value / data.steps), 255], 4 * at));
+    map.forEach((value, at) => picture.data.set([...steps[stepOf(value / data.steps)], 255], 4 * at));
     context.putImageData(picture, 0, 0);
+    return canvas;
+  }
+
+  function thumbnail(layer, head) {
+    const map = mapOf(layer, head);
+    const pictures = [pictureOf(map, onLight, "on-light"), pictureOf(map, onDark, "on-dark")];
     const calibrated = head !== null && betaOf(layer, head) !== "";
     const name = head === null ? `Layer ${layer}, mean over heads` : `Layer ${layer}, head ${head}${calibrated ? ", calibrated" : ""}`;
     const label = head === null ? `${layer}` : `${head}${calibrated ? " ○" : ""}`;
-    const button = make("button", { type: "button", class: calibrated ? "map calibrated" : "map", "aria-label": `${name}: enlarge the attention map` }, canvas, make("span", {}, label));
+    const button = make("button", { type: "button", class: calibrated ? "map calibrated" : "map", "aria-label": `${name}: enlarge the attention map` }, ...pictures, make("span", {}, label));
     button.addEventListener("click", () => enlarge(layer, head));
     return button;
   }
@@ -408,6 +433,9 @@
     if (example.after !== null) fillScores("after", example, example.after);
   }
 
+  const inkOn = ([red, green, blue]) =>
+    0.2126 * (red / 255) ** 2.2 + 0.7152 * (green / 255) ** 2.2 + 0.0722 * (blue / 255) ** 2.2 > 0.18 ? "#000" : "#fff";
+
   function fillScores(id, example, scores) {
     const over = find("over").value;
     const tokens = example.texts.length;
@@ -416,17 +444,17 @@
     const tau = chosen.mode === "absolute" ? sinks().tau : sinks().tau / tokens;
     const elements = example.texts.map((text, at) => {
       const score = values[at] / data.steps;
-      const [red, green, blue] = colourOf(score);
-      const light = (0.2126 * (red / 255) ** 2.2 + 0.7152 * (green / 255) ** 2.2 + 0.0722 * (blue / 255) ** 2.2) > 0.18;
-      const sink = score > tau;
-      const element = make("span", { role: "listitem", "aria-label": `${text}, token ${at}, sink score ${score.toFixed(4)}` }, text);
-      element.style.background = `rgb(${red} ${green} ${blue})`;
-      element.style.color = light ? "#000" : "#fff";
+      const step = stepOf(score);
+      const sink = score <= tau ? "" : at === 0 ? "initial sink" : "later sink";
+      const name = `${text}, token ${at}, sink score ${score.toFixed(4)}${sink && `, ${sink}`}`;
+      const element = make("span", { role: "listitem", "aria-label": name }, text);
+      element.style.backgroundColor = colourOf(step);
+      element.style.color = `light-dark(${inkOn(onLight[step])}, ${inkOn(onDark[step])})`;
       if (sink) {
         element.classList.add("sink");
         element.append(make("small", {}, score.toFixed(2)));
       }
-      const entries = { Token: text, Id: example.ids[at], Position: at, "Sink score": score.toFixed(4) };
+      const entries = { Token: text, Id: example.ids[at], Position: at, "Sink score": score.toFixed(4), Kind: sink };
       element.addEventListener("pointerenter", (event) => showTooltip(entries, event.clientX, event.clientY));
       element.addEventListener("pointerleave", hideTooltip);
       element.entries = entries;
@@ -467,27 +495,20 @@
   document.addEventListener("scroll", () => { if (focused) focused(); else hideTooltip(); }, { passive: true, capture: true });
 
   find("enlarged-close").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  const onBackdrop = ({ target, clientX, clientY }) => {
+    const box = dialog.getBoundingClientRect();  // the padding is the dialog too
+    return target === dialog && (clientX < box.left || clientX > box.right || clientY < box.top || clientY > box.bottom);
+  };
+  let pressed = false;  // on the backdrop: a selection that is drawn out of the dialog ends there, but doesn't begin there
+  dialog.addEventListener("pointerdown", (event) => { pressed = onBackdrop(event); });
+  dialog.addEventListener("click", (event) => { if (pressed && onBackdrop(event)) dialog.close(); });
   dialog.addEventListener("close", () => { hideTooltip(); opener?.focus(); });
 
   find("theme").addEventListener("click", () => {
     setTheme(theme() === "dark" ? "light" : "dark");
     remembered.set(theme());
-    show();
   });
-  systemDark.addEventListener("change", () => { setTheme(null); show(); });
-
-  let before = null;  // the theme, while the page is printed in the light one
-  window.addEventListener("beforeprint", () => {
-    before = document.documentElement.dataset.theme ?? "";
-    if (theme() === "dark") { setTheme("light"); show(); }
-  });
-  window.addEventListener("afterprint", () => {
-    if (before === null || theme() === (before || (systemDark.matches ? "dark" : "light"))) return;
-    if (before === "") delete document.documentElement.dataset.theme;
-    setTheme(before);
-    show();
-  });
+  systemDark.addEventListener("change", () => setTheme(null));
 
   let width = window.innerWidth;
   let waiting = 0;
@@ -499,5 +520,6 @@
   });
 
   setTheme(remembered.get());
+  find("map-legend").style.background = `linear-gradient(to right, ${onLight.map((_, step) => colourOf(step)).join()})`;
   unpack(data).then(show);
 })();

@@ -18,7 +18,7 @@ import vl_convert
 from act_export.cache import write_whole
 from act_export.calibration import Calibration
 from act_export.errors import ActExportError
-from act_export.profile.profile import ABSOLUTE, ALL, GRID, MODES, SinkProfile
+from act_export.profile.profile import ABSOLUTE, ALL, GRID, MODES, RELATIVE, SinkProfile
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import TOKENS, page_document
 from act_export.profile.report.facts import key_facts, threshold_text
@@ -35,7 +35,7 @@ from act_export.profile.report.sections import (
     summary,
 )
 
-_MODE_NAMES = {"absolute": "absolute", "relative": "relative to length"}
+_MODE_NAMES = {ABSOLUTE: "absolute", RELATIVE: "relative to length"}
 
 
 def write_report(

@@ -18,6 +18,7 @@ from act_export.profile.report.figure_data import (
     POSITIONS,
     Columns,
     accuracy_columns,
+    have_intervals,
     head_places,
     head_statistics,
     position_rates,
@@ -28,7 +29,7 @@ from act_export.profile.report.figure_data import (
 from act_export.profile.report.figures import (
     QUANTITIES,
     Chart,
-    accuracy_intervals,
+    accuracy_points,
     effect_scatter,
     head_heatmap,
     map_gallery,
@@ -63,7 +64,8 @@ def write_figures(
         accuracies: Of tasks; without any there is no figure of them.
 
     Returns:
-        The files: sink-mass, attention-maps, sink-positions, and effects and accuracy where there are any.
+        The files: sink-mass and attention-maps, sink-positions where a prompt has more than its initial token, and
+        effects and accuracy where there are any.
 
     Raises:
         CalibrationError: If the calibration doesn't fit the model.
@@ -97,14 +99,16 @@ def _charts(
             _with(head_heatmap(QUANTITIES[0], PAPER_COLOURS), {"heads": columns}), cell * layers, cell * heads
         ),
         "attention-maps": _attention_maps(profile),
-        "sink-positions": _positions(profile),
     }
+    if profile.overall.longest > 1:
+        charts["sink-positions"] = _positions(profile)
     if profile.overall.effects is not None:
         charts["effects"] = _sized(
             _with(effect_scatter(PAPER_COLOURS), {"heads": columns}), SINGLE_COLUMN - _MARGIN, 0.6 * SINGLE_COLUMN
         )
     if accuracies:
-        chart = _with(accuracy_intervals(PAPER_COLOURS), {"accuracy": accuracy_columns(accuracies)})
+        chart = accuracy_points(PAPER_COLOURS, intervals=have_intervals(accuracies))
+        chart = _with(chart, {"accuracy": accuracy_columns(accuracies)})
         charts["accuracy"] = _sized(chart, SINGLE_COLUMN - 2 * _MARGIN, 26 * len(accuracies))
     return charts
 

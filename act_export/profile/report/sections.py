@@ -12,7 +12,7 @@ from act_export.profile.profile import ABSOLUTE, ALL, MODES, SinkProfile, SinkSt
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import ran_with
 from act_export.profile.report.facts import effect_facts, threshold_text
-from act_export.profile.report.figure_data import accuracy_names
+from act_export.profile.report.figure_data import accuracy_names, have_intervals
 
 _NOTHING = "\N{EN DASH}"
 
@@ -69,16 +69,25 @@ def effects_section(profile: SinkProfile) -> str:
             "  <p>Not measured: <code>act-export profile MODEL --task NAME</code> measures effects on the answers to a "
             "task.</p>"
         )
-    facts = items(effect_facts(profile.overall, ABSOLUTE))
+    facts = items(effect_facts(profile.overall))
     return f"""  <ul id="effect-facts" class="facts" aria-live="polite">
 {facts}
   </ul>
   <figure aria-labelledby="effects-caption">
     <div class="chart" id="effects-chart"></div>
     <figcaption id="effects-caption">Each mark is one head: what calibrating it alone would change in the log-likelihood
-    of the right answer, against its later-sink mass. Above the line its sinks hurt, below it they help.</figcaption>
+    of the right answer, against its later-sink mass. Above the line its sinks hurt, below it they help.
+    {_measured_at(profile)}</figcaption>
     <details data-numbers="effects"><summary>The effects as a table</summary></details>
   </figure>"""
+
+
+def _measured_at(profile: SinkProfile) -> str:
+    """At which beta and threshold effects are; HTML."""
+    beta, threshold = (profile.options.get(f"effects_{name}") for name in ("beta", "threshold"))
+    at = "the absolute threshold" + (f" of {_plain(threshold)}" if threshold is not None else "")
+    scaled = f"Calibrated with beta {_plain(beta)}. " if beta is not None else ""
+    return html.escape(f"{scaled}Effect and mass are both by {at}, whichever threshold is chosen above.")
 
 
 def accuracy_section(accuracies: Sequence[TaskAccuracy]) -> str:
@@ -111,8 +120,7 @@ def accuracy_section(accuracies: Sequence[TaskAccuracy]) -> str:
   <h2 id="accuracy">Accuracy</h2>
   <figure aria-labelledby="accuracy-caption">
     <div class="chart" id="accuracy-chart"></div>
-    <figcaption id="accuracy-caption">Accuracy without and with calibration on the same questions; lines are 95%
-    intervals of each. The interval of the gain, in the table, is paired, and narrower than these suggest.</figcaption>
+    <figcaption id="accuracy-caption">{_accuracy_caption(accuracies)}</figcaption>
   </figure>
   <div class="scroll" role="region" tabindex="0" aria-label="Table of accuracies">
     <table>
@@ -125,6 +133,16 @@ def accuracy_section(accuracies: Sequence[TaskAccuracy]) -> str:
   </div>
 </section>
 """
+
+
+def _accuracy_caption(accuracies: Sequence[TaskAccuracy]) -> str:
+    text = "Accuracy without and with calibration on the same questions."
+    if have_intervals(accuracies):
+        text += " Lines are 95% intervals of each."
+    if not all(each.plain_interval and each.calibrated_interval for each in accuracies):
+        text += " A mean of tasks has an interval of its gain alone."
+    text += " The interval of the gain, in the table, is paired"
+    return text + (", and narrower than the lines suggest." if have_intervals(accuracies) else ".")
 
 
 def prompts_section(profile: SinkProfile, calibration: Calibration | None) -> str:
