@@ -67,12 +67,15 @@ def profile_command(
 ) -> None:
     """Finds where the model's attention sinks are: by layer, head, position and token.
 
+    Without --task, --data or --text it takes questions of SST-2.
+
     Writes FILE.safetensors and FILE.json, and a page that shows them. Interrupted or killed, the same command goes on
     where it stopped.
     """
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
-    from act_export.profile import ProfileOptions
+    from act_export.placement import Placement
+    from act_export.profile import ProfileOptions, unreachable
     from act_export.profile.report import accuracies_of, write_report
     from act_export.profile.report.facts import effect_facts, key_facts
     from act_export.profile.run import BATCH_TOKENS
@@ -96,6 +99,7 @@ def profile_command(
         ),
     )
     _check_profile_output(out, report=report)
+    Placement(dtype, device, device_map)
     if calibration is not None:
         named_calibration(calibration)  # refused before long work
     questions = load_prompts(job)
@@ -103,8 +107,15 @@ def profile_command(
     check_supported(checkpoint.model)
     shown = calibration_to_show(checkpoint, calibration, note)
     accuracies = accuracies_of(shown) if report and shown is not None else ()  # refused before long work
+    for asked in questions:
+        if len(asked.examples) < prompts:
+            note(
+                f"{asked.name}: {len(asked.examples)} prompts, fewer than {prompts}; see --prompts in the documentation"
+            )
     with progress_bar("profile") as progress:
         profile = run_profile(checkpoint, job, questions, calibration=shown, out=out, progress=progress)
+    for line in unreachable(profile):
+        note(f"warning: {line}")
     for line in (*key_facts(profile.overall, "absolute", shown), *effect_facts(profile.overall, "absolute")):
         note(line)
     print(out)
@@ -147,6 +158,8 @@ def report_command(
     loaded = SinkProfile.load(profile)
     shown = named_calibration(calibration) if calibration is not None else loaded.calibration
     accuracies = [one for source in (shown, *(evaluation or ())) if source is not None for one in accuracies_of(source)]
+    if shown is not None:
+        shown.check_fits(loaded.model)
     with status() as step:
         step(f"writing {target}")
         if figures == "html":

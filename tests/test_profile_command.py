@@ -149,6 +149,7 @@ def test_bad_input_is_named_before_any_work(planted, here):
         ((model, "--text", "empty.txt", "--text", here / "bare" / "empty.txt"), "'empty.txt' names two sources"),
         ((model, "--data", rows, "--prompts", 0), "--prompts is 0; it must be at least 1"),
         ((model, "--data", rows, "--length", 0), "--length is 0"),
+        ((model, "--data", rows, "--dtype", "float8"), "dtype is 'float8'"),
         ((model, "--data", rows, "--absolute-threshold", -1), "threshold is -1"),
         ((model, "--data", rows, "--batch-tokens", 0), "batch_tokens is 0"),
         ((model, "--data", rows, "--calibration", "nothing.json"), "there is no calibration file nothing.json"),

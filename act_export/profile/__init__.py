@@ -12,6 +12,7 @@ from act_export.profile.profile import (
     SinkProfile,
     SinkStatistics,
     SinkTokens,
+    unreachable,
 )
 from act_export.profile.run import ProfileOptions, PromptSource, profile_sinks
 
@@ -30,4 +31,5 @@ __all__ = [
     "SinkStatistics",
     "SinkTokens",
     "profile_sinks",
+    "unreachable",
 ]

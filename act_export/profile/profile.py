@@ -84,7 +84,7 @@ class LaterSinks:
     tokens: SinkTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SinkStatistics:
     """The sinks of one source of prompts. Arrays are means over the prompts, (layers, heads) unless said otherwise.
 
@@ -125,6 +125,10 @@ class SinkStatistics:
     effects: Floats | None = None
     effect_prompts: int = 0
 
+    def __repr__(self) -> str:
+        """What it is of, without the arrays."""
+        return f"<SinkStatistics of {self.name}: {self.prompts} prompts, {self.tokens} tokens>"
+
 
 @dataclass(frozen=True, eq=False)
 class ExamplePrompt:
@@ -145,7 +149,7 @@ class ExamplePrompt:
     calibrated_scores: Floats | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SinkProfile:
     """Where a model's attention sinks are.
 
@@ -168,6 +172,11 @@ class SinkProfile:
     calibration: Calibration | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """What it is of, without the arrays."""
+        size = f"{self.model.num_layers} layers of {self.model.num_heads} heads"
+        return f"<SinkProfile of {self.model_name}, {size}: {', '.join(self.sources)}>"
 
     def __getitem__(self, source: str) -> SinkStatistics:
         """Statistics of one source, or of `ALL`.
@@ -201,3 +210,17 @@ class SinkProfile:
         from act_export.profile.profile_file import load_profile
 
         return load_profile(path)
+
+
+def unreachable(profile: SinkProfile) -> list[str]:
+    """Thresholds that no sink score of some prompts can exceed, since none is above 1: a line for each."""
+    lines = []
+    for mode, sinks in profile.overall.by.items():
+        shortest = profile.overall.shortest
+        tau = sinks.threshold if mode == ABSOLUTE else sinks.threshold / shortest
+        if tau >= 1:
+            of = f"{sinks.threshold:g}" if mode == ABSOLUTE else f"{sinks.threshold:g} / {shortest} tokens"
+            lines.append(
+                f"the {mode} threshold is {of} for the shortest prompt; no sink score is above 1, so there are none"
+            )
+    return lines

@@ -126,8 +126,8 @@ def load_profile(path: str | os.PathLike[str]) -> SinkProfile:
         content = tensors_path.read_bytes()
     except (OSError, ValueError) as error:
         raise ProfileError(
-            f"can't read the profile {path}: {error}; it has two files, {tensors_path.name} and {document_path.name}, "
-            f"which act-export profile writes"
+            f"can't read the profile {path}: {error}; a profile has two files, {tensors_path.name} and "
+            f"{document_path.name}, which act-export profile writes"
         ) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ProfileError(f"{document_path} is not a sink profile's; act-export profile writes one")

@@ -131,7 +131,7 @@ def test_a_description_that_does_not_fit_is_refused(saved, change, message):
 
 
 def test_files_that_are_missing_or_no_profile(tmp_path, saved):
-    with pytest.raises(ProfileError, match=r"it has two files, nowhere.safetensors and nowhere.json"):
+    with pytest.raises(ProfileError, match=r"a profile has two files, nowhere.safetensors and nowhere.json"):
         SinkProfile.load(tmp_path / "nowhere.safetensors")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "list.safetensors").write_text("")

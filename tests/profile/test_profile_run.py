@@ -24,6 +24,7 @@ from act_export.profile import (
     profile_sinks,
     profiling,
     run,
+    unreachable,
 )
 from act_export.profile.tally import Tally
 from act_export.reference import attention_probabilities, calibrate_with_state
@@ -357,3 +358,18 @@ def test_no_whole_map_is_ever_in_memory(checkpoint, monkeypatch):
         largest.clear()
         profile_sinks(checkpoint, [PromptSource("long", prompts(0, (length,)))])
         assert max(largest) == rows * length
+
+
+def test_a_threshold_that_nothing_can_exceed_is_said(checkpoint):
+    assert unreachable(profiled(checkpoint)) == []  # 8 tokens, 5 / 8
+    short = profile_sinks(checkpoint, [PromptSource("short", prompts(0, (5, 9)))])
+    (line,) = unreachable(short)
+    assert "the relative threshold is 5 / 5 tokens" in line
+    (line, _) = unreachable(profile_sinks(checkpoint, [PromptSource("a", prompts(0, (4,)))], ProfileOptions(1.0)))
+    assert "the absolute threshold is 1 for" in line
+
+
+def test_a_profile_prints_in_a_line(checkpoint):
+    profile = profiled(checkpoint)
+    assert repr(profile) == "<SinkProfile of tiny llama, 2 layers of 4 heads: plain, asked>"
+    assert repr(profile["asked"]) == "<SinkStatistics of asked: 6 prompts, 158 tokens>"
