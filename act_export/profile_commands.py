@@ -76,7 +76,7 @@ def profile_command(
     from act_export.hooks import check_supported
     from act_export.placement import Placement
     from act_export.profile import ProfileOptions, unreachable
-    from act_export.profile.report import accuracies_of, write_report
+    from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts
     from act_export.profile.run import BATCH_TOKENS
     from act_export.profile_job import ProfileJob, calibration_to_show, load_prompts, named_calibration, run_profile
@@ -109,18 +109,18 @@ def profile_command(
     accuracies = accuracies_of(shown) if report and shown is not None else ()  # refused before long work
     for asked in questions:
         if len(asked.examples) < prompts:
-            note(
-                f"{asked.name}: {len(asked.examples)} prompts, fewer than {prompts}; see --prompts in the documentation"
-            )
+            note(f"{asked.name}: {len(asked.examples)} prompts, fewer than --prompts {prompts}")
     with progress_bar("profile") as progress:
         profile = run_profile(checkpoint, job, questions, calibration=shown, out=out, progress=progress)
     for line in unreachable(profile):
         note(f"warning: {line}")
-    for line in (*key_facts(profile.overall, "absolute", shown), *effect_facts(profile.overall, "absolute")):
+    for line in (*key_facts(profile.overall, "absolute", shown), *effect_facts(profile.overall)):
         note(line)
     print(out)
     print(out.with_suffix(".json"))
     if report:
+        from act_export.profile.report import write_report
+
         page = out.with_suffix(".html")
         with status() as step:
             step(f"writing {page}")

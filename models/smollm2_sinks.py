@@ -1,10 +1,9 @@
-# ruff: noqa: T201
 """The two findings of ACT (arXiv 2406.15765, section 3) on smollm2-135m, as a notebook in a script.
 
     python models/smollm2_sinks.py        or cell by cell in an editor that knows "# %%"
 
 1. Attention sinks are far beyond the first token: in which layers, in how many heads, on which tokens.
-2. Some of them hurt and some help: calibrating the heads of one kind raises held-out likelihood, of the other lowers it.
+2. Some of them hurt and some help: calibrating heads of one kind raises held-out likelihood, of the other lowers it.
 
 Takes a few minutes on two cores. Needs: pip install 'act-export[cpu,smollm2,tasks]', and the rows of SST-2
 (tools/fetch_data in a source tree, or the hub).
@@ -86,4 +85,4 @@ for name, calibration in (
         scores = np.array(score_choices(TorchLanguageModel(hooked), questions))
     likelihood = (scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))[np.arange(len(right)), right]
     accuracy = np.mean([predicted_choice(row) for row in scores.tolist()] == right)
-    print(f"{name:>28}: log-likelihood {likelihood.mean():+.3f}, accuracy {accuracy:.1%} of {len(right)} other questions")
+    print(f"{name:>28}: log-likelihood {likelihood.mean():+.3f}, accuracy {accuracy:.1%} of {len(right)} questions")

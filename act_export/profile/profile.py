@@ -100,7 +100,7 @@ class SinkStatistics:
         entropy: Of a row of the attention map, mean over the rows, in nats.
         mean_map: Mean attention map (layers, heads, GRID, GRID): rows are queries, columns keys, both by share of the
             way through the prompt. A row is the mean over its queries of the attention that goes to each column's
-            keys, so it sums to 1 (less where the model has learned sinks). Tokens on a border count in proportion.
+            keys, so it sums to 1. Tokens on a border count in proportion.
         absolute_exposure: Number of tokens by position, initial token not counted (bins of `POSITION_EDGES`,).
         relative_exposure: Number of tokens by share of the way, initial token not counted (RELATIVE_BINS,).
         by: Later sinks by threshold mode, "absolute" and "relative".

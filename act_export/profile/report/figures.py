@@ -200,7 +200,7 @@ def accuracy_points(colours: Colours, *, intervals: bool) -> Chart:
             alt.Tooltip("interval:N", title="95% interval"),
         ],
     )
-    shared = {
+    shared: dict[str, Any] = {
         "title": title,
         "axis": alt.Axis(format=".0%", tickCount=6),
         "scale": alt.Scale(zero=False, nice=True),

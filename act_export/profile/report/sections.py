@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from act_export.calibration import Calibration
-from act_export.profile.profile import ABSOLUTE, ALL, MODES, SinkProfile, SinkStatistics
+from act_export.profile.profile import ALL, MODES, SinkProfile, SinkStatistics
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import ran_with
 from act_export.profile.report.facts import effect_facts, threshold_text

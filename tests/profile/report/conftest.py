@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # profiles.py
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  # profiles.py, one_token.py
 
 _ARGUMENTS = [
     "--headless",

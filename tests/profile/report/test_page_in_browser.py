@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from one_token import one_token_profile
 from profiles import random_profile, some_calibration
 
 from act_export.calibration import Calibration
@@ -17,6 +18,7 @@ from act_export.profile.profile import SinkProfile
 from act_export.profile.report import TaskAccuracy, write_report
 from act_export.profile.report.facts import effect_facts, key_facts
 from act_export.profile.report.page import plotting_library
+from act_export.profile.report.theme import RAMP_ON_DARK, RAMP_ON_LIGHT
 from act_export.profile.report.token_text import visible_text
 
 LAYERS, HEADS = 6, 4
@@ -153,8 +155,8 @@ def test_every_figure_is_drawn(opened: Open) -> None:
     page = opened(whole_profile()).page
     for chart in CHARTS:
         assert page.locator(f"#{chart} svg path[role='graphics-symbol']").count() > 1, chart
-    assert page.locator("#layer-maps canvas").count() == LAYERS
-    assert page.locator("#head-maps canvas").count() == HEADS
+    assert page.locator("#layer-maps canvas:visible").count() == LAYERS
+    assert page.locator("#head-maps canvas:visible").count() == HEADS
     drawn = page.evaluate(
         """[...document.querySelectorAll(".map canvas")].map((canvas) => new Set(
             canvas.getContext("2d").getImageData(0, 0, 32, 32).data).size)"""
@@ -193,7 +195,7 @@ def test_selectors_change_the_sentences_and_the_figures(opened: Open) -> None:
             found.choose("#mode", mode)
             facts = found.page.locator("#facts li").all_inner_texts()
             assert facts == key_facts(profile[source], mode, profile.calibration)
-            assert found.page.locator("#effect-facts li").all_inner_texts() == effect_facts(profile[source], mode)
+            assert found.page.locator("#effect-facts li").all_inner_texts() == effect_facts(profile[source])
             rates = profile[source].by[mode].relative_positions.mean((0, 1), dtype=np.float64)
             rate = rates[4] * profile[source].prompts / profile[source].relative_exposure[4]
             hover(cell(found.page, "positions-relative-chart", start=20))
@@ -202,12 +204,63 @@ def test_selectors_change_the_sentences_and_the_figures(opened: Open) -> None:
             assert first == str(profile[source].by[mode].tokens.ids[0])
 
 
+def test_effects_are_beside_the_mass_of_the_threshold_they_were_measured_at(opened: Open) -> None:
+    profile = whole_profile()
+    found = opened(profile)
+    found.choose("#mode", "relative")
+    overall, (layer, head) = profile.overall, (2, 1)
+    mass = overall.by["absolute"].mass[layer, head]
+    assert f"{mass:.2%}" != f"{overall.by['relative'].mass[layer, head]:.2%}"
+    hover(cell(found.page, "effects-chart", layer=layer, head=head))
+    assert tooltip(found.page)["Later-sink mass"] == f"{mass:.2%}"
+    found.page.click("summary:has-text('The effects as a table')")
+    rows = found.page.locator("[data-numbers=effects] tbody tr")
+    rows.first.wait_for()
+    assert rows.count() == LAYERS * HEADS
+    texts = [row.split("\t") for row in rows.all_inner_texts()]
+    assert [row[4] for row in texts if row[:2] == [str(layer), str(head)]] == [f"{mass:.2%}"]
+
+
 def test_quantity_of_the_heatmap_can_be_chosen(opened: Open) -> None:
     page = opened(whole_profile()).page
     assert "Later-sink mass" in page.locator("#heads-chart").inner_text()
     page.select_option("#quantity", "entropy")
     page.wait_for_selector("#heads-chart[aria-label^='Entropy'] svg")
     assert "Entropy of a row" in page.locator("#heads-chart").inner_text()
+
+
+def test_a_chart_whose_drawing_failed_can_be_drawn_again(opened: Open) -> None:
+    found = opened(whole_profile())
+    page = found.page
+    page.evaluate(
+        """() => {
+            const real = window.vegaEmbed;
+            window.vegaEmbed = () => { window.vegaEmbed = real; return Promise.reject(new Error("failed once")); };
+        }"""
+    )
+    with page.expect_event("pageerror") as failure:
+        page.select_option("#quantity", "entropy")
+    assert "failed once" in str(failure.value)
+    assert [complaint for complaint in found.complaints if "failed once" not in complaint] == []
+    found.complaints.clear()
+    page.select_option("#quantity", "count")
+    page.wait_for_selector("#heads-chart[aria-label^='Later sinks per prompt'] svg")
+
+
+def test_only_a_click_beside_the_dialog_closes_it(opened: Open) -> None:
+    page = opened(whole_profile()).page
+    page.locator("#layer-maps button").first.click()
+    page.wait_for_selector("#enlarged[open] svg")
+    box = page.locator("#enlarged").bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + box["height"] - 5)  # its padding
+    assert page.locator("#enlarged").is_visible()
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 20, box["y"] + 5)
+    page.mouse.up()  # drawn out of it
+    assert page.locator("#enlarged").is_visible()
+    page.mouse.click(box["x"] - 20, box["y"] + 5)
+    page.wait_for_selector("#enlarged:not([open])", state="attached")
 
 
 @pytest.mark.parametrize("way", ["click", "Enter"])
@@ -309,6 +362,9 @@ def test_tokens_are_sorted_and_searched(opened: Open) -> None:
 @pytest.mark.parametrize("over", ["calibrated", "all", "3"])
 def test_prompt_shows_scores_before_and_after(opened: Open, over: str) -> None:
     profile = whole_profile()
+    for scores, score in ((profile.examples[1].scores, 0.5), (profile.examples[1].calibrated_scores, 0.2)):
+        assert scores is not None
+        scores[..., 7] = score
     page = opened(profile).page
     page.select_option("#example", "1")
     page.select_option("#over", over)
@@ -333,6 +389,11 @@ def test_prompt_shows_scores_before_and_after(opened: Open, over: str) -> None:
             f"[...document.querySelectorAll('#{part} [role=listitem]')].map((e) => e.matches('.sink'))"
         )
         assert marked == above.tolist()
+        hover(tokens.nth(7))
+        assert tooltip(page)["Kind"] == "later sink"
+        names = [token.get_attribute("aria-label") for token in tokens.all()]
+        assert [name.endswith(", later sink") for name in names[1:]] == above[1:].tolist()
+        assert names[0].endswith(", initial sink") == above[0]
 
 
 def test_hostile_texts_are_text(opened: Open) -> None:
@@ -378,11 +439,43 @@ def test_source_without_effects_says_so(opened: Open) -> None:
     plain = random_profile(LAYERS, HEADS, ("text",), effects=False)
     mixed = SinkProfile(**{**vars(profile), "sources": {**profile.sources, **plain.sources}})
     found = opened(mixed)
+    for summary in found.page.locator("details summary").all():
+        summary.click()
     found.choose("#source", "text")
+    first = found.page.inner_text("[data-numbers=heads] tbody tr")
+    assert first.endswith(f"{plain.sources['text'].entropy[0, 0]:.2f}")  # of this source
     assert found.page.locator("#effect-facts li").all_inner_texts() == ["Not measured on these prompts."]
     assert not found.page.locator("#effects-chart").is_visible()
     found.choose("#source", "all")
     assert found.page.locator("#effects-chart").is_visible()
+    assert found.page.locator("[data-numbers=effects] tbody tr").count() == LAYERS * HEADS
+
+
+def test_prompts_of_one_token_have_no_positions(opened: Open) -> None:
+    short, long = one_token_profile(LAYERS, HEADS), whole_profile()
+    found = opened(replace(long, sources={**long.sources, **short.sources}))
+    page, figures = found.page, found.page.locator("#positions ~ .pair figure")
+    for source, empty in (("text.jsonl", True), ("all", False)):
+        found.choose("#source", source)
+        for figure in figures.all():
+            assert figure.locator(".note").is_visible() == empty
+            assert figure.locator(".chart").first.is_visible() == (not empty)
+            assert figure.locator("details").is_visible() == (not empty)
+    page = opened(short, accuracies=()).page
+    assert page.inner_text("#positions ~ .pair").count("No prompt has more than its initial token") == 2
+    for missing in ("NaN", "undefined", "Infinity"):
+        assert missing not in page.inner_text("body")
+
+
+def test_a_mean_of_tasks_shows_no_interval_of_its_accuracies(opened: Open) -> None:
+    mean = replace(ACCURACIES[0], task="mean of 2 tasks", plain_interval=None, calibrated_interval=None)
+    page = opened(whole_profile(), accuracies=(*ACCURACIES[1:], mean)).page
+    hover(cell(page, "accuracy-chart", task="mean of 2 tasks (PyTorch)", model="plain"))
+    assert tooltip(page) == {"Task": "mean of 2 tasks (PyTorch)", "Model": "plain", "Accuracy": "60.0%"}
+    hover(cell(page, "accuracy-chart", task="sst2 (ONNX Runtime)", model="plain"))
+    assert tooltip(page)["95% interval"] == "50.0% to 69.0%"
+    assert "A mean of tasks has an interval of its gain alone." in page.inner_text("#accuracy-caption")
+    assert "+8.0 to +21.0" in page.inner_text("#accuracy ~ .scroll")
 
 
 def test_everything_has_a_name_and_a_place(opened: Open) -> None:
@@ -463,20 +556,63 @@ def test_text_has_the_contrast_of_wcag_aa(opened: Open, scheme: str) -> None:
     assert page.evaluate(CONTRAST) == []
 
 
-def test_print_is_light_and_has_no_controls(opened: Open) -> None:
+COLOURS = """() => {
+    const seen = (element) => element.getClientRects().length > 0;
+    const copy = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const corner = (canvas) => {
+        copy.drawImage(canvas, 31, 0, 1, 1, 0, 0, 1, 1);
+        return [...copy.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+    const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+    const of = (selector, name) => rgb(getComputedStyle(document.querySelector(selector))[name]);
+    const cells = [...document.querySelectorAll("#layers-relative-chart .mark-rect.role-mark path")];
+    const least = cells.reduce((one, other) => other.__data__.datum.rate < one.__data__.datum.rate ? other : one);
+    const most = cells.reduce((one, other) => other.__data__.datum.rate > one.__data__.datum.rate ? other : one);
+    return {
+        page: of("body", "backgroundColor"),
+        label: of("#heads-chart .role-axis-label text", "fill"),
+        corners: [...document.querySelectorAll(".map canvas")].filter(seen).map(corner),
+        none: rgb(getComputedStyle(least).fill),
+        most: rgb(getComputedStyle(most).fill),
+        legend: [...document.querySelectorAll("#heads-chart linearGradient stop")]
+            .map((stop) => rgb(getComputedStyle(stop).stopColor)),
+        words: of("#before [role=listitem]", "color"),
+    };
+}"""
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+
+
+def _check_colours(found: dict[str, Any], ramp: tuple[str, ...]) -> None:
+    assert found["corners"] == [_rgb(ramp[0])] * (LAYERS + HEADS)  # no key is later than its query
+    assert max(np.abs(np.subtract(found["none"], _rgb(ramp[0])))) < 40
+    assert found["most"] == _rgb(ramp[-1])
+    assert len(found["legend"]) > 5
+    assert (found["legend"][0], found["legend"][-1]) == (_rgb(ramp[0]), _rgb(ramp[-1]))
+
+
+def test_colours_are_those_of_the_theme_and_light_on_paper_at_once(opened: Open) -> None:
     found = opened(whole_profile(), scheme="dark")
     page = found.page
-    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    found.ready()
-    page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert not page.locator("#source").is_visible()
-    corner = "document.querySelector('#layer-maps canvas').getContext('2d').getImageData(31, 0, 1, 1).data[0]"
-    assert page.evaluate(corner) > 200  # no attention is light on paper
-    page.emulate_media(media="screen")
-    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-    found.ready()
-    assert page.evaluate(corner) < 60
+    dark = page.evaluate(COLOURS)
+    _check_colours(dark, RAMP_ON_DARK)
+    for chosen in (None, "dark"):  # the system's theme, then the button's
+        page.emulate_media(media="print")  # nothing is drawn anew, and nothing waits
+        printed = page.evaluate(COLOURS)
+        _check_colours(printed, RAMP_ON_LIGHT)
+        assert printed["page"] == [255, 255, 255]
+        assert sum(printed["label"]) < 300
+        assert not page.locator("#source").is_visible()
+        page.emulate_media(media="screen")
+        assert page.evaluate(COLOURS) == dark
+        if chosen is None:
+            page.click("#theme")
+            assert page.evaluate(COLOURS) == printed  # the light theme
+            page.click("#theme")
+            assert page.evaluate(COLOURS) == dark
+    assert page.pdf().startswith(b"%PDF-")
 
 
 def test_a_large_model_keeps_its_page_small_and_says_what_is_left_out(opened: Open) -> None:

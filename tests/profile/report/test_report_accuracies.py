@@ -99,6 +99,7 @@ def test_of_a_calibration_for_several_tasks() -> None:
     provenance = replace(MEASURED, tasks=("sst2", "mr"), notes=notes)
     (found,) = accuracies_of(Calibration({2: (5,)}, provenance=provenance))
     assert (found.task, found.gain_interval) == ("mean of 2 tasks", (0.05, 0.15))
+    assert (found.plain_interval, found.calibrated_interval) == (None, None)  # a mean is no share of questions
 
 
 @pytest.mark.parametrize("provenance", [None, replace(MEASURED, plain_accuracy=None)])

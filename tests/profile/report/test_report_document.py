@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
 import json
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from profiles import random_profile, some_calibration
 
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.profile.profile import GRID, MODES
 from act_export.profile.report import write_report
-from act_export.profile.report.attention_maps import decode_shares, encode_shares, head_maps
-from act_export.profile.report.document import floats_of
+from act_export.profile.report.attention_maps import STEPS, encode_shares, head_maps
 from act_export.profile.report.page import plotting_library, report_html
 
 EXACT = 0.5001 / 10_000
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
 PAGES = settings(max_examples=40)
 texts = st.lists(st.text(max_size=12), min_size=1, max_size=6)
+
+
+def floats_of(encoded: Mapping[str, Any]) -> NDArray[np.float32]:
+    """An array of the document, as the script reads it."""
+    return np.frombuffer(base64.b64decode(encoded["float32"]), "<f4").reshape(encoded["shape"])
+
+
+def decode_shares(text: str, shape: Sequence[int]) -> NDArray[np.float64]:
+    """What `encode_shares` was given, to the next ten-thousandth, as the script reads it."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").reshape(shape) / STEPS
 
 
 class _Page(html.parser.HTMLParser):
@@ -147,14 +160,13 @@ def test_maps_are_left_out_by_size_the_calibrated_heads_last() -> None:
     profile = random_profile(6, 8, ("sst2", "boolq"))
     calibrated = {(0, 7): 0.4, (5, 0): 0.4}
     every = head_maps(profile, calibrated)
-    assert every.complete
+    assert len(every.heads) == 48
     assert set(every.by_source) == {"all", "sst2", "boolq"}
     size = len(every.by_source["all"])
     overall = head_maps(profile, calibrated, size)
-    assert overall.complete
+    assert overall.heads == every.heads
     assert set(overall.by_source) == {"all"}
     some = head_maps(profile, calibrated, size // 7)
-    assert not some.complete
     assert len(some.heads) == 6
     assert set(calibrated) < set(some.heads)
     others = [place for place in some.heads if place not in calibrated]
@@ -188,6 +200,18 @@ def test_scores_after_are_shown_only_of_the_calibration_that_was_run() -> None:
     other = _Page(report_html(profile, replace(ran, beta=0.7), ()))
     assert other.document["examples"][0]["after"] is None
     assert "ran with another calibration" in other.words
+
+
+def test_the_caption_says_at_which_beta_and_threshold_effects_are() -> None:
+    profile = random_profile()
+    words = " ".join(_Page(report_html(profile, None, ())).words.split())
+    assert "Effect and mass are both by the absolute threshold, whichever threshold is chosen above." in words
+    options = {**profile.options, "effects_beta": 0.4, "effects_threshold": 0.125}
+    words = " ".join(_Page(report_html(replace(profile, options=options), None, ())).words.split())
+    assert (
+        "Calibrated with beta 0.4. Effect and mass are both by the absolute threshold of 0.125, whichever threshold is "
+        "chosen above."
+    ) in words
 
 
 def test_the_page_names_no_address_but_the_papers() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_token import one_token_profile
 from profiles import random_profile, some_calibration
 
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
+from act_export.profile import report
 from act_export.profile.report import TaskAccuracy, write_figures
 from act_export.profile.report.facts import effect_facts, key_facts
 from act_export.profile.report.theme import RAMP_ON_DARK, RAMP_ON_LIGHT
@@ -63,6 +68,46 @@ def test_figures_of_any_shape(tmp_path_factory, shape: tuple[int, int], longest:
     assert "NaN" not in text
 
 
+def test_a_mean_of_tasks_has_points_alone(tmp_path: Path) -> None:
+    mean = replace(ACCURACY, task="mean of 2 tasks", plain_interval=None, calibrated_interval=None)
+
+    def drawn(*accuracies: TaskAccuracy) -> tuple[int, int, str]:
+        paths = write_figures(random_profile(), tmp_path, "svg", accuracies=accuracies)
+        root = ElementTree.parse(next(path for path in paths if path.stem == "accuracy")).getroot()
+        marks = {
+            kind: [child for group in root.iter(f"{SVG}g") if kind in group.get("class", "").split() for child in group]
+            for kind in ("mark-rule", "mark-symbol")
+        }
+        rules = [mark for mark in marks["mark-rule"] if mark.get("stroke-width") == "1.5"]
+        points = [mark for mark in marks["mark-symbol"] if mark.get("aria-roledescription") == "point"]
+        return len(rules), len(points), " ".join(text.text or "" for text in root.iter(f"{SVG}text"))
+
+    rules, points, words = drawn(ACCURACY, mean)
+    assert (rules, points) == (2, 4)
+    assert "Accuracy, 95% interval" in words
+    rules, points, words = drawn(mean)
+    assert (rules, points) == (0, 2)
+    assert "interval" not in words
+
+
+def test_prompts_of_one_token_have_no_figure_of_positions(tmp_path: Path) -> None:
+    paths = write_figures(one_token_profile(), tmp_path, "svg")
+    assert [path.stem for path in paths] == ["sink-mass", "attention-maps"]
+
+
+def test_sentences_need_no_plotting_library() -> None:
+    script = (
+        "import sys, act_export.profile.report.facts\n"
+        "from act_export.profile.report import accuracies_of\n"
+        "assert not {'altair', 'vl_convert'} & set(sys.modules)\n"
+        "from act_export.profile.report import write_figures, write_report\n"
+        "assert {'altair', 'vl_convert'} < set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'write_book'"):
+        _ = report.write_book
+
+
 def test_figures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ActExportError, match="no format 'pdf'; pass png or svg"):
         write_figures(random_profile(), tmp_path, "pdf")
@@ -89,11 +134,12 @@ def test_facts_have_the_numbers() -> None:
     ]
     assert profile.overall.effects is not None
     profile.overall.effects[:] = [[0, 0.1], [0.2, -0.3]]
-    assert effect_facts(profile.overall, "absolute") == [
+    profile.overall.by["relative"].mass[:] = [[0.4, 0.3], [0.1, 0.2]]
+    assert effect_facts(profile.overall) == [
         "Of 4 heads, calibrating one alone would make right answers likelier in 2 (their sinks hurt) and less likely "
         "in 1 (their sinks help). In 1 it would change nothing.",
         "The strongest effect is -0.3 nats, in layer 1, head 1.",
-        "The Spearman rank correlation of effect and later-sink mass is +0.95.",
+        "The Spearman rank correlation of effect and later-sink mass (absolute threshold) is +0.95.",
         "Effects are means over 20 prompts.",
     ]
 
