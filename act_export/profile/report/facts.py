@@ -35,26 +35,21 @@ def threshold_text(sinks: LaterSinks) -> str:
     return f"sink score above {sinks.threshold:g} / T, T the tokens of the prompt"
 
 
-def effect_facts(statistics: SinkStatistics, mode: str = ABSOLUTE) -> list[str]:
-    """What the effects of the heads say; nothing where they weren't measured.
-
-    Args:
-        statistics: Of the source.
-        mode: Of the threshold that the effects were measured at, which a profile does at the absolute one.
-    """
+def effect_facts(statistics: SinkStatistics) -> list[str]:
+    """What the effects of a source's heads say; nothing where they weren't measured."""
     effects = statistics.effects
     if effects is None:
         return []
     hurts, helps = int((effects > 0).sum()), int((effects < 0).sum())
     neither = effects.size - hurts - helps
     layer, head = (int(index) for index in np.unravel_index(int(np.abs(effects).argmax()), effects.shape))
-    correlation = _rank_correlation(effects, statistics.by[mode].mass)
+    correlation = _rank_correlation(effects, statistics.by[ABSOLUTE].mass)
     return [
         f"Of {_counted(effects.size, 'head')}, calibrating one alone would make right answers likelier in {hurts} "
         f"(their sinks hurt) and less likely in {helps} (their sinks help)."
         + (f" In {neither} it would change nothing." if neither else ""),
         f"The strongest effect is {effects[layer, head]:+.2g} nats, in layer {layer}, head {head}.",
-        f"The Spearman rank correlation of effect and later-sink mass ({mode} threshold) is {correlation:+.2f}.",
+        f"The Spearman rank correlation of effect and later-sink mass (absolute threshold) is {correlation:+.2f}.",
         f"Effects are means over {_counted(statistics.effect_prompts, 'prompt')}.",
     ]
 

@@ -136,7 +136,7 @@ def accuracy_section(accuracies: Sequence[TaskAccuracy]) -> str:
 
 
 def _accuracy_caption(accuracies: Sequence[TaskAccuracy]) -> str:
-    text = "Accuracy without and with calibration on the same questions."
+    text = "Accuracy without and with calibration on the same questions of the task, not those of this profile."
     if have_intervals(accuracies):
         text += " Lines are 95% intervals of each."
     if not all(each.plain_interval and each.calibrated_interval for each in accuracies):
