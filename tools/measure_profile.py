@@ -1,11 +1,13 @@
 """What a sink profile costs, and how far it is from brute force, on smollm2-135m.
 
-    .venv/bin/python tools/measure_profile.py [--lengths 512,2048,8192] [--rounds 3] [--memory] [--brute-force]
+    .venv/bin/python tools/measure_profile.py [--lengths 512,2048,8192] [--rounds 3] [--effects]
+                                              [--memory] [--brute-force]
 
 Speed: a profile of the same prompts against a plain forward pass with PyTorch's own attention, in turns (plain,
-profile, plain, profile), the median of the rounds' ratios. Memory: what a profile of one prompt adds to a process that
-has the model, each length in a process of its own. Brute force: largest difference of each statistic from the one that
-whole attention maps of transformers' eager attention give, on 20 prompts of SST-2.
+profile, plain, profile), the median of the rounds' ratios; with --effects that of SST-2 with the effects of heads.
+Memory: what a profile of one prompt adds to a process that has the model, each length in a process of its own. Brute
+force: largest difference of each statistic from the one that whole attention maps of transformers' eager attention
+give, on 20 prompts of SST-2.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from act_export.checkpoint import Checkpoint, load_checkpoint
 from act_export.profile import PromptSource, profile_sinks
 from act_export.profile.run import BATCH_TOKENS
+from act_export.profile_job import ProfileJob, encode_prompts, load_prompts
 from act_export.runtime.generate import left_pad
 from act_export.tasks import EncodedExample, batches, encode_examples, load_examples, split_examples
 
@@ -35,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="512,2048,8192")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--effects", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--brute-force", action="store_true")
     parser.add_argument("--measure-one", type=int, help=argparse.SUPPRESS)
@@ -52,23 +56,31 @@ def main() -> None:
         brute_force(checkpoint)
         return
     print(f"{'prompts':>24} {'plain s':>9} {'profile s':>9} {'ratio':>6}")
+    if arguments.effects:
+        job = ProfileJob(tasks=("sst2",))
+        sources = encode_prompts(checkpoint, job, load_prompts(job))
+        report("96 of SST-2, effects", *speed(checkpoint, sources[0], arguments.rounds))
+        return
     sst2 = sst2_prompts(checkpoint, 96)
     for label, prompts in [(f"96 of SST-2, {mean_length(sst2):.0f} tokens", sst2)] + [
         (f"one of {length} tokens", (random_prompt(length),)) for length in lengths
     ]:
-        plain, profile = speed(checkpoint, prompts, arguments.rounds)
-        ratio = median(b / a for a, b in zip(plain, profile, strict=True))
-        print(f"{label:>24} {median(plain):9.2f} {median(profile):9.2f} {ratio:6.2f}", flush=True)
+        report(label, *speed(checkpoint, PromptSource("prompts", prompts), arguments.rounds))
 
 
-def speed(checkpoint: Checkpoint, prompts: Prompts, rounds: int) -> tuple[list[float], list[float]]:
+def report(label: str, plain: list[float], profile: list[float]) -> None:
+    ratio = median(b / a for a, b in zip(plain, profile, strict=True))
+    print(f"{label:>24} {median(plain):9.2f} {median(profile):9.2f} {ratio:6.2f}", flush=True)
+
+
+def speed(checkpoint: Checkpoint, source: PromptSource, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of plain passes and of profiles, in turns, after a round that isn't counted."""
     plain, profile = [], []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        plain_passes(checkpoint, prompts)
+        plain_passes(checkpoint, source.prompts)
         between = time.perf_counter()
-        profile_sinks(checkpoint, [PromptSource("prompts", prompts)])
+        profile_sinks(checkpoint, [source])
         profile.append(time.perf_counter() - between)
         plain.append(between - start)
     return plain[1:], profile[1:]

@@ -27,7 +27,7 @@ BATCH_TOKENS = 2048
 SUMS_VERSION = 1  # of what a step adds to the sums; sums of another version aren't gone on from
 EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory where it is calibrated
 _SAVE_EVERY_SECONDS = 10.0
-_EFFECT_COST = 6  # of a batch, in plain passes: forward, backward, and every head's calibrated map
+_EFFECT_COST = 2  # of a batch, in profiles of the same: forward, backward, and every head's calibrated map
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and how much of the whole is done, from 0 to 1."""
