@@ -7,10 +7,27 @@ from pathlib import Path
 
 import platformdirs
 
+from act_export.errors import ActExportError
+
 
 def cache_folder() -> Path:
     """Where converted checkpoints and fetched task data are kept."""
     return Path(platformdirs.user_cache_dir("act-export"))
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses, before any work, a folder for results, there or to be made, that can't be written to.
+
+    Raises:
+        ActExportError: With the folder, and what to do.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ActExportError(f"can't write to {folder}: {error.strerror}; pass another place with --out") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

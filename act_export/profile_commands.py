@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from act_export.cache import check_writable
 from act_export.command_line import (
     BatchTokensOption,
     ChatOption,
@@ -187,11 +187,4 @@ def _check_profile_output(out: Path, *, report: bool) -> None:
         raise ActExportError(
             f"{document} would be written beside {out}, but is there and no profile's; pass another name with --out"
         )
-    folder = out.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ActExportError(f"can't write to {folder}: {error.strerror}; pass another place with --out") from error
+    check_writable(out.resolve().parent)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from act_export.cache import cache_folder, write_whole
+from act_export.cache import cache_folder, check_writable, write_whole
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
@@ -127,14 +126,7 @@ def check_output(out: Path, job: SearchJob) -> None:
         raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
     if job.journal is not None and job.journal.resolve() == out.resolve():
         raise ActExportError(f"{out} can't be both the journal and what is written; pass another folder with --journal")
-    folder = out if several and out.exists() else out.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ActExportError(f"can't write to {folder}: {error.strerror}; pass another place with --out") from error
+    check_writable(out if several and out.exists() else out.resolve().parent)
 
 
 def save_result(result: SearchResult, out: Path) -> list[Path]:
