@@ -71,8 +71,11 @@ def test_sdist_has_what_a_build_needs_and_no_build(sdist):
     assert not {file for file in files if file.startswith((".venv", "build/")) or file.endswith((".so", ".onnx"))}
 
 
+_SUFFIXES = ("*.py", "*.json", "*.html", "*.css", "*.js")
+
+
 def test_wheel_has_every_module_and_data_file(unpacked):
-    expected = {path.relative_to(ROOT) for suffix in ("*.py", "*.json") for path in PACKAGE.rglob(suffix)}
+    expected = {path.relative_to(ROOT) for suffix in _SUFFIXES for path in PACKAGE.rglob(suffix)}
     expected |= {Path("act_export/py.typed"), Path("act_export/ops/libact_ops.so")}
     expected |= {Path("act_export") / path.relative_to(ROOT) for path in (ROOT / "models").glob("*.json")}
     found = {path.relative_to(unpacked) for path in (unpacked / "act_export").rglob("*") if path.is_file()}
