@@ -1,0 +1,1 @@
+"""The operators on NVIDIA GPUs: kernels in Triton, compiled ahead of time into the native library."""
