@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # for tests/ops/cuda: Triton reads it when something imports it first
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -1,5 +1,10 @@
-"""Where the native library with the fast operators is."""
+"""Where the native library with the fast operators is, and what it was built with."""
 
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import act_export.ops
@@ -9,6 +14,19 @@ _NAMES = ("libact_ops.so", "libact_ops.dylib", "libact_ops.dll")
 
 class LibraryNotFoundError(FileNotFoundError):
     """The native library is not part of this installation."""
+
+
+@dataclass(frozen=True)
+class LibraryInfo:
+    """What a native library was built with.
+
+    Attributes:
+        path: The library.
+        cuda: What it has kernels for: "sm_80", "sm_90", ..., and "ptx" for other GPUs; empty for none.
+    """
+
+    path: Path
+    cuda: tuple[str, ...]
 
 
 def library_path() -> Path:
@@ -32,3 +50,27 @@ def library_path() -> Path:
         f"libact_ops is not in {searched}. Install the package, which builds it with a C++17 compiler: "
         "`pip install act-export`, or `pip install -e .` in a source tree."
     )
+
+
+def library_info(path: Path | None = None) -> LibraryInfo:
+    """What the native library was built with; loads it into this process.
+
+    Args:
+        path: The library; None is that of this installation.
+
+    Raises:
+        LibraryNotFoundError: No path is given, and this installation has none.
+        OSError: The file can't be loaded as a library.
+        ValueError: It is damaged.
+    """
+    path = library_path() if path is None else path
+    library = ctypes.CDLL(str(path))
+    try:
+        build_info = library.ActOpsBuildInfo
+    except AttributeError:  # built before there were kernels for GPUs
+        return LibraryInfo(path, cuda=())
+    build_info.restype = ctypes.c_char_p
+    text = build_info()
+    if text is None:
+        raise ValueError(f"{path} is damaged: its CUDA kernels can't be read. Install it again")
+    return LibraryInfo(path, cuda=tuple(json.loads(text)["cuda"]))

@@ -145,9 +145,9 @@ def test_library_needs_only_the_system(unpacked):
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm isn't installed")
-def test_library_exports_one_symbol(unpacked):
+def test_library_exports_two_symbols(unpacked):
     symbols = _run("nm", "--dynamic", "--defined-only", unpacked / "act_export" / "ops" / "libact_ops.so")
-    assert [line.split()[-1] for line in symbols.splitlines()] == ["RegisterCustomOps"]
+    assert [line.split()[-1] for line in symbols.splitlines()] == ["ActOpsBuildInfo", "RegisterCustomOps"]
 
 
 def _metadata(unpacked: Path) -> Message:

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention.h"
 #include "float16.h"
 
 namespace act {
@@ -35,6 +34,26 @@ void ExpectSameLayout(const char* name, const void* past, const void* present, i
   Expect(past != present || past_capacity == present_capacity || past_capacity == 0, "past and present ", name,
          " are the same memory, which has room for ", past_capacity, " tokens, but ", present_capacity, " are needed");
 }
+
+template <typename T>
+class CpuNode final : public Node {
+ public:
+  CpuNode(const ort::Api& api, const ort::KernelInfo* info, bool calibrated)
+      : api_(api), attributes_(ort::Attributes(api, info), calibrated), scratch_(api) {}
+
+  void Run(ort::KernelContext* context) const override {
+    ort::Call call(api_, context, scratch_);
+    AttentionArguments<T> arguments = ReadArguments<T>(attributes_, call);
+    arguments.calibrated_index = attributes_.calibrated_index.data();
+    arguments.beta = attributes_.beta.data();
+    fast::Attention(arguments, call);
+  }
+
+ private:
+  const ort::Api& api_;
+  const AttentionAttributes attributes_;
+  const ort::ScratchMemory scratch_;
+};
 
 }  // namespace
 
@@ -84,15 +103,15 @@ void AttentionAttributes::ReadCalibration(const ort::Attributes& attributes) {
 }
 
 template <typename T>
-void RunAttention(const AttentionAttributes& attributes, ort::Call& call) {
+AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const ort::Tensors& tensors) {
   size_t next = 0;
-  const auto query = call.Input<T>(next++);
-  const auto key = call.Input<T>(next++);
-  const auto value = call.Input<T>(next++);
-  const auto past_key = call.Input<T>(next++);
-  const auto past_value = call.Input<T>(next++);
-  const auto past_sink_scores = attributes.calibrated ? call.Input<float>(next++) : Tensor<const float>{};
-  const auto attention_mask = call.Input<int64_t>(next++);
+  const auto query = tensors.Input<T>(next++);
+  const auto key = tensors.Input<T>(next++);
+  const auto value = tensors.Input<T>(next++);
+  const auto past_key = tensors.Input<T>(next++);
+  const auto past_value = tensors.Input<T>(next++);
+  const auto past_sink_scores = attributes.calibrated ? tensors.Input<float>(next++) : Tensor<const float>{};
+  const auto attention_mask = tensors.Input<int64_t>(next++);
 
   ExpectRank("query", query.shape, 3, "(batch, sequence, num_heads * head_size)");
   ExpectRank("key", key.shape, 3, "(batch, sequence, kv_num_heads * head_size)");
@@ -141,14 +160,14 @@ void RunAttention(const AttentionAttributes& attributes, ort::Call& call) {
   a.past_value = past_value.data;
   a.past_sink_scores = past_sink_scores.data;
   a.attention_mask = attention_mask.data;
-  a.output = call.Output<T>(0, {a.batch, a.sequence, a.num_heads * a.value_head_size});
-  a.present_key = call.Output<T>(1, {a.batch, a.kv_num_heads, a.present_capacity, a.head_size});
-  a.present_value = call.Output<T>(2, {a.batch, a.kv_num_heads, a.present_capacity, a.value_head_size});
+  a.output = tensors.Output<T>(0, {a.batch, a.sequence, a.num_heads * a.value_head_size});
+  a.present_key = tensors.Output<T>(1, {a.batch, a.kv_num_heads, a.present_capacity, a.head_size});
+  a.present_value = tensors.Output<T>(2, {a.batch, a.kv_num_heads, a.present_capacity, a.value_head_size});
   ExpectSameLayout("keys", a.past_key, a.present_key, a.past_capacity, a.present_capacity);
   ExpectSameLayout("values", a.past_value, a.present_value, a.past_capacity, a.present_capacity);
   if (attributes.calibrated) {
     a.present_sink_scores =
-        call.Output<float>(3, {a.batch, attributes.calibrated_count, a.present_capacity, int64_t{1}});
+        tensors.Output<float>(3, {a.batch, attributes.calibrated_count, a.present_capacity, int64_t{1}});
     ExpectSameLayout("sink scores", a.past_sink_scores, a.present_sink_scores, a.past_capacity, a.present_capacity);
   }
 
@@ -156,15 +175,22 @@ void RunAttention(const AttentionAttributes& attributes, ort::Call& call) {
   a.softcap = attributes.softcap;
   a.sliding_window = attributes.sliding_window;
   a.calibrated_count = attributes.calibrated_count;
-  a.calibrated_index = attributes.calibrated_index.data();
-  a.beta = attributes.beta.data();
   a.threshold = attributes.threshold;
   a.relative_threshold = attributes.relative_threshold;
-  fast::Attention(a, call);
+  return a;
 }
 
-template void RunAttention<float>(const AttentionAttributes&, ort::Call&);
-template void RunAttention<Float16>(const AttentionAttributes&, ort::Call&);
-template void RunAttention<BFloat16>(const AttentionAttributes&, ort::Call&);
+template AttentionArguments<float> ReadArguments(const AttentionAttributes&, const ort::Tensors&);
+template AttentionArguments<Float16> ReadArguments(const AttentionAttributes&, const ort::Tensors&);
+template AttentionArguments<BFloat16> ReadArguments(const AttentionAttributes&, const ort::Tensors&);
+
+template <typename T>
+std::unique_ptr<Node> MakeCpuNode(const ort::Api& api, const ort::KernelInfo* info, bool calibrated) {
+  return std::make_unique<CpuNode<T>>(api, info, calibrated);
+}
+
+template NodeMaker MakeCpuNode<float>;
+template NodeMaker MakeCpuNode<Float16>;
+template NodeMaker MakeCpuNode<BFloat16>;
 
 }  // namespace act

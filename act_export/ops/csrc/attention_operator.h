@@ -1,10 +1,13 @@
-// The operators `CalibratedAttention` and `Attention`: their attributes, inputs and outputs, checked, around a kernel.
+// The operators `CalibratedAttention` and `Attention`: their attributes, inputs and outputs, checked.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "node.h"
 #include "ort_context.h"
 
 namespace act {
@@ -29,8 +32,13 @@ struct AttentionAttributes {
   void ReadCalibration(const ort::Attributes& attributes);
 };
 
-// Checks the inputs of one call, makes its outputs and runs the kernel. T: float, Float16 or BFloat16.
+// Checks the inputs of one call and makes its outputs; calibrated_index and beta are left to the caller, who knows
+// which memory the kernel reads. T: float, Float16 or BFloat16.
 template <typename T>
-void RunAttention(const AttentionAttributes& attributes, ort::Call& call);
+AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const ort::Tensors& tensors);
+
+// A node on the CPU.
+template <typename T>
+std::unique_ptr<Node> MakeCpuNode(const ort::Api& api, const ort::KernelInfo* info, bool calibrated);
 
 }  // namespace act

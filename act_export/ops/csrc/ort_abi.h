@@ -16,8 +16,10 @@
 
 namespace act::ort {
 
-// The oldest API with everything below; newer runtimes keep serving it.
-constexpr uint32_t kApiVersion = 17;
+// The oldest API with everything below but what is marked; newer runtimes keep serving it.
+constexpr uint32_t kApiVersion = 18;
+// The API that has KernelContext_GetSyncStream. An allocator's version tells which one the runtime has.
+constexpr uint32_t kSyncStreamVersion = 28;
 
 struct Allocator;
 struct CustomOp;
@@ -28,6 +30,7 @@ struct MemoryInfo;
 struct SessionOptions;
 struct ShapeInferContext;
 struct Status;
+struct SyncStream;
 struct TensorTypeAndShapeInfo;
 struct Value;
 
@@ -40,7 +43,7 @@ enum AllocatorType { kArenaAllocator = 1 };
 #define ACT_ORT_FUNCTION(name, ...) Status*(ACT_ORT_CALL * name)(__VA_ARGS__)
 #define ACT_ORT_RELEASE(name, type) void(ACT_ORT_CALL * name)(type*)
 
-// OrtApi up to KernelContext_ParallelFor; the gaps are functions that are not used here.
+// OrtApi up to KernelContext_GetSyncStream; the gaps are functions that are not used here.
 struct Api {
   ACT_ORT_FUNCTION(CreateStatus, ErrorCode code, const char* message);
   void* unused_1;
@@ -63,7 +66,12 @@ struct Api {
   ACT_ORT_FUNCTION(GetTensorTypeAndShape, const Value*, TensorTypeAndShapeInfo** out);
   void* unused_66[2];
   ACT_ORT_FUNCTION(CreateMemoryInfo, const char* name, AllocatorType type, int id, MemoryType memory, MemoryInfo** out);
-  void* unused_69[16];
+  void* unused_69[3];
+  ACT_ORT_FUNCTION(MemoryInfoGetId, const MemoryInfo*, int* out);
+  void* unused_73[4];
+  // The result belongs to the allocator.
+  ACT_ORT_FUNCTION(AllocatorGetInfo, const Allocator*, const MemoryInfo** out);
+  void* unused_78[7];
   ACT_ORT_FUNCTION(KernelInfoGetAttribute_float, const KernelInfo*, const char* name, float* out);
   ACT_ORT_FUNCTION(KernelInfoGetAttribute_int64, const KernelInfo*, const char* name, int64_t* out);
   ACT_ORT_FUNCTION(KernelInfoGetAttribute_string, const KernelInfo*, const char* name, char* out, size_t* size);
@@ -81,7 +89,9 @@ struct Api {
   void* unused_133[29];
   ACT_ORT_FUNCTION(KernelInfoGetAttributeArray_float, const KernelInfo*, const char* name, float* out, size_t* size);
   ACT_ORT_FUNCTION(KernelInfoGetAttributeArray_int64, const KernelInfo*, const char* name, int64_t* out, size_t* size);
-  void* unused_164[89];
+  void* unused_164[29];
+  ACT_ORT_FUNCTION(KernelContext_GetGPUComputeStream, const KernelContext*, void** out);
+  void* unused_194[59];
   ACT_ORT_FUNCTION(KernelContext_GetAllocator, const KernelContext*, const MemoryInfo*, Allocator** out);
   void* unused_254[13];
   ACT_ORT_FUNCTION(ShapeInferContext_GetInputCount, const ShapeInferContext*, size_t* out);
@@ -95,6 +105,12 @@ struct Api {
   void* unused_272[2];
   ACT_ORT_FUNCTION(KernelContext_ParallelFor, const KernelContext*, void (*body)(void*, size_t), size_t total,
                    size_t batches, void* data);
+  void* unused_275[2];
+  ACT_ORT_FUNCTION(KernelContext_GetScratchBuffer, const KernelContext*, const MemoryInfo*, size_t bytes, void** out);
+  ACT_ORT_FUNCTION(KernelInfoGetAllocator, const KernelInfo*, MemoryType memory, Allocator** out);
+  void* unused_279[144];
+  // From kSyncStreamVersion on. Null where the provider has no streams.
+  ACT_ORT_FUNCTION(KernelContext_GetSyncStream, const KernelContext*, SyncStream** out);
 };
 
 #undef ACT_ORT_FUNCTION
@@ -105,11 +121,14 @@ struct ApiBase {
   const char*(ACT_ORT_CALL* GetVersionString)();
 };
 
-// The beginning of OrtAllocator.
+// The beginning of OrtAllocator. Its functions throw ONNX Runtime's exceptions.
 struct Allocator {
   uint32_t version;
   void*(ACT_ORT_CALL* Alloc)(Allocator*, size_t bytes);
   void(ACT_ORT_CALL* Free)(Allocator*, void* memory);
+  void* unused_3[3];
+  // From version 23 on.
+  void*(ACT_ORT_CALL* AllocOnStream)(Allocator*, size_t bytes, SyncStream* stream);
 };
 
 // OrtCustomOp. A null entry means ONNX Runtime's default.

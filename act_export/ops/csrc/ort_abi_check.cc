@@ -20,6 +20,8 @@ SAME_SLOT(GetDimensions);
 SAME_SLOT(GetSymbolicDimensions);
 SAME_SLOT(GetTensorTypeAndShape);
 SAME_SLOT(CreateMemoryInfo);
+SAME_SLOT(MemoryInfoGetId);
+SAME_SLOT(AllocatorGetInfo);
 SAME_SLOT(KernelInfoGetAttribute_float);
 SAME_SLOT(KernelInfoGetAttribute_int64);
 SAME_SLOT(KernelInfoGetAttribute_string);
@@ -31,17 +33,27 @@ SAME_SLOT(ReleaseTensorTypeAndShapeInfo);
 SAME_SLOT(ReleaseAllocator);
 SAME_SLOT(KernelInfoGetAttributeArray_float);
 SAME_SLOT(KernelInfoGetAttributeArray_int64);
+SAME_SLOT(KernelContext_GetGPUComputeStream);
 SAME_SLOT(KernelContext_GetAllocator);
 SAME_SLOT(ShapeInferContext_GetInputCount);
 SAME_SLOT(ShapeInferContext_GetInputTypeShape);
 SAME_SLOT(ShapeInferContext_SetOutputTypeShape);
 SAME_SLOT(SetSymbolicDimensions);
 SAME_SLOT(KernelContext_ParallelFor);
+SAME_SLOT(KernelContext_GetScratchBuffer);
+SAME_SLOT(KernelInfoGetAllocator);
+#if ORT_API_VERSION >= 28
+SAME_SLOT(KernelContext_GetSyncStream);
+#endif
 
 static_assert(offsetof(act::ort::ApiBase, GetApi) == offsetof(OrtApiBase, GetApi), "OrtApiBase::GetApi");
 
 static_assert(offsetof(act::ort::Allocator, Alloc) == offsetof(OrtAllocator, Alloc), "OrtAllocator::Alloc");
 static_assert(offsetof(act::ort::Allocator, Free) == offsetof(OrtAllocator, Free), "OrtAllocator::Free");
+#if ORT_API_VERSION >= 23
+static_assert(offsetof(act::ort::Allocator, AllocOnStream) == offsetof(OrtAllocator, AllocOnStream),
+              "OrtAllocator::AllocOnStream");
+#endif
 
 #define SAME_ENTRY(name) \
   static_assert(offsetof(act::ort::CustomOp, name) == offsetof(OrtCustomOp, name), "OrtCustomOp::" #name)

@@ -168,32 +168,10 @@ struct Tensor {
   Shape shape;
 };
 
-// Which of the session's allocators a kernel takes its scratch memory from: the arena of the CPU.
-class ScratchMemory {
+// Inputs and outputs of one call of a kernel.
+class Tensors {
  public:
-  explicit ScratchMemory(const Api& api) : api_(api) {
-    Check(api, api.CreateMemoryInfo("Cpu", kArenaAllocator, 0, kMemoryDefault, &info_));
-  }
-  ~ScratchMemory() { api_.ReleaseMemoryInfo(info_); }
-  ScratchMemory(const ScratchMemory&) = delete;
-  ScratchMemory& operator=(const ScratchMemory&) = delete;
-
-  const MemoryInfo* Info() const { return info_; }
-
- private:
-  const Api& api_;
-  MemoryInfo* info_ = nullptr;
-};
-
-// One call of a kernel.
-class Call final : public Host {
- public:
-  Call(const Api& api, KernelContext* context, const ScratchMemory& scratch) : api_(api), context_(context) {
-    Check(api, api.KernelContext_GetAllocator(context, scratch.Info(), &allocator_));
-  }
-  ~Call() override { api_.ReleaseAllocator(allocator_); }
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
+  Tensors(const Api& api, KernelContext* context) : api_(api), context_(context) {}
 
   template <typename T>
   Tensor<const T> Input(size_t index) const {
@@ -223,6 +201,45 @@ class Call final : public Host {
     return static_cast<T*>(Data(value));
   }
 
+ protected:
+  const Api& api_;
+  KernelContext* const context_;
+
+ private:
+  void* Data(Value* value) const {
+    void* data = nullptr;
+    Check(api_, api_.GetTensorMutableData(value, &data));
+    return data;
+  }
+};
+
+// Which of the session's allocators a kernel takes its scratch memory from: the arena of the CPU.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(const Api& api) : api_(api) {
+    Check(api, api.CreateMemoryInfo("Cpu", kArenaAllocator, 0, kMemoryDefault, &info_));
+  }
+  ~ScratchMemory() { api_.ReleaseMemoryInfo(info_); }
+  ScratchMemory(const ScratchMemory&) = delete;
+  ScratchMemory& operator=(const ScratchMemory&) = delete;
+
+  const MemoryInfo* Info() const { return info_; }
+
+ private:
+  const Api& api_;
+  MemoryInfo* info_ = nullptr;
+};
+
+// One call of a kernel on the CPU.
+class Call final : public Host, public Tensors {
+ public:
+  Call(const Api& api, KernelContext* context, const ScratchMemory& scratch) : Tensors(api, context) {
+    Check(api, api.KernelContext_GetAllocator(context, scratch.Info(), &allocator_));
+  }
+  ~Call() override { api_.ReleaseAllocator(allocator_); }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
   // On the session's threads. The first exception of a body is thrown again here, after all have returned.
   void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) override;
   // From the session's arena, which keeps what is freed: the next call takes no memory from the system.
@@ -239,14 +256,6 @@ class Call final : public Host {
   void Free(void* memory) noexcept override { allocator_->Free(allocator_, memory); }
 
  private:
-  void* Data(Value* value) const {
-    void* data = nullptr;
-    Check(api_, api_.GetTensorMutableData(value, &data));
-    return data;
-  }
-
-  const Api& api_;
-  KernelContext* context_;
   Allocator* allocator_ = nullptr;
 };
 

@@ -1,36 +1,52 @@
 // The entry point that ONNX Runtime looks for, the table of operators, and their types and shapes.
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "attention_operator.h"
 #include "float16.h"
+#include "node.h"
 #include "ort_abi.h"
 #include "ort_context.h"
+
+#ifdef ACT_CUDA_KERNELS
+#include "attention_cuda_operator.h"
+#endif
 
 namespace act {
 namespace {
 
 constexpr char kDomain[] = "act";
 
-using Run = void(const AttentionAttributes&, ort::Call&);
+constexpr char kCpu[] = "CPUExecutionProvider";
 
 struct Description {
   const char* name;
   bool calibrated;
   ort::ElementType type;
-  Run* run;
+  const char* provider;
+  NodeMaker* make_node;
 };
 
+// Without CUDA kernels nothing is there for the CUDA provider: a session on a GPU then runs these nodes on the CPU.
 constexpr Description kOperators[] = {
-    {"CalibratedAttention", true, ort::kFloat, RunAttention<float>},
-    {"CalibratedAttention", true, ort::kFloat16, RunAttention<Float16>},
-    {"CalibratedAttention", true, ort::kBFloat16, RunAttention<BFloat16>},
-    {"Attention", false, ort::kFloat, RunAttention<float>},
-    {"Attention", false, ort::kFloat16, RunAttention<Float16>},
-    {"Attention", false, ort::kBFloat16, RunAttention<BFloat16>},
+    {"CalibratedAttention", true, ort::kFloat, kCpu, MakeCpuNode<float>},
+    {"CalibratedAttention", true, ort::kFloat16, kCpu, MakeCpuNode<Float16>},
+    {"CalibratedAttention", true, ort::kBFloat16, kCpu, MakeCpuNode<BFloat16>},
+    {"Attention", false, ort::kFloat, kCpu, MakeCpuNode<float>},
+    {"Attention", false, ort::kFloat16, kCpu, MakeCpuNode<Float16>},
+    {"Attention", false, ort::kBFloat16, kCpu, MakeCpuNode<BFloat16>},
+#ifdef ACT_CUDA_KERNELS
+    {"CalibratedAttention", true, ort::kFloat, cuda::kProvider, cuda::MakeNode<float>},
+    {"CalibratedAttention", true, ort::kFloat16, cuda::kProvider, cuda::MakeNode<Float16>},
+    {"CalibratedAttention", true, ort::kBFloat16, cuda::kProvider, cuda::MakeNode<BFloat16>},
+    {"Attention", false, ort::kFloat, cuda::kProvider, cuda::MakeNode<float>},
+    {"Attention", false, ort::kFloat16, cuda::kProvider, cuda::MakeNode<Float16>},
+    {"Attention", false, ort::kBFloat16, cuda::kProvider, cuda::MakeNode<BFloat16>},
+#endif
 };
 
 // A description as ONNX Runtime wants it.
@@ -43,8 +59,7 @@ struct Operator : ort::CustomOp, Description {
 // What one node keeps between calls.
 struct Kernel {
   const Operator& op;
-  AttentionAttributes attributes;
-  ort::ScratchMemory scratch;
+  std::unique_ptr<Node> node;
 };
 
 const Operator& AsOperator(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
@@ -61,17 +76,13 @@ ort::ElementType OutputType(const Operator& op, size_t index) { return index < 3
 ort::Status* ACT_ORT_CALL MakeKernel(const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
                                      void** kernel) {
   return ort::Guard(*api, AsOperator(op).name, [&] {
-    *kernel =
-        new Kernel{AsOperator(op), {ort::Attributes(*api, info), AsOperator(op).calibrated}, ort::ScratchMemory(*api)};
+    *kernel = new Kernel{AsOperator(op), AsOperator(op).make_node(*api, info, AsOperator(op).calibrated)};
   });
 }
 
 ort::Status* ACT_ORT_CALL Compute(void* data, ort::KernelContext* context) {
   const auto& kernel = *static_cast<const Kernel*>(data);
-  return ort::Guard(kernel.op.api, kernel.op.name, [&] {
-    ort::Call call(kernel.op.api, context, kernel.scratch);
-    kernel.op.run(kernel.attributes, call);
-  });
+  return ort::Guard(kernel.op.api, kernel.op.name, [&] { kernel.node->Run(context); });
 }
 
 // A dimension that is known, or has a name, or neither (value -1, empty name).
@@ -174,7 +185,7 @@ ort::Status* ACT_ORT_CALL InferOutputShapes(const ort::CustomOp* op, ort::ShapeI
 
 Operator::Operator(const Description& description, const ort::Api& api) : Description(description), api(api) {
   GetName = [](const ort::CustomOp* op) { return AsOperator(op).name; };
-  GetExecutionProviderType = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
+  GetExecutionProviderType = [](const ort::CustomOp* op) { return AsOperator(op).provider; };
   GetInputType = [](const ort::CustomOp* op, size_t index) { return InputType(AsOperator(op), index); };
   GetInputTypeCount = [](const ort::CustomOp* op) { return size_t{AsOperator(op).calibrated ? 7u : 6u}; };
   GetOutputType = [](const ort::CustomOp* op, size_t index) { return OutputType(AsOperator(op), index); };
@@ -213,7 +224,7 @@ ort::CustomOpDomain* Domain(const ort::Api& api) {
 extern "C" ACT_EXPORT act::ort::Status* ACT_ORT_CALL RegisterCustomOps(act::ort::SessionOptions* options,
                                                                        const act::ort::ApiBase* base) {
   const act::ort::Api* api = base->GetApi(act::ort::kApiVersion);
-  if (api == nullptr) return nullptr;  // older than 1.17: without its functions there is no way to report it
+  if (api == nullptr) return nullptr;  // older than 1.18: without its functions there is no way to report it
   return act::ort::Guard(*api, "act",
                          [&] { act::ort::Check(*api, api->AddCustomOpDomain(options, act::Domain(*api))); });
 }

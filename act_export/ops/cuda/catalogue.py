@@ -62,9 +62,7 @@ class KernelImage:
             if not (value and value.isascii() and value.isprintable()):
                 raise CatalogueError(f"kernel {self.name!r}: {field} is {value!r}, expected printable ASCII")
         if wrong := sorted(set(self.parameters) - _LETTERS):
-            raise CatalogueError(
-                f"kernel {self.name!r}: parameters has {wrong[0]!r}, expected p, i, l, f"
-            )
+            raise CatalogueError(f"kernel {self.name!r}: parameters has {wrong[0]!r}, expected p, i, l, f")
         for field, most in (
             ("target", 999),
             ("hidden_pointers", 16),

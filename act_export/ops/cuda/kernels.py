@@ -516,7 +516,9 @@ def correct(
             p = tl.where(visible, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
             rest_mass += tl.sum(p, 1)
             v = _load_rows(value, columns, value_size, counts, value_size, D, EXACT)
-            from_rest += _dot(p.to(v.dtype), v, WIDE)
+            # All of them may be tiny, and float16 has no small numbers.
+            from_rest += _dot((p * 16384.0).to(v.dtype), v, WIDE)
+        from_rest *= 1.0 / 16384.0
 
     on_sinks, on_rest = _factors(strength, sink_mass, rest_mass)
     result = on_sinks[:, None] * from_sinks + on_rest[:, None] * from_rest

@@ -1,0 +1,39 @@
+// The operators on a GPU: the same arguments as on the CPU, in device memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention.h"
+#include "cuda_kernels.h"
+
+namespace act::cuda {
+
+// What a call needs of the program it runs in.
+class DeviceCall {
+ public:
+  DeviceCall(Stream stream, Kernels& kernels) : stream(stream), kernels(kernels) {}
+  virtual ~DeviceCall() = default;
+
+  // Device memory, aligned to 256 bytes, never null: throws where there is none.
+  virtual void* Allocate(size_t bytes) = 0;
+  // As soon as the last launch that uses it is in the stream: what comes after it there may have the memory.
+  virtual void Free(void* memory) noexcept = 0;
+
+  const Stream stream;
+  Kernels& kernels;
+};
+
+// What AttentionArguments has of the calibration in host memory, in device memory.
+struct DeviceCalibration {
+  const int32_t* calibrated_index = nullptr;  // (num_heads): index among the calibrated heads, or -1
+  const int32_t* calibrated_heads = nullptr;  // (calibrated_count)
+  const float* beta = nullptr;                // (calibrated_count)
+};
+
+// Enqueues one call and returns; nothing waits for the GPU. Pointers of `arguments` are device pointers, aligned to 16
+// bytes but for the sink scores and the mask; its calibrated_index and beta are not used. T: float, Float16, BFloat16.
+template <typename T>
+void Attention(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call);
+
+}  // namespace act::cuda

@@ -1,0 +1,149 @@
+#include "cuda_kernels.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <set>
+#include <stdexcept>
+
+#include "cuda_images.h"
+
+namespace act::cuda {
+namespace {
+
+constexpr int kLeastCapability = 80;
+// From here on machine code is for exactly one compute capability (sm_90a); below, for later minor versions too.
+constexpr int kExactFrom = 90;
+
+std::string CapabilityText(int capability) {
+  return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
+
+std::string TargetName(uint32_t target) { return target == 0 ? "ptx" : "sm_" + std::to_string(target); }
+
+bool Runs(int target, int capability) {
+  if (target == 0) return true;
+  if (target >= kExactFrom) return target == capability;
+  return target / 10 == capability / 10 && target <= capability;
+}
+
+std::string ToText(Grid grid) {
+  return std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z);
+}
+
+int Attribute(const Driver& driver, DeviceAttribute attribute, int device) {
+  int value = 0;
+  driver.Check(driver.cuDeviceGetAttribute(&value, attribute, device), "asking for a property of the GPU");
+  return value;
+}
+
+}  // namespace
+
+Kernels& Kernels::ForDevice(int device) {
+  static std::mutex mutex;
+  static auto& devices = *new std::map<int, std::unique_ptr<Kernels>>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& kernels = devices[device];
+  if (kernels == nullptr) kernels.reset(new Kernels(device));
+  return *kernels;
+}
+
+Kernels::Kernels(int ordinal) {
+  const Driver& driver = Driver::Get();
+  driver.Check(driver.cuDeviceGet(&device_, ordinal), "finding GPU " + std::to_string(ordinal));
+  char name[256] = "";
+  driver.Check(driver.cuDeviceGetName(name, sizeof(name), device_), "asking for the name of the GPU");
+  capability_ =
+      10 * Attribute(driver, kComputeCapabilityMajor, device_) + Attribute(driver, kComputeCapabilityMinor, device_);
+  device_name_ = std::string(name) + ", compute capability " + CapabilityText(capability_);
+  if (capability_ < kLeastCapability) {
+    throw std::runtime_error("the GPU (" + device_name_ + ") is older than the CUDA kernels, which need " +
+                             CapabilityText(kLeastCapability) + " or newer: run the portable functions instead");
+  }
+  multiprocessors_ = Attribute(driver, kMultiprocessors, device_);
+  most_shared_bytes_ = static_cast<uint32_t>(Attribute(driver, kMostSharedBytes, device_));
+  driver.Check(driver.cuDevicePrimaryCtxRetain(&context_, device_), "starting the GPU (" + device_name_ + ")");
+}
+
+const Function& Kernels::Find(const std::string& name) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = functions_.find(name);
+  if (found != functions_.end()) return found->second;
+  const Image* image = Choose(name);
+  if (image == nullptr) {
+    throw std::runtime_error("this library has no CUDA kernel " + name + " for the GPU (" + device_name_ +
+                             "): run the portable functions instead");
+  }
+  return functions_.emplace(name, Load(*image)).first->second;
+}
+
+const Image* Kernels::Choose(const std::string& name) const {
+  const Image* best = nullptr;
+  for (const Image& image : Images()) {
+    if (image.name != name || !Runs(static_cast<int>(image.target), capability_)) continue;
+    if (best == nullptr || image.target > best->target) best = &image;
+  }
+  return best;
+}
+
+Function Kernels::Load(const Image& image) const {
+  const Driver& driver = Driver::Get();
+  const CurrentContext current(context_);
+  const std::string what =
+      "kernel " + std::string(image.name) + " (" + TargetName(image.target) + ") on the GPU (" + device_name_ + ")";
+  if (image.shared_bytes > most_shared_bytes_) {
+    throw std::runtime_error(what + " needs " + std::to_string(image.shared_bytes) +
+                             " bytes of shared memory, but there are " + std::to_string(most_shared_bytes_) +
+                             ": run the portable functions instead");
+  }
+  Library library = nullptr;
+  driver.Check(driver.cuLibraryLoadData(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0),
+               "loading " + what);
+  Function function{std::string(image.name), std::string(image.parameters),
+                    image.hidden_pointers,   image.threads,
+                    image.shared_bytes,      nullptr};
+  driver.Check(driver.cuLibraryGetKernel(&function.handle, library, std::string(image.symbol).c_str()),
+               "finding " + what);
+  if (function.shared_bytes > kPlainSharedBytes) {
+    driver.Check(driver.cuKernelSetAttribute(kDynamicSharedBytes, static_cast<int>(function.shared_bytes),
+                                             function.handle, device_),
+                 "getting shared memory for " + what);
+  }
+  return function;
+}
+
+void Launch(const Function& function, Grid grid, Stream stream, std::initializer_list<Argument> arguments) {
+  const auto same = [](const Argument& argument, char letter) { return argument.Letter() == letter; };
+  if (!std::equal(arguments.begin(), arguments.end(), function.parameters.begin(), function.parameters.end(), same)) {
+    std::string letters;
+    for (const Argument& argument : arguments) letters += argument.Letter();
+    throw std::logic_error("kernel " + function.name + " takes parameters " + function.parameters + ", not " + letters);
+  }
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  const void* null = nullptr;
+  std::vector<void*> parameters;
+  parameters.reserve(arguments.size() + function.hidden_pointers);
+  for (const Argument& argument : arguments) parameters.push_back(const_cast<void*>(argument.Data()));
+  parameters.insert(parameters.end(), function.hidden_pointers, &null);
+  const Driver& driver = Driver::Get();
+  // The driver takes a kernel of a library where it takes a function: it is the one of the current context.
+  const int result =
+      driver.cuLaunchKernel(reinterpret_cast<FunctionHandle>(function.handle), grid.x, grid.y, grid.z, function.threads,
+                            1, 1, function.shared_bytes, stream, parameters.data(), nullptr);
+  if (result != kSuccess) {
+    driver.Check(result, "launching kernel " + function.name + " on a grid of " + ToText(grid));
+  }
+}
+
+std::vector<std::string> Targets() {
+  std::set<uint32_t> targets;
+  for (const Image& image : Images()) targets.insert(image.target);
+  std::vector<std::string> names;
+  for (const uint32_t target : targets) {
+    if (target != 0) names.push_back(TargetName(target));
+  }
+  if (targets.count(0) > 0) names.push_back(TargetName(0));
+  return names;
+}
+
+}  // namespace act::cuda

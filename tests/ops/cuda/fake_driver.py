@@ -1,0 +1,300 @@
+"""A CUDA driver without a GPU: launches of the library run in Triton's interpreter, over host memory.
+
+`csrc/cuda/fake_cuda.cc` is the driver: once loaded, the library's own look-up of libcuda.so.1 finds it. Images are
+placeholders with a kernel's name, and a launch comes back here, where the Triton function of that name is run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where a function is defined, its own included
+
+import ml_dtypes
+import ninja
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+from act_export.ops.cuda import kernels
+from act_export.ops.cuda.build import PTX, parameter_letters
+from act_export.ops.cuda.catalogue import KernelImage, write_catalogue
+from act_export.ops.cuda.specs import PTX_TARGET, TARGETS, KernelSpec, specs
+
+
+def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *__: Any) -> TensorHandle:
+    """The interpreter's matrix product; its own takes the bits of bfloat16 for integers (Triton 3.9)."""
+
+    def numbers(handle: TensorHandle) -> np.ndarray:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle.data
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    return TensorHandle(np.matmul(numbers(a), numbers(b), dtype=c.data.dtype) + c.data, c.dtype.scalar)
+
+
+def _round(self: InterpreterBuilder, source: TensorHandle, kind: tl.dtype) -> TensorHandle:
+    """float32 to bfloat16 by rounding to nearest, as GPUs do; the interpreter cuts digits off (Triton 3.9)."""
+    if source.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
+        return TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), kind.scalar)
+    return self.cast_impl(source, kind)
+
+
+InterpreterBuilder.create_dot = _dot
+InterpreterBuilder.create_fp_trunc = _round
+
+if not all(isinstance(function, InterpretedFunction) for function in (tl.sum, kernels.prepare)):
+    raise ImportError("Triton was imported for a GPU before: what compiles kernels has to do so in another process")
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "cuda"
+THREADS_OF_TEST_KERNEL = 64
+LARGE_SHARED_BYTES = 100 * 1024
+LAUNCH_FAILED = 719
+C_TYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
+NUMPY_TYPES = {"i": np.int32, "l": np.int64, "f": np.float32}
+TRITON_TYPES = {"i": tl.int32, "l": tl.int64, "f": tl.float32}
+ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
+ERROR_SIZE = 1024
+
+OnLaunch = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint * 3),
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+class AttentionCall(ctypes.Structure):
+    """Arguments of one call, as in csrc/cuda/cuda_harness.cc: tensors are addresses of device memory."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "sequence", "total", "past_capacity", "present_capacity")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "kv_num_heads", "head_size", "value_head_size")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "past_key", "past_value", "past_sink_scores")),
+        *((name, ctypes.c_void_p) for name in ("attention_mask", "output", "present_key", "present_value")),
+        ("present_sink_scores", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("sliding_window", ctypes.c_int64),
+        ("calibrated_count", ctypes.c_int64),
+        ("calibrated_heads", ctypes.c_void_p),
+        ("beta", ctypes.c_void_p),
+        ("threshold", ctypes.c_float),
+        ("relative_threshold", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that came to the driver.
+
+    Attributes:
+        kernel: Name in the catalogue.
+        target: Of the image that was taken: "sm_90", ..., "ptx".
+        grid: Blocks in x, y and z.
+        threads: Of a block.
+        shared_bytes: Dynamic shared memory of a block.
+        stream: Handle, None for CUDA's default stream.
+        arguments: Values in order, without hidden ones.
+    """
+
+    kernel: str
+    target: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    stream: int | None
+    arguments: tuple[int | float, ...]
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """What `build` made: a driver, one of CUDA 11.8, the kernels as C functions, and the native library."""
+
+    driver: Path
+    old_driver: Path
+    harness: Path
+    act_ops: Path
+
+
+def placeholders(kernel_specs: Iterable[KernelSpec], target: int) -> list[KernelImage]:
+    """Images that the driver here takes for the kernels of one target (0: PTX)."""
+    return [
+        placeholder(spec.name, target, parameter_letters(spec), threads=32 * spec.num_warps) for spec in kernel_specs
+    ]
+
+
+def placeholder(
+    name: str, target: int, parameters: str, *, threads: int = THREADS_OF_TEST_KERNEL, shared_bytes: int = 0
+) -> KernelImage:
+    """An image that the driver here takes for a kernel."""
+    text = f"fake kernel {name} {f'sm_{target}' if target else 'ptx'}"
+    return KernelImage(name, target, parameters, 2, threads, shared_bytes, name.partition(".")[0], text.encode())
+
+
+def catalogue() -> list[KernelImage]:
+    """Every kernel for every target, and a few for tests of the host side alone, with parameters "pilf"."""
+    images = []
+    for target in (*TARGETS, PTX):
+        images += placeholders(specs(target or PTX_TARGET), target)
+        images.append(placeholder("test.plain", target, "pilf"))
+    images.append(placeholder("test.large", 80, "pilf", shared_bytes=LARGE_SHARED_BYTES))
+    images.append(placeholder("test.large", 90, "pilf", shared_bytes=LARGE_SHARED_BYTES))
+    images.append(placeholder("test.newest", 100, "pilf"))
+    return images
+
+
+def build(folder: Path) -> Libraries:
+    """Builds the driver, the harness and the native library, with placeholders for kernels.
+
+    Raises:
+        AssertionError: They don't build; with the compiler's output.
+    """
+    write_catalogue(folder / "kernels.bin", catalogue())
+    make = f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja"
+    cmake = (sys.executable, "-m", "cmake")
+    _run(*cmake, "-S", SOURCE, "-B", folder, "-G", "Ninja", make, f"-DACT_CUDA_KERNELS={folder / 'kernels.bin'}")
+    _run(*cmake, "--build", folder)
+    driver, old_driver = folder / "fake" / "libcuda.so.1", folder / "old" / "libcuda.so.1"
+    return Libraries(driver, old_driver, folder / "libcuda_harness.so", folder / "ops" / "libact_ops.so")
+
+
+def _run(*command: str | Path) -> None:
+    result = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    last_lines = "\n".join(result.stdout.splitlines()[-100:])
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{last_lines}"
+
+
+class FakeDriver:
+    """The driver, loaded into this process for the rest of its life, and the harness that calls it.
+
+    Attributes:
+        library: The driver.
+        harness: C functions of csrc/cuda/cuda_harness.cc.
+        launches: What was launched since `recording` began.
+        interpret: Whether launches are run, and not only recorded.
+    """
+
+    def __init__(self, libraries: Libraries) -> None:
+        """Loads the driver, with one device of compute capability 9.0.
+
+        Raises:
+            RuntimeError: A driver is loaded already.
+        """
+        if "libcuda.so" in Path("/proc/self/maps").read_text(encoding="utf-8"):
+            raise RuntimeError("a CUDA driver is loaded already: the library would find it, not the one of the tests")
+        # By its name, libcuda.so.1, it is found from now on.
+        self.library = ctypes.CDLL(str(libraries.driver))
+        self.harness = ctypes.CDLL(str(libraries.harness))
+        for name in ("FakeCudaLiveAllocations", "FakeCudaLoads", "FakeCudaContexts"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.library.FakeCudaFailAllocations.argtypes = [ctypes.c_int64]
+        self.launches: list[Launch] = []
+        self.interpret = True
+        self._specs = {spec.name: spec for spec in specs(PTX_TARGET)}
+        self._errors: list[Exception] = []
+        self._lock = threading.Lock()  # the interpreter runs one kernel at a time
+        self._devices = 0
+        self._on_launch = OnLaunch(self._launch)
+        self.library.FakeCudaOnLaunch(self._on_launch)
+        self.add_device(9, 0)
+
+    def add_device(self, major: int, minor: int, *, multiprocessors: int = 4, shared_bytes: int = 232_448) -> int:
+        """Adds a device; returns its ordinal."""
+        self.library.FakeCudaAddDevice(major, minor, multiprocessors, shared_bytes)
+        self._devices += 1
+        return self._devices - 1
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Calls a function of the harness.
+
+        Raises:
+            RuntimeError: It throws; with its message. An error of the interpreter is the cause.
+        """
+        error = ctypes.create_string_buffer(ERROR_SIZE)
+        if getattr(self.harness, function)(*arguments, error):
+            cause = self._errors.pop() if self._errors else None
+            raise RuntimeError(error.value.decode()) from cause
+
+    def attention(self, storage: str, call: AttentionCall, device: int = 0) -> None:
+        """One call of the operator's kernels; `storage` is "float32", "float16" or "bfloat16"."""
+        self.call("ActCudaAttention", device, ELEMENT_TYPES[storage], ctypes.byref(call))
+
+    @contextmanager
+    def recording(self, *, interpret: bool = True) -> Iterator[list[Launch]]:
+        """Gives the list that launches are added to inside."""
+        self.launches.clear()
+        before, self.interpret = self.interpret, interpret
+        try:
+            yield self.launches
+        finally:
+            self.interpret = before
+
+    def _launch(
+        self, name: bytes, target: bytes, grid: Any, threads: int, shared_bytes: int, stream: int, parameters: Any
+    ) -> int:
+        try:
+            kernel = name.decode()
+            spec = self._specs.get(kernel)
+            letters = parameter_letters(spec) if spec else "pilf"
+            values = tuple(
+                ctypes.cast(parameters[i], ctypes.POINTER(C_TYPES[letter])).contents.value
+                for i, letter in enumerate(letters)
+            )
+            blocks = tuple(grid.contents)
+            with self._lock:
+                self.launches.append(Launch(kernel, target.decode(), blocks, threads, shared_bytes, stream, values))
+                if spec is not None and self.interpret:
+                    assert threads == 32 * spec.num_warps, f"{kernel} is launched with {threads} threads"
+                    interpret(spec, blocks, letters, values)
+        except Exception as error:
+            self._errors.append(error)
+            return LAUNCH_FAILED
+        return 0
+
+
+def interpret(spec: KernelSpec, grid: Sequence[int], letters: str, values: Sequence[int | float]) -> None:
+    """Runs a kernel in Triton's interpreter; pointers are addresses of host memory, which it reads and writes.
+
+    Raises:
+        AssertionError: An address that the kernel was compiled to find aligned isn't.
+    """
+    names = [name for name, kind in spec.signature.items() if kind != "constexpr"]
+    arguments = dict(spec.constexprs)
+    for name, letter, value in zip(names, letters, values, strict=True):
+        if letter == "p":
+            assert name not in spec.aligned or value % 16 == 0, f"{spec.name}: {name} is at {value:#x}"
+            kind = tl.str_to_ty(spec.signature[name], None)
+            handle = TensorHandle(np.array([value], np.uint64), kind)
+        else:
+            kind = TRITON_TYPES[letter]
+            handle = TensorHandle(np.array([value], NUMPY_TYPES[letter]), kind)
+        arguments[name] = tl.tensor(handle, kind)
+    spec.function[tuple(grid)](**arguments)
+
+
+def address(array: np.ndarray | None) -> int | None:
+    """The address of an array's memory; None for None."""
+    return None if array is None else array.ctypes.data
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy of an array at a multiple of 256 bytes, as device memory is."""
+    memory = np.empty(array.nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
