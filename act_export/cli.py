@@ -58,7 +58,7 @@ from act_export.profile_commands import profile_command, report_command
 
 if TYPE_CHECKING:
     from act_export.convert import Converted
-    from act_export.verify.parity import ParityReport
+    from act_export.verify.parity_report import ParityReport
 
 DEFAULT_COMMAND = "export"
 
@@ -130,20 +130,24 @@ def export_command(
     plain: Annotated[bool, typer.Option("--plain", help="No calibrated heads: the baseline to compare with.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before writing.")] = True,
     seed: SeedOption = 0,
+    dtype: Annotated[str, typer.Option(metavar="float32|float16|bfloat16", help="Of the file.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compare; the file runs on both.")
+    ] = None,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration
+    from act_export.export.precision import element_type
     from act_export.export.write import check_output
     from act_export.hooks import check_supported
 
+    element_type(dtype)
     if out is None:
         raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
     check_output(out)
     request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
     if verify:
-        from act_export.runtime.providers import import_onnxruntime
-
-        import_onnxruntime()
+        _check_device(device)
     checkpoint = load_model(model)
     check_supported(checkpoint.model)
     with progress_bar("search") as progress:
@@ -151,7 +155,9 @@ def export_command(
     if chosen is not None and not chosen.num_calibrated_heads:
         note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
     with status() as step:
-        written = export_model(checkpoint, chosen, out, verify=verify, progress=step)
+        written = export_model(
+            checkpoint, chosen, out, dtype=dtype, verify=verify, device=device or "cpu", progress=step
+        )
     _summarize(written)
 
 
@@ -269,25 +275,28 @@ app.command("report")(reports_errors(report_command))
 def verify_command(
     file: FileArgument,
     against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint that it was exported from.")],
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compares an exported model with PyTorch running the reference."""
     from act_export.convert import describe_failures, verify_file
-    from act_export.runtime import Session
+    from act_export.verify.inspect import inspect_file
 
-    with Session.open(file, native=False) as session:
-        path, calibration, identity = session.path, session.calibration, session.model_identity
+    found = inspect_file(file)
+    _check_device(device)
     checkpoint = load_model(against)
-    if identity is not None and identity.differences(checkpoint.identity):
+    if found.identity.differences(checkpoint.identity):
         raise ActExportError(
-            f"{file} was exported from another model: {identity}, and {against} is {checkpoint.identity}"
+            f"{file} was exported from another model: {found.identity}, and {against} is {checkpoint.identity}"
         )
     with status() as step:
-        report = verify_file(path, checkpoint, calibration, progress=step)
+        report = verify_file(found.path, checkpoint, found.calibration, device=device or "cpu", progress=step)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         console.print(_parity_table(report))
+        if report.remark:
+            note(report.remark)
     if not report.passed:
         raise VerificationError(f"{file} disagrees with PyTorch\n{describe_failures(report)}")
 
@@ -306,6 +315,7 @@ def generate_command(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this much.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     portable: PortableOption = False,
+    device: DeviceOption = None,
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Generates text, streaming it."""
@@ -313,7 +323,7 @@ def generate_command(
     from act_export.runtime.text import load_tokenizer, stream_text
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    with Session.open(file, native=not portable) as session:
+    with Session.open(file, native=not portable, device=device or "cpu") as session:
         text_tokenizer = load_tokenizer(session, tokenizer)
         for piece in stream_text(
             session, text_tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling
@@ -345,6 +355,7 @@ def eval_command(
     limit: Annotated[int | None, typer.Option(help="Questions of each task at the most.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens that run together at the most.")] = None,
     portable: PortableOption = False,
+    device: DeviceOption = None,
     tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -369,6 +380,7 @@ def eval_command(
         limit=limit,
         batch_tokens=batch_tokens,
         portable=portable,
+        device=device or "cpu",
         tokenizer=tokenizer,
     )
     with progress_bar("eval") as progress:
@@ -413,6 +425,7 @@ def bench_command(
     pytorch_tokens: Annotated[int, typer.Option(help="New tokens of PyTorch, which is slow.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the prompt's random tokens.")] = 0,
     portable: PortableOption = False,
+    device: DeviceOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every measurement there.")
     ] = None,
@@ -430,6 +443,7 @@ def bench_command(
         against=tuple(against or ()),
         pytorch=pytorch,
         portable=portable,
+        device=device or "cpu",
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch=batch,
@@ -460,6 +474,7 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     table.add_row("file", str(found.path))
     table.add_row("made by", f"act-export {found.version} from {found.source}")
     table.add_row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
+    table.add_row("precision", found.precision)
     table.add_row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
         table.add_row(operator, f"{count} nodes")
@@ -479,6 +494,18 @@ def library_command() -> None:
         raise ActExportError(str(error)) from error
 
 
+def _check_device(device: str | None) -> None:
+    """Raises ActExportError early where ONNX Runtime can't run on a device (None: the CPU)."""
+    from act_export.runtime.cuda import prepare_cuda
+    from act_export.runtime.device import Device
+    from act_export.runtime.providers import import_onnxruntime
+
+    place = Device.parse(device or "cpu")
+    onnxruntime = import_onnxruntime()
+    if place.is_cuda:
+        prepare_cuda(onnxruntime, place.index, native=True)
+
+
 def _parity_table(report: ParityReport) -> Table:
     table = Table(title=f"parity with PyTorch, {report.precision}")
     for column in ("engine", "case", "positions", "max diff", "mean diff", "argmax", "top 10", "flips", "passed"):
@@ -495,7 +522,7 @@ def _parity_table(report: ParityReport) -> Table:
         "",
         "yes" if report.hook_passed else "NO",
     )
-    for engine in report.engines:
+    for engine in ([report.pytorch] if report.pytorch is not None else []) + list(report.engines):
         for result in engine.results:
             metrics = result.metrics
             table.add_row(
@@ -507,7 +534,7 @@ def _parity_table(report: ParityReport) -> Table:
                 f"{metrics.argmax_agreement:.1%}",
                 f"{metrics.top10_agreement:.1%}",
                 str(result.flips),
-                "yes" if result.passed else "NO",
+                "" if engine is report.pytorch else "yes" if result.passed else "NO",
             )
     return table
 
@@ -519,10 +546,17 @@ def _summarize(written: Converted) -> None:
         note("parity: not checked")
     else:
         for engine in written.parity.engines:
+            ratio = written.parity.error_ratio(engine)
+            half = (
+                "" if ratio is None else f", {ratio:.2f} times the mean error of PyTorch in {written.parity.precision}"
+            )
             note(
                 f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"
+                + half
                 + (", greedy tokens identical" if engine.greedy_identical else "")
             )
+        if written.parity.remark:
+            note(written.parity.remark)
     for file in written.files:
         if file.suffix in (".onnx", ".data"):
             note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")

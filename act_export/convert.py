@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from act_export.calibration import Calibration
@@ -18,10 +19,17 @@ from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
 from act_export.search import Progress, SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
-from act_export.verify.parity import ParityReport, verify_sessions
+from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
+from act_export.verify.inspect import inspect_file
+from act_export.verify.parity import verify_sessions
+from act_export.verify.parity_report import CaseResult, ParityReport
 
 DEFAULT_TASK = "sst2"
 DEFAULT_SEED = 0
+_BFLOAT16_ON_CPU = (
+    "ONNX Runtime has no bfloat16 kernels for a CPU: standard operators computed in float32 and their results were "
+    "rounded, the attention ran in bfloat16. --device cuda compares with the kernels that a GPU runs"
+)
 Notice = Callable[[str], None]
 
 
@@ -174,16 +182,20 @@ def export_model(
     calibration: Calibration | None,
     out: str | os.PathLike[str],
     *,
+    dtype: str = "float32",
     verify: bool = True,
+    device: str = "cpu",
     progress: Notice = lambda _: None,
 ) -> Converted:
     """Exports, verifies, and only then puts the files at their final names.
 
     Args:
-        checkpoint: The model.
+        checkpoint: The model, in float32.
         calibration: Baked in; None for a plain export.
         out: A file `*.onnx`, or a folder, which also gets tokenizer, configuration, calibration and native library.
+        dtype: How weights, activations and cache are stored: float32, float16 or bfloat16.
         verify: Compare with PyTorch running the reference.
+        device: Where to compare: "cpu", "cuda" or "cuda:N". The files are the same.
         progress: Called with what is being done.
 
     Raises:
@@ -195,12 +207,12 @@ def export_model(
     name = out.name if is_file_output(out) else "model.onnx"
     with staged(out) as folder:
         progress("exporting")
-        build_model(checkpoint, calibration, folder / name, source=public_name(checkpoint.name))
+        build_model(checkpoint, calibration, folder / name, source=public_name(checkpoint.name), dtype=dtype)
         if not is_file_output(out):
             _add_companions(folder, checkpoint, calibration)
         report = None
         if verify:
-            report = verify_file(folder / name, checkpoint, calibration, progress=progress)
+            report = verify_file(folder / name, checkpoint, calibration, device=device, progress=progress)
             if not report.passed:
                 raise VerificationError(
                     "the exported model disagrees with PyTorch by more than its precision allows; nothing was written\n"
@@ -211,18 +223,41 @@ def export_model(
 
 
 def verify_file(
-    path: Path, checkpoint: Checkpoint, calibration: Calibration | None, *, progress: Notice = lambda _: None
+    path: Path,
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    progress: Notice = lambda _: None,
 ) -> ParityReport:
-    """Parity of a file, with the native library and with the portable functions, against PyTorch."""
-    return verify_sessions(
-        checkpoint,
-        calibration,
-        {
-            "native library": lambda: Session.open(path, native=True),
-            "portable functions": lambda: Session.open(path, native=False),
-        },
-        progress=progress,
-    )
+    """Parity of a file, with the native library and with the portable functions, against PyTorch.
+
+    Args:
+        path: The ONNX file.
+        checkpoint: The model that it was exported from, in float32.
+        calibration: What should be baked in; None for a plain export.
+        device: "cpu", "cuda" or "cuda:N".
+        progress: Called with what is being compared.
+
+    Raises:
+        ActExportError: If the file or the device can't be used, or PyTorch itself fails in the file's type.
+    """
+    precision = inspect_file(path).precision
+    with ExitStack() as stack:
+        stands_in = precision == "bfloat16" and device == "cpu"
+        file = stack.enter_context(runnable_on_cpu(path)) if stands_in else path
+        report = verify_sessions(
+            checkpoint,
+            calibration,
+            {
+                "native library": lambda: Session.open(file, native=True, device=device),
+                "portable functions": lambda: Session.open(file, native=False, device=device),
+            },
+            precision=precision,
+            device=device,
+            progress=progress,
+        )
+    return replace(report, remark=_BFLOAT16_ON_CPU) if stands_in else report
 
 
 def describe_failures(report: ParityReport) -> str:
@@ -236,11 +271,22 @@ def describe_failures(report: ParityReport) -> str:
         for result in engine.results:
             if not result.passed:
                 lines.append(
-                    f"  {engine.engine}, {result.case}: largest difference {result.metrics.max_difference:.2e}, same "
-                    f"argmax {result.metrics.argmax_agreement:.1%}, {result.wrong_sinks} wrong sinks, greedy tokens "
+                    f"  {engine.engine}, {result.case}: largest difference {result.metrics.max_difference:.2e}, mean "
+                    f"{result.metrics.mean_difference:.2e}{_times(report, result)}, same "
+                    f"argmax {result.metrics.argmax_agreement:.1%}, {result.wrong_sinks} wrong sinks, sink scores "
+                    f"off by {result.score_difference:.1e} at the most, greedy tokens "
                     f"{'differ' if result.greedy_identical is False else 'agree'}"
                 )
     return "\n".join(lines)
+
+
+def _times(report: ParityReport, result: CaseResult) -> str:
+    """A case's mean error by that of PyTorch in the same half type; nothing in float32."""
+    if report.pytorch is None:
+        return ""
+    own = {each.case: each.metrics.mean_difference for each in report.pytorch.results}
+    limit = max(own.get(result.case, 0.0), report.pytorch.of_all_cases.mean_difference)
+    return f" ({result.metrics.mean_difference / max(limit, 1e-30):.1f} times that of {report.pytorch.engine})"
 
 
 def _add_companions(folder: Path, checkpoint: Checkpoint, calibration: Calibration | None) -> None:

@@ -104,6 +104,20 @@ def test_verify(exported, checkpoint_folder):
     assert all(engine["passed"] for engine in report["engines"])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_export_in_a_half_type(checkpoint_folder, heads_file, tmp_path, dtype):
+    out = tmp_path / "half.onnx"
+    result = run(checkpoint_folder, "--out", out, "--calibration", heads_file, "--threshold", "0.06", "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    assert f"times the mean error of PyTorch in {dtype}" in result.output
+    assert ("attention ran in bfloat16" in result.output) == (dtype == "bfloat16")
+    assert json.loads(run("inspect", out, "--json").stdout)["precision"] == dtype
+    assert dtype in run("inspect", out).stdout
+    verified = run("verify", out, "--against", checkpoint_folder, "--device", "cpu")
+    assert verified.exit_code == 0, verified.output
+    assert f"PyTorch in {dtype}" in verified.output
+
+
 def test_verify_against_another_model(exported, tmp_path):
     other = save_checkpoint(tmp_path / "other", seed=5)
     result = run("verify", exported, "--against", other)
@@ -394,6 +408,29 @@ def test_bad_input(name, checkpoint_folder, heads_file, tmp_path):
     assert "error:" in result.output
     assert message in result.output
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "dtype is 'int8'; an export must be one of float32, float16, bfloat16"),
+        (["--device", "tpu"], "device is 'tpu'; pass cpu, cuda or cuda:N"),
+    ],
+)
+def test_bad_precision_or_device(checkpoint_folder, tmp_path, options, message):
+    result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--plain", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("act_export.cli.load_model", None)
+    for command in ((checkpoint_folder, "--out", tmp_path / "m.onnx"), ("verify", exported, "--against", "none")):
+        result = run(*command, "--device", "cuda")
+        assert result.exit_code == 2
+        assert "built without CUDA" in result.output
 
 
 def test_architecture_without_the_hook(tmp_path):

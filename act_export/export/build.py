@@ -4,30 +4,55 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ShapeInferencePass
+
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
+from act_export.errors import ActExportError
+from act_export.export.passes.convert_precision import ConvertPrecisionPass
+from act_export.export.precision import element_type
 from act_export.export.slim import slim
 from act_export.export.trace import trace
 from act_export.export.write import check_model, finish_model, metadata, save_model
 
 
-def build_model(checkpoint: Checkpoint, calibration: Calibration | None, path: Path, *, source: str = "") -> None:
+def build_model(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    path: Path,
+    *,
+    source: str = "",
+    dtype: str = "float32",
+) -> None:
     """Exports a checkpoint: graph at `path`, weights at `path` + ".data".
 
     Args:
-        checkpoint: The model.
+        checkpoint: The model, in float32.
         calibration: Baked into the attention nodes; None or one without heads gives the plain baseline.
         path: The ONNX file; its folder must exist.
         source: Recorded in the file as what it was made from.
+        dtype: How weights, activations and cache are stored: float32, float16 or bfloat16.
 
     Raises:
+        ActExportError: If `dtype` isn't one of these, a weight is too large for it, or the model isn't float32.
         CalibrationError: If the calibration doesn't fit the model.
         UnsupportedModelError: If the model's attention can't be replaced.
         OutputError: If the disk is too full.
     """
     if calibration is not None:
         calibration.check_fits(checkpoint.identity)
+    stored = element_type(dtype)
+    if checkpoint.model.dtype != torch.float32:
+        loaded = str(checkpoint.model.dtype).removeprefix("torch.")
+        raise ActExportError(
+            f"{checkpoint.name} is loaded as {loaded}; an export starts from float32: load_checkpoint(..., "
+            f"dtype='float32'), and name the file's type when exporting: dtype={loaded!r}"
+        )
     model = slim(trace(checkpoint.model, calibration), weight_prefix="model.")
-    finish_model(model, metadata(calibration, checkpoint, source))
+    if stored != ir.DataType.FLOAT:
+        ir.passes.Sequential(ShapeInferencePass(), ConvertPrecisionPass(stored))(model)
+    finish_model(model, metadata(calibration, checkpoint, source, dtype))
     save_model(model, path)
     check_model(path)

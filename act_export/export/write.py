@@ -47,13 +47,16 @@ class OutputError(ActExportError):
     """The output can't be written where it was asked for."""
 
 
-def metadata(calibration: Calibration | None, checkpoint: Checkpoint, source: str) -> dict[str, str]:
-    """What travels inside the ONNX file: version, calibration, the model that it was made from, and its limits."""
+def metadata(
+    calibration: Calibration | None, checkpoint: Checkpoint, source: str, dtype: str = "float32"
+) -> dict[str, str]:
+    """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
     config = checkpoint.model.config
     properties = {
         "version": __version__,
         "model": json.dumps(asdict(checkpoint.identity)),
         "source": source,
+        "dtype": dtype,
         "limits": json.dumps(
             {
                 "vocabulary": config.vocab_size,

@@ -2,7 +2,18 @@
 
 from act_export.runtime.generate import Sampling, generate, generate_steps
 from act_export.runtime.kv_cache import Cache
+from act_export.runtime.node_placement import NodePlacement
 from act_export.runtime.session import RunOutputs, Session
 from act_export.runtime.state import State, select
 
-__all__ = ["Cache", "RunOutputs", "Sampling", "Session", "State", "generate", "generate_steps", "select"]
+__all__ = [
+    "Cache",
+    "NodePlacement",
+    "RunOutputs",
+    "Sampling",
+    "Session",
+    "State",
+    "generate",
+    "generate_steps",
+    "select",
+]

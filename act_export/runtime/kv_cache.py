@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
-from act_export.runtime.state import State, StateInput
+from act_export.runtime.state import State, StateInput, element_type
 
 if TYPE_CHECKING:
     from act_export.runtime.session import Session
@@ -147,7 +147,46 @@ class Cache(ABC):
     ) -> NDArray[np.float32]: ...
 
 
-class InPlaceCache(Cache):
+class BoundCache(Cache):
+    """Runs the model over bound memory; what keys, values and column sums are bound to is the subclasses' affair."""
+
+    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+        """Binds nothing yet."""
+        super().__init__(session, batch, capacity)
+        inner = session.onnxruntime_session
+        self._binding = inner.io_binding()
+        self._inner = inner  # which the binding doesn't keep alive itself in older versions
+        self._inputs: dict[str, NDArray[np.int64]] = {}  # keeps alive what is bound
+
+    def _run(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_to_keep: int,
+    ) -> NDArray[np.float32]:
+        session = self.session
+        self._give("input_ids", input_ids)
+        self._give("position_ids", position_ids)
+        self._bind_input("attention_mask", np.ascontiguousarray(attention_mask))
+        if session.keeps_logits:
+            self._give("logits_to_keep", np.array(logits_to_keep))
+        logits = session.logits_array(self.batch, input_ids.shape[1], logits_to_keep)
+        where = ("cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
+        self._binding.bind_output("logits", *where)
+        session.run_bound(self._binding)
+        return session.last(logits, logits_to_keep)
+
+    def _give(self, name: str, values: NDArray[np.int64]) -> None:
+        """Binds a copy, which goes to the device at once."""
+        self._bind_input(name, np.array(values, np.int64, order="C"))
+
+    def _bind_input(self, name: str, values: NDArray[np.int64]) -> None:
+        self._binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+        self._inputs[name] = values
+
+
+class InPlaceCache(BoundCache):
     """Buffers that the native library writes new keys, values and column sums into: nothing is copied in a step.
 
     Past and present of every layer are bound to the same memory, longer than what is in it; the operator sees by the
@@ -157,11 +196,7 @@ class InPlaceCache(Cache):
     def __init__(self, session: Session, batch: int, capacity: int) -> None:
         """Reserves and binds the buffers; use `Session.allocate`."""
         super().__init__(session, batch, capacity)
-        inner = session.onnxruntime_session
-        self._binding = inner.io_binding()
-        self._inner = inner  # which the binding doesn't keep alive itself in older versions
-        self._buffers: State = {}  # keeps alive what is bound, as do the arrays below
-        self._inputs: dict[str, NDArray[np.int64]] = {}
+        self._buffers: State = {}  # keeps alive what is bound
         for part in session.state_inputs:
             self._bind_buffer(part, part.zeros(batch, capacity))
 
@@ -188,30 +223,10 @@ class InPlaceCache(Cache):
         super()._grow(capacity)
 
     def _bind_buffer(self, part: StateInput, buffer: NDArray[Any]) -> None:
-        where = ("cpu", 0, part.dtype, buffer.shape, buffer.ctypes.data)
+        where = ("cpu", 0, element_type(part.dtype), buffer.shape, buffer.ctypes.data)
         self._binding.bind_input(part.name, *where)
         self._binding.bind_output(part.present, *where)
         self._buffers[part.name] = buffer
-
-    def _run(
-        self,
-        input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        logits_to_keep: int,
-    ) -> NDArray[np.float32]:
-        session = self.session
-        self._give("input_ids", input_ids)
-        self._give("position_ids", position_ids)
-        self._bind_input("attention_mask", np.ascontiguousarray(attention_mask))
-        positions = input_ids.shape[1]
-        if session.keeps_logits:
-            self._give("logits_to_keep", np.array(logits_to_keep))
-            positions = min(logits_to_keep, positions) if logits_to_keep else positions
-        logits = np.empty((self.batch, positions, session.logits_size), session.logits_dtype)
-        self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        session.run_bound(self._binding)
-        return session.last(logits, logits_to_keep)
 
     def _give(self, name: str, values: NDArray[np.int64]) -> None:
         """Binds a copy; where the shape is that of the step before, writes into what is bound."""
@@ -219,11 +234,7 @@ class InPlaceCache(Cache):
         if bound is not None and bound.shape == values.shape:
             bound[...] = values
         else:
-            self._bind_input(name, np.array(values, np.int64, order="C"))
-
-    def _bind_input(self, name: str, values: NDArray[np.int64]) -> None:
-        self._binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
-        self._inputs[name] = values
+            super()._give(name, values)
 
 
 class CopiedCache(Cache):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,15 @@ from numpy.typing import NDArray
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import SessionError
 from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
+from act_export.runtime.device import Device, Provider
 from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
+from act_export.runtime.node_placement import NodePlacement, profile_run
 from act_export.runtime.providers import import_onnxruntime
-from act_export.runtime.state import DTYPES, State, state_inputs
+from act_export.runtime.state import BFLOAT16, DTYPES, State, element_type, state_inputs
+
+if TYPE_CHECKING:
+    from act_export.runtime.device_memory import DeviceMemory
 
 _LOGITS_TO_KEEP = "logits_to_keep"
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
@@ -63,6 +69,7 @@ class Session:
     Attributes:
         path: The ONNX file.
         native: Whether the native library runs the attention, rather than the portable functions.
+        device: Where it runs; caches are there too.
         properties: The file's act-export metadata, without its prefix.
         state_inputs: The parts of the state, in the graph's order.
         logits_size: Logits of a position.
@@ -71,11 +78,16 @@ class Session:
             wrote before it could, all are computed and the last are returned.
     """
 
-    def __init__(self, path: Path, inner: Any, *, native: bool) -> None:
+    def __init__(
+        self, path: Path, inner: Any, *, native: bool, device: Device | None = None, shared_threads: bool = False
+    ) -> None:
         """Wraps an `onnxruntime.InferenceSession`; use `open`."""
         self.path = path
         self.native = native
+        self.device = device or Device()
+        self._shared_threads = shared_threads
         self._inner = inner
+        self._memory: DeviceMemory | None = None
         self.properties: dict[str, str] = {
             key.removeprefix("act_export."): value
             for key, value in inner.get_modelmeta().custom_metadata_map.items()
@@ -98,7 +110,8 @@ class Session:
         native: bool = True,
         threads: int | None = None,
         shared_threads: bool = False,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        device: str = "cpu",
+        providers: Sequence[Provider] | None = None,
     ) -> Session:
         """Loads a model.
 
@@ -108,10 +121,13 @@ class Session:
             threads: Number of threads within an operator; None leaves it to ONNX Runtime.
             shared_threads: Run in the process's own thread pool, which `onnxruntime.set_global_thread_pool_sizes` must
                 have made before the first session of the process, and which has the say over their number.
-            providers: Execution providers, first choice first.
+            device: "cpu", "cuda" or "cuda:N": where it runs, and where its caches are.
+            providers: Execution providers, first choice first, instead of those of the device.
 
         Raises:
-            SessionError: If there is no such file, ONNX Runtime refuses it, or the native library is missing.
+            SessionError: If there is no such file, ONNX Runtime refuses it, the native library or its CUDA kernels are
+                missing, or the device can't be used: the message says what is missing. A model never runs on the CPU
+                because the GPU can't be used.
             RuntimeNotInstalledError: If there is no ONNX Runtime, or two.
         """
         file = Path(path)
@@ -119,30 +135,13 @@ class Session:
             file = file / "model.onnx"
         if not file.is_file():
             raise SessionError(f"there is no model {file}")
-        onnxruntime = import_onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        place = Device.parse(device)
+        options = import_onnxruntime().SessionOptions()
         options.use_per_session_threads = not shared_threads
         if threads is not None:
             options.intra_op_num_threads = threads
-        if native and _version_of(onnxruntime) < _OLDEST:
-            raise SessionError(
-                f"the native library needs ONNX Runtime {_OLDEST[0]}.{_OLDEST[1]} or newer; this is "
-                f"{onnxruntime.__version__}: upgrade it, or run the portable functions: native=False, --portable on "
-                "the command line"
-            )
-        if native:
-            try:
-                options.register_custom_ops_library(str(library_path()))
-            except LibraryNotFoundError as error:
-                raise SessionError(
-                    f"{error}; or run the portable functions: native=False, --portable on the command line"
-                ) from error
-        try:
-            inner = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            raise SessionError(f"ONNX Runtime can't load {file}: {error}") from error
-        return cls(file, inner, native=native)
+        inner = load_inner(file, options, place, native, providers)
+        return cls(file, inner, native=native, device=place, shared_threads=shared_threads)
 
     @property
     def limits(self) -> Limits:
@@ -187,21 +186,37 @@ class Session:
         """A cache for a batch of sequences, which `Cache.step` extends; the fast way to generate.
 
         With the native library it is written in place, and takes 2 * layers * key-value heads * head size * 4 bytes for
-        each position of each sequence (`Cache.nbytes` says how many in all), taken from the system as it fills.
+        each position of each sequence, half of that in a model of half precision (`Cache.nbytes` says how many in all).
+        The host's memory is taken from the system as it fills; that of a GPU at once.
 
         Args:
             batch: Number of sequences.
             capacity: Positions to reserve room for, at the most the model's context. A step that needs more doubles it.
 
         Raises:
-            SessionError: If a number isn't positive.
+            SessionError: If a number isn't positive, or the GPU has no room.
         """
         if batch < 1 or capacity < 1:
             raise SessionError(f"a cache for {batch} sequences of {capacity} positions; give at least one of each")
         if self._limits.context is not None:
             capacity = min(capacity, self._limits.context)
         in_place = self.native and "version" in self.properties  # others may join the cache by operators of their own
-        return (InPlaceCache if in_place else CopiedCache)(self, batch, capacity)
+        if not self.device.is_cuda:
+            return (InPlaceCache if in_place else CopiedCache)(self, batch, capacity)
+        from act_export.runtime.device_cache import CopiedDeviceCache, InPlaceDeviceCache
+
+        return (InPlaceDeviceCache if in_place else CopiedDeviceCache)(self, batch, capacity, self._device_memory())
+
+    def placement(self) -> NodePlacement:
+        """Which execution provider runs each node, and how often tensors are copied between host and device.
+
+        Loads the file once more, and profiles one run of two tokens; the device needs room for that.
+
+        Raises:
+            SessionError: If the session was closed, or ONNX Runtime fails.
+        """
+        self._check_open()
+        return placement_of(self.path, native=self.native, device=str(self.device), shared_threads=self._shared_threads)
 
     def empty_state(self, batch: int) -> State:
         """The state before the first run."""
@@ -250,9 +265,12 @@ class Session:
         }
         if self.keeps_logits:
             feeds[_LOGITS_TO_KEEP] = np.array(logits_to_keep)
-        outputs = ["logits", *(part.present for part in self.state_inputs)]
-        with self._errors():
-            logits, *present = inner.run(outputs, feeds)
+        if any(part.dtype == BFLOAT16 for part in self.state_inputs):
+            logits, present = self._run_by_address(feeds, past + sequence, logits_to_keep)
+        else:
+            outputs = ["logits", *(part.present for part in self.state_inputs)]
+            with self._errors():
+                logits, *present = inner.run(outputs, feeds)
         names = [part.name for part in self.state_inputs]
         return RunOutputs(self.last(logits, logits_to_keep), dict(zip(names, present, strict=True)))
 
@@ -265,6 +283,11 @@ class Session:
         inner = self.onnxruntime_session
         with self._errors():
             inner.run_with_iobinding(binding)
+
+    def logits_array(self, batch: int, sequence: int, logits_to_keep: int) -> NDArray[Any]:
+        """Room for what the graph puts out when it is asked for the logits of the last positions (0: all)."""
+        kept = min(logits_to_keep, sequence) if self.keeps_logits and logits_to_keep else sequence
+        return np.empty((batch, kept, self.logits_size), self.logits_dtype)
 
     def last(self, logits: NDArray[np.float32], logits_to_keep: int) -> NDArray[np.float32]:
         """Logits of the last positions (0: all), of a run that kept these or, by an older file, all."""
@@ -296,6 +319,32 @@ class Session:
         if context is not None and longest > context:
             raise SessionError(f"a sequence has {longest} tokens; the model's context holds {context}")
 
+    def _run_by_address(
+        self, feeds: Mapping[str, NDArray[Any]], total: int, logits_to_keep: int
+    ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+        """As `onnxruntime.InferenceSession.run`, of arrays of types that it doesn't take or give."""
+        batch, sequence = feeds["input_ids"].shape
+        logits = self.logits_array(batch, sequence, logits_to_keep)
+        present = [np.empty(part.shape(batch, total), part.dtype) for part in self.state_inputs]
+        given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        binding = self.onnxruntime_session.io_binding()
+        with self._errors():
+            for name, array in given.items():
+                binding.bind_input(name, *_place(array))
+        for name, array in zip(
+            ["logits", *(part.present for part in self.state_inputs)], [logits, *present], strict=True
+        ):
+            binding.bind_output(name, *_place(array))
+        self.run_bound(binding)
+        return logits, present
+
+    def _device_memory(self) -> DeviceMemory:
+        if self._memory is None:
+            from act_export.runtime.device_memory import DeviceMemory
+
+            self._memory = DeviceMemory(self.device, shared_threads=self._shared_threads)
+        return self._memory
+
     def _check_open(self) -> None:
         if self._inner is None:
             raise SessionError(f"the session over {self.path} was closed")
@@ -306,6 +355,58 @@ class Session:
             yield
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error
+
+
+def placement_of(path: Path, *, native: bool, device: str, shared_threads: bool = False) -> NodePlacement:
+    """As `Session.placement`, of a file that isn't open; arguments and errors as of `Session.open`."""
+    place = Device.parse(device)
+
+    def run(profiled: Any) -> None:
+        session = Session(path, profiled, native=native, device=place)
+        session.run(np.zeros((1, 2), np.int64), np.ones((1, 2), np.int64))
+
+    return profile_run(
+        lambda options: load_inner(path, options, place, native), run, device, shared_threads=shared_threads
+    )
+
+
+def load_inner(
+    file: Path, options: Any, device: Device, native: bool, providers: Sequence[Provider] | None = None
+) -> Any:
+    """An `onnxruntime.InferenceSession`; errors as of `Session.open`."""
+    onnxruntime = import_onnxruntime()
+    options.log_severity_level = 3
+    if native and _version_of(onnxruntime) < _OLDEST:
+        raise SessionError(
+            f"the native library needs ONNX Runtime {_OLDEST[0]}.{_OLDEST[1]} or newer; this is "
+            f"{onnxruntime.__version__}: upgrade it, or run the portable functions: native=False, --portable on "
+            "the command line"
+        )
+    if native:
+        try:
+            options.register_custom_ops_library(str(library_path()))
+        except LibraryNotFoundError as error:
+            raise SessionError(
+                f"{error}; or run the portable functions: native=False, --portable on the command line"
+            ) from error
+    fallback = {}
+    if device.is_cuda:
+        prepare_cuda(onnxruntime, device.index, native=native)
+        fallback = {"enable_fallback": 0}  # it would run on the CPU instead, and print why to standard output
+    try:
+        inner = onnxruntime.InferenceSession(
+            str(file), options, providers=list(providers or device.providers), **fallback
+        )
+    except Exception as error:  # ONNX Runtime's errors have no common base
+        raise SessionError(f"ONNX Runtime can't load {file}: {error}") from error
+    if device.is_cuda:
+        check_runs_on_cuda(onnxruntime, inner)
+    return inner
+
+
+def _place(array: NDArray[Any]) -> tuple[Any, ...]:
+    """An array of the host, as bindings take it."""
+    return "cpu", 0, element_type(array.dtype), array.shape, array.ctypes.data
 
 
 def _version_of(onnxruntime: Any) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +14,20 @@ State = dict[str, NDArray[Any]]
 """Arrays by input name; batch is axis 0, tokens are axis 2."""
 
 _PREFIXES = {"past_key_values.": "present.", "past_sink_scores.": "present_sink_scores."}
-DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+"""numpy has no type of its own for it, and ONNX Runtime takes no array of this one: bind its memory instead."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": BFLOAT16,
+}
+_ONNX_BFLOAT16 = 16
+
+
+def element_type(dtype: np.dtype[Any]) -> Any:
+    """How ONNX Runtime's bindings want a type: numpy's, or ONNX's number where numpy has none."""
+    return _ONNX_BFLOAT16 if dtype == BFLOAT16 else dtype
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,13 @@ class StateInput:
     size: int
     dtype: np.dtype[Any]
 
+    def shape(self, batch: int, tokens: int) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, size)."""
+        return batch, self.heads, tokens, self.size
+
     def zeros(self, batch: int, tokens: int) -> NDArray[Any]:
         """An array (batch, heads, tokens, size)."""
-        return np.zeros((batch, self.heads, tokens, self.size), self.dtype)
+        return np.zeros(self.shape(batch, tokens), self.dtype)
 
 
 def state_inputs(inner: Any) -> tuple[StateInput, ...]:

@@ -9,6 +9,9 @@ too, and short runs that aren't timed. A ratio is that of two medians over the s
 the same steps: cache lengths are the same on both sides.
 
 Memory is the largest resident size of a fresh process that loads one contender and takes one turn.
+
+On a GPU, a time ends when the last position's logits are in the host's memory: every run waits for the GPU. Caches stay
+on the GPU, of all contenders.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from statistics import mean, median, quantiles
 from typing import Any
 
 from act_export.errors import ActExportError
+from act_export.runtime.device import Device
+from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.bench_child import Memory, Turn, Workload
 from act_export.verify.contenders import EXPORTED, FOREIGN, PYTORCH, Contender
 from act_export.verify.machine import Machine, describe_machine
@@ -52,6 +57,7 @@ class BenchRequest:
         against: Other files of the same model.
         pytorch: MODEL that PyTorch runs with the file's calibration; None for no such contender.
         portable: Run the portable functions of files of act-export, instead of the native library.
+        device: "cpu", "cuda" or "cuda:N", of all contenders.
         prompt_tokens: Of each sequence.
         new_tokens: Generated after each prompt, the first of them from the prompt.
         batch: Number of sequences.
@@ -66,6 +72,7 @@ class BenchRequest:
     against: tuple[Path, ...] = ()
     pytorch: str | None = None
     portable: bool = False
+    device: str = "cpu"
     prompt_tokens: int = 1024
     new_tokens: int = 128
     batch: int = 1
@@ -76,7 +83,8 @@ class BenchRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises BenchError for a number out of range."""
+        """Raises BenchError for a number out of range, SessionError for a device that isn't one."""
+        Device.parse(self.device)
         least = {
             "prompt_tokens": 1,
             "new_tokens": _LEAST_TOKENS,
@@ -107,6 +115,7 @@ class Measured:
         decode_ms: Of a further token of each sequence: the mean of a turn's steps, median.
         decode_tokens_per_s: Tokens of the whole batch by that time.
         same_tokens: Greedy tokens that are those of the file, up to the first that isn't, in the worst sequence.
+        placement: Where its nodes run; None on the CPU, and for PyTorch.
     """
 
     contender: Contender
@@ -118,6 +127,7 @@ class Measured:
     decode_ms: float
     decode_tokens_per_s: float
     same_tokens: int
+    placement: NodePlacement | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,7 @@ class Ratios:
         decode: Of the time of a decoded token.
         memory: Of the largest resident size.
         memory_beyond_weights: Of that without the weights; None where that isn't more than they are.
+        gpu_memory: Of what they take of the GPU; None on the CPU.
         rounds: That both have.
         steps: Decoded tokens of a turn that both have.
         file_prompt_ms: The file's prompt over those rounds, median.
@@ -161,6 +172,7 @@ class Ratios:
     decode: Ratio
     memory: Ratio
     memory_beyond_weights: Ratio | None
+    gpu_memory: Ratio | None
     rounds: int
     steps: int
     file_prompt_ms: float
@@ -228,21 +240,23 @@ def bench_file(request: BenchRequest, *, progress: Progress = lambda _step, _don
     load_before = os.getloadavg()[0]
     timed = _run_child("time", contenders, workload, lambda step, done: progress(step, _SHARE_OF_TIME * done))
     workload = replace(workload, threads=timed["threads"])
-    memories = []
+    memories, placements = [], []
     for number, contender in enumerate(contenders):
         progress(f"memory of {contender.name}", _SHARE_OF_TIME + (1 - _SHARE_OF_TIME) * number / len(contenders))
-        memories.append(Memory(**_run_child("memory", [contender], workload)))
+        found = _run_child("memory", [contender], workload)
+        memories.append(Memory(**found["memory"]))
+        placements.append(NodePlacement(**found["placement"]) if found["placement"] is not None else None)
     turns = [tuple(map(_turn, timed["turns"][contender.name])) for contender in contenders]
     measured = tuple(
-        _measured(contender, taken, memory, request, turns[0][0])
-        for contender, taken, memory in zip(contenders, turns, memories, strict=True)
+        replace(_measured(contender, taken, memory, request, turns[0][0]), placement=placed)
+        for contender, taken, memory, placed in zip(contenders, turns, memories, placements, strict=True)
     )
     return BenchReport(
         request=request,
         contenders=measured,
         ratios=tuple(_ratios(measured[0], other) for other in measured[1:]),
         threads=timed["threads"],
-        machine=describe_machine(),
+        machine=describe_machine(Device.parse(request.device)),
         load_before=load_before,
         load_after=os.getloadavg()[0],
     )
@@ -287,7 +301,8 @@ def _contenders(request: BenchRequest, files: Sequence[ModelFile]) -> list[Conte
                 name=PYTORCH,
                 kind=PYTORCH,
                 source=request.pytorch,
-                kernel="PyTorch, eager, reference attention with the file's calibration",
+                kernel=f"PyTorch, eager, {files[0].precision}, reference attention with the file's calibration",
+                device=request.device,
                 native=False,
                 rounds=min(request.pytorch_rounds or request.rounds, request.rounds),
                 new_tokens=min(request.pytorch_tokens, request.new_tokens),
@@ -311,6 +326,7 @@ def _contender_of_file(request: BenchRequest, file: ModelFile, name: str) -> Con
         source=str(file.path),
         kernel=kernel,
         native=file.ours and not request.portable,
+        device=request.device,
         rounds=request.rounds,
         new_tokens=request.new_tokens,
         notes=tuple(notes),
@@ -402,6 +418,7 @@ def _ratios(file: Measured, other: Measured) -> Ratios:
         low, _, high = quantiles(pairs, n=4, method="inclusive") if rounds > 1 else pairs * 3
         return Ratio(median(ours) / median(theirs), (low, high))
 
+    gpu = [side.memory.gpu_bytes or 0 for side in (file, other)]
     beyond = [side.memory.beyond_weights_bytes for side in (file, other)]
     return Ratios(
         against=other.contender.name,
@@ -410,6 +427,7 @@ def _ratios(file: Measured, other: Measured) -> Ratios:
         decode=of_times(lambda turn: mean(turn.step_ms[:steps])),
         memory=Ratio(file.memory.peak_bytes / other.memory.peak_bytes, None),
         memory_beyond_weights=Ratio(beyond[0] / beyond[1], None) if min(beyond) > 0 else None,
+        gpu_memory=Ratio(gpu[0] / gpu[1], None) if min(gpu) > 0 else None,
         rounds=rounds,
         steps=steps,
         file_prompt_ms=median(turn.prompt_ms for turn in file.turns[:rounds]),

@@ -24,8 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
+from act_export.runtime.cuda_driver import CudaDriver
+from act_export.runtime.device import Device
 from act_export.runtime.providers import import_onnxruntime
-from act_export.verify.contenders import Contender, Running, running
+from act_export.verify.contenders import Contender, Running, placement, running
 
 PAUSE_S = 0.1  # before a turn: the threads of the contender before stop spinning (ONNX Runtime's after 45 ms)
 WARM_UP_S = 0.1
@@ -86,6 +88,9 @@ class Memory:
         peak_bytes: The largest of all, loading included.
         turn_peak_bytes: The largest in the turn alone; None where the system can't tell.
         weights_bytes: Size of the weights: of the file, or of PyTorch's parameters.
+        gpu_bytes: What the GPU has less free after the turn than before the model was loaded, CUDA's context apart;
+            other processes on it count too. Neither ONNX Runtime nor PyTorch gives memory back before it ends, so this
+            is their peak. None on the CPU.
     """
 
     before_bytes: int
@@ -94,6 +99,7 @@ class Memory:
     peak_bytes: int
     turn_peak_bytes: int | None
     weights_bytes: int
+    gpu_bytes: int | None = None
 
     @property
     def beyond_weights_bytes(self) -> int:
@@ -147,9 +153,11 @@ def measure_time(contenders: list[Contender], workload: Workload, report: Report
 
 
 def measure_memory(contenders: list[Contender], workload: Workload, _: Report) -> dict[str, Any]:
-    """Memory of the one contender, in this process."""
+    """Memory of the one contender, in this process, and on a GPU where its nodes run."""
     (contender,) = contenders
+    device = Device.parse(contender.device)
     _import_libraries(contender)
+    free_before = _free_gpu_bytes(device)
     before = _resident_bytes("VmRSS")
     _share_threads(workload.threads)
     with running(contender, workload.threads) as model:
@@ -164,8 +172,11 @@ def measure_memory(contenders: list[Contender], workload: Workload, _: Report) -
             peak_bytes=max(load_peak, peak),
             turn_peak_bytes=peak if restarted else None,
             weights_bytes=model.weights_bytes,
+            gpu_bytes=free_before - _free_gpu_bytes(device) if device.is_cuda else None,
         )
-    return asdict(memory)
+    del model  # and its memory: the placement loads the model again
+    found = placement(contender) if device.is_cuda else None
+    return {"memory": asdict(memory), "placement": asdict(found) if found is not None else None}
 
 
 def take_turn(model: Running, prompt: NDArray[np.int64], new_tokens: int) -> Turn:
@@ -214,6 +225,10 @@ def _import_libraries(contender: Contender) -> None:
 
 def _threads_of_process() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def _free_gpu_bytes(device: Device) -> int:
+    return CudaDriver().free_bytes(device.index) if device.is_cuda else 0
 
 
 def _resident_bytes(field: str) -> int:

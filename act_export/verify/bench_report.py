@@ -59,6 +59,8 @@ def _table(report: BenchReport) -> Table:
             lambda ratios: ratios.memory_beyond_weights,
         ),
     ]
+    if any(one.memory.gpu_bytes is not None for one in report.contenders):
+        rows.append(("GPU memory", _gpu_memory, lambda ratios: ratios.gpu_memory))
     for name, number, ratio in rows:
         cells = [number(file)]
         for other, ratios in zip(others, report.ratios, strict=True):
@@ -76,6 +78,10 @@ def _prompt(one: Measured) -> str:
 
 def _decode(one: Measured) -> str:
     return f"{one.decode_ms:.2f} ms a token\n{one.decode_tokens_per_s:.1f} tokens/s"
+
+
+def _gpu_memory(one: Measured) -> str:
+    return _megabytes(one.memory.gpu_bytes) if one.memory.gpu_bytes is not None else "-"
 
 
 def _megabytes(size: int) -> str:
@@ -101,6 +107,8 @@ def _notes(report: BenchReport) -> list[str]:
                 f"{report.contenders[0].contender.name} took {ratios.file_prompt_ms:.1f} ms and "
                 f"{ratios.file_decode_ms:.2f} ms a token there"
             )
+        if one.placement is not None:
+            lines.append(f"{contender.name}: {one.placement.describe()}")
     unsteady = max(_unsteadiness(one) for one in report.contenders)
     if unsteady > _STEADY:
         lines.append(f"Rounds of the same contender differ {unsteady:.1f} times: other work was running; measure again")
@@ -109,6 +117,11 @@ def _notes(report: BenchReport) -> list[str]:
         f"Peak memory: largest resident size of a process that loads one of them and runs this once. Of it, Python and "
         f"libraries before the model: {before}"
     )
+    if report.machine.gpu is not None:
+        lines.append(
+            "GPU memory: what the GPU has less free after that turn than before the model was loaded; other "
+            "processes on it count too"
+        )
     return lines
 
 
@@ -120,10 +133,18 @@ def _unsteadiness(one: Measured) -> float:
 
 
 def _machine(report: BenchReport) -> list[str]:
-    machine = report.machine
+    machine, gpu = report.machine, report.machine.gpu
+    of_gpu = []
+    if gpu is not None:
+        driver = f"driver {gpu.driver}, " if gpu.driver else ""
+        of_gpu = [
+            f"GPU: {gpu.name}, compute capability {gpu.capability}, {gpu.memory_bytes / 1e9:.1f} GB memory, "
+            f"{driver}CUDA {gpu.cuda} of the driver"
+        ]
     return [
         f"machine: {machine.processor}, {machine.architecture}, {machine.cores} cores ({machine.usable_cores} usable), "
         f"{machine.memory_bytes / 1e9:.1f} GB memory",
+        *of_gpu,
         f"load average: {report.load_before:.1f} before, {report.load_after:.1f} after; what exceeds the threads used "
         f"is other work",
         "versions: " + ", ".join(f"{name} {version}" for name, version in machine.versions.items()),

@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 
 from act_export.calibration import Calibration
 from act_export.errors import ActExportError, SessionError
+from act_export.runtime.device import Device
+from act_export.runtime.device_memory import DeviceMemory
 from act_export.runtime.kv_cache import Cache
+from act_export.runtime.node_placement import NodePlacement, profile_run
 from act_export.runtime.providers import import_onnxruntime
-from act_export.runtime.session import Session
+from act_export.runtime.session import Session, load_inner, placement_of
+from act_export.runtime.state import StateInput, element_type
 from act_export.verify.model_file import ModelFile, read_model_file
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ class Contender:
         rounds: Turns that it takes.
         new_tokens: That it generates in a turn.
         calibration: Of PyTorch: the file whose calibration it applies; empty for the others.
+        device: "cpu", "cuda" or "cuda:N".
         notes: What else a reader of the numbers must know.
     """
 
@@ -50,6 +55,7 @@ class Contender:
     rounds: int
     new_tokens: int
     calibration: str = ""
+    device: str = "cpu"
     notes: tuple[str, ...] = ()
 
 
@@ -78,10 +84,37 @@ def running(contender: Contender, threads: int) -> Iterator[Running]:
         with _running_pytorch(contender, threads) as model:
             yield model
     elif contender.kind == FOREIGN:
-        yield RunningForeign(read_model_file(contender.source))
+        yield RunningForeign(read_model_file(contender.source), Device.parse(contender.device))
     else:
-        with Session.open(contender.source, native=contender.native, shared_threads=True) as session:
+        with Session.open(
+            contender.source, native=contender.native, shared_threads=True, device=contender.device
+        ) as session:
             yield RunningExported(session, read_model_file(contender.source).weights_bytes)
+
+
+def placement(contender: Contender) -> NodePlacement | None:
+    """Where the nodes of a contender run, by loading it and running two tokens; None for PyTorch.
+
+    ONNX Runtime's global thread pool must have been made.
+
+    Raises:
+        ActExportError: If it can't be loaded or run.
+    """
+    if contender.kind == PYTORCH:
+        return None
+    file = read_model_file(contender.source)
+    if contender.kind == EXPORTED:
+        return placement_of(file.path, native=contender.native, device=contender.device, shared_threads=True)
+    device = Device.parse(contender.device)
+
+    def run(inner: Any) -> None:
+        model = RunningForeign(file, device, inner)
+        model.begin(1, 2)
+        model.step(np.zeros((1, 2), np.int64))
+
+    return profile_run(
+        lambda options: load_inner(file.path, options, device, native=False), run, str(device), shared_threads=True
+    )
 
 
 class RunningExported(Running):
@@ -111,31 +144,26 @@ class RunningForeign(Running):
     runs it; otherwise each call's present is the next one's past. Nothing is copied by us in either case.
     """
 
-    def __init__(self, file: ModelFile) -> None:
-        """Opens a session in the global thread pool."""
+    def __init__(self, file: ModelFile, device: Device, inner: Any = None) -> None:
+        """Takes an `onnxruntime.InferenceSession`, or opens one in the global thread pool."""
         self.weights_bytes = file.weights_bytes
         self._file = file
-        self._onnxruntime = import_onnxruntime()
-        options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.use_per_session_threads = False
-        try:
-            self._inner = self._onnxruntime.InferenceSession(
-                str(file.path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's errors have no common base
-            raise SessionError(f"ONNX Runtime can't load {file.path}: {error}") from error
+        self._device = device
+        if inner is None:
+            options = import_onnxruntime().SessionOptions()
+            options.use_per_session_threads = False
+            inner = load_inner(file.path, options, device, native=False)
+        self._inner = inner
+        self._memory = DeviceMemory(device, shared_threads=True) if device.is_cuda else None
         self._binding: Any = None
-        self._buffers: dict[str, NDArray[Any]] = {}
+        self._alive: list[Any] = []  # what is bound by address
         self._length = 0
 
     def begin(self, batch: int, capacity: int) -> None:
         """See `Running`."""
-        self._binding, self._buffers, self._length = self._inner.io_binding(), {}, 0
+        self._binding, self._alive, self._length = self._inner.io_binding(), [], 0
         for part in self._file.state_inputs:
-            buffer = part.zeros(batch, capacity if self._file.shares_buffers else 0)
-            self._buffers[part.name] = buffer  # bound by address: it must stay
-            where = ("cpu", 0, part.dtype, buffer.shape, buffer.ctypes.data)
+            where = self._reserve(part, batch, capacity if self._file.shares_buffers else 0)
             self._binding.bind_input(part.name, *where)
             if self._file.shares_buffers:
                 self._binding.bind_output(part.present, *where)
@@ -153,10 +181,11 @@ class RunningForeign(Running):
         for name, array in zip(self._file.inputs, alive, strict=True):
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         logits = np.empty((batch, sequence, self._file.vocabulary), self._file.logits_dtype)
-        self._binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        where = ("cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
+        self._binding.bind_output("logits", *where)
         if not self._file.shares_buffers:
             for part in self._file.state_inputs:
-                self._binding.bind_output(part.present, "cpu")
+                self._binding.bind_output(part.present, self._device.kind, self._device.index)
         try:
             self._inner.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's errors have no common base
@@ -165,6 +194,17 @@ class RunningForeign(Running):
             self._hand_present_on()
         self._length = total
         return logits[:, -1]
+
+    def _reserve(self, part: StateInput, batch: int, tokens: int) -> tuple[Any, ...]:
+        """Zeros for a part of the state, as bindings take them."""
+        shape, dtype = part.shape(batch, tokens), element_type(part.dtype)
+        if self._memory is None or not tokens:
+            array = part.zeros(batch, tokens)
+            self._alive.append(array)
+            return "cpu", 0, dtype, shape, array.ctypes.data
+        buffer = self._memory.zeros(batch * part.heads, tokens * part.size * part.dtype.itemsize)
+        self._alive.append(buffer)
+        return self._device.kind, self._device.index, dtype, shape, buffer.address
 
     def _hand_present_on(self) -> None:
         _, *present = self._binding.get_outputs()  # in the order they were bound: logits first, then the states
@@ -191,11 +231,13 @@ class RunningPyTorch(Running):
         import torch
 
         self._length += input_ids.shape[1]
-        mask = torch.ones((len(input_ids), self._length), dtype=torch.long)
+        device = self._hooked.model.device
+        mask = torch.ones((len(input_ids), self._length), dtype=torch.long, device=device)
         with torch.inference_mode():
-            outputs = self._hooked(torch.from_numpy(input_ids), mask, self._state, logits_to_keep=1)
+            ids = torch.from_numpy(input_ids).to(device)
+            outputs = self._hooked(ids, mask, self._state, logits_to_keep=1)
         self._state = outputs.state
-        logits: NDArray[Any] = outputs.logits[:, -1].float().numpy()
+        logits: NDArray[Any] = outputs.logits[:, -1].float().cpu().numpy()
         return logits
 
 
@@ -208,7 +250,8 @@ def _running_pytorch(contender: Contender, threads: int) -> Iterator[Running]:
 
     torch.set_num_threads(threads)
     file = read_model_file(contender.calibration)
-    checkpoint = load_checkpoint(contender.source)
+    device = contender.device if Device.parse(contender.device).is_cuda else None
+    checkpoint = load_checkpoint(contender.source, dtype=file.precision, device=device)
     if file.identity is not None and file.identity != checkpoint.identity:
         raise ActExportError(
             f"{file.path} was exported from another model: {file.identity}, and {contender.source} is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from act_export.runtime.device import Device
 from act_export.verify.held_out import DEFAULT_SPLIT, SPLITS, EvaluationError
 
 
@@ -26,6 +27,7 @@ class EvaluationRequest:
         limit: Questions of each task at the most; None for all.
         batch_tokens: Tokens that run together at the most; None leaves it to act-export.
         portable: Run the portable functions, not the native library.
+        device: "cpu", "cuda" or "cuda:N".
         tokenizer: Where the tokenizer is; None looks beside the file, then where the model came from.
     """
 
@@ -42,10 +44,12 @@ class EvaluationRequest:
     limit: int | None = None
     batch_tokens: int | None = None
     portable: bool = False
+    device: str = "cpu"
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises EvaluationError for a value out of range, or options that contradict each other."""
+        """Raises EvaluationError for a value out of range, SessionError for a device that isn't one."""
+        Device.parse(self.device)
         if self.split not in SPLITS:
             raise EvaluationError(f"there is no split {self.split!r}; pass report, held-out or all")
         if not self.tasks and not self.data:

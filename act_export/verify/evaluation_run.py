@@ -71,7 +71,7 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     found: dict[str, list[tuple[Evaluation | AnswerEvaluation, Evaluation | None]]] = {}
     tokenizer: PreTrainedTokenizerBase | None = None
     for name, file in files.items():
-        with Session.open(file.path, native=not request.portable) as session:
+        with Session.open(file.path, native=not request.portable, device=request.device) as session:
             if tokenizer is None:
                 tokenizer = load_tokenizer(session, request.tokenizer)
                 work = [_encode(task, tokenizer, file.limits.context, request, has_control) for task in tasks]

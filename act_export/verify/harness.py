@@ -68,6 +68,7 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         max_length: int | None = None,
         max_gen_toks: int = _MAX_NEW_TOKENS,
         threads: int | None = None,
+        onnx_device: str = "cpu",
         device: str | None = None,
         trust_remote_code: bool = False,
         **others: object,
@@ -84,7 +85,8 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             max_length: Tokens of a sequence at the most; longer contexts are cut on the left. None for the model's.
             max_gen_toks: Tokens of an answer at the most, where the task doesn't say.
             threads: Within an operator; None leaves their number to ONNX Runtime.
-            device: Of the harness's other models, and by default a GPU; this one runs on the CPU whatever it says.
+            onnx_device: "cpu", "cuda" or "cuda:N": where the model runs.
+            device: Of the harness's other models, and a GPU unless it is told otherwise, so it can't mean this one's.
             trust_remote_code: Of data sets; the model has no code.
             others: Refused.
 
@@ -95,12 +97,12 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if path is None or others:
             problem = f"there is no {', '.join(others)}" if others else "path is missing"
             raise HarnessError(
-                f"{problem}; the arguments are path=FILE, tokenizer, portable, max_length and others, "
+                f"{problem}; the arguments are path=FILE, tokenizer, portable, onnx_device, max_length and others, "
                 f"see the documentation of evaluation"
             )
         self.batch_size = _batch_size(batch_size, max_batch_size)
         self.max_gen_toks = max_gen_toks
-        self.session = Session.open(path, native=not portable, threads=threads)
+        self.session = Session.open(path, native=not portable, threads=threads, device=onnx_device)
         self.tokenizer = load_tokenizer(self.session, tokenizer)
         self.batch_tokens = batch_tokens or default_batch_tokens(self.tokenizer)
         context = self.session.limits.context

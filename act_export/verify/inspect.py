@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from act_export.calibration import Calibration
+from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
 
 
@@ -26,6 +26,8 @@ class Inspection:
         architecture: Model type.
         num_layers: Attention layers.
         num_heads: Query heads per layer.
+        identity: The model that it was exported from, as calibrations name it.
+        precision: How weights, activations and cache are stored.
         opset: Version of the standard operators.
         nodes: Number of nodes.
         operators: Number of nodes of each attention operator.
@@ -39,6 +41,8 @@ class Inspection:
     architecture: str
     num_layers: int
     num_heads: int
+    identity: ModelIdentity
+    precision: str
     opset: int
     nodes: int
     operators: Mapping[str, int]
@@ -55,6 +59,8 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     file = Path(path)
     if file.is_dir():
         file = file / "model.onnx"
+    if not file.is_file():
+        raise ActExportError(f"there is no model {file}")
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:  # protobuf's and the system's errors have no common base
@@ -75,6 +81,8 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         architecture=identity["architecture"],
         num_layers=identity["num_layers"],
         num_heads=identity["num_heads"],
+        identity=ModelIdentity(**identity),
+        precision=properties.get("act_export.dtype", "float32"),  # files of earlier versions don't say
         opset=next(opset.version for opset in model.opset_import if opset.domain == ""),
         nodes=len(model.graph.node),
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from act_export.runtime.cuda import cuda_version
+from act_export.runtime.cuda_driver import CudaDriver, Gpu
+from act_export.runtime.device import Device
+from act_export.runtime.providers import import_onnxruntime
+
 _PACKAGES = ("act-export", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "transformers")
 
 
@@ -21,7 +26,9 @@ class Machine:
         cores: That the system has.
         usable_cores: Of those, that this process may use.
         memory_bytes: Of the system.
-        versions: Of Python and of the packages that matter, by name.
+        versions: Of Python and of the packages that matter, by name; with a GPU also the CUDA that ONNX Runtime was
+            built with.
+        gpu: That it was measured on; None for the CPU.
     """
 
     processor: str
@@ -30,17 +37,27 @@ class Machine:
     usable_cores: int
     memory_bytes: int
     versions: dict[str, str]
+    gpu: Gpu | None = None
 
 
-def describe_machine() -> Machine:
-    """This machine."""
+def describe_machine(device: Device | None = None) -> Machine:
+    """This machine, with the GPU where the device is one.
+
+    Raises:
+        CudaDriverError: If the driver can't describe it.
+    """
+    gpu, cuda = None, {}
+    if device is not None and device.is_cuda:
+        gpu = CudaDriver().describe(device.index)
+        cuda = {"CUDA of ONNX Runtime": cuda_version(import_onnxruntime()) or "unknown"}
     return Machine(
         processor=_processor(),
         architecture=platform.machine(),
         cores=os.cpu_count() or 1,
         usable_cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        versions={"python": platform.python_version(), **_versions()},
+        versions={"python": platform.python_version(), **_versions(), **cuda},
+        gpu=gpu,
     )
 
 

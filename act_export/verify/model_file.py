@@ -17,12 +17,12 @@ from onnx import helper
 from act_export.calibration import ModelIdentity
 from act_export.errors import ActExportError
 from act_export.runtime.session import Limits
-from act_export.runtime.state import StateInput
+from act_export.runtime.state import BFLOAT16, StateInput
 
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 _STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _IDS = {"input_ids", "attention_mask", "position_ids"}
-_STATE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
+_STATE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 _SINK_SCORES = "past_sink_scores."  # only in files of act-export, whose sessions look after them
 
 
@@ -64,6 +64,11 @@ class ModelFile:
     def shares_buffers(self) -> bool:
         """Whether past and present may be the same memory, longer than what is in it."""
         return self.ours or GROUP_QUERY_ATTENTION in self.attention
+
+    @property
+    def precision(self) -> str:
+        """Type of the keys and values, e.g. "float16"."""
+        return self.state_inputs[0].dtype.name
 
     @property
     def cache_shape(self) -> tuple[tuple[str, int, int], ...]:
@@ -148,8 +153,8 @@ def _state_input(
     shape = _shape(given)
     if len(shape) != 4 or _dtype(given) not in _STATE_DTYPES:
         raise ModelFileError(
-            f"{file}: {given.name} is {_dtype(given)} of rank {len(shape)}; it must be float32 or float16, "
-            f"(batch, heads, past, head size)"
+            f"{file}: {given.name} is {_dtype(given)} of rank {len(shape)}; it must be float32, float16 or "
+            f"bfloat16, (batch, heads, past, head size)"
         )
     node = next((node for node in graph.node if given.name in node.input), None)
     heads = shape[1] or _attribute(node, "kv_num_heads") or configuration.get("num_key_value_heads")

@@ -3,165 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
-from act_export.hooks import HookedModel, LayerState, ReferenceAttention, attention_hook, positions
-from act_export.reference import later_sinks, sink_margins
+from act_export.errors import ActExportError
+from act_export.hooks import ReferenceAttention, attention_hook, positions
 from act_export.runtime.session import Session
 from act_export.verify.cases import Case, parity_cases, ragged_batch
-from act_export.verify.metrics import GATES, Metrics, compare_logits
+from act_export.verify.half_model import half_model, placed
+from act_export.verify.metrics import GATES, Gate, Metrics, compare_logits
+from act_export.verify.parity_report import CaseResult, EngineReport, ParityReport
+from act_export.verify.recording import SinkRule, Step, column_sums, pytorch_engine, record, session_engine
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One case of one engine.
-
-    Attributes:
-        case: Its name.
-        metrics: Over the sequences in which no sink flipped.
-        flips: Number of (sequence, head, key) whose being a sink differs from the reference by rounding.
-        wrong_sinks: Number of those that differ by more than rounding.
-        sequences: Number of sequences.
-        flipped_sequences: Number of those with a flip.
-        flipped_metrics: Over the sequences with a flip; reported, not gated.
-        greedy_identical: Whether the most likely token agreed at every decode step; None without decode steps, or where
-            a sink flipped in every sequence.
-        passed: Whether the gate holds for the sequences without a flip, and no sink is wrong.
-    """
-
-    case: str
-    metrics: Metrics
-    flips: int
-    wrong_sinks: int
-    sequences: int
-    flipped_sequences: int
-    flipped_metrics: Metrics
-    greedy_identical: bool | None
-    passed: bool
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """All cases of one engine against PyTorch with the reference.
-
-    Attributes:
-        engine: How the file was run.
-        results: One per case.
-        passed: Whether every case passed, and sinks flipped in few enough sequences.
-    """
-
-    engine: str
-    results: tuple[CaseResult, ...]
-    passed: bool
-
-    @property
-    def flipped(self) -> float:
-        """Fraction of sequences, over all cases, in which a sink flipped."""
-        return sum(r.flipped_sequences for r in self.results) / sum(r.sequences for r in self.results)
-
-    @property
-    def max_difference(self) -> float:
-        """Largest difference of a logit over all cases."""
-        return max(result.metrics.max_difference for result in self.results)
-
-    @property
-    def greedy_identical(self) -> bool:
-        """Whether decode steps were compared, and every token was the same."""
-        compared = [result.greedy_identical for result in self.results if result.greedy_identical is not None]
-        return bool(compared) and all(compared)
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The report of a verification.
-
-    Attributes:
-        precision: Which row of `GATES` was applied.
-        hook: The reference hook without calibration against the model's own attention, padded batch.
-        hook_passed: Whether that holds.
-        engines: One report per way of running the file.
-    """
-
-    precision: str
-    hook: Metrics
-    hook_passed: bool
-    engines: tuple[EngineReport, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything passed."""
-        return self.hook_passed and all(engine.passed for engine in self.engines)
-
-
-class Recording(Protocol):
-    """An engine: runs one call and returns logits and the running column sums by layer."""
-
-    def __call__(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, first: bool
-    ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
-        """Logits (batch, sequence, vocabulary); sums (batch, calibrated heads, total, 1) by layer."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One call's results.
-
-    Attributes:
-        logits: (batch, sequence, vocabulary).
-        sinks: (batch, calibrated head, total), by layer.
-        margins: How far each sink score lies above the threshold, shapes as `sinks`.
-        real: (batch, sequence), false for padding.
-    """
-
-    logits: NDArray[np.float32]
-    sinks: dict[int, Tensor]
-    margins: dict[int, Tensor]
-    real: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class _SinkRule:
-    """What makes a column sum a sink, for each layer."""
-
-    calibration: Calibration | None
-    sliding_windows: dict[int, int]
-
-    def judge(self, sums: dict[int, Tensor], mask: NDArray[np.int64]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Sinks and margins of running column sums (batch, calibrated head, total, 1), by layer."""
-        real = torch.from_numpy(mask != 0)[:, None]
-        sinks, margins = {}, {}
-        for layer, column_sums in sums.items():
-            part = self.calibration.layer(layer) if self.calibration is not None else None
-            if part is None:
-                continue
-            sums_3d = column_sums.squeeze(-1)
-            window = self.sliding_windows[layer]
-            sinks[layer] = later_sinks(
-                sums_3d,
-                real,
-                threshold=part.threshold,
-                threshold_mode=part.threshold_mode,
-                sliding_window=window,
-            )
-            margins[layer] = sink_margins(
-                sums_3d,
-                real,
-                threshold=part.threshold,
-                threshold_mode=part.threshold_mode,
-                sliding_window=window,
-            )
-        return sinks, margins
+_Run = tuple[Sequence[Step], Sequence[Step]]  # an engine's calls, and those of what it is compared with
 
 
 def verify_sessions(
@@ -170,190 +30,235 @@ def verify_sessions(
     openers: dict[str, Callable[[], Session]],
     *,
     precision: str = "float32",
+    device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> ParityReport:
-    """Compares sessions over one exported file with PyTorch running the reference.
+    """Compares sessions over one exported file with PyTorch running the reference in float32.
+
+    In a half type their errors are held against those of PyTorch in that type.
 
     Args:
-        checkpoint: The model that was exported.
+        checkpoint: The model that was exported, in float32.
         calibration: The calibration that the file should have inside; None for a plain export.
         openers: Name -> opens a session; one is open at a time.
-        precision: Row of `GATES`.
+        precision: Row of `GATES`: the type that the file stores.
+        device: Where PyTorch runs if it can: "cpu" (wherever the model is), "cuda" or "cuda:N".
         progress: Called with what is being compared.
+
+    Raises:
+        ActExportError: If PyTorch gets infinite logits in that type.
     """
-    cases = parity_cases(checkpoint.model, checkpoint.tokenizer)
-    progress("verifying, reference hook against the model's own attention")
-    hook = _hook_against_own_attention(checkpoint, cases)
-    expected: list[tuple[Case, list[_Step]]] = []
+    model = checkpoint.model
+    cases = parity_cases(model, checkpoint.tokenizer)
     attention = ReferenceAttention(calibration)
-    rule = _SinkRule(calibration, attention.sliding_windows)
-    with attention_hook(checkpoint.model, attention) as hooked:
-        for case in cases:
-            progress(f"verifying, PyTorch: {case.name}")
-            expected.append((case, _run(case, _reference_engine(hooked), rule, follow=None)))
+    rule = SinkRule(calibration, attention.sliding_windows)
+    with placed(model, device):
+        progress("verifying, reference hook against the model's own attention")
+        hook = _hook_against_own_attention(checkpoint, cases)
+        expected: list[list[Step]] = []
+        with attention_hook(model, attention) as hooked:
+            for case in cases:
+                progress(f"verifying, PyTorch: {case.name}")
+                expected.append(record(case, pytorch_engine(hooked), rule, follow=None))
+        half = None
+        if precision != "float32":
+            half = _half_pytorch(checkpoint, attention, rule, cases, expected, precision, progress)
+    gates = _Gates(GATES[precision], half)
     engines = []
     for name, opener in openers.items():
         with opener() as session:
             results = []
-            for case, reference in expected:
+            for case, reference in zip(cases, expected, strict=True):
                 progress(f"verifying, {name}: {case.name}")
-                steps = _run(case, _session_engine(session), rule, follow=reference)
-                results.append(_compare(case, steps, reference, precision))
+                steps = record(case, session_engine(session), rule, follow=reference)
+                results.append(_compare(case.name, [(steps, reference)], gates.of(case.name), case.decode_steps))
             progress(f"verifying, {name}: batch against alone")
-            results.append(_batch_against_alone(session, cases, precision))
+            results.append(_batch_against_alone(session, cases, rule, gates))
             progress(f"verifying, {name}: as generation runs it")
-            results.append(_generation_against_runs(session, cases, precision))
-        engines.append(_engine_report(name, results, precision, [case.name for case in cases]))
-    return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines))
+            results.append(_generation_against_runs(session, cases, rule, gates))
+        engines.append(_engine_report(name, results, gates.of_all.flipped_sequences, [case.name for case in cases]))
+    return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines), half)
 
 
-def _engine_report(name: str, results: Sequence[CaseResult], precision: str, cases: Collection[str]) -> EngineReport:
+class _Gates:
+    """The gate of each case: in a half type by what PyTorch does in that case, or in all cases if that is more."""
+
+    def __init__(self, gate: Gate, half: EngineReport | None) -> None:
+        self._own: dict[str, Metrics] = {}
+        self._all: list[Metrics] = []
+        self._gate, self._scores, self._flipped = gate, 0.0, 0.0
+        if half is not None:
+            self._own = {result.case: result.metrics for result in half.results}
+            self._all = [half.of_all_cases]
+            self._scores = max(result.score_difference for result in half.results)
+            self._flipped = half.flipped
+
+    def of(self, case: str) -> Gate:
+        own = [self._own[case]] if case in self._own else []
+        return self._gate.relative_to(
+            [*own, *self._all], score_difference=self._scores, flipped_sequences=self._flipped
+        )
+
+    @property
+    def of_all(self) -> Gate:
+        return self.of("")
+
+
+def _half_pytorch(
+    checkpoint: Checkpoint,
+    attention: ReferenceAttention,
+    rule: SinkRule,
+    cases: Sequence[Case],
+    expected: Sequence[Sequence[Step]],
+    precision: str,
+    progress: Progress,
+) -> EngineReport:
+    """What PyTorch in a half type makes of the cases, against float32."""
+    results = []
+    with attention_hook(half_model(checkpoint.model, precision), attention) as hooked:
+        for case, reference in zip(cases, expected, strict=True):
+            progress(f"verifying, PyTorch in {precision}: {case.name}")
+            steps = record(case, pytorch_engine(hooked), rule, follow=reference)
+            result = _compare(case.name, [(steps, reference)], GATES[precision], case.decode_steps)
+            results.append(replace(result, passed=True))  # it sets the limits
+    largest = [max(result.metrics.max_difference, result.flipped_metrics.max_difference) for result in results]
+    if not np.isfinite(largest).all():
+        raise ActExportError(
+            f"{checkpoint.name} can't run in {precision}: its logits aren't finite in PyTorch either; export it with "
+            f"{'--dtype bfloat16 or ' if precision == 'float16' else ''}--dtype float32"
+        )
+    return EngineReport(f"PyTorch in {precision}", tuple(results), passed=True)
+
+
+def _engine_report(
+    name: str, results: Sequence[CaseResult], flipped_sequences: float, cases: Collection[str]
+) -> EngineReport:
     judged = [result for result in results if result.case in cases]
     flipped = sum(result.flipped_sequences for result in judged)
-    few_flips = flipped <= GATES[precision].flipped_sequences * sum(result.sequences for result in judged)
+    few_flips = flipped <= flipped_sequences * sum(result.sequences for result in judged)
     return EngineReport(name, tuple(results), few_flips and all(result.passed for result in results))
 
 
-def _reference_engine(hooked: HookedModel) -> Recording:
-    state: list[LayerState] | None = None
+@dataclass(frozen=True)
+class _Flips:
+    """Where sinks differ between the two sides of a run.
 
-    def run(
-        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, first: bool
-    ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
-        nonlocal state
-        with torch.no_grad():
-            outputs = hooked(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), None if first else state)
-        state = outputs.state
-        sums = {layer: kept.sink_scores for layer, kept in enumerate(state) if kept.sink_scores.shape[1]}
-        return outputs.logits.float().numpy(), sums
+    Attributes:
+        counts: (calls, batch), number of (head, key).
+        wrong: Number of those that rounding doesn't explain.
+        score_difference: Largest difference of a sink score, up to a sequence's first flip.
+    """
 
-    return run
+    counts: NDArray[np.int64]
+    wrong: int
+    score_difference: float
 
+    @classmethod
+    def of(cls, run: _Run, gate: Gate) -> _Flips:
+        """Compares call by call, layer by layer.
 
-def _session_engine(session: Session) -> Recording:
-    state = None
-
-    def run(
-        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, first: bool
-    ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
-        nonlocal state
-        logits, state = session.run(input_ids, attention_mask, None if first else state)
-        prefix = "past_sink_scores."
-        sums = {
-            int(name.removeprefix(prefix)): torch.from_numpy(value)
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        return logits.astype(np.float32), sums
-
-    return run
-
-
-def _run(case: Case, engine: Recording, rule: _SinkRule, *, follow: Sequence[_Step] | None) -> list[_Step]:
-    """Runs a case; decode steps feed the greedy tokens of `follow`, or (None) the engine's own."""
-    mask = case.attention_mask
-    steps: list[_Step] = []
-    done = 0
-    for ids in case.calls:
-        done += ids.shape[1]
-        steps.append(_step(engine, ids, mask[:, :done], rule, first=not steps))
-    for _ in range(case.decode_steps):
-        leader = steps if follow is None else follow
-        ids = leader[len(steps) - 1].logits[:, -1].argmax(-1)[:, None]
-        mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1)
-        steps.append(_step(engine, ids, mask, rule, first=False))
-    return steps
+        In a half type, what follows a flip in its sequence isn't judged: a flip moves later layers by more than
+        rounding.
+        """
+        ours, theirs = run
+        counts = np.zeros((len(theirs), len(theirs[0].real)), np.int64)
+        wrong, score_difference = 0, 0.0
+        flipped = torch.zeros(counts.shape[1], dtype=torch.bool)
+        for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            for layer, sinks in sorted(other.sinks.items()):
+                differs = mine.sinks[layer] != sinks
+                by_rounding = (mine.margins[layer].abs() <= gate.score_rounding) & (
+                    other.margins[layer].abs() <= gate.score_rounding
+                )
+                clean = ~flipped
+                judged = clean if gate.error_ratio is not None else torch.ones_like(flipped)
+                wrong += int((differs & ~by_rounding)[judged].sum())
+                distances = (mine.margins[layer] - other.margins[layer]).abs()[clean]
+                score_difference = max(score_difference, float(distances.max()) if distances.numel() else 0.0)
+                counts[index] += differs.sum((1, 2)).numpy()
+                flipped |= differs.any(2).any(1)
+        return cls(counts, wrong, score_difference)
 
 
-def _step(engine: Recording, ids: NDArray[np.int64], mask: NDArray[np.int64], rule: _SinkRule, *, first: bool) -> _Step:
-    logits, sums = engine(ids, mask, first=first)
-    return _Step(logits, *rule.judge(sums, mask), (mask != 0)[:, -ids.shape[1] :])
-
-
-def _compare(case: Case, steps: Sequence[_Step], reference: Sequence[_Step], precision: str) -> CaseResult:
-    gate = GATES[precision]
-    flips = np.zeros((len(steps), len(case.attention_mask)), np.int64)
-    wrong = 0
-    for index, (ours, theirs) in enumerate(zip(steps, reference, strict=True)):
-        for layer, sinks in theirs.sinks.items():
-            differs = ours.sinks[layer] != sinks
-            flips[index] += differs.sum((1, 2)).numpy()
-            by_rounding = (ours.margins[layer].abs() <= gate.score_rounding) & (
-                theirs.margins[layer].abs() <= gate.score_rounding
-            )
-            wrong += int((differs & ~by_rounding).sum())
-    tainted = np.maximum.accumulate(flips > 0, axis=0)
+def _compare(name: str, runs: Sequence[_Run], gate: Gate, decode_steps: int = 0) -> CaseResult:
+    """Judges runs, each of a batch of its own, together."""
+    flips = [_Flips.of(run, gate) for run in runs]
+    tainted = [np.maximum.accumulate(found.counts > 0, axis=0) for found in flips]
 
     def metrics(of_tainted: bool) -> Metrics:
         pairs = [
-            (ours.logits[picked], theirs.logits[picked])
-            for ours, theirs, rows in zip(steps, reference, tainted, strict=True)
-            for picked in [theirs.real & (rows == of_tainted)[:, None]]
+            (mine.logits[picked], other.logits[picked])
+            for (ours, theirs), rows_by_step in zip(runs, tainted, strict=True)
+            for mine, other, rows in zip(ours, theirs, rows_by_step, strict=True)
+            for picked in [other.real & (rows == of_tainted)[:, None]]
         ]
         return compare_logits(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
 
     clean = metrics(of_tainted=False)
     greedy = None
-    if case.decode_steps and not tainted.all():
+    if decode_steps and not all(rows.all() for rows in tainted):
         greedy = all(
-            (ours.logits[~rows, -1].argmax(-1) == theirs.logits[~rows, -1].argmax(-1)).all()
-            for ours, theirs, rows in zip(steps, reference, tainted, strict=True)
+            (mine.logits[~rows, -1].argmax(-1) == other.logits[~rows, -1].argmax(-1)).all()
+            for (ours, theirs), rows_by_step in zip(runs, tainted, strict=True)
+            for mine, other, rows in zip(ours, theirs, rows_by_step, strict=True)
         )
     exact_tokens = greedy is not False or gate.argmax_agreement < 1
+    wrong = sum(found.wrong for found in flips)
+    score_difference = max(found.score_difference for found in flips)
+    scores_fit = gate.error_ratio is None or score_difference <= gate.score_rounding
     return CaseResult(
-        case=case.name,
+        case=name,
         metrics=clean,
-        flips=int(flips.sum()) - wrong,
+        flips=sum(int(found.counts.sum()) for found in flips) - wrong,
         wrong_sinks=wrong,
-        sequences=tainted.shape[1],
-        flipped_sequences=int(tainted[-1].sum()),
+        sequences=sum(rows.shape[1] for rows in tainted),
+        flipped_sequences=sum(int(rows[-1].sum()) for rows in tainted),
         flipped_metrics=metrics(of_tainted=True),
+        score_difference=score_difference,
         greedy_identical=greedy,
-        passed=clean.passes(gate) and exact_tokens and not wrong,
+        passed=clean.passes(gate) and exact_tokens and not wrong and scores_fit,
     )
 
 
-def _batch_against_alone(session: Session, cases: Sequence[Case], precision: str) -> CaseResult:
+def _batch_against_alone(session: Session, cases: Sequence[Case], rule: SinkRule, gates: _Gates) -> CaseResult:
     """Each row of the ragged batch equals the prompt run alone, both in this engine."""
     case = next(case for case in cases if case.name.startswith("ragged"))
     (ids,) = case.calls
-    together = session.run(ids, case.attention_mask).logits
-    pairs = []
+    engine = session_engine(session)
+    together = rule.step(*engine(ids, case.attention_mask, first=True), case.attention_mask)
+    runs = []
     for row, mask in enumerate(case.attention_mask.astype(bool)):
-        alone = session.run(ids[row : row + 1, mask], np.ones((1, mask.sum()), np.int64)).logits
-        pairs.append((together[row, mask], alone[0]))
-    return _within_engine(f"{case.name}: each row as if alone", pairs, len(ids), precision)
+        whole = np.ones((1, mask.sum()), np.int64)
+        alone = rule.step(*engine(ids[row : row + 1, mask], whole, first=True), whole)
+        runs.append(([together.of(row, mask)], [alone]))
+    return _compare(f"{case.name}: each row as if alone", runs, gates.of_all)
 
 
-def _generation_against_runs(session: Session, cases: Sequence[Case], precision: str) -> CaseResult:
+def _generation_against_runs(session: Session, cases: Sequence[Case], rule: SinkRule, gates: _Gates) -> CaseResult:
     """A cache that grows, with the last logits alone, equals runs by value with all logits, both in this engine."""
     case = next(case for case in cases if "chunks" in case.name)
     cache = session.allocate(len(case.attention_mask), capacity=case.calls[0].shape[1])
-    state, pairs = None, []
+    engine = session_engine(session)
+    ours: list[Step] = []
+    theirs: list[Step] = []
     for ids in case.calls:
         start, end = cache.length, cache.length + ids.shape[1]
+        mask = case.attention_mask[:, :end]
         last = cache.step(ids, case.attention_mask[:, start:end])
-        logits, state = session.run(ids, case.attention_mask[:, :end], state)
-        pairs.append((last[:, -1], logits[:, -1]))
-    return _within_engine(f"{case.name}: as generation runs them", pairs, cache.batch, precision)
-
-
-def _within_engine(
-    name: str, pairs: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]], sequences: int, precision: str
-) -> CaseResult:
-    """Result of a comparison of pairs (positions, vocabulary), both sides by the same engine."""
-    metrics = compare_logits(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
-    empty = compare_logits(*(np.zeros((0, 1), np.float32),) * 2)
-    return CaseResult(name, metrics, 0, 0, sequences, 0, empty, None, metrics.passes(GATES[precision]))
+        ours.append(rule.step(last.astype(np.float32), column_sums(cache.state()), mask))
+        logits, sums = engine(ids, mask, first=not theirs)
+        theirs.append(rule.step(logits[:, -1:], sums, mask))
+    return _compare(f"{case.name}: as generation runs them", [(ours, theirs)], gates.of_all)
 
 
 def _hook_against_own_attention(checkpoint: Checkpoint, cases: Sequence[Case]) -> Metrics:
     """The reference hook without calibration against the model as transformers runs it, on a padded batch."""
     longest = max((case.calls[0] for case in cases if len(case.calls[0]) == 1), key=lambda ids: ids.shape[1])[0]
-    ids, mask = (torch.from_numpy(x) for x in ragged_batch([longest.tolist(), longest[len(longest) // 2 :].tolist()]))
+    batch = ragged_batch([longest.tolist(), longest[len(longest) // 2 :].tolist()])
+    ids, mask = (torch.from_numpy(array).to(checkpoint.model.device) for array in batch)
     with torch.no_grad():
         own = checkpoint.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
         with attention_hook(checkpoint.model, ReferenceAttention(None)) as hooked:
             ours = hooked(ids, mask).logits
     real = mask.bool()
-    return compare_logits(ours[real].float().numpy(), own[real].float().numpy())
+    return compare_logits(*(logits[real].float().cpu().numpy() for logits in (ours, own)))

@@ -14,16 +14,21 @@ from statistics import mean, median
 import numpy as np
 import onnx
 import onnx.inliner
+import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from tiny import save_checkpoint, tiny_checkpoint
 
 from act_export.errors import ActExportError
 from act_export.export import build_model
+from act_export.runtime import NodePlacement
+from act_export.runtime.cuda_driver import Gpu
 from act_export.verify import bench
 from act_export.verify.bench import BenchError, BenchReport, BenchRequest, Ratio, bench_file
 from act_export.verify.bench_report import print_bench_report
+from act_export.verify.contenders import EXPORTED, FOREIGN, PYTORCH, Contender, running
 
 PROMPT, NEW, BATCH, ROUNDS = 40, 6, 2, 3
 
@@ -304,6 +309,74 @@ def test_a_process_that_is_killed(tiny_file, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "Popen", killed)
     with pytest.raises(BenchError, match="for lack of memory; lower --prompt-tokens"):
         bench_file(request(tiny_file))
+
+
+def contender(kind: str, source: Path, **changes) -> Contender:
+    return Contender("it", kind, str(source), "", native=True, rounds=1, new_tokens=2, **changes)
+
+
+def test_where_nodes_of_contenders_run(tiny_file, shared_file, joining_file):
+    """In a process of its own, as ONNX Runtime's global thread pool needs it."""
+    script = (
+        "import sys; from dataclasses import asdict; from act_export.verify import bench_child, contenders\n"
+        "bench_child._share_threads(1)\n"
+        "for kind, source in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+        "    one = contenders.Contender('it', kind, source, '', native=True, rounds=1, new_tokens=2)\n"
+        "    found = contenders.placement(one)\n"
+        "    print(None if found is None else sorted(found.operators['CPUExecutionProvider'].items()))\n"
+    )
+    asked = [EXPORTED, tiny_file, FOREIGN, shared_file, FOREIGN, joining_file, PYTORCH, "any"]
+    ran = subprocess.run([sys.executable, "-c", script, *map(str, asked)], capture_output=True, text=True, check=True)
+    exported, shared, joining, pytorch = ran.stdout.splitlines()
+    assert "('CalibratedAttention', 2)" in exported
+    assert "('GroupQueryAttention', 2)" in shared
+    assert "Attention" not in joining
+    assert pytorch == "None"
+
+
+def test_a_report_of_a_gpu(beside_pytorch):
+    """What a GPU adds, in a report that has none."""
+    placement = NodePlacement("cuda:0", {"a": "CUDAExecutionProvider"}, {"CUDAExecutionProvider": {"Attention": 1}}, 0)
+    ones = [
+        replace(one, memory=replace(one.memory, gpu_bytes=number * 10**9), placement=placed)
+        for one, number, placed in zip(beside_pytorch.contenders, (3, 4, 6), (placement, placement, None), strict=True)
+    ]
+    gpu = Gpu("Stand-in", "9.0", 80 * 10**9, "580.65.06", "13.0")
+    report = replace(
+        beside_pytorch,
+        contenders=tuple(ones),
+        ratios=tuple(bench._ratios(ones[0], other) for other in ones[1:]),
+        machine=replace(beside_pytorch.machine, gpu=gpu),
+    )
+    text = printed(report)
+    for words in (
+        "3000 MB",
+        "0.750",
+        "0.500",
+        "tiny0: attention nodes: 1 of 1 on CUDA; nodes: 1 on CUDA; on the CPU: none; Memcpy nodes: 0",
+        "GPU: Stand-in, compute capability 9.0, 80.0 GB memory, driver 580.65.06, CUDA 13.0 of the driver",
+    ):
+        assert words in text
+    assert json.loads(report.to_json())["contenders"][0]["placement"]["copies"] == 0
+    assert "GPU" not in printed(beside_pytorch)
+
+
+def test_pytorch_runs_in_the_precision_of_the_file(tiny, checkpoint_folder, tmp_path):
+    build_model(tiny, None, tmp_path / "half.onnx", dtype="float16")
+    with running(
+        contender(PYTORCH, checkpoint_folder, calibration=str(tmp_path / "half.onnx")), threads=1
+    ) as in_pytorch:
+        in_pytorch.begin(1, 8)
+        assert in_pytorch.step(np.array([[5, 6]])).dtype == np.float32
+        assert in_pytorch._hooked.model.dtype == torch.float16
+
+
+def test_a_device_that_is_not_there(tiny_file):
+    with pytest.raises(ActExportError, match="pass cpu, cuda or cuda:N"):
+        request(tiny_file, device="gpu")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(BenchError, match="built without CUDA"):
+            bench_file(request(tiny_file, device="cuda"))
 
 
 def test_spread_of_a_ratio():

@@ -76,6 +76,7 @@ def test_tasks_by_comma_and_the_default_one(
         (["--data", "none.jsonl"], "none.jsonl"),
         (["--split", "test"], "there is no split 'test'"),
         (["--limit", "0"], "limit is 0"),
+        (["--device", "gpu"], "device is 'gpu'; pass cpu, cuda or cuda:N"),
         (["--chat"], "no chat template"),
         (["--scoring", "letter"], "can't be scored as 'letter'"),
         (["--shots", "2"], "few-shot examples are drawn from the rows of a task"),

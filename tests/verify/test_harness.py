@@ -112,6 +112,12 @@ def test_the_model_type_is_known() -> None:
     assert get_model("dummy") is not None  # the harness's own are still there
 
 
+def test_a_device_that_is_none(exported) -> None:
+    with pytest.raises(ActExportError, match="device is 'gpu'; pass cpu, cuda or cuda:N"):
+        ActOnnxLM(str(exported), onnx_device="gpu")
+    assert ActOnnxLM(str(exported), device="cuda:0").session.device.kind == "cpu"  # the harness's default
+
+
 def test_choices_have_the_log_likelihoods_of_act_export(results, exported, tasks) -> None:
     examples = read_examples(tasks / "rows.jsonl").examples
     with Session.open(exported) as session:

@@ -8,16 +8,20 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint
 
 from act_export.calibration import Calibration
+from act_export.convert import verify_file
+from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import RunOutputs, Session
 from act_export.runtime.kv_cache import InPlaceCache
 from act_export.verify.cases import parity_cases
-from act_export.verify.metrics import GATES, Gate, compare_logits
+from act_export.verify.half_model import half_model
+from act_export.verify.metrics import GATES, Gate, Metrics, compare_logits
 from act_export.verify.parity import verify_sessions
 
 
@@ -122,7 +126,9 @@ def test_wrong_sinks_are_no_rounding(tiny, tiny_file):
     report = verify_sessions(
         tiny, CALIBRATION, {"nudged": lambda: Nudged(Session.open(tiny_file), 1.5)}, precision="bfloat16"
     )
-    assert sum(result.wrong_sinks for result in report.engines[0].results) > 0
+    failed = [result for result in report.engines[0].results if not result.passed]
+    assert failed
+    assert max(result.score_difference for result in failed) > 0.1
     assert not report.passed
 
 
@@ -221,3 +227,114 @@ def test_nan_fails_every_gate():
     logits = reference.copy()
     logits[1, 2] = np.nan
     assert not compare_logits(logits, reference).passes(Gate(1e9, 0.0, 0.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def half_file(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("half") / "model.onnx"
+    build_model(tiny, CALIBRATION, path, dtype="float16")
+    return path
+
+
+def test_a_half_export_is_held_against_pytorch_in_its_type(tiny, half_file):
+    report = verify(tiny, CALIBRATION, half_file, precision="float16")
+    assert report.passed
+    assert report.pytorch is not None
+    assert report.pytorch.engine == "PyTorch in float16"
+    assert [r.case for r in report.pytorch.results] == [r.case for r in report.engines[0].results][:-2]
+    assert report.pytorch.max_difference > 1e-3  # what float32 allows
+    ratio = report.error_ratio(report.engines[0])
+    assert ratio is not None
+    assert 0.1 < ratio < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta", [0.9]), ("threshold", 0.5), ("scale", 0.3), ("calibrated_heads", [2])]
+)
+def test_a_wrong_attribute_is_caught_in_half(tiny, half_file, tmp_path, name, value):
+    path = changed_copy(half_file, tmp_path, lambda graph: set_attribute(graph, name, value))
+    assert not verify(tiny, CALIBRATION, path, precision="float16").passed
+
+
+class Noisy:
+    """A session whose logits are off by normal noise."""
+
+    def __init__(self, session, size):
+        self.session, self.size = session, size
+
+    def run(self, *arguments):
+        logits, state = self.session.run(*arguments)
+        noise = np.random.default_rng(0).standard_normal(logits.shape).astype(np.float32)
+        return RunOutputs(logits + self.size * noise, state)
+
+    def allocate(self, batch, capacity):
+        return self.session.allocate(batch, capacity)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.session.close()
+
+
+def test_more_than_twice_the_error_of_pytorch_is_too_much(tiny, half_file):
+    exact = verify(tiny, CALIBRATION, half_file, precision="float16")
+    assert exact.pytorch is not None
+    error = exact.pytorch.of_all_cases.mean_difference
+    report = verify_sessions(
+        tiny, CALIBRATION, {"noisy": lambda: Noisy(Session.open(half_file), 4 * error)}, precision="float16"
+    )
+    assert not report.passed
+    engine = report.engines[0]
+    assert 2 < report.error_ratio(engine) < 6
+    assert sum(result.wrong_sinks for result in engine.results) == 0
+
+
+def test_sink_state_lost_in_half_is_no_rounding(tiny, half_file):
+    report = verify_sessions(
+        tiny, CALIBRATION, {"forgetful": lambda: Forgetful(Session.open(half_file))}, precision="float16"
+    )
+    assert not report.passed
+    chunks = next(r for r in report.engines[0].results if "chunks" in r.case)
+    assert not chunks.passed
+    assert chunks.score_difference > 0.05
+
+
+def test_a_model_that_overflows_in_pytorch_too(tmp_path):
+    checkpoint = tiny_checkpoint("mistral")
+    checkpoint.model.lm_head.weight.mul_(2e4)
+    build_model(checkpoint, None, tmp_path / "m.onnx", dtype="float16")
+    with pytest.raises(ActExportError, match="logits aren't finite in PyTorch either; export it with --dtype bfloat16"):
+        verify(checkpoint, None, tmp_path / "m.onnx", precision="float16")
+
+
+def test_a_half_model_is_a_copy_with_rounded_parameters(tiny):
+    half = half_model(tiny.model, "bfloat16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in tiny.model.parameters()} == {torch.float32}
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    assert half.model.rotary_emb.inv_freq.dtype == torch.float32
+    for name, parameter in tiny.model.named_parameters():
+        assert torch.equal(half.get_parameter(name), parameter.to(torch.bfloat16))
+
+
+def test_a_stand_in_that_cant_be_written(tiny, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    build_model(tiny, CALIBRATION, tmp_path / "m.onnx", dtype="bfloat16")
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(ActExportError, match="none can be written: Permission denied; copy the model"):
+        verify_file(tmp_path / "m.onnx", tiny, CALIBRATION)
+
+
+def test_limits_by_pytorch():
+    def metrics(largest, mean):
+        return Metrics(9, largest, mean, 1.0, 1.0, 0)
+
+    gate = GATES["float16"].relative_to([metrics(0.5, 0.01), metrics(0.25, 0.02)], score_difference=0.1)
+    assert (gate.max_difference, gate.mean_difference, gate.score_rounding) == (2.0, 0.04, 0.2)
+    assert metrics(2.0, 0.04).passes(gate)
+    assert not metrics(2.1, 0.01).passes(gate)
+    assert not metrics(1.0, 0.05).passes(gate)
+    assert GATES["float32"].relative_to([metrics(0.5, 0.01)]) == GATES["float32"]

@@ -96,6 +96,8 @@ def _pack(graph: ir.Graph, group: Sequence[_Projection]) -> None:
     sizes = np.array([weight.sizes[1] for weight in weights], np.int64)
     sizes_name = f"{_common_name([weight.name for weight in weights])}.sizes"
     parts = [ir.Value(shape=projection.result.shape, type=projection.result.type) for projection in group]
+    for node in nodes:
+        node.outputs[0].type = group[0].source.type
     split_inputs = [nodes[-1].outputs[0], _register(graph, ir.tensor(sizes, name=sizes_name))]
     nodes.append(ir.node("Split", split_inputs, {"axis": -1}, outputs=parts))
     graph.insert_before(group[0].product, nodes)
