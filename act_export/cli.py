@@ -297,6 +297,8 @@ def verify_command(
         console.print(_parity_table(report))
         if report.remark:
             note(report.remark)
+        if report.placement is not None:
+            note(report.placement.describe())
     if not report.passed:
         raise VerificationError(f"{file} disagrees with PyTorch\n{describe_failures(report)}")
 
@@ -557,6 +559,8 @@ def _summarize(written: Converted) -> None:
             )
         if written.parity.remark:
             note(written.parity.remark)
+        if written.parity.placement is not None:
+            note(f"placement: {written.parity.placement.describe()}")
     for file in written.files:
         if file.suffix in (".onnx", ".data"):
             note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")

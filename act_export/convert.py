@@ -17,6 +17,7 @@ from act_export.export.write import check_output, is_file_output, publish, stage
 from act_export.ops.library import library_path
 from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
+from act_export.runtime.session import placement_of
 from act_export.search import Progress, SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
 from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
@@ -257,6 +258,9 @@ def verify_file(
             device=device,
             progress=progress,
         )
+    if device != "cpu":
+        progress("where nodes run")
+        return replace(report, placement=placement_of(path, native=True, device=device))
     return replace(report, remark=_BFLOAT16_ON_CPU) if stands_in else report
 
 
@@ -265,6 +269,8 @@ def describe_failures(report: ParityReport) -> str:
     lines = []
     if not report.hook_passed:
         lines.append(f"  reference hook against the model's own attention: {report.hook.max_difference:.2e}")
+    if report.placement is not None and not report.runs_on_device:
+        lines.append(f"  not all attention runs on {report.placement.device}: {report.placement.describe()}")
     for engine in report.engines:
         if not engine.passed and all(result.passed for result in engine.results):
             lines.append(f"  {engine.engine}: a sink flipped in {engine.flipped:.0%} of sequences")

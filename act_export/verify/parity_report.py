@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.metrics import Metrics
 
 
@@ -91,6 +92,7 @@ class ParityReport:
         hook: The reference hook without calibration against the model's own attention, padded batch.
         hook_passed: Whether that holds.
         engines: One report per way of running the file.
+        placement: Where the nodes run, with the native library, on a GPU; None on the CPU.
     """
 
     precision: str
@@ -99,11 +101,17 @@ class ParityReport:
     engines: tuple[EngineReport, ...]
     pytorch: EngineReport | None = None
     remark: str = ""
+    placement: NodePlacement | None = None
+
+    @property
+    def runs_on_device(self) -> bool:
+        """Whether no attention node fell back to the CPU."""
+        return self.placement is None or self.placement.attention_on_device
 
     @property
     def passed(self) -> bool:
         """Whether everything passed."""
-        return self.hook_passed and all(engine.passed for engine in self.engines)
+        return self.hook_passed and self.runs_on_device and all(engine.passed for engine in self.engines)
 
     def error_ratio(self, engine: EngineReport) -> float | None:
         """Mean error of an engine's logits, by that of PyTorch in the same half type; None in float32."""

@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint
 
 from act_export.calibration import Calibration
-from act_export.convert import verify_file
+from act_export.convert import describe_failures, verify_file
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import RunOutputs, Session
 from act_export.runtime.kv_cache import InPlaceCache
+from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.cases import parity_cases
 from act_export.verify.half_model import half_model
 from act_export.verify.metrics import GATES, Gate, Metrics, compare_logits
 from act_export.verify.parity import verify_sessions
+from act_export.verify.parity_report import ParityReport
 
 
 def verify(checkpoint, calibration, path, **options):
@@ -338,3 +340,15 @@ def test_limits_by_pytorch():
     assert not metrics(2.1, 0.01).passes(gate)
     assert not metrics(1.0, 0.05).passes(gate)
     assert GATES["float32"].relative_to([metrics(0.5, 0.01)]) == GATES["float32"]
+
+
+def test_attention_that_fell_back_to_the_cpu_fails():
+    nodes = {"CUDAExecutionProvider": {"MatMul": 7}, "CPUExecutionProvider": {"CalibratedAttention": 1}}
+    placed = NodePlacement("cuda:0", {"attention_1": "CPUExecutionProvider"}, nodes, copies=4)
+    metrics = Metrics(10, 0.0, 0.0, 1.0, 1.0, 0)
+    report = ParityReport("float32", metrics, True, (), placement=placed)
+    assert not report.passed
+    assert "not all attention runs on cuda:0: attention nodes: 1 of 1 on CPU" in describe_failures(report)
+    assert dataclasses.replace(
+        report, placement=dataclasses.replace(placed, attention={"attention_1": "CUDAExecutionProvider"})
+    ).passed

@@ -187,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles, writes the catalogue, and prints the table where asked to."""
     parser = argparse.ArgumentParser(prog="python -m act_export.ops.cuda.build", description=__doc__)
     parser.add_argument("--out", type=Path, help="The catalogue to write; left out, kernels are only compiled.")
-    parser.add_argument("--targets", type=int, nargs="+", default=[*TARGETS, PTX], help="80, 90, 100; 0 is PTX.")
+    parser.add_argument(
+        "--targets", type=int, nargs="+", default=[*TARGETS, PTX], choices=[*TARGETS, PTX], help="0 is PTX."
+    )
     parser.add_argument("--head-sizes", type=int, nargs="+", default=list(HEAD_SIZES), choices=HEAD_SIZES)
     parser.add_argument("--types", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--no-general", action="store_true", help="Leave out the kernels for any head size.")

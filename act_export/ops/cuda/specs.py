@@ -14,7 +14,7 @@ from act_export.ops.cuda import kernels
 TARGETS = (80, 90, 100)  # compute capability, times ten, of machine code; other GPUs compile PTX for PTX_TARGET
 PTX_TARGET = 80
 HEAD_SIZES = (64, 128, 256)  # with kernels of their own; others take the general ones, padded to one of these
-DTYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
+DTYPES = ("fp16", "bf16", "fp32")
 
 POSITIONS = 32  # of the cache that one program of `prepare` copies
 CHUNK = 4096  # tokens of the mask that one program of `prepare` counts
