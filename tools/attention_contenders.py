@@ -3,6 +3,7 @@
 | contender | operator | cache |
 | --- | --- | --- |
 | calibrated | act.CalibratedAttention, every head calibrated, beta 0.4, threshold 0.1 | shared |
+| quarter | the same with every fourth head calibrated; on a GPU only | shared |
 | plain | act.Attention: the same kernel, no head calibrated | shared |
 | gqa | com.microsoft.GroupQueryAttention of ONNX Runtime, without its rotary embedding | shared |
 | attention23 | standard Attention, opset 23, of ONNX Runtime | copied |
@@ -20,16 +21,21 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from attention_workloads import Array, Data, Workload
-from onnx import helper
+from attention_workloads import Data, Shape, Workload
+from on_device import Array, make_session
+from onnx import NodeProto, helper
 from onnxruntime import OrtValue
 
 from act_export.ops import schema
 from act_export.ops.library import library_path
+from act_export.runtime.device import Device
+
+Types = dict[str, np.dtype[Any]]
 
 BETA, THRESHOLD = 0.4, 0.1
 CONTENDERS = ("calibrated", "plain", "gqa", "attention23")
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2}  # by which two outputs of about 1 may differ
+QUARTER = "quarter"
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # by which two outputs of about 1 may differ
 LARGEST_REFERENCE = 512  # tokens: the reference computes whole attention maps
 
 
@@ -69,7 +75,8 @@ class Contender:
         # An OrtValue borrows numpy's memory: the arrays must live as long as the binding.
         self.arrays = inputs | outputs
         self.past_sink_scores = data.past_sink_scores
-        self.session = make_session(make_model(name, workload, inputs, outputs))
+        model = make_model(name, workload, inputs, outputs)
+        self.session = make_session(model, library_path(), Device(), shared_threads=True)
         self.binding = self.session.io_binding()
         values: dict[int, OrtValue] = {}
         for role, arrays in ((self.binding.bind_ortvalue_input, inputs), (self.binding.bind_ortvalue_output, outputs)):
@@ -94,34 +101,49 @@ def zeros(dimensions: tuple[int, ...], dtype: Any) -> Array:
 
 def make_model(name: str, workload: Workload, inputs: dict[str, Array], outputs: dict[str, Array]) -> bytes:
     """The node of a contender between graph inputs and outputs of these names and types."""
-    heads, kv_heads, size = workload.shape
+    node = make_node(name, workload.shape, list(outputs))
+    types = [{n: array.dtype for n, array in arrays.items()} for arrays in (inputs, outputs)]
+    return make_graph([node], *types)
+
+
+def make_node(name: str, shape: Shape, outputs: list[str], layer: str = "") -> NodeProto:
+    """The node of a contender; where there are several, `layer` is what its states' names end with."""
+    heads, kv_heads, size = shape
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": size**-0.5}
     domain, operator = {
         "calibrated": (schema.DOMAIN, schema.CALIBRATED),
+        QUARTER: (schema.DOMAIN, schema.CALIBRATED),
         "plain": (schema.DOMAIN, schema.PLAIN),
         "gqa": ("com.microsoft", "GroupQueryAttention"),
         "attention23": ("", "Attention"),
     }[name]
-    if name == "calibrated":
-        attributes |= {"calibrated_heads": list(range(heads)), "beta": [BETA], "threshold": THRESHOLD}
+    if operator == schema.CALIBRATED:
+        attributes |= {"calibrated_heads": calibrated_heads(name, heads), "beta": [BETA], "threshold": THRESHOLD}
     elif name == "attention23":
         attributes["q_num_heads"] = attributes.pop("num_heads")
         attributes["is_causal"] = 1
-    order = {
-        "calibrated": "query key value past_key past_value past_sink_scores attention_mask",
-        "plain": "query key value past_key past_value attention_mask",
-        "gqa": "query key value past_key past_value seqlens_k total_sequence_length",
-        "attention23": "query key value  past_key past_value",  # no attn_mask
-    }[name].split(" ")
-    node = helper.make_node(operator, order, list(outputs), domain=domain, **attributes)
+    states = "past_key past_value past_sink_scores" if operator == schema.CALIBRATED else "past_key past_value"
+    masks = {"gqa": "seqlens_k total_sequence_length", "attention23": ""}.get(name, "attention_mask")
+    order = ["query", "key", "value"]
+    order += [""] if name == "attention23" else []  # no attn_mask
+    order += [state + layer for state in states.split()]
+    return helper.make_node(operator, [*order, *masks.split()], outputs, domain=domain, **attributes)
 
-    def describe(arrays: dict[str, Array]) -> list[Any]:
+
+def calibrated_heads(name: str, heads: int) -> list[int]:
+    """The calibrated heads of a contender."""
+    return list(range(0, heads, {"calibrated": 1, QUARTER: 4}[name]))
+
+
+def make_graph(nodes: list[NodeProto], inputs: Types, outputs: Types) -> bytes:
+    """Nodes between graph inputs and outputs of these names and types, of any shape."""
+
+    def describe(types: Types) -> list[Any]:
         return [
-            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(array.dtype), None)
-            for n, array in arrays.items()
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(kind), None) for n, kind in types.items()
         ]
 
-    graph = helper.make_graph([node], name, describe(inputs), describe(outputs))
+    graph = helper.make_graph(nodes, "attention", describe(inputs), describe(outputs))
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
     opsets.append(helper.make_opsetid("com.microsoft", 1))
     model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString()
@@ -133,22 +155,13 @@ def share_threads(threads: int) -> None:
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
-def make_session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.use_per_session_threads = False
-    options.register_custom_ops_library(str(library_path()))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def count_later_sinks(contender: Contender) -> list[int]:
-    """Of each head of the calibrated contender after one call, sequence by sequence."""
+def count_later_sinks(present_sink_scores: Array, total: int) -> list[int]:
+    """Of each calibrated head after one call, sequence by sequence, from column sums (batch, heads, capacity, 1)."""
     import torch
 
     from act_export.reference import later_sinks
 
-    total = contender.workload.total
-    sums = torch.from_numpy(contender.arrays["present_sink_scores"][:, :, :total, 0])
+    sums = torch.from_numpy(present_sink_scores[:, :, :total, 0])
     found = later_sinks(sums, torch.ones(total, dtype=torch.bool), threshold=THRESHOLD)
     counts: list[int] = found.sum(-1).flatten().tolist()
     return counts
@@ -161,8 +174,14 @@ def reference_output(workload: Workload, data: Data) -> Array:
     from act_export.reference import calibrated_attention
 
     heads, kv_heads, size = workload.shape
+    query, key, value, past_key, past_value, past_sink_scores = map(torch.from_numpy, data)
     outputs = calibrated_attention(
-        *map(torch.from_numpy, data),
+        query,
+        key,
+        value,
+        past_key,
+        past_value,
+        past_sink_scores,
         torch.ones(workload.batch, workload.total, dtype=torch.int64),
         num_heads=heads,
         kv_num_heads=kv_heads,

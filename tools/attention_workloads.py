@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from on_device import Array, storage
 
 SAMPLED_ROWS = 256  # rows that the column sums of a past are estimated from
 SINK_PLACES = (1 / 16, 1 / 4, 1 / 2)  # later sinks, in parts of the length
 SINK_SHARE = 0.3  # a sink's weight in parts of all ordinary tokens' together: it draws 14% of the last row
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Shape(NamedTuple):
@@ -75,7 +75,7 @@ class Workload:
     @property
     def cache_bytes(self) -> int:
         """Of the keys and values that the call attends to."""
-        size = np.dtype(self.dtype).itemsize
+        size = storage(self.dtype).itemsize
         return 2 * self.batch * self.shape.kv_num_heads * self.total * self.shape.head_size * size
 
     @property
@@ -83,7 +83,7 @@ class Workload:
         """Read and written at least: query, output, new keys and values and their copy in the cache, and the past."""
         heads = 2 * self.shape.num_heads + 4 * self.shape.kv_num_heads
         past = 2 * self.shape.kv_num_heads * self.past
-        size = np.dtype(self.dtype).itemsize
+        size = storage(self.dtype).itemsize
         return self.batch * (self.sequence * heads + past) * self.shape.head_size * size
 
     def __str__(self) -> str:
@@ -107,8 +107,37 @@ def make_data(workload: Workload, seed: int = 0) -> Data:
     The attention is neither uniform nor one-hot, and there are later sinks to calibrate. The running column sums of a
     past are estimated from up to `SAMPLED_ROWS` of its rows.
     """
-    rng = np.random.default_rng(seed)
     shape, batch, total = workload.shape, workload.batch, workload.total
+    sampled = np.unique(np.linspace(0, workload.past - 1, SAMPLED_ROWS).astype(int)) if workload.past else np.zeros(0)
+    rng = np.random.default_rng(seed)
+    queries, keys, values = draw_tokens(rng, shape, batch, total, len(sampled) + workload.sequence)
+
+    def cached(tokens: Array) -> Array:
+        return np.ascontiguousarray(tokens[:, : workload.past].swapaxes(1, 2), storage(workload.dtype))
+
+    def new(tokens: Array) -> Array:
+        newest = np.ascontiguousarray(tokens[:, -workload.sequence :], storage(workload.dtype))
+        return newest.reshape(batch, workload.sequence, -1)
+
+    return Data(
+        new(queries),
+        new(keys),
+        new(values),
+        cached(keys),
+        cached(values),
+        estimate_column_sums(queries[:, : len(sampled)], keys[:, : workload.past], sampled),
+    )
+
+
+def draw_tokens(
+    rng: np.random.Generator,
+    shape: Shape,
+    batch: int,
+    total: int,
+    rows: int,
+    sink_places: Sequence[float] = SINK_PLACES,
+) -> tuple[Array, Array, Array]:
+    """Queries (batch, rows, heads, size), and keys and values (batch, total, kv_heads, size), with sinks at places."""
     heads, kv_heads, size = shape
 
     def normal(*dimensions: int) -> Array:
@@ -122,29 +151,12 @@ def make_data(workload: Workload, seed: int = 0) -> Data:
 
     keys = normal(batch, total, kv_heads, size)
     keys -= np.sum(keys * direction, -1, keepdims=True) * direction
-    for place in {0, *(int(part * total) for part in SINK_PLACES)}:
+    for place in {0, *(int(part * total) for part in sink_places)}:
         keys[:, place] = lean
     values = normal(batch, total, kv_heads, size)
-    sampled = np.unique(np.linspace(0, workload.past - 1, SAMPLED_ROWS).astype(int)) if workload.past else np.zeros(0)
-    queries = normal(batch, len(sampled) + workload.sequence, heads, size)
+    queries = normal(batch, rows, heads, size)
     queries += np.repeat(lean, heads // kv_heads, 0)
-
-    def cached(tokens: Array) -> Array:
-        return np.ascontiguousarray(tokens[:, : workload.past].swapaxes(1, 2), workload.dtype)
-
-    def new(tokens: Array) -> Array:
-        return np.ascontiguousarray(tokens[:, -workload.sequence :], workload.dtype).reshape(
-            batch, workload.sequence, -1
-        )
-
-    return Data(
-        new(queries),
-        new(keys),
-        new(values),
-        cached(keys),
-        cached(values),
-        estimate_column_sums(queries[:, : len(sampled)], keys[:, : workload.past], sampled),
-    )
+    return queries, keys, values
 
 
 def estimate_column_sums(queries: Array, keys: Array, rows: Array) -> Array:

@@ -3,6 +3,7 @@
 
     .venv/bin/python tools/bench_attention.py [--quick] [--work decode] [--lengths 2048] [--shapes 9x3x64] ...
     .venv/bin/python tools/bench_attention.py --memory
+    python tools/bench_attention.py --device cuda [--library FILE] [--cuda-graph] [--batch 1 32] ...
 
 What is compared is described in tools/attention_contenders.py. All get the same data, which holds later sinks, and are
 checked to agree before they are timed. Then they take turns: A, B, C, A, B, C, one turn a round. A turn lasts about
@@ -19,7 +20,8 @@ threads are as awake for one contender as for the next.
 In decode the same token is appended again and again. Keys and values are overwritten, but the column sums grow in their
 shared buffer; every 16 calls they are put back, untimed, so that the work stays the same.
 
-With --memory nothing is timed; see tools/attention_memory.py.
+With --memory nothing is timed; see tools/attention_memory.py. With --device cuda all of this is otherwise; see
+tools/attention_on_gpu.py.
 """
 
 from __future__ import annotations
@@ -45,16 +47,11 @@ from attention_contenders import (
     share_threads,
 )
 from attention_memory import compare_memory
-from attention_report import (
-    describe_machine,
-    describe_versions,
-    make_console,
-    print_machine,
-    print_memory,
-    print_roofline,
-    print_times,
-)
 from attention_workloads import Shape, Workload, make_data
+
+from act_export.errors import ActExportError
+from act_export.ops.library import library_path
+from act_export.runtime.device import Device
 
 LENGTHS = {"prompt": (512, 1024, 2048, 4096), "decode": (512, 2048, 8192)}
 QUICK_LENGTHS = {"prompt": (512, 1024), "decode": (512, 2048)}
@@ -68,16 +65,71 @@ Result = dict[str, Any]
 
 def main() -> int:
     arguments = parse_arguments()
-    console = make_console()
+    try:
+        return bench_cuda(arguments) if arguments.device.is_cuda else bench_cpu(arguments)
+    except DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ActExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def bench_cuda(arguments: argparse.Namespace) -> int:
+    """On a GPU, whose report needs no other packages."""
+    import attention_on_gpu as on_gpu
+    from attention_gpu_report import describe_gpu, report_on_gpu
+
     workloads = [
-        Workload(shape, work, length, arguments.batch, arguments.dtype)
+        Workload(shape, work, length, batch, arguments.dtype)
+        for work in arguments.work
+        for shape in arguments.shapes or [Shape.parse(on_gpu.SHAPE)]
+        for batch in arguments.batch or on_gpu.BATCHES[work]
+        for length in arguments.lengths or on_gpu.LENGTHS[work]
+    ]
+    report: Result = {
+        "dtype": arguments.dtype,
+        "cuda_graph": arguments.cuda_graph,
+        "machine": describe_gpu(arguments.device),
+        "workloads": [],
+    }
+    library = arguments.library or library_path()
+    for workload in workloads:
+        say(workload)
+        found = on_gpu.bench_on_gpu(
+            workload, library, arguments.device, arguments.rounds, cuda_graph=arguments.cuda_graph
+        )
+        report["workloads"].append(found)
+        report["summary"] = on_gpu.summarize(report["workloads"])
+        write(report, arguments.json)
+    print(report_on_gpu(report))
+    return 0
+
+
+def bench_cpu(arguments: argparse.Namespace) -> int:
+    """On the CPU."""
+    from attention_report import (
+        describe_machine,
+        describe_versions,
+        make_console,
+        print_machine,
+        print_memory,
+        print_roofline,
+        print_times,
+    )
+
+    console = make_console()
+    (batch,) = arguments.batch or (1,)
+    arguments.shapes = arguments.shapes or [Shape.parse(text) for text in SHAPES]
+    workloads = [
+        Workload(shape, work, length, batch, arguments.dtype)
         for work in arguments.work
         for shape in arguments.shapes
         for length in arguments.lengths or default_lengths(arguments, work)
     ]
     report: Result = {
         "dtype": arguments.dtype,
-        "batch": arguments.batch,
+        "batch": batch,
         "versions": describe_versions(),
         "machine": describe_machine(arguments.threads),
     }
@@ -89,11 +141,7 @@ def main() -> int:
         print_memory(console, report["memory"])
     else:
         share_threads(arguments.threads)
-        try:
-            report["workloads"] = [bench(workload, arguments.against, arguments.rounds) for workload in workloads]
-        except DisagreementError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        report["workloads"] = [bench(workload, arguments.against, arguments.rounds) for workload in workloads]
         report["summary"] = summarize(report["workloads"])
         print_times(console, report)
         if arguments.roofline:
@@ -103,9 +151,13 @@ def main() -> int:
             print_roofline(console, report)
     report["machine"]["load_after"] = os.getloadavg()
     print_machine(console, report)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, arguments.json)
     return 0
+
+
+def write(report: Result, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -132,8 +184,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         type=parse_shape,
         metavar="SHAPE",
-        default=[Shape.parse(text) for text in SHAPES],
-        help=f"heads x key-value heads x head size (default: {' '.join(SHAPES)})",
+        help=f"heads x key-value heads x head size (default: {' '.join(SHAPES)}; with --device cuda 32x8x128)",
     )
     parser.add_argument(
         "--against",
@@ -143,8 +194,17 @@ def parse_arguments() -> argparse.Namespace:
         default=CONTENDERS[1:],
         help=f"what the calibrated operator is compared with: {', '.join(CONTENDERS[1:])} (default: all)",
     )
-    parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=positive, metavar="N", default=1, help="sequences (default: %(default)s)")
+    parser.add_argument("--device", type=parse_device, default=Device(), help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="with --device cuda: not the installed library")
+    parser.add_argument("--cuda-graph", action="store_true", help="with --device cuda: replay the launches as a graph")
+    parser.add_argument("--dtype", choices=TOLERANCES, help="(default: float32; with --device cuda bfloat16)")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=positive,
+        metavar="N",
+        help="sequences; one number on the CPU (default: 1; with --device cuda also 32 for decode)",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", default=2, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=positive, metavar="N", help="turns of each (default: 9; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and of the default lengths the short ones")
@@ -152,8 +212,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--roofline", action="store_true", help="also measure what the machine can do, and compare")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every measurement there")
     arguments = parser.parse_args()
+    check_device(parser, arguments)
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 9)
     return arguments
+
+
+def check_device(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuses what the device hasn't, and sets the type."""
+    cuda = arguments.device.is_cuda
+    arguments.dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    if not cuda and arguments.dtype == "bfloat16":
+        parser.error("--dtype bfloat16: GroupQueryAttention has no such kernel for the CPU; add --device cuda")
+    if not cuda and len(arguments.batch or ()) > 1:
+        parser.error("--batch takes one number on the CPU")
+    given = {"--library": arguments.library is not None, "--cuda-graph": arguments.cuda_graph}
+    if cuda:
+        given = {"--memory": arguments.memory, "--roofline": arguments.roofline}
+        given["--against"] = tuple(arguments.against) != CONTENDERS[1:]
+    for option, is_given in given.items():
+        if is_given:
+            parser.error(f"{option} can't be used with --device {arguments.device}")
+
+
+def parse_device(text: str) -> Device:
+    try:
+        return Device.parse(text)
+    except ActExportError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:
@@ -187,7 +272,7 @@ def bench(workload: Workload, against: list[str], rounds: int) -> Result:
     contenders = [Contender(name, workload, data) for name in ("calibrated", *against)]
     for contender in contenders:
         contender.run()
-    later_sinks = count_later_sinks(contenders[0])
+    later_sinks = count_later_sinks(contenders[0].arrays["present_sink_scores"], workload.total)
     differences = check_agreement(workload, data, {c.name: c.arrays["output"] for c in contenders})
     seconds = take_turns(contenders, rounds)
     medians = {name: median(values) for name, values in seconds.items()}

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import attention_on_gpu as on_gpu
 import numpy as np
 import pytest
+from attention_workloads import Shape, Workload, make_data
+
+from act_export.ops.library import library_path
+from act_export.runtime.device import Device
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 CONTENDERS = ["calibrated", "plain", "gqa", "attention23"]
-
-
-@pytest.fixture(autouse=True)
-def import_from_tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,6 @@ def test_refuses(arguments, message):
 @pytest.mark.parametrize("changed", CONTENDERS)
 def test_disagreement(changed):
     from attention_contenders import DisagreementError, check_agreement, reference_output
-    from attention_workloads import Shape, Workload, make_data
 
     workload = Workload(Shape(4, 2, 8), "decode", 16)
     data = make_data(workload)
@@ -130,7 +130,192 @@ def test_estimated_column_sums_are_exact_where_every_row_is_sampled():
         np.testing.assert_allclose(sums[0, head, :, 0], weights.sum(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("script", ["bench_attention.py", "roofline.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["bench_attention.py", "check_gpu", "gpu_environment.py", "gpu_parity.py", "random_llama.py", "roofline.py"],
+)
 def test_scripts_can_be_run(script):
     assert os.access(TOOLS / script, os.X_OK)
     assert (TOOLS / script).read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs on a GPU, on the CPU: float16, where GroupQueryAttention has a kernel for both.
+
+
+def gpu_workload(work="decode", dtype="float16", length=40, batch=2):
+    return Workload(Shape(8, 2, 64), work, length, batch, dtype)
+
+
+@pytest.mark.parametrize("work", ["prompt", "decode"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_contenders_of_a_gpu_agree(work, dtype):
+    workload = gpu_workload(work, dtype)
+    found = on_gpu.bench_on_gpu(workload, library_path(), Device(), 1, cuda_graph=False)
+    others = ["plain"] if dtype == "float32" else ["plain", "gqa"]
+    assert list(found["ms"]) == ["calibrated", "quarter", *others]
+    assert list(found["ratios"]) == [f"{one} / {other}" for one in ("calibrated", "quarter") for other in others]
+    assert found["ratios"]["quarter / plain"] == pytest.approx(found["ms"]["quarter"] / found["ms"]["plain"])
+    assert found["nodes"] == (1 if work == "prompt" else on_gpu.MOST_NODES)
+    assert found["later_sinks_per_head"] == 3
+    assert len(found["differences"]) == 1 + len(others)
+    assert (found["batch"], found["length"], found["work"]) == (2, 40, work)
+
+
+def test_contenders_of_a_gpu_give_what_the_reference_gives():
+    from attention_contenders import reference_output
+
+    workload = gpu_workload("decode", "float32", batch=1)
+    inputs = on_gpu.Inputs(workload, Device())
+    contender = on_gpu.GpuContender("calibrated", inputs, library_path(), Device(), cuda_graph=False)
+    contender.run()
+    contender.synchronize()
+    np.testing.assert_allclose(contender.output.read(), reference_output(workload, make_data(workload)), atol=1e-5)
+    once = contender.sink_scores()
+    contender.run()
+    assert not np.array_equal(contender.sink_scores(), once)
+    contender.restore()
+    contender.run()
+    np.testing.assert_array_equal(contender.sink_scores(), once)
+
+
+@pytest.mark.parametrize(
+    ("changed", "head", "pair"),
+    [
+        ("quarter", 0, "quarter and calibrated"),
+        ("quarter", 1, "quarter and plain"),
+        ("calibrated", 4, "quarter and calibrated"),
+        ("gqa", 7, "plain and gqa"),
+    ],
+)
+def test_disagreement_on_a_gpu(changed, head, pair):
+    from attention_contenders import DisagreementError
+
+    workload = gpu_workload()
+    outputs = {name: np.zeros((2, 1, 512), np.float16) for name in on_gpu.CONTENDERS}
+    assert max(on_gpu.check_outputs(workload, outputs).values()) == 0
+    outputs[changed][0, 0, 64 * head] = 1
+    with pytest.raises(DisagreementError, match=pair):
+        on_gpu.check_outputs(workload, outputs)
+
+
+def test_caches_exceed_what_a_gpu_keeps():
+    small = gpu_workload("decode", length=4096, batch=1)
+    assert small.cache_bytes * on_gpu.count_nodes(small) < on_gpu.LEAST_CACHE_BYTES  # at the most so many nodes
+    middle = Workload(Shape(32, 8, 128), "decode", 4096, 1, "bfloat16")
+    nodes = on_gpu.count_nodes(middle)
+    assert middle.cache_bytes * (nodes - 1) < on_gpu.LEAST_CACHE_BYTES <= middle.cache_bytes * nodes
+    assert on_gpu.count_nodes(Workload(Shape(32, 8, 128), "decode", 4096, 32, "bfloat16")) == 1
+
+
+def test_time_of_a_turn():
+    class Slow:
+        name, nodes, log = "slow", 4, ""
+
+        def __getattr__(self, what):
+            return lambda: setattr(self, "log", self.log + what[0] + what[1])
+
+    contender = Slow()
+    turn = on_gpu.time_turn(contender, 3, iter((10.0, 11.5, 12.4)).__next__)
+    assert contender.log == "re" + "rusy" + "rururu" + "sy"
+    assert turn["seconds"] == pytest.approx(2.4 / 3 / 4)
+    assert turn["launching_share"] == pytest.approx(1.5 / 2.4)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("/x.cc:360 AllocateRawInternal Failed to allocate memory for requested buffer of size 9\nmore", "of size 9"),
+        ("CUDA failure 2: out of memory ; GPU=0", "out of memory ; GPU=0"),
+        ("Available memory of 7 is smaller than requested bytes of 8", "of 7 is smaller than requested bytes of 8"),
+    ],
+)
+def test_what_does_not_fit_is_skipped(monkeypatch, capsys, message, reason):
+    def fail(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(on_gpu, "_bench", fail)
+    found = on_gpu.bench_on_gpu(gpu_workload(), library_path(), Device(), 1, cuda_graph=False)
+    assert found["skipped"].endswith(reason)
+    assert "8x2x64 decode 40, batch 2: skipped" in capsys.readouterr().err
+    monkeypatch.setattr(on_gpu, "OUT_OF_MEMORY", re.compile("nothing of the kind"))
+    with pytest.raises(RuntimeError):
+        on_gpu.bench_on_gpu(gpu_workload(), library_path(), Device(), 1, cuda_graph=False)
+
+
+@pytest.mark.parametrize("failing", ["gqa", "plain"])
+def test_others_are_measured_where_a_foreign_operator_fails(monkeypatch, failing):
+    run = on_gpu.GpuContender.run
+
+    def fail(contender):
+        if contender.name == failing:
+            raise RuntimeError("no such kernel\nat all")
+        run(contender)
+
+    monkeypatch.setattr(on_gpu.GpuContender, "run", fail)
+    if failing == "plain":
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            on_gpu.bench_on_gpu(gpu_workload(), library_path(), Device(), 1, cuda_graph=False)
+        return
+    found = on_gpu.bench_on_gpu(gpu_workload(), library_path(), Device(), 1, cuda_graph=False)
+    assert list(found["ms"]) == ["calibrated", "quarter", "plain"]
+    assert list(found["ratios"]) == ["calibrated / plain", "quarter / plain"]
+    assert found["failures"] == {"gqa": "no such kernel"}
+
+
+def test_report_of_a_gpu():
+    from attention_gpu_report import report_on_gpu
+
+    result = {
+        "shape": "8x2x64",
+        "work": "decode",
+        "length": 40,
+        "batch": 2,
+        "nodes": 4,
+        "failures": {"gqa": "no such kernel"},
+        "later_sinks_per_head": 3.0,
+        "differences": {"plain - gqa": 0.001},
+        "flops": 10**9,
+        "cache_bytes": 10**6,
+        "ms": {"calibrated": 0.002, "plain": 0.001},
+        "launching_share": {"calibrated": 0.5, "plain": 0.95},
+        "ratios": {"calibrated / plain": 2.0},
+    }
+    skipped = {"shape": "8x2x64", "work": "decode", "length": 90, "batch": 2, "skipped": "too large"}
+    report = {"dtype": "bfloat16", "cuda_graph": False, "machine": {"GPU": "X"}, "workloads": [result, skipped]}
+    text = report_on_gpu(report)
+    assert "| 8x2x64 | 2 | 40 | 3.0 | 4 | 2.00 | 0.002 | 0.001* | 500 | 1e+03 |" in text
+    assert "decode, 8x2x64, batch 2, 90 tokens: skipped, too large" in text
+    assert "plain - gqa 1.0e-03 (allowed 0.05)" in text
+    assert "decode, 8x2x64, batch 2, 40 tokens: gqa fails: no such kernel" in text
+    other = {**result, "length": 60, "ms": {**result["ms"], "gqa": 0.004}, "failures": {}}
+    other |= {"launching_share": {**result["launching_share"], "gqa": 0.1}, "ratios": {**result["ratios"], "x": 0.5}}
+    both = report_on_gpu(report | {"workloads": [result, other]})
+    assert "| 40 | 3.0 | 4 | 2.00 | - | 0.002 | 0.001* | - | 500 | 1e+03 | - |" in both
+    assert "| 60 | 3.0 | 4 | 2.00 | 0.50 | 0.002 | 0.001* | 0.004 | 500 | 1e+03 | 250 |" in both
+    assert "0.001* " not in report_on_gpu(report | {"cuda_graph": True})
+    summary = on_gpu.summarize([result, {**result, "ratios": {"calibrated / plain": 0.5}}, skipped])
+    assert summary == {"decode": {"calibrated / plain": {"geometric_mean": pytest.approx(1), "worst": 2.0}}}
+
+
+def test_without_a_gpu_the_benchmark_says_so(without_gpu):
+    result = run_tool("--device", "cuda")
+    assert result.returncode == 2
+    assert "no NVIDIA driver" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "bfloat16"), "add --device cuda"),
+        (("--batch", "1", "2"), "--batch takes one number on the CPU"),
+        (("--cuda-graph",), "--cuda-graph can't be used with --device cpu"),
+        (("--device", "cuda", "--memory"), "--memory can't be used with --device cuda:0"),
+        (("--device", "cuda", "--against", "gqa"), "--against can't be used with --device cuda:0"),
+        (("--device", "gpu"), "device is 'gpu'"),
+    ],
+)
+def test_refuses_what_a_device_has_not(arguments, message):
+    result = run_tool(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
