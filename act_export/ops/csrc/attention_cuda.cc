@@ -23,6 +23,7 @@ constexpr int64_t kDecodeColumns = 64;
 constexpr int64_t kMaxSections = 64;
 constexpr int64_t kSmallRows = 16;
 constexpr int64_t kBounds = 4;
+constexpr int64_t kSizeMultiple = 16;  // of head sizes that general kernels read in vectors
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr int64_t kAlignment = 256;
@@ -123,7 +124,12 @@ class Sequence {
     }
     const bool exact = a_.head_size == head_size_ && a_.value_head_size == head_size_;
     const bool general = !exact || a_.softcap > 0.0f || a_.scale <= 0.0f;
-    family_ = std::string(".") + TypeName<T>() + (general ? ".general" : ".") + std::to_string(head_size_);
+    const bool odd = a_.head_size % kSizeMultiple != 0 || a_.value_head_size % kSizeMultiple != 0;
+    family_ = std::string(".") + TypeName<T>() +
+              (odd       ? ".odd"
+               : general ? ".general"
+                         : ".") +
+              std::to_string(head_size_);
     scale_ = static_cast<float>(a_.scale * kLog2E);
     softcap_ = static_cast<float>(a_.softcap * kLog2E);
     window_ = a_.sliding_window > 0 ? Int(std::min(a_.sliding_window, most / 2)) : -1;
@@ -134,7 +140,10 @@ class Sequence {
     scratch_.Add(real_before_, a_.batch * (a_.total + 1));
     scratch_.Add(bounds_, a_.batch * kBounds);
     const int64_t rows = a_.sequence * (a_.num_heads / a_.kv_num_heads);
-    if (a_.sequence <= kTokens && rows <= MostDecodeRows<T>(head_size_)) {
+    if (a_.sequence == 0) {
+      scratch_.Allocate();
+      Prepare();
+    } else if (a_.sequence <= kTokens && rows <= MostDecodeRows<T>(head_size_)) {
       Decode(rows <= kSmallRows ? kSmallRows : MostDecodeRows<T>(head_size_));
     } else {
       Prompt();

@@ -69,21 +69,27 @@ const Function& Kernels::Find(const std::string& name) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = functions_.find(name);
   if (found != functions_.end()) return found->second;
-  const Image* image = Choose(name);
-  if (image == nullptr) {
+  const std::vector<const Image*> images = Choose(name);
+  if (images.empty()) {
     throw std::runtime_error("this library has no CUDA kernel " + name + " for the GPU (" + device_name_ +
                              "): run the portable functions instead");
   }
-  return functions_.emplace(name, Load(*image)).first->second;
+  for (size_t i = 0;; ++i) {
+    try {
+      return functions_.emplace(name, Load(*images[i])).first->second;
+    } catch (const std::runtime_error&) {
+      if (i + 1 == images.size()) throw;  // a driver older than the machine code still takes PTX
+    }
+  }
 }
 
-const Image* Kernels::Choose(const std::string& name) const {
-  const Image* best = nullptr;
+std::vector<const Image*> Kernels::Choose(const std::string& name) const {
+  std::vector<const Image*> images;
   for (const Image& image : Images()) {
-    if (image.name != name || !Runs(static_cast<int>(image.target), capability_)) continue;
-    if (best == nullptr || image.target > best->target) best = &image;
+    if (image.name == name && Runs(static_cast<int>(image.target), capability_)) images.push_back(&image);
   }
-  return best;
+  std::sort(images.begin(), images.end(), [](const Image* a, const Image* b) { return a->target > b->target; });
+  return images;
 }
 
 Function Kernels::Load(const Image& image) const {

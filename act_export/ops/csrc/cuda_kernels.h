@@ -61,8 +61,8 @@ class Kernels {
   // is no driver or no such GPU, or its compute capability is below 8.0.
   static Kernels& ForDevice(int device);
 
-  // The best image for the GPU: machine code that it runs, otherwise PTX. The first call for a name loads it. Throws
-  // std::runtime_error where there is none.
+  // The best image for the GPU that the driver takes: machine code, otherwise PTX. The first call for a name loads it.
+  // Throws std::runtime_error where there is none.
   const Function& Find(const std::string& name);
 
   int multiprocessors() const { return multiprocessors_; }
@@ -71,7 +71,8 @@ class Kernels {
 
  private:
   explicit Kernels(int ordinal);
-  const Image* Choose(const std::string& name) const;
+  // Those that the GPU runs, the best one first.
+  std::vector<const Image*> Choose(const std::string& name) const;
   Function Load(const Image& image) const;
 
   int device_ = 0;

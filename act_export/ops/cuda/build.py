@@ -56,11 +56,11 @@ def jobs(targets: Iterable[int], head_sizes: Iterable[int], dtypes: Iterable[str
         for spec in specs(target or PTX_TARGET):
             parts = spec.name.split(".")
             if len(parts) > 1:
-                is_general = parts[2].startswith("general")
-                size = int(parts[2].removeprefix("general"))
+                kind = parts[2].rstrip("0123456789")
+                size = int(parts[2].removeprefix(kind))
                 if parts[1] not in wanted_types or size not in wanted_sizes:
                     continue
-                if is_general and not (general and target == PTX):
+                if kind and not (general and target == PTX):
                     continue
             yield Job(spec.name, target)
 

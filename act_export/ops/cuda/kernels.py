@@ -16,7 +16,7 @@ Nothing of size S x T is written for prompts, and no host decision depends on de
 
 Names: `D` is the size of a head's block in registers, a power of two; `size` and `value_size` are the head sizes, equal
 to D where `EXACT`. `GENERAL` kernels have soft capping and take any scale; others a positive one. `WIDE` is float32.
-Padding tokens' keys and values may be anything, NaN included.
+Padding tokens' queries, keys and values may be anything, NaN included, for all but their own rows.
 """
 
 # Triton reads these signatures: constexpr is the only annotation that it knows.
@@ -152,29 +152,30 @@ def _copy_positions(
 
 
 @triton.jit
-def _count_tokens(mask, real_before, bounds, total, chunk, is_last, CHUNK: tl.constexpr):
+def _count_tokens(
+    mask, real_before, bounds, total, chunk, is_last, CHUNK: tl.constexpr, STEP: tl.constexpr
+):  # fmt: skip
     """`real_before` of one chunk of a sequence, each chunk counting those before it; the last one writes `bounds`."""
-    offsets = tl.arange(0, CHUNK)
-    counts = tl.zeros([CHUNK], tl.int32)
-    first = tl.zeros([CHUNK], tl.int32) + total
-    end = tl.zeros([CHUNK], tl.int32)
-    for start in range(0, chunk * CHUNK, CHUNK):
-        earlier = tl.load(mask + start + offsets) != 0
+    steps = tl.arange(0, STEP)
+    counts = tl.zeros([STEP], tl.int32)
+    first = tl.zeros([STEP], tl.int32) + total
+    end = tl.zeros([STEP], tl.int32)
+    for start in range(0, chunk * CHUNK, STEP):
+        i = start + steps
+        earlier = tl.load(mask + i, mask=i < chunk * CHUNK, other=0) != 0
         counts += earlier.to(tl.int32)
-        first = tl.where(earlier, tl.minimum(first, start + offsets), first)
-        end = tl.where(earlier, start + offsets + 1, end)
-    j = chunk * CHUNK + offsets
+        first = tl.where(earlier, tl.minimum(first, i), first)
+        end = tl.where(earlier, i + 1, end)
+    j = chunk * CHUNK + tl.arange(0, CHUNK)
     real = tl.load(mask + j, mask=j < total, other=0) != 0
     before = tl.sum(counts)
     own = real.to(tl.int32)
     tl.store(real_before + j, before + tl.cumsum(own, 0) - own, mask=j < total)
     if is_last:
-        first = tl.where(real, tl.minimum(first, j), first)
-        end = tl.where(real, j + 1, end)
         count = before + tl.sum(own)
         tl.store(real_before + total, count)
-        tl.store(bounds, tl.min(first))
-        tl.store(bounds + 1, tl.max(end))
+        tl.store(bounds, tl.minimum(tl.min(first), tl.min(tl.where(real, j, total))))
+        tl.store(bounds + 1, tl.maximum(tl.max(end), tl.max(tl.where(real, j + 1, 0))))
         tl.store(bounds + 2, count)
 
 
@@ -191,6 +192,7 @@ def prepare(
     past_key, past_value, past_sums, key, value, mask, present_key, present_value, present_sums, real_before, bounds,
     batch, past_length, total, past_capacity, present_capacity, kv_num_heads, size, value_size, in_place, copy_blocks,
     mask_blocks, D: tl.constexpr, EXACT: tl.constexpr, POSITIONS: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Extends the caches and counts real tokens.
 
@@ -221,7 +223,7 @@ def prepare(
         b = ((program - cache_programs) // mask_blocks).to(tl.int64)
         _count_tokens(
             mask + b * total, real_before + b * (total + 1), bounds + b * BOUNDS, total, chunk,
-            chunk == mask_blocks - 1, CHUNK,
+            chunk == mask_blocks - 1, CHUNK, STEP,
         )  # fmt: skip
     else:
         index = program - cache_programs - mask_programs
@@ -387,7 +389,8 @@ def columns(
         q = _load_all_rows(query, rows, num_heads * size, size, D, EXACT)
         lse = tl.load(row_lse + rows)
         x = _cap(_dot(k, tl.trans(q), WIDE) * scale, softcap, GENERAL)
-        sums += tl.sum(tl.exp2(x - lse[None, :]), 1)
+        # Selected, not multiplied away: a padding token's logits may be NaN.
+        sums += tl.sum(tl.where(lse[None, :] < INFINITY, tl.exp2(x - lse[None, :]), 0.0), 1)
     before = (full_first - first) // ROWS
     after = (end - full_end) // ROWS
     for tile in range(0, before + after):
@@ -396,7 +399,7 @@ def columns(
         q = _load_rows(query, rows, num_heads * size, rows < sequence, size, D, EXACT)
         lse = tl.load(row_lse + rows, mask=rows < sequence, other=INFINITY)
         x = _cap(_dot(k, tl.trans(q), WIDE) * scale, softcap, GENERAL)
-        visible = tl.trans(_visible(past_length + rows, j, window))
+        visible = tl.trans(_visible(past_length + rows, j, window)) & (lse[None, :] < INFINITY)
         sums += tl.sum(tl.where(visible, tl.exp2(x - lse[None, :]), 0.0), 1)
 
     sums = tl.where(_is_real(real_before + b * (total + 1), j, inside), sums, 0.0)
@@ -644,7 +647,8 @@ def decode_correct(
         x = tl.load(
             logits + tokens[:, None] * total + j[None, :], mask=inside[:, None] & within[None, :], other=-INFINITY
         )
-        p = tl.exp2(x - maxima[:, None]) * inverse[:, None]
+        p = tl.where(inverse[:, None] > 0, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
+        # Each column is read and written by this program alone; the sum over rows lies between, with its barrier.
         sums = tl.load(present_sums + j, mask=j < past_length, other=0.0) + tl.sum(p, 0)
         tl.store(present_sums + j, sums, mask=within)
         is_sink = _is_sink(sums, real_before, j, total, window, threshold, relative)
@@ -705,7 +709,7 @@ def decode_combine(
             from_sinks += tl.sum(_load_rows(sink_output, where, value_size, valid, value_size, D, EXACT), 0)
         rest = 1.0 - mass
         from_rest = attended - from_sinks
-        least = 0.03125
+        least = 0.00390625  # half types keep about 17 digits of each probability until here
         if WIDE:
             least = 0.125
         if (mass > 0) & (rest < least):  # o - oK would lose digits: from every other column

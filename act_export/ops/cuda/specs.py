@@ -13,11 +13,14 @@ from act_export.ops.cuda import kernels
 
 TARGETS = (80, 90, 100)  # compute capability, times ten, of machine code; other GPUs compile PTX for PTX_TARGET
 PTX_TARGET = 80
+# For head sizes of HEAD_SIZES; for multiples of 16, soft capping and any scale; for any head size.
+KINDS = ("", "general", "odd")
 HEAD_SIZES = (64, 128, 256)  # with kernels of their own; others take the general ones, padded to one of these
 DTYPES = ("fp16", "bf16", "fp32")
 
 POSITIONS = 32  # of the cache that one program of `prepare` copies
-CHUNK = 4096  # tokens of the mask that one program of `prepare` counts
+CHUNK = 4096  # tokens of the mask that one program of `prepare` counts, after those before it
+STEP = 8192  # of which it takes so many at a time
 SELECT_BLOCK = 1024
 SINKS = 16  # later sinks that `correct` takes at a time: the smallest that tensor cores do
 TOKENS = 16  # new tokens of a call that the decode kernels take, at the most
@@ -31,7 +34,7 @@ class KernelSpec:
     """One kernel to compile.
 
     Attributes:
-        name: In the catalogue, e.g. "forward.bf16.128", or "forward.bf16.general128".
+        name: In the catalogue, e.g. "forward.bf16.128", "forward.bf16.general128", "forward.bf16.odd128".
         function: Triton's function.
         signature: Argument -> "*bf16", "*fp32", "*i64", "*i32", "i32", "fp32" or "constexpr", in order.
         constexprs: Values of the latter.
@@ -58,11 +61,15 @@ class _Family:
 
     dtype: str
     head_size: int
-    general: bool
+    kind: str
+
+    @property
+    def general(self) -> bool:
+        return self.kind != ""
 
     @property
     def suffix(self) -> str:
-        return f"{self.dtype}.{'general' if self.general else ''}{self.head_size}"
+        return f"{self.dtype}.{self.kind}{self.head_size}"
 
     @property
     def wide(self) -> bool:
@@ -146,6 +153,8 @@ def _spec(
             signature[argument] = "fp32" if argument in _FLOATS else "i32"
     used = {key: value for key, value in constants.items() if key in function.arg_names}
     aligned = tuple(argument for argument in signature if argument in _STORED)
+    if ".odd" not in name:
+        aligned += tuple(argument for argument in ("size", "value_size") if argument in signature)
     return KernelSpec(name, function, signature, used, aligned, num_warps, num_stages, architecture)
 
 
@@ -153,8 +162,8 @@ def specs(target: int = PTX_TARGET) -> Iterator[KernelSpec]:
     """Every kernel for a compute capability; names and arguments are the same for all."""
     for dtype in DTYPES:
         for head_size in HEAD_SIZES:
-            for general in (False, True):
-                yield from _family(_Family(dtype, head_size, general), target)
+            for kind in KINDS:
+                yield from _family(_Family(dtype, head_size, kind), target)
     constants = {"BLOCK": SELECT_BLOCK}
     yield _spec("select", kernels.select, constants, dtype="fp32", num_warps=8, num_stages=1)
 
@@ -162,7 +171,7 @@ def specs(target: int = PTX_TARGET) -> Iterator[KernelSpec]:
 def _family(family: _Family, target: int) -> Iterator[KernelSpec]:
     base, suffix, dtype = family.constexprs, family.suffix, family.dtype
     wide_head = family.head_size > 128
-    constants = {**base, "POSITIONS": POSITIONS, "CHUNK": CHUNK}
+    constants = {**base, "POSITIONS": POSITIONS, "CHUNK": CHUNK, "STEP": STEP}
     for unused in ("GENERAL", "WIDE"):
         constants.pop(unused)
     yield _spec(f"prepare.{suffix}", kernels.prepare, constants, dtype=dtype, num_warps=8, num_stages=1)

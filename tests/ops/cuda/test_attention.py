@@ -95,14 +95,16 @@ def draw(case: Case) -> Inputs:
     value = normal(case.batch, case.sequence, kv * case.value_size)
     past_key = normal(case.batch, kv, past, case.head_size)
     past_value = normal(case.batch, kv, past, case.value_size)
-    # Nothing may be read of padding.
+    query = normal(case.batch, case.sequence, case.num_heads * case.head_size) * case.sharpness
+    # Nothing may be read of padding, but queries by their own rows.
     padding = mask == 0
+    query[padding[:, past:]] = torch.nan
     key[padding[:, past:]] = torch.nan
     value[padding[:, past:]] = torch.nan
     past_key.transpose(1, 2)[padding[:, :past]] = torch.nan
     past_value.transpose(1, 2)[padding[:, :past]] = torch.nan
     return Inputs(
-        (normal(case.batch, case.sequence, case.num_heads * case.head_size) * case.sharpness).to(dtype),
+        query.to(dtype),
         key.to(dtype),
         value.to(dtype),
         past_key.to(dtype),
@@ -235,7 +237,7 @@ def compare(driver, case: Case) -> None:
     found, exact = run(driver, case, inputs), expect(case, inputs, torch.float64)
     real = inputs.attention_mask[:, case.past :] != 0
     cached = inputs.attention_mask != 0
-    assert torch.isfinite(found.output).all()
+    assert torch.isfinite(found.output[real]).all()
     for name in ("present_key", "present_value"):
         assert torch.equal(
             getattr(found, name).transpose(1, 2)[cached].double(), getattr(exact, name).transpose(1, 2)[cached]
@@ -254,7 +256,7 @@ def compare(driver, case: Case) -> None:
         assert error <= 2 * pytorch, f"error {error:.2e}, PyTorch's {pytorch:.2e}"
 
 
-PROMPT = Case(sequence=150)
+PROMPT = Case(sequence=200)
 DECODE = Case(sequence=1, past=150)
 
 CASES = {
@@ -351,6 +353,27 @@ def test_odd_shapes(driver, data):
         seed=data.draw(st.integers(0, 2**16)),
     )
     compare(driver, case)
+
+
+@pytest.mark.parametrize("sliding_window", [-1, 1])
+def test_no_new_token(driver, sliding_window):
+    case = Case(sequence=0, past=64, padding="none", sliding_window=sliding_window)
+    inputs = draw(case)
+    found = run(driver, case, inputs)
+    assert torch.equal(found.present_key, inputs.past_key)
+    assert torch.equal(found.present_value, inputs.past_value)
+    assert torch.equal(found.present_sink_scores, inputs.past_sink_scores)
+
+
+def test_infinite_queries_of_padding(driver):
+    case = replace(PROMPT, padding="holes")
+    inputs = draw(case)
+    inputs.query[torch.isnan(inputs.query)] = torch.inf
+    exact = expect(case, replace(inputs, query=torch.nan_to_num(inputs.query, posinf=0.0)), torch.float64)
+    found = run(driver, case, inputs)
+    torch.testing.assert_close(
+        found.present_sink_scores.double(), exact.present_sink_scores.double(), rtol=0, atol=FLOAT32_ERROR
+    )
 
 
 def test_number_of_launches(driver):
