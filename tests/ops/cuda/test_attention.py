@@ -380,7 +380,7 @@ def test_number_of_launches(driver):
     """Calibration costs a decode step one launch."""
     counts = {}
     for name in ("decode", "decode, no calibrated head", "prompt", "no calibrated head"):
-        with driver.recording() as launches:
+        with driver.recording(interpret=False) as launches:
             run(driver, CASES[name], draw(CASES[name]))
             counts[name] = len(launches)
     assert counts == {"decode": 4, "decode, no calibrated head": 3, "prompt": 5, "no calibrated head": 2}
