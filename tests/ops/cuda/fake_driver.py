@@ -130,6 +130,12 @@ class Libraries:
     act_ops: Path
 
 
+def has_driver() -> bool:
+    """Whether this machine has a CUDA driver; asked in another process, so that it isn't loaded here."""
+    command = [sys.executable, "-c", "import ctypes; ctypes.CDLL('libcuda.so.1')"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def placeholders(kernel_specs: Iterable[KernelSpec], target: int) -> list[KernelImage]:
     """Images that the driver here takes for the kernels of one target (0: PTX)."""
     return [
