@@ -197,12 +197,17 @@ _OUTPUT = """
 """
 
 
-def function_body(operator: str) -> onnx.FunctionProto:
-    """The function of `schema.CALIBRATED` or `schema.PLAIN`, opset 23."""
+def function_body(operator: str, opset: int = OPSET) -> onnx.FunctionProto:
+    """The function of `schema.CALIBRATED` or `schema.PLAIN`.
+
+    Args:
+        operator: One of these.
+        opset: Version of the standard operators, 15 or newer; it must be that of the model around it.
+    """
     described = schema.schema(operator)
     body = _ATTENTION_MAP + (_CALIBRATION if operator == schema.CALIBRATED else _UNCALIBRATED) + _OUTPUT
     text = f"""
-<opset_import: ["" : {OPSET}], domain: "{schema.DOMAIN}">
+<opset_import: ["" : {opset}], domain: "{schema.DOMAIN}">
 {operator} <{", ".join(schema.attribute_names(operator))}>
   ({", ".join(i.name for i in described.inputs)}) => ({", ".join(o.name for o in described.outputs)}) {{ {body} }}
 """

@@ -90,6 +90,7 @@ class Cache(ABC):
             if total > self._capacity:
                 self._grow(self._next_capacity(total))
             self._mask[:, self.length : total] = token_mask
+            self.session.check_padding(self._mask[:, :total])
             logits = self._run(input_ids, self._mask[:, :total], np.maximum(counts - 1, 0), logits_to_keep)
             self.length, self.tokens = total, counts[:, -1]
         return logits
@@ -167,7 +168,8 @@ class BoundCache(Cache):
     ) -> NDArray[np.float32]:
         session = self.session
         self._give("input_ids", input_ids)
-        self._give("position_ids", position_ids)
+        if session.takes_positions:
+            self._give("position_ids", position_ids)
         self._bind_input("attention_mask", np.ascontiguousarray(attention_mask))
         if session.keeps_logits:
             self._give("logits_to_keep", np.array(logits_to_keep))

@@ -7,10 +7,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from act_export.calibration import Calibration, ModelIdentity
@@ -18,6 +20,7 @@ from act_export.errors import SessionError
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
 from act_export.runtime.device import Device, Provider
+from act_export.runtime.graph_state import state_of_file
 from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
 from act_export.runtime.node_placement import NodePlacement, profile_run
 from act_export.runtime.providers import import_onnxruntime
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from act_export.runtime.device_memory import DeviceMemory
 
 _LOGITS_TO_KEEP = "logits_to_keep"
+_POSITIONS = "position_ids"
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
 
 
@@ -74,8 +78,11 @@ class Session:
         state_inputs: The parts of the state, in the graph's order.
         logits_size: Logits of a position.
         logits_dtype: Their type.
-        keeps_logits: Whether the file can compute the logits of the last positions alone; of others, which act-export
-            wrote before it could, all are computed and the last are returned.
+        keeps_logits: Whether the file can compute the logits of the last positions alone; of others, such as models
+            that somebody else exported, all are computed and the last are returned.
+        takes_positions: Whether the file wants `position_ids`; others count the tokens themselves.
+        pads_left: Whether sequences may begin with padding. In models that somebody else exported, layers without
+            calibrated heads may have an operator that can't leave it out.
     """
 
     def __init__(
@@ -94,13 +101,18 @@ class Session:
             if key.startswith("act_export.")
         }
         self._limits = Limits.from_json(self.properties.get("limits", "{}"))
-        self.state_inputs = state_inputs(inner)
+        self.state_inputs = state_inputs(inner, partial(state_of_file, path))
         logits = next((output for output in inner.get_outputs() if output.name == "logits"), None)
         if not self.state_inputs or logits is None:
             raise SessionError(f"{path} has no logits or no past_key_values; is it a model that act-export wrote?")
         self.logits_size = logits.shape[-1]
         self.logits_dtype = DTYPES[logits.type]
         self.keeps_logits = any(given.name == _LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
+        self.takes_positions = any(given.name == _POSITIONS for given in inner.get_inputs())
+        ours = "version" in self.properties
+        graft = json.loads(self.properties.get("graft", "{}"))
+        self.pads_left: bool = graft["pads_left"] if graft else ours or not _counts_tokens(path)
+        self._shares_buffers: bool = graft.get("shares_buffers", ours)
 
     @classmethod
     def open(
@@ -116,7 +128,7 @@ class Session:
         """Loads a model.
 
         Args:
-            path: The ONNX file, or the folder that has it as `model.onnx`.
+            path: The ONNX file, or a folder with it.
             native: Register the native library; otherwise the model's portable functions run.
             threads: Number of threads within an operator; None leaves it to ONNX Runtime.
             shared_threads: Run in the process's own thread pool, which `onnxruntime.set_global_thread_pool_sizes` must
@@ -130,9 +142,7 @@ class Session:
                 because the GPU can't be used.
             RuntimeNotInstalledError: If there is no ONNX Runtime, or two.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "model.onnx"
+        file = model_file(path)
         if not file.is_file():
             raise SessionError(f"there is no model {file}")
         place = Device.parse(device)
@@ -200,7 +210,7 @@ class Session:
             raise SessionError(f"a cache for {batch} sequences of {capacity} positions; give at least one of each")
         if self._limits.context is not None:
             capacity = min(capacity, self._limits.context)
-        in_place = self.native and "version" in self.properties  # others may join the cache by operators of their own
+        in_place = self.native and self._shares_buffers  # others join the cache by operators of their own
         if not self.device.is_cuda:
             return (InPlaceCache if in_place else CopiedCache)(self, batch, capacity)
         from act_export.runtime.device_cache import CopiedDeviceCache, InPlaceDeviceCache
@@ -255,14 +265,16 @@ class Session:
                 f"new tokens need {(batch, past + sequence)}"
             )
         self.check(input_ids, (attention_mask != 0).sum(-1), logits_to_keep)
-        if position_ids is None:
-            position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
+        self.check_padding(attention_mask)
         feeds = {
             "input_ids": input_ids.astype(np.int64, copy=False),
             "attention_mask": attention_mask.astype(np.int64, copy=False),
-            "position_ids": position_ids.astype(np.int64, copy=False),
             **state,
         }
+        if self.takes_positions:
+            if position_ids is None:
+                position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
+            feeds[_POSITIONS] = position_ids.astype(np.int64, copy=False)
         if self.keeps_logits:
             feeds[_LOGITS_TO_KEEP] = np.array(logits_to_keep)
         if any(part.dtype == BFLOAT16 for part in self.state_inputs):
@@ -319,6 +331,21 @@ class Session:
         if context is not None and longest > context:
             raise SessionError(f"a sequence has {longest} tokens; the model's context holds {context}")
 
+    def check_padding(self, attention_mask: NDArray[np.int64]) -> None:
+        """Refuses padding that the model can't leave out.
+
+        Args:
+            attention_mask: (batch, past + sequence).
+
+        Raises:
+            SessionError: If a sequence begins with padding, or has some inside, and not all layers can take that.
+        """
+        if not self.pads_left and (np.diff((attention_mask != 0).astype(np.int8), axis=-1) > 0).any():
+            raise SessionError(
+                f"a sequence has padding before its tokens, and {self.path} has layers of GroupQueryAttention, which "
+                "can't leave it out: run sequences of the same length together, or one at a time"
+            )
+
     def _run_by_address(
         self, feeds: Mapping[str, NDArray[Any]], total: int, logits_to_keep: int
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
@@ -355,6 +382,18 @@ class Session:
             yield
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error
+
+
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """The ONNX file of a path: itself, or of a folder the one that genai_config.json names, else `model.onnx`."""
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    try:
+        config = json.loads((file / "genai_config.json").read_text(encoding="utf-8"))
+        return file / str(config["model"]["decoder"]["filename"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return file / "model.onnx"
 
 
 def placement_of(path: Path, *, native: bool, device: str, shared_threads: bool = False) -> NodePlacement:
@@ -402,6 +441,12 @@ def load_inner(
     if device.is_cuda:
         check_runs_on_cuda(onnxruntime, inner)
     return inner
+
+
+def _counts_tokens(path: Path) -> bool:
+    """Whether a model has GroupQueryAttention, which takes the first tokens of a row for real."""
+    model = onnx.load(path, load_external_data=False)
+    return any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
 
 
 def _place(array: NDArray[Any]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,23 @@ class StateInput:
         return np.zeros(self.shape(batch, tokens), self.dtype)
 
 
-def state_inputs(inner: Any) -> tuple[StateInput, ...]:
-    """The state inputs of an `onnxruntime.InferenceSession`, in the graph's order."""
+def state_inputs(inner: Any, look_up: Callable[[str], StateInput]) -> tuple[StateInput, ...]:
+    """The state inputs of an `onnxruntime.InferenceSession`, in the graph's order.
+
+    Args:
+        inner: The session.
+        look_up: Tells of an input whose shape doesn't say heads or size, by name.
+    """
     found = []
     for given in inner.get_inputs():
         for prefix, present in _PREFIXES.items():
             if given.name.startswith(prefix):
-                _, heads, _, size = given.shape
                 name = present + given.name.removeprefix(prefix)
-                found.append(StateInput(given.name, name, int(heads), int(size), DTYPES[given.type]))
+                _, heads, _, size = given.shape if len(given.shape) == 4 else (None,) * 4
+                if isinstance(heads, int) and isinstance(size, int) and given.type in DTYPES:
+                    found.append(StateInput(given.name, name, heads, size, DTYPES[given.type]))
+                else:
+                    found.append(look_up(given.name))
     return tuple(found)
 
 

@@ -31,11 +31,12 @@ from typing import Any
 
 from act_export.errors import ActExportError
 from act_export.runtime.device import Device
+from act_export.runtime.graph_state import GROUP_QUERY_ATTENTION
 from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.bench_child import Memory, Turn, Workload
 from act_export.verify.contenders import EXPORTED, FOREIGN, PYTORCH, Contender
 from act_export.verify.machine import Machine, describe_machine
-from act_export.verify.model_file import GROUP_QUERY_ATTENTION, ModelFile, read_model_file
+from act_export.verify.model_file import ModelFile, read_model_file
 
 PYTORCH_TOKENS = 16
 _LEAST_TOKENS = 2  # the first comes with the prompt, the second is decoded

@@ -101,10 +101,17 @@ def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
     files = {CALIBRATED: read_model_file(request.file)}
     if request.against is not None:
         files[PLAIN] = read_model_file(request.against)
-    for file in files.values():
-        if not file.ours:
-            raise EvaluationError(f"{file.path} has no act-export metadata; it wasn't written by act-export")
     mine, other = files[CALIBRATED], files.get(PLAIN)
+    if not mine.ours:
+        raise EvaluationError(
+            f"{mine.path} has no act-export metadata; it wasn't written by act-export. A model that somebody else "
+            f"exported can be what a graft of it is measured against: --against {mine.path}"
+        )
+    if other is not None and other.cache_shape != mine.cache_shape:
+        raise EvaluationError(
+            f"{other.path} isn't the model of {mine.path}: layers, heads or head sizes of the cache differ; compare "
+            f"exports of the same model"
+        )
     if other is not None and mine.identity is not None and other.identity is not None:
         differences = mine.identity.differences(other.identity)
         if differences:
@@ -195,6 +202,8 @@ def _evaluate(
     """What a file answers, and its control."""
     model = language_model(session)
     batch_size = BATCH_SIZE if request.batch_tokens is None else None
+    if not session.pads_left:
+        batch_size = 1
     batch_tokens = request.batch_tokens or default_batch_tokens(tokenizer)
     step = f"{work.task.name}, {name}"
     if work.task.generation is not None:

@@ -13,6 +13,7 @@ import onnx
 
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
+from act_export.runtime.session import model_file
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         ActExportError: If it isn't an ONNX file that act-export wrote.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.onnx"
+    file = model_file(path)
     if not file.is_file():
         raise ActExportError(f"there is no model {file}")
     try:

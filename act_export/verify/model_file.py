@@ -12,17 +12,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from act_export.calibration import ModelIdentity
-from act_export.errors import ActExportError
-from act_export.runtime.session import Limits
-from act_export.runtime.state import BFLOAT16, StateInput
+from act_export.errors import ActExportError, SessionError
+from act_export.runtime.graph_state import (
+    GROUP_QUERY_ATTENTION,
+    configuration_beside,
+    declared_dtype,
+    declared_shape,
+    present_name,
+    state_input,
+)
+from act_export.runtime.session import Limits, model_file
+from act_export.runtime.state import StateInput
 
-GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 _STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _IDS = {"input_ids", "attention_mask", "position_ids"}
-_STATE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 _SINK_SCORES = "past_sink_scores."  # only in files of act-export, whose sessions look after them
 
 
@@ -38,7 +43,7 @@ class ModelFile:
         path: The ONNX file.
         ours: Whether act-export wrote it.
         inputs: Token ids, mask and, if it takes them, positions; by name.
-        state_inputs: Keys and values, in the graph's order.
+        state_inputs: Keys and values, in the graph's order; sink state isn't among them.
         vocabulary: Logits of a position.
         logits_dtype: Their type.
         last_logits: Whether the logits of the last position alone can be had of it.
@@ -88,9 +93,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     Raises:
         ModelFileError: If it isn't an ONNX file, or not a language model whose inputs and outputs have optimum's names.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.onnx"
+    file = model_file(path)
     if not file.is_file():
         raise ModelFileError(f"there is no model {file}")
     try:
@@ -111,9 +114,10 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     ]
     logits = next((output for output in graph.output if output.name == "logits"), None)
     outputs = {output.name for output in graph.output}
-    states = [given for given in known if given.name not in _IDS]
+    sink_state = set(json.loads(properties.get("graft", "{}")).get("inputs", ()))  # may be layers of the cache
+    states = [given for given in known if given.name not in _IDS and given.name not in sink_state]
     missing = [name for name in ("input_ids", "attention_mask") if name not in {given.name for given in known}]
-    missing += [name for name in ["logits", *map(_present, states)] if name not in outputs]
+    missing += [name for name in ["logits", *map(present_name, states)] if name not in outputs]
     if not states or logits is None or missing or others:
         problem = f"it lacks {', '.join(missing[:3])}" if missing else f"it wants {', '.join(others[:3])}"
         raise ModelFileError(
@@ -121,9 +125,9 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
             f"{problem if missing or others else 'it has no past_key_values'}; the inputs must be input_ids, "
             f"attention_mask, past_key_values.N.key and .value, the outputs logits, present.N.key and .value"
         )
-    configuration = _configuration(file.parent)
+    configuration = configuration_beside(file)
     attention = [node for node in graph.node if node.op_type.endswith("Attention")]
-    vocabulary = _shape(logits)[-1] or configuration.get("vocab_size")
+    vocabulary = declared_shape(logits)[-1] or configuration.get("vocab_size")
     if vocabulary is None:
         raise ModelFileError(
             f"can't tell the vocabulary of {file}: the shape of its logits doesn't say, and there is no "
@@ -133,10 +137,10 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     return ModelFile(
         path=file,
         ours=ours,
-        inputs={given.name: _dtype(given) for given in known if given.name in _IDS},
-        state_inputs=tuple(_state_input(file, graph, given, configuration) for given in states),
+        inputs={given.name: declared_dtype(given) for given in known if given.name in _IDS},
+        state_inputs=_state_inputs(file, graph, states, configuration),
         vocabulary=int(vocabulary),
-        logits_dtype=_dtype(logits),
+        logits_dtype=declared_dtype(logits),
         last_logits=ours and any(given.name == "logits_to_keep" for given in graph.input),
         limits=limits,
         attention={
@@ -147,62 +151,13 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     )
 
 
-def _state_input(
-    file: Path, graph: onnx.GraphProto, given: onnx.ValueInfoProto, configuration: Mapping[str, Any]
-) -> StateInput:
-    shape = _shape(given)
-    if len(shape) != 4 or _dtype(given) not in _STATE_DTYPES:
-        raise ModelFileError(
-            f"{file}: {given.name} is {_dtype(given)} of rank {len(shape)}; it must be float32, float16 or "
-            f"bfloat16, (batch, heads, past, head size)"
-        )
-    node = next((node for node in graph.node if given.name in node.input), None)
-    heads = shape[1] or _attribute(node, "kv_num_heads") or configuration.get("num_key_value_heads")
-    size = shape[3] or configuration.get("head_size") or _head_size_of_weights(graph, node)
-    if heads is None or size is None:
-        what = "number of key-value heads" if heads is None else "head size"
-        raise ModelFileError(
-            f"can't tell the {what} of {file}: the shape of {given.name} doesn't say, its attention's weights neither, "
-            f"and there is no genai_config.json or config.json beside it that does; put it there"
-        )
-    return StateInput(given.name, _present(given), int(heads), int(size), _dtype(given))
-
-
-def _head_size_of_weights(graph: onnx.GraphProto, attention: onnx.NodeProto | None) -> int | None:
-    """Width of the query's projection, or of query, key and value packed, by the number of heads."""
-    if attention is None or attention.op_type != GROUP_QUERY_ATTENTION:
-        return None
-    heads = _attribute(attention, "num_heads")
-    kv_heads = _attribute(attention, "kv_num_heads")
-    projection = next((node for node in graph.node if attention.input[0] in node.output), None)
-    if projection is None or heads is None or kv_heads is None:
-        return None
-    widths = [tensor.dims[-1] for tensor in graph.initializer if tensor.name in projection.input and tensor.dims]
-    width = _attribute(projection, "N") or max(widths, default=None)  # N: of a quantized matrix product
-    packed = not attention.input[1]
-    parts = heads + 2 * kv_heads if packed else heads
-    return width // parts if width is not None and width % parts == 0 else None
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    """What genai_config.json, or else config.json, of a folder says of heads, context and vocabulary."""
-    for name in ("genai_config.json", "config.json"):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        whole = found.get("model", found)
-        decoder = whole.get("decoder", whole)
-        size = decoder.get("head_size") or decoder.get("head_dim")
-        if size is None and {"hidden_size", "num_attention_heads"} <= decoder.keys():
-            size = decoder["hidden_size"] // decoder["num_attention_heads"]
-        return {
-            "head_size": size,
-            "num_key_value_heads": decoder.get("num_key_value_heads"),
-            "vocab_size": whole.get("vocab_size"),
-            "context": whole.get("context_length") or whole.get("max_position_embeddings"),
-        }
-    return {}
+def _state_inputs(
+    file: Path, graph: onnx.GraphProto, states: list[onnx.ValueInfoProto], configuration: Mapping[str, Any]
+) -> tuple[StateInput, ...]:
+    try:
+        return tuple(state_input(file, graph, given, configuration) for given in states)
+    except SessionError as error:
+        raise ModelFileError(str(error)) from error
 
 
 def _limits(configuration: Mapping[str, Any]) -> Limits:
@@ -215,21 +170,3 @@ def _weights_bytes(file: Path, graph: onnx.GraphProto) -> int:
     }
     places = [file, *(file.parent / location for location in locations)]
     return sum(place.stat().st_size for place in places if place.is_file())
-
-
-def _present(state: onnx.ValueInfoProto) -> str:
-    return state.name.replace("past_key_values.", "present.")
-
-
-def _shape(value: onnx.ValueInfoProto) -> list[int | None]:
-    """Dimensions; None for those without a number."""
-    return [dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim] or [None]
-
-
-def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
-    return np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-
-
-def _attribute(node: onnx.NodeProto | None, name: str) -> int | None:
-    found = next((given for given in node.attribute if given.name == name), None) if node is not None else None
-    return found.i if found is not None else None

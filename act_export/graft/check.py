@@ -1,0 +1,220 @@
+"""Each rewritten layer against what was there before: the same numbers in ONNX Runtime, on random queries and caches.
+
+With beta = 1 the operator changes nothing, so both must agree to rounding: this shows that scale, window, rotary
+embedding, grouping of heads, mask and cache were read rightly, without loading the model's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, external_data_helper, helper
+
+from act_export.errors import VerificationError
+from act_export.graft.errors import UnsupportedPatternError
+from act_export.graft.graph import Graph
+from act_export.graft.rewrite import MASK, RewrittenLayer
+from act_export.graft.site import AttentionSite, Dimension
+from act_export.ops import schema
+from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.runtime.providers import import_onnxruntime
+
+TOLERANCE: dict[int, float] = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2}
+"""Largest difference of an attention's output, whose numbers are about 1; ONNX Runtime has no bfloat16 on a CPU."""
+
+_DEFAULT_HEAD_SIZE = 64
+_DEFAULT_HIDDEN_SIZE = 8
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A call: a mask of past and new tokens, (batch, total), and how many are new."""
+
+    mask: tuple[tuple[int, ...], ...]
+    sequence: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        total = len(self.mask[0])
+        return {"batch": len(self.mask), "sequence": self.sequence, "past": total - self.sequence, "total": total}
+
+    @property
+    def is_padded(self) -> bool:
+        return not np.all(self.mask)
+
+
+# A ragged prompt, a token after it, and a chunk: what every attention operator can do; padding comes last.
+_CASES = (
+    _Case(((1, 1, 1, 1, 1, 1), (1, 1, 1, 1, 0, 0)), 6),
+    _Case(((1, 1, 1, 1, 1, 1, 1), (1, 1, 1, 1, 0, 0, 1)), 1),
+    _Case(((1, 1, 1, 1, 1, 1, 1, 1),), 3),
+)
+
+
+def check_layer(before: onnx.ModelProto, after: onnx.ModelProto, folder: Path, layer: RewrittenLayer) -> float | None:
+    """Runs a layer's attention as it was and as it is.
+
+    Args:
+        before: The model as it was.
+        after: The model with the operator.
+        folder: Where tables of the rotary embedding may lie in files.
+        layer: What was rewritten.
+
+    Returns:
+        The largest difference; None where ONNX Runtime can't run the type on a CPU.
+
+    Raises:
+        VerificationError: If it is more than rounding.
+        UnsupportedPatternError: If the attention depends on something that it shouldn't.
+    """
+    site = layer.site
+    element_type = Graph(before.graph).element_type(site.cache.past_key)
+    if element_type not in TOLERANCE:
+        return None
+    wanted = [site.output, site.cache.present_key, site.cache.present_value]
+    sides = [_Side(model, folder, site, wanted, element_type) for model in (before, after)]
+    random = np.random.default_rng(site.layer)
+    largest = 0.0
+    for case in _CASES:
+        feeds: dict[str, NDArray[Any]] = {}
+        for side in sides:
+            side.extend(feeds, case, random)
+        largest = max(largest, _difference(site, case, *(side.run(feeds) for side in sides)))
+    if not largest <= TOLERANCE[element_type]:
+        raise VerificationError(
+            f"layer {site.layer}: the operator differs from {site.nodes[-1].op_type} {site.nodes[-1].name!r} by "
+            f"{largest:.1e} on random numbers, where {TOLERANCE[element_type]:.0e} is allowed; this attention isn't "
+            f"what act-export takes it for, and nothing was written"
+        )
+    return largest
+
+
+class _Side:
+    """The nodes of one layer's attention, cut out of a model."""
+
+    def __init__(
+        self, model: onnx.ModelProto, folder: Path, site: AttentionSite, wanted: Sequence[str], element_type: int
+    ) -> None:
+        assert site.terms is not None
+        graph = Graph(model.graph)
+        self._site, self._graph = site, graph
+        self._head_size = site.terms.head_size or _DEFAULT_HEAD_SIZE
+        cuts = site.cuts(self._head_size)
+        nodes, needed = graph.between(wanted, list(cuts))
+        self._inputs = [name for name in needed if name in graph.inputs]
+        self._shapes: dict[str, Sequence[Dimension]] = dict(cuts)
+        self._types = dict.fromkeys(cuts, element_type)
+        self._wanted = list(wanted)
+        weights = [_loaded(graph.initializers[name], folder) for name in needed if name in graph.initializers]
+        infos = [helper.make_tensor_value_info(name, kind, None) for name, kind in self._types.items()]
+        infos += [graph.inputs[name] for name in self._inputs]
+        outputs = [helper.make_tensor_value_info(name, element_type, None) for name in wanted]
+        part = helper.make_model(
+            helper.make_graph([_without_effect(node) for node in nodes], "attention", infos, outputs, weights),
+            opset_imports=model.opset_import,
+            functions=model.functions,
+            ir_version=model.ir_version,
+        )
+        self._session = _session(part)
+
+    def extend(self, feeds: dict[str, NDArray[Any]], case: _Case, random: np.random.Generator) -> None:
+        """Adds the inputs that aren't there yet."""
+        for name, shape in self._shapes.items():
+            if name not in feeds:
+                feeds[name] = _numbers(random, [_size(dim, case) for dim in shape], self._types[name])
+        for name in self._inputs:
+            if name not in feeds:
+                feeds[name] = self._graph_input(name, case, random)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        names = [*self._shapes, *self._inputs]
+        found: list[NDArray[Any]] = self._session.run(self._wanted, {name: feeds[name] for name in names})
+        return found
+
+    def _graph_input(self, name: str, case: _Case, random: np.random.Generator) -> NDArray[Any]:
+        sizes, mask = case.sizes, np.array(case.mask)
+        kind = self._graph.element_type(name)
+        assert kind is not None
+        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        if name == MASK:
+            return np.asarray(mask, dtype)
+        if name == "position_ids":
+            return np.asarray(np.maximum(mask.cumsum(-1) - 1, 0)[:, -case.sequence :], dtype)
+        if name == "input_ids":
+            return np.ones((sizes["batch"], case.sequence), dtype)
+        shape = self._graph.shape(name)
+        if name == "inputs_embeds" and shape is not None:
+            return np.zeros((sizes["batch"], case.sequence, shape[-1] or _DEFAULT_HIDDEN_SIZE), dtype)
+        if shape is None or len(shape) != 4 or not name.startswith("past"):
+            raise UnsupportedPatternError(
+                f"the attention of layer {self._site.layer} depends on the model's input {name!r}, of which act-export "
+                f"doesn't know what it means"
+            )
+        terms = self._site.terms
+        assert terms is not None
+        heads, size = shape[1] or terms.kv_num_heads, shape[3] or self._head_size
+        if name not in (self._site.cache.past_key, self._site.cache.past_value):  # only its length can matter
+            return np.zeros((sizes["batch"], heads, sizes["past"], size), dtype)
+        return _numbers(random, [sizes["batch"], heads, sizes["past"], size], kind)
+
+
+def _difference(
+    site: AttentionSite, case: _Case, before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]]
+) -> float:
+    """Over real tokens; caches only where there is no padding, which other operators leave out of them."""
+    real = np.array(case.mask, bool)[:, -case.sequence :]
+    axis = 1 if before[0].ndim == 3 else 2
+    rows = [np.moveaxis(side[0], axis, 1)[real].astype(np.float64) for side in (before, after)]
+    differences = [np.abs(rows[0] - rows[1]).max()]
+    if not case.is_padded:
+        differences += [
+            np.abs(mine.astype(np.float64) - theirs[:, :, : mine.shape[2]]).max()
+            for mine, theirs in zip(before[1:], after[1:], strict=True)
+        ]
+    return float(max(differences))
+
+
+def _numbers(random: np.random.Generator, shape: Sequence[int], kind: int) -> NDArray[Any]:
+    return np.asarray(random.standard_normal(shape), helper.tensor_dtype_to_np_dtype(kind))
+
+
+def _size(dimension: Dimension, case: _Case) -> int:
+    return case.sizes[dimension] if isinstance(dimension, str) else dimension
+
+
+def _without_effect(node: onnx.NodeProto) -> onnx.NodeProto:
+    """A copy; a calibrated node's has beta = 1."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    if copy.domain == schema.DOMAIN and copy.op_type == schema.CALIBRATED:
+        for given in copy.attribute:
+            if given.name == "beta":
+                given.floats[:] = [1.0] * len(given.floats)
+    return copy
+
+
+def _loaded(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    if external_data_helper.uses_external_data(copy):
+        external_data_helper.load_external_data_for_tensor(copy, str(folder))
+        copy.data_location = TensorProto.DEFAULT
+        del copy.external_data[:]
+    return copy
+
+
+def _session(model: onnx.ModelProto) -> Any:
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    with suppress(LibraryNotFoundError):  # the portable functions run then
+        options.register_custom_ops_library(str(library_path()))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,101 @@
+"""onnxruntime-genai's folder: what its configuration must say so that it carries the sink state."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from act_export.graft.errors import GraftError
+from act_export.graft.rewrite import Templates
+from act_export.graft.source import GENAI_CONFIG
+
+_TEMPLATES = (
+    ("inputs", "past_key_names"),
+    ("inputs", "past_value_names"),
+    ("outputs", "present_key_names"),
+    ("outputs", "present_value_names"),
+)
+
+
+def cache_templates(config: Mapping[str, Any]) -> Templates:
+    """Names of a layer's cache, with %d for its number.
+
+    Raises:
+        GraftError: If the configuration has no such fields, or is one of a pipeline.
+    """
+    decoder = _decoder(config)
+    if decoder.get("pipeline"):
+        raise GraftError(f"{GENAI_CONFIG} describes a pipeline of models; act-export takes decoders of one model")
+    found = [decoder.get(part, {}).get(name) for part, name in _TEMPLATES]
+    for (part, name), template in zip(_TEMPLATES, found, strict=True):
+        if not isinstance(template, str) or template.count("%d") != 1:
+            raise GraftError(
+                f"{GENAI_CONFIG} has model.decoder.{part}.{name} = {template!r}; it must be a name with %d for the "
+                f"layer, as onnxruntime-genai's model builder writes it"
+            )
+    past_key, past_value, present_key, present_value = found
+    return past_key, past_value, present_key, present_value
+
+
+def calibrated_config(
+    config: Mapping[str, Any], layers: Iterable[int], num_layers: int, filename: str, library: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration of a grafted folder.
+
+    Args:
+        config: As it was.
+        layers: Calibrated layers.
+        num_layers: Of the model.
+        filename: Of the ONNX model.
+        library: File name of the native library beside it; None for the portable functions.
+
+    Returns:
+        The configuration, and a line for each thing that the user should know of.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(config))
+    decoder = _decoder(changed)
+    decoder["filename"] = filename
+    options = decoder.setdefault("session_options", {})
+    notes = []
+    if library is not None:
+        if options.get("custom_ops_library") not in (None, library):
+            raise GraftError(
+                f"{GENAI_CONFIG} loads the operator library {options['custom_ops_library']!r} already, and "
+                f"onnxruntime-genai takes only one; pass --portable, which needs none"
+            )
+        options["custom_ops_library"] = library
+    for entry in options.get("provider_options", []):
+        for provider, settings in entry.items():
+            if isinstance(settings, dict) and str(settings.get("enable_cuda_graph", "0")) == "1":
+                settings["enable_cuda_graph"] = "0"
+                notes.append(f"{provider}: CUDA graphs are switched off, with them the mask doesn't say how long it is")
+    if "sliding_window" in decoder:
+        notes += _keep_whole(decoder, set(layers), num_layers)
+    return changed, notes
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """The file's text."""
+    return json.dumps(config, indent=4, ensure_ascii=False) + "\n"
+
+
+def _keep_whole(decoder: dict[str, Any], layers: set[int], num_layers: int) -> list[str]:
+    """Calibrated layers, and the layers that carry sink state, keep their whole cache rather than a window of it."""
+    window = decoder["sliding_window"]
+    shortened = window.get("layers") or list(range(num_layers))
+    rest = [layer for layer in shortened if layer not in layers]
+    kept = len(shortened) - len(rest)
+    if rest:
+        window["layers"] = rest
+    else:
+        del decoder["sliding_window"]
+    return [f"{kept} calibrated layers with a sliding window keep their whole cache"] if kept else []
+
+
+def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
+    decoder = config.get("model", {}).get("decoder") if isinstance(config.get("model"), dict) else None
+    if not isinstance(decoder, dict):
+        raise GraftError(f"{GENAI_CONFIG} has no model.decoder; it isn't one of a decoder that onnxruntime-genai runs")
+    return decoder

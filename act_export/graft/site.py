@@ -1,0 +1,114 @@
+"""What a rewriter finds of a layer's attention: all that is needed to put the operator in its place."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import onnx
+
+from act_export.graft.build import NodeBuilder
+from act_export.graft.graph import Graph
+
+Dimension = int | str
+"""A number, or "batch", "sequence", "past", "total" (= past + sequence)."""
+
+_NUMBER = re.compile(r"\d+")
+
+
+class Layout(Enum):
+    """How heads lie in a tensor."""
+
+    FLAT = "(batch, sequence, heads * head size)"
+    HEADS = "(batch, heads, sequence, head size)"
+
+
+@dataclass(frozen=True)
+class CacheNames:
+    """Graph inputs and outputs of a layer's cache, each (batch, key-value heads, tokens, head size)."""
+
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
+
+
+@dataclass(frozen=True)
+class AttentionTerms:
+    """An attention in the operator's terms; see `act_export.ops.schema`.
+
+    Attributes:
+        num_heads: Query heads.
+        kv_num_heads: Key and value heads.
+        head_size: None where the graph doesn't say; it isn't needed then.
+        scale: Multiplies the logits.
+        softcap: 0 for none.
+        sliding_window: Number of keys a row sees, itself included; -1 for all.
+    """
+
+    num_heads: int
+    kv_num_heads: int
+    head_size: int | None
+    scale: float
+    softcap: float = 0.0
+    sliding_window: int = -1
+
+
+@dataclass(frozen=True)
+class AttentionSite(ABC):
+    """A layer's attention in a graph; each rewriter has a kind of its own.
+
+    Attributes:
+        layer: From 0.
+        nodes: What the operator replaces, in the graph's order. Nothing else reads what they make, apart from `output`
+            and the cache's present values.
+        terms: The attention; None where `problem` says why the operator can't stand in for it.
+        cache: Of the layer.
+        output: The value that the rest of the graph goes on with.
+        output_layout: Its layout.
+        problem: Why this attention can't be calibrated, naming the node; an error only if the layer should be.
+    """
+
+    layer: int
+    nodes: tuple[onnx.NodeProto, ...]
+    terms: AttentionTerms | None
+    cache: CacheNames
+    output: str
+    output_layout: Layout = Layout.FLAT
+    problem: str | None = None
+
+    @property
+    def shares_buffers(self) -> bool:
+        """Whether the nodes that are replaced can write their cache in place, in a buffer longer than its contents.
+
+        So can the operator; where other layers can't, the model's callers don't.
+        """
+        return False
+
+    @abstractmethod
+    def operands(self, build: NodeBuilder) -> tuple[str, str, str]:
+        """Adds nodes that make the operator's query, key and value, and returns the names of these.
+
+        All three are `Layout.FLAT`, rotary embedding applied, key and value with their own number of heads.
+        """
+
+    @abstractmethod
+    def cuts(self, head_size: int) -> Mapping[str, Sequence[Dimension]]:
+        """The values that the layer's projections make, from which everything else here is computed, with shapes.
+
+        The check of a rewritten layer gives random numbers for these, and runs both ways of going on.
+        """
+
+
+def layer_of(name: str) -> int | None:
+    """The layer's number in the name of a cache input, e.g. 3 of "past_key_values.3.key"; None if there is none."""
+    found = _NUMBER.search(name)
+    return int(found.group()) if found else None
+
+
+def is_cache_input(graph: Graph, value: str) -> bool:
+    """Whether a value is an input of the graph that can be a layer's cache."""
+    return value in graph.inputs and layer_of(value) is not None

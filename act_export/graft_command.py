@@ -1,0 +1,88 @@
+"""The command that calibrates models which were exported before: graft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from act_export.calibration import Calibration
+from act_export.command_line import BetaOption, ModeOption, ThresholdOption, describe_calibration, note, status
+from act_export.errors import ActExportError
+from act_export.recipes import named_recipe
+
+if TYPE_CHECKING:
+    from act_export.graft import Grafted
+
+
+def graft_command(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="An ONNX file, or a folder of onnxruntime-genai's builder, Olive, optimum or act-export."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to: a name ending in .onnx for a file, a folder for a folder.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="Calibration file or shipped recipe.")
+    ] = None,
+    beta: BetaOption = None,
+    threshold: ThresholdOption = None,
+    threshold_mode: ModeOption = None,
+    portable: Annotated[
+        bool,
+        typer.Option("--portable", help="For onnxruntime-genai: without the native library, slower."),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare each rewritten layer with what was there.")
+    ] = True,
+    remove: Annotated[bool, typer.Option("--remove", help="Take a graft out of IN again.")] = False,
+) -> None:
+    """Calibrates a model that was exported before, at any precision; --remove undoes it.
+
+    The attention of the calibrated layers is replaced; every other node, name and weight stays. A folder for
+    onnxruntime-genai stays one.
+    """
+    from act_export.graft import graft, remove_graft
+
+    if out is None:
+        raise ActExportError(f"where to? act-export graft {file} --out with a new name")
+    if remove:
+        given = [name for name, value in (("--calibration", calibration), ("--beta", beta)) if value is not None]
+        if given:
+            raise ActExportError(f"--remove takes the calibration out; leave out {' and '.join(given)}")
+        with status() as step:
+            written = remove_graft(file, out, progress=step)
+        note(f"taken out of {len(written.layers)} layers; the graph is what it was before")
+        print(written.path)
+        return
+    if calibration is None:
+        raise ActExportError(
+            f"which heads? act-export graft {file} --calibration FILE, or a shipped recipe's name; act-export search "
+            f"MODEL finds them"
+        )
+    chosen = _calibration(calibration).with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
+    with status() as step:
+        written = graft(file, chosen, out, native=not portable, check=check, progress=step)
+    _summarize(written)
+
+
+def _calibration(given: str) -> Calibration:
+    recipe = named_recipe(given)
+    return recipe.calibration if recipe is not None else Calibration.load(given)
+
+
+def _summarize(written: Grafted) -> None:
+    assert written.calibration is not None
+    note(f"calibration: {describe_calibration(written.calibration)}")
+    replaced = ", ".join(f"{count} {kind}" for kind, count in written.patterns.items())
+    note(f"replaced in {len(written.layers)} of {written.num_layers} layers: {replaced}")
+    if written.difference is not None:
+        note(f"each of them with beta = 1 within {written.difference:.1e} of what was there")
+    note(f"sink state: in {'inputs of its own' if written.layout.value == 'scores' else 'further layers of the cache'}")
+    for line in written.notes:
+        note(line)
+    print(written.path)
