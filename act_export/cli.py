@@ -54,6 +54,7 @@ from act_export.command_line import (
     terminate,
 )
 from act_export.errors import ActExportError, VerificationError
+from act_export.graft_command import graft_command
 from act_export.profile_commands import profile_command, report_command
 
 if TYPE_CHECKING:
@@ -266,6 +267,7 @@ def search_command(
             print(file)
 
 
+app.command("graft")(reports_errors(graft_command))
 app.command("profile")(reports_errors(profile_command))
 app.command("report")(reports_errors(report_command))
 
@@ -482,6 +484,27 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
         table.add_row(operator, f"{count} nodes")
     table.add_row("calibration", describe_calibration(found.calibration) if found.calibration else "none (plain)")
     Console().print(table)
+
+
+@app.command("triton")
+@reports_errors
+def triton_command(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(metavar="REPOSITORY", help="The model repository; other models there stay.")],
+    name: Annotated[str | None, typer.Option(help="Of the model in the server; otherwise the file's.")] = None,
+    served_from: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the server sees REPOSITORY, e.g. /models in a container.")
+    ] = None,
+    portable: PortableOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Writes FILE into a model repository of Triton Inference Server."""
+    from act_export.hosts import write_repository
+
+    for path in write_repository(
+        file, out, name=name, device=device or "cpu", native=not portable, served_from=served_from
+    ):
+        print(path)
 
 
 @app.command("library")

@@ -1,0 +1,154 @@
+// Greedy generation with ONNX Runtime alone: generate MODEL LIBRARY COUNT TOKEN...
+//
+// Prints COUNT new tokens after the prompt's. LIBRARY is libact_ops.so, with a slash in its path. The key-value cache
+// and the sink state are whatever inputs the model has that begin with "past": each is a buffer for the whole run,
+// bound as the input and as the output that continues it, so that a step writes into it and copies nothing.
+#include <onnxruntime_cxx_api.h>
+
+#include <cstdint>
+#include <exception>
+#include <iostream>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+const Ort::MemoryInfo& Cpu() {
+  static const Ort::MemoryInfo info = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+  return info;
+}
+
+// A view of numbers that the caller keeps.
+Ort::Value View(std::vector<int64_t>& numbers, const std::vector<int64_t>& shape) {
+  return Ort::Value::CreateTensor<int64_t>(Cpu(), numbers.data(), numbers.size(), shape.data(), shape.size());
+}
+
+// past_key_values.0.key -> present.0.key, past_sink_scores.0 -> present_sink_scores.0
+std::string PresentName(const std::string& past) {
+  const std::string cache = "past_key_values";
+  return "present" + past.substr(past.rfind(cache, 0) == 0 ? cache.size() : std::string("past").size());
+}
+
+// An empty buffer (1, heads, capacity, size) for a state input (batch, heads, past, size).
+Ort::Value Buffer(const std::string& name, const Ort::TypeInfo& type, int64_t capacity) {
+  const auto info = type.GetTensorTypeAndShapeInfo();
+  std::vector<int64_t> shape = info.GetShape();
+  if (shape.size() != 4 || shape[1] < 1 || shape[3] < 1) {
+    throw std::runtime_error("the model doesn't say how many heads " + name + " has, and of which size");
+  }
+  shape[0] = 1;
+  shape[2] = capacity;
+  Ort::AllocatorWithDefaultOptions allocator;
+  return Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), info.GetElementType());
+}
+
+// float16 is compared by its bits, whose order is that of the numbers but for the sign.
+int Key(uint16_t bits) { return bits & 0x8000 ? -(bits & 0x7fff) : bits; }
+float Key(float number) { return number; }
+
+template <typename T>
+int64_t Largest(const T* numbers, int64_t count) {
+  int64_t best = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    if (Key(numbers[i]) > Key(numbers[best])) best = i;
+  }
+  return best;
+}
+
+// The likeliest token after the last position of logits (1, positions, vocabulary).
+int64_t NextToken(Ort::Value& logits) {
+  const auto info = logits.GetTensorTypeAndShapeInfo();
+  const int64_t vocabulary = info.GetShape().at(2);
+  const size_t last = info.GetElementCount() - vocabulary;
+  switch (info.GetElementType()) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return Largest(logits.GetTensorMutableData<float>() + last, vocabulary);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return Largest(reinterpret_cast<uint16_t*>(logits.GetTensorMutableData<Ort::Float16_t>()) + last, vocabulary);
+    default:
+      throw std::runtime_error("logits of this type can't be read here");
+  }
+}
+
+class Generator {
+ public:
+  Generator(Ort::Session& session, int64_t capacity) : session_(session), binding_(session) {
+    Ort::AllocatorWithDefaultOptions allocator;
+    binding_.BindOutput("logits", Cpu());  // first, so that it is the first of the outputs
+    for (size_t i = 0; i < session.GetInputCount(); ++i) {
+      const std::string name = session.GetInputNameAllocated(i, allocator).get();
+      if (name.rfind("past", 0) == 0) {
+        state_.push_back(Buffer(name, session.GetInputTypeInfo(i), capacity));
+        binding_.BindInput(name.c_str(), state_.back());
+        binding_.BindOutput(PresentName(name).c_str(), state_.back());
+      } else if (name == "position_ids") {
+        takes_positions_ = true;
+      } else if (name != "input_ids" && name != "attention_mask") {
+        throw std::runtime_error("the model has an input that isn't known here: " + name);
+      }
+    }
+    for (size_t i = 0; i < session.GetOverridableInitializerCount(); ++i) {
+      if (session.GetOverridableInitializerNameAllocated(i, allocator).get() == std::string("logits_to_keep")) {
+        Ort::Value last = Ort::Value::CreateTensor<int64_t>(Cpu(), &keep_, 1, nullptr, 0);
+        binding_.BindInput("logits_to_keep", last);
+      }
+    }
+  }
+
+  // Runs the model over new tokens, which follow those it has seen; returns the likeliest next one.
+  int64_t Step(std::vector<int64_t> tokens) {
+    const int64_t count = static_cast<int64_t>(tokens.size());
+    std::vector<int64_t> positions(tokens.size());
+    std::iota(positions.begin(), positions.end(), seen_);
+    seen_ += count;
+    std::vector<int64_t> mask(seen_, 1);
+    binding_.BindInput("input_ids", View(tokens, {1, count}));
+    binding_.BindInput("attention_mask", View(mask, {1, seen_}));
+    if (takes_positions_) binding_.BindInput("position_ids", View(positions, {1, count}));
+    session_.Run(Ort::RunOptions{}, binding_);
+    std::vector<Ort::Value> outputs = binding_.GetOutputValues();
+    return NextToken(outputs.front());
+  }
+
+ private:
+  Ort::Session& session_;
+  Ort::IoBinding binding_;
+  std::vector<Ort::Value> state_;
+  int64_t seen_ = 0;
+  int64_t keep_ = 1;  // logits of the last position only
+  bool takes_positions_ = false;
+};
+
+int Main(const std::string& model, const std::string& library, int count, std::vector<int64_t> prompt) {
+  Ort::Env env(ORT_LOGGING_LEVEL_ERROR);
+  Ort::SessionOptions options;
+  options.RegisterCustomOpsLibrary(library.c_str());
+  Ort::Session session(env, model.c_str(), options);
+  Generator generator(session, static_cast<int64_t>(prompt.size()) + count);
+  std::vector<int64_t> tokens = std::move(prompt);
+  for (int i = 0; i < count; ++i) {
+    tokens = {generator.Step(std::move(tokens))};
+    std::cout << tokens.front() << (i + 1 < count ? " " : "\n") << std::flush;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 5) {
+    std::cerr << "usage: generate MODEL LIBRARY COUNT TOKEN...\n";
+    return 2;
+  }
+  try {
+    std::vector<int64_t> prompt;
+    for (int i = 4; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
+    return Main(argv[1], argv[2], std::stoi(argv[3]), std::move(prompt));
+  } catch (const std::exception& error) {
+    std::cerr << "error: " << error.what() << "\n";
+    return 1;
+  }
+}

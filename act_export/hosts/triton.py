@@ -1,0 +1,189 @@
+"""A model repository for NVIDIA's Triton Inference Server, whose ONNX Runtime backend runs the model.
+
+    REPOSITORY/NAME/config.pbtxt
+    REPOSITORY/NAME/1/model.onnx, its weights, libact_ops.so
+
+The backend hands the library's path to ONNX Runtime as it stands, so it must be absolute as the server sees it.
+https://github.com/triton-inference-server/onnxruntime_backend
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path, PurePosixPath
+
+from onnx import TensorProto, helper
+
+from act_export.export.write import OutputError, check_free_space, check_writable, staged
+from act_export.hosts.signature import HostError, Signature, Tensor, read_signature
+from act_export.ops.library import LibraryNotFoundError, library_info, library_path
+from act_export.runtime.device import Device
+
+_CONFIG, _VERSION, _MODEL, _LIBRARY = "config.pbtxt", "1", "model.onnx", "libact_ops.so"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SPARE_BYTES = 1 << 20
+_TYPES: dict[int, str] = {
+    TensorProto.BOOL: "TYPE_BOOL",
+    TensorProto.UINT8: "TYPE_UINT8",
+    TensorProto.UINT16: "TYPE_UINT16",
+    TensorProto.UINT32: "TYPE_UINT32",
+    TensorProto.UINT64: "TYPE_UINT64",
+    TensorProto.INT8: "TYPE_INT8",
+    TensorProto.INT16: "TYPE_INT16",
+    TensorProto.INT32: "TYPE_INT32",
+    TensorProto.INT64: "TYPE_INT64",
+    TensorProto.FLOAT16: "TYPE_FP16",
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.DOUBLE: "TYPE_FP64",
+    TensorProto.BFLOAT16: "TYPE_BF16",
+    TensorProto.STRING: "TYPE_STRING",
+}
+
+
+def write_repository(
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    native: bool = True,
+    served_from: str | None = None,
+) -> list[Path]:
+    """Writes a model into a repository, creating that if need be; other models there stay as they are.
+
+    A model of that name is replaced where this function wrote it and nothing else lies in its folder.
+
+    Args:
+        file: An ONNX model, whoever wrote it, or the folder with it as `model.onnx`.
+        out: The repository.
+        name: Of the model in the server; None takes the file's, or of a `model.onnx` its folder's.
+        device: "cpu", "cuda" (all GPUs, an instance on each) or "cuda:N".
+        native: Copy the native library beside the model and have the server register it, if the model can use it.
+        served_from: Absolute path of the repository as the server sees it; None if it sees it where it is written.
+
+    Returns:
+        The files.
+
+    Raises:
+        HostError: If the model can't be served (see `read_signature`), has a type that Triton doesn't know, the name
+            or the library doesn't do, or the model's folder holds other files.
+        OutputError: If the repository can't be written.
+        SessionError: For a malformed device.
+    """
+    place = Device.parse(device)
+    signature = read_signature(file)
+    repository = Path(out)
+    name = _checked_name(signature.path, name)
+    library = _library(place) if native and signature.uses_library else None
+    seen = PurePosixPath(served_from) if served_from is not None else PurePosixPath(repository.resolve())
+    if not seen.is_absolute():
+        raise HostError(f"the server's path of the repository is {str(seen)!r}; it must be absolute, e.g. /models")
+    registered = str(seen / name / _VERSION / _LIBRARY) if library is not None else None
+    config = model_config(name, signature, device=device, library=registered)
+    sources = {f"{_VERSION}/{_MODEL}": signature.path}
+    sources |= {f"{_VERSION}/{entry}": signature.path.parent / entry for entry in signature.data}
+    sources |= {f"{_VERSION}/{_LIBRARY}": library} if library is not None else {}
+    _check_target(repository, name, {_CONFIG, f"{_VERSION}/{_LIBRARY}", *sources})
+    _make_folder(repository)
+    check_free_space(repository, sum(source.stat().st_size for source in sources.values()) + _SPARE_BYTES)
+    with staged(repository) as staging:
+        new, old = staging / "new", staging / "old"
+        new.mkdir()
+        for entry, source in sources.items():
+            (new / entry).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, new / entry)
+        (new / _CONFIG).write_text(config, encoding="utf-8")
+        if (repository / name).exists():
+            (repository / name).rename(old)
+        new.rename(repository / name)
+    return [repository / name / entry for entry in (_CONFIG, *sources)]
+
+
+def model_config(name: str, signature: Signature, *, device: str = "cpu", library: str | None = None) -> str:
+    """The text of `config.pbtxt`, with the batch among the dimensions: ids, mask and state must agree on it.
+
+    Args:
+        name: Of the model.
+        signature: Of its graph.
+        device: As `write_repository` takes it.
+        library: Of custom operators, as the server finds it; None for none.
+
+    Raises:
+        HostError: If Triton has no word for a tensor's type.
+        SessionError: For a malformed device.
+    """
+    place = Device.parse(device)
+    instance = "kind: KIND_GPU" if place.is_cuda else "kind: KIND_CPU"
+    if ":" in device:  # without an index Triton makes an instance on each GPU
+        instance += f"  gpus: [ {place.index} ]"
+    lines = [f"name: {_quote(name)}", 'backend: "onnxruntime"', "max_batch_size: 0"]
+    lines += [_io("input", tensor) for tensor in signature.inputs]
+    lines += [_io("output", tensor) for tensor in signature.outputs]
+    lines.append(f"instance_group {{ count: 1  {instance} }}")
+    if library is not None:
+        lines.append(f"model_operations {{ op_library_filename: {_quote(library)} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _io(field: str, tensor: Tensor) -> str:
+    known = _TYPES.get(tensor.element_type)
+    if known is None:
+        named = helper.tensor_dtype_to_string(tensor.element_type)
+        raise HostError(f"{tensor.name} is of type {named}, which Triton doesn't have; export the model without it")
+    # Triton has no scalars and takes one element for them.
+    dims = ", ".join("-1" if dim is None else str(dim) for dim in tensor.shape) or "1"
+    optional = "  optional: true" if tensor.optional else ""
+    return f"{field} {{ name: {_quote(tensor.name)}  data_type: {known}  dims: [ {dims} ]{optional} }}"
+
+
+def _quote(text: str) -> str:
+    """A string of protobuf's text format."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def _checked_name(file: Path, name: str | None) -> str:
+    if name is None:
+        name = file.stem if file.name != _MODEL else file.resolve().parent.name
+    if not _NAME.fullmatch(name):
+        raise HostError(
+            f"{name!r} can't be the model's name in the server: pass a --name of letters, digits, '_', '-' and '.'"
+        )
+    return name
+
+
+def _library(device: Device) -> Path:
+    try:
+        path = library_path()
+    except LibraryNotFoundError as error:
+        raise HostError(f"{error} Or have the server run the portable functions: --portable") from error
+    if device.is_cuda and not library_info(path).cuda:
+        raise HostError(
+            f"{path} has no CUDA kernels, and ONNX Runtime would move every layer to the CPU: install act-export with "
+            f"them, or have the server run the portable functions: --portable"
+        )
+    return path
+
+
+def _check_target(repository: Path, name: str, files: set[str]) -> None:
+    """Refuses to replace what isn't a model that was written here."""
+    target = repository / name
+    if target.is_dir():
+        there = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+        others = sorted(there - files)
+        if others or (there and _CONFIG not in there):
+            raise HostError(
+                f"{target} holds other files, e.g. {(others or sorted(there))[0]}; pass another --name, or remove it"
+            )
+    elif target.exists():
+        raise HostError(f"{target} is a file; pass another --name, or remove it")
+
+
+def _make_folder(repository: Path) -> None:
+    if repository.exists() and not repository.is_dir():
+        raise OutputError(f"{repository} is a file; pass --out with the repository's folder")
+    if not repository.is_dir():
+        check_writable(repository.parent)
+        repository.mkdir()
+    check_writable(repository)
