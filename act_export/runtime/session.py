@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _LOGITS_TO_KEEP = "logits_to_keep"
 _POSITIONS = "position_ids"
+_SINK_SCORES = "past_sink_scores."
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
 
 
@@ -181,6 +182,21 @@ class Session:
         """The model that the file was exported from."""
         text = self.properties.get("model")
         return ModelIdentity(**json.loads(text)) if text else None
+
+    @property
+    def sink_state(self) -> dict[int, tuple[str, ...]]:
+        """By calibrated layer, the parts of the state that hold its sinks.
+
+        One part, `past_sink_scores.N`, holds running column sums (batch, calibrated heads, tokens, 1). Two, of a graft
+        whose host knows no state but a cache, add up over both and their last axis to the columns' means.
+        """
+        graft = json.loads(self.properties.get("graft", "{}"))
+        names: list[str] = graft.get("inputs") or [
+            part.name for part in self.state_inputs if part.name.startswith(_SINK_SCORES)
+        ]
+        layers: list[int] = graft.get("layers") or [int(name.removeprefix(_SINK_SCORES)) for name in names]
+        size = len(names) // max(len(layers), 1)
+        return {layer: tuple(names[size * i : size * (i + 1)]) for i, layer in enumerate(layers)}
 
     @property
     def onnxruntime_session(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,13 @@ class Case:
     calls: tuple[NDArray[np.int64], ...]
     attention_mask: NDArray[np.int64]
     decode_steps: int = 0
+
+    def without_padding(self) -> Case:
+        """The sequences that have no padding, for models that can't leave it out."""
+        whole = self.attention_mask.all(1)
+        calls = tuple(ids[whole] for ids in self.calls)
+        name = self.name if whole.all() else f"{self.name}, the unpadded"
+        return replace(self, name=name, calls=calls, attention_mask=self.attention_mask[whole])
 
 
 def parity_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, seed: int = 0) -> list[Case]:

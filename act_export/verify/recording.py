@@ -13,12 +13,10 @@ from torch import Tensor
 
 from act_export.calibration import Calibration
 from act_export.hooks import HookedModel, LayerState
-from act_export.reference import later_sinks, sink_margins
+from act_export.reference import later_sinks, sink_margins, visible_rows
 from act_export.runtime.session import Session
 from act_export.runtime.state import State
 from act_export.verify.cases import Case
-
-_SINK_STATE = "past_sink_scores."
 
 
 class Engine(Protocol):
@@ -115,7 +113,7 @@ def pytorch_engine(hooked: HookedModel) -> Engine:
     return run
 
 
-def session_engine(session: Session) -> Engine:
+def session_engine(session: Session, rule: SinkRule) -> Engine:
     """A session, with states by value."""
     state: State | None = None
 
@@ -124,18 +122,23 @@ def session_engine(session: Session) -> Engine:
     ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
         nonlocal state
         logits, state = session.run(input_ids, attention_mask, None if first else state)
-        return logits.astype(np.float32), column_sums(state)
+        return logits.astype(np.float32), column_sums(session, state, attention_mask, rule)
 
     return run
 
 
-def column_sums(state: State) -> dict[int, Tensor]:
-    """The running column sums of a session's state, by layer."""
-    return {
-        int(name.removeprefix(_SINK_STATE)): torch.from_numpy(value)
-        for name, value in state.items()
-        if name.startswith(_SINK_STATE)
-    }
+def column_sums(session: Session, state: State, attention_mask: NDArray[np.int64], rule: SinkRule) -> dict[int, Tensor]:
+    """The running column sums of a session's state, (batch, calibrated heads, total, 1), by layer."""
+    real = torch.from_numpy(attention_mask != 0)
+    sums = {}
+    for layer, names in session.sink_state.items():
+        parts = [torch.from_numpy(state[name].astype(np.float32)) for name in names]
+        if len(parts) == 1:
+            (sums[layer],) = parts
+        else:  # means
+            rows = visible_rows(real, rule.sliding_windows[layer])
+            sums[layer] = sum(parts[1:], parts[0]).sum(-1, keepdim=True) * rows[:, None, :, None]
+    return sums
 
 
 def record(case: Case, engine: Engine, rule: SinkRule, *, follow: Sequence[Step] | None) -> list[Step]:
