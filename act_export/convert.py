@@ -243,7 +243,8 @@ def verify_file(
     Raises:
         ActExportError: If the file or the device can't be used, or PyTorch itself fails in the file's type.
     """
-    precision = inspect_file(path).precision
+    found = inspect_file(path)
+    precision = found.precision
     with ExitStack() as stack:
         stands_in = precision == "bfloat16" and device == "cpu"
         file = stack.enter_context(runnable_on_cpu(path)) if stands_in else path
@@ -255,6 +256,7 @@ def verify_file(
                 "portable functions": lambda: Session.open(file, native=False, device=device),
             },
             precision=precision,
+            pads_left=found.pads_left,
             device=device,
             progress=progress,
         )

@@ -34,6 +34,7 @@ class Inspection:
         operators: Number of nodes of each attention operator.
         weights_bytes: Size of the external data.
         calibration: Baked in; None for a plain export.
+        pads_left: Whether all layers leave out padding before a sequence.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Inspection:
     operators: Mapping[str, int]
     weights_bytes: int
     calibration: Calibration | None
+    pads_left: bool = True
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
@@ -87,4 +89,5 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
         weights_bytes=sum(place.stat().st_size for place in data if place.is_file()),
         calibration=Calibration.from_json(text, source=str(file)) if text else None,
+        pads_left=json.loads(properties.get("act_export.graft", "{}")).get("pads_left", True),
     )

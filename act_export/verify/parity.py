@@ -30,6 +30,7 @@ def verify_sessions(
     openers: dict[str, Callable[[], Session]],
     *,
     precision: str = "float32",
+    pads_left: bool = True,
     device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> ParityReport:
@@ -37,13 +38,13 @@ def verify_sessions(
 
     In a half type their errors are held against those of PyTorch in that type.
 
-    Files with layers that can't leave out padding, of other exporters, run the sequences without any.
-
     Args:
         checkpoint: The model that was exported, in float32.
         calibration: The calibration that the file should have inside; None for a plain export.
         openers: Name -> opens a session; one is open at a time.
         precision: Row of `GATES`: the type that the file stores.
+        pads_left: Whether all layers leave out padding before a sequence, see `Session.pads_left`; otherwise only
+            sequences without any are run.
         device: Where PyTorch runs if it can: "cpu" (wherever the model is), "cuda" or "cuda:N".
         progress: Called with what is being compared.
 
@@ -52,8 +53,7 @@ def verify_sessions(
     """
     model = checkpoint.model
     cases = parity_cases(model, checkpoint.tokenizer)
-    pads = _pads_left(openers)
-    if not pads:
+    if not pads_left:
         cases = [case.without_padding() for case in cases]
     attention = ReferenceAttention(calibration)
     rule = SinkRule(calibration, attention.sliding_windows)
@@ -77,19 +77,13 @@ def verify_sessions(
                 progress(f"verifying, {name}: {case.name}")
                 steps = record(case, session_engine(session, rule), rule, follow=reference)
                 results.append(_compare(case.name, [(steps, reference)], gates.of(case.name), case.decode_steps))
-            if pads:
+            if pads_left:
                 progress(f"verifying, {name}: batch against alone")
                 results.append(_batch_against_alone(session, cases, rule, gates))
             progress(f"verifying, {name}: as generation runs it")
             results.append(_generation_against_runs(session, cases, rule, gates))
         engines.append(_engine_report(name, results, gates.of_all.flipped_sequences, [case.name for case in cases]))
     return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines), half)
-
-
-def _pads_left(openers: dict[str, Callable[[], Session]]) -> bool:
-    """Whether the file can leave out padding before a sequence; all sessions are of the same file."""
-    with next(iter(openers.values()))() as session:
-        return session.pads_left
 
 
 class _Gates:

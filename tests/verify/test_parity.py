@@ -94,6 +94,10 @@ class Nudged:
     def allocate(self, batch, capacity):
         return self.session.allocate(batch, capacity)
 
+    @property
+    def sink_state(self):
+        return self.session.sink_state
+
     def __enter__(self):
         return self
 
@@ -156,6 +160,10 @@ class Forgetful:
 
     def allocate(self, batch, capacity):
         return self.session.allocate(batch, capacity)
+
+    @property
+    def sink_state(self):
+        return self.session.sink_state
 
     def __enter__(self):
         return self
@@ -271,6 +279,10 @@ class Noisy:
 
     def allocate(self, batch, capacity):
         return self.session.allocate(batch, capacity)
+
+    @property
+    def sink_state(self):
+        return self.session.sink_state
 
     def __enter__(self):
         return self
