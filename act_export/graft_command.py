@@ -36,6 +36,9 @@ def graft_command(
         bool,
         typer.Option("--portable", help="For onnxruntime-genai: without the native library, slower."),
     ] = False,
+    state_in_cache: Annotated[
+        bool, typer.Option("--state-in-cache", help="Sink state as part of the cache, for hosts such as optimum.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare each rewritten layer with what was there.")
     ] = True,
@@ -46,7 +49,7 @@ def graft_command(
     The attention of the calibrated layers is replaced; every other node, name and weight stays. A folder for
     onnxruntime-genai stays one.
     """
-    from act_export.graft import graft, remove_graft
+    from act_export.graft import StateLayout, graft, remove_graft
 
     if out is None:
         raise ActExportError(f"where to? act-export graft {file} --out with a new name")
@@ -66,7 +69,8 @@ def graft_command(
         )
     chosen = _calibration(calibration).with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
     with status() as step:
-        written = graft(file, chosen, out, native=not portable, check=check, progress=step)
+        layout = StateLayout.PACKED if state_in_cache else None
+        written = graft(file, chosen, out, layout=layout, native=not portable, check=check, progress=step)
     _summarize(written)
 
 

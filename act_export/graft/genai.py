@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from act_export.graft.errors import GraftError
 from act_export.graft.rewrite import Templates
-from act_export.graft.source import GENAI_CONFIG
+from act_export.graft.source import GENAI_CONFIG, look_up
 
+_T = TypeVar("_T", dict[str, Any], list[Any])
 _TEMPLATES = (
     ("inputs", "past_key_names"),
     ("inputs", "past_value_names"),
@@ -28,7 +29,7 @@ def cache_templates(config: Mapping[str, Any]) -> Templates:
     decoder = _decoder(config)
     if decoder.get("pipeline"):
         raise GraftError(f"{GENAI_CONFIG} describes a pipeline of models; act-export takes decoders of one model")
-    found = [decoder.get(part, {}).get(name) for part, name in _TEMPLATES]
+    found = [look_up(decoder, part, name) for part, name in _TEMPLATES]
     for (part, name), template in zip(_TEMPLATES, found, strict=True):
         if not isinstance(template, str) or template.count("%d") != 1:
             raise GraftError(
@@ -53,11 +54,14 @@ def calibrated_config(
 
     Returns:
         The configuration, and a line for each thing that the user should know of.
+
+    Raises:
+        GraftError: If it loads another library, or a field is of another form than onnxruntime-genai reads.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(config))
     decoder = _decoder(changed)
     decoder["filename"] = filename
-    options = decoder.setdefault("session_options", {})
+    options = _expect(dict, decoder.setdefault("session_options", {}), "session_options")
     notes = []
     if library is not None:
         if options.get("custom_ops_library") not in (None, library):
@@ -66,8 +70,9 @@ def calibrated_config(
                 f"onnxruntime-genai takes only one; pass --portable, which needs none"
             )
         options["custom_ops_library"] = library
-    for entry in options.get("provider_options", []):
-        for provider, settings in entry.items():
+    providers = "session_options.provider_options"
+    for entry in _expect(list, options.get("provider_options", []), providers):
+        for provider, settings in _expect(dict, entry, providers).items():
             if isinstance(settings, dict) and str(settings.get("enable_cuda_graph", "0")) == "1":
                 settings["enable_cuda_graph"] = "0"
                 notes.append(f"{provider}: CUDA graphs are switched off, with them the mask doesn't say how long it is")
@@ -83,8 +88,8 @@ def dump(config: Mapping[str, Any]) -> str:
 
 def _keep_whole(decoder: dict[str, Any], layers: set[int], num_layers: int) -> list[str]:
     """Calibrated layers, and the layers that carry sink state, keep their whole cache rather than a window of it."""
-    window = decoder["sliding_window"]
-    shortened = window.get("layers") or list(range(num_layers))
+    window = _expect(dict, decoder["sliding_window"], "sliding_window")
+    shortened = _expect(list, window.get("layers") or list(range(num_layers)), "sliding_window.layers")
     rest = [layer for layer in shortened if layer not in layers]
     kept = len(shortened) - len(rest)
     if rest:
@@ -95,7 +100,14 @@ def _keep_whole(decoder: dict[str, Any], layers: set[int], num_layers: int) -> l
 
 
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
-    decoder = config.get("model", {}).get("decoder") if isinstance(config.get("model"), dict) else None
+    decoder = look_up(config, "model", "decoder")
     if not isinstance(decoder, dict):
         raise GraftError(f"{GENAI_CONFIG} has no model.decoder; it isn't one of a decoder that onnxruntime-genai runs")
     return decoder
+
+
+def _expect(kind: type[_T], value: Any, field: str) -> _T:
+    if not isinstance(value, kind):
+        name = {dict: "object", list: "array"}[kind]
+        raise GraftError(f"{GENAI_CONFIG} has model.decoder.{field} = {value!r}; expected a JSON {name}")
+    return value

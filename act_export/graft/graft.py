@@ -16,17 +16,19 @@ from onnx import TensorProto
 from act_export import __version__
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
 from act_export.export.write import METADATA_PREFIX, check_free_space, check_output, is_file_output, staged
+from act_export.export.passes.pack_sink_state import pack_sink_state
 from act_export.graft import genai
 from act_export.graft.check import check_layer
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph, attribute
 from act_export.graft.record import KEY, GraftRecord, digest, record_of, undo
-from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite
+from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
 from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import GENAI_CONFIG, ModelSource, read_source
 from act_export.ops import schema
 from act_export.ops.library import library_path
+from act_export.runtime.packed_state import PROPERTY, PackedState
 
 Progress = Callable[[str], None]
 _CACHE_TYPES: dict[int, str] = {
@@ -99,7 +101,7 @@ def graft(
     _check_target(source, out)
     _refuse_calibrated(source)
     before = source.model
-    graph = Graph(before.graph)
+    graph = Graph(before.graph, before.opset_import)
     sites = find_sites(graph)
     identity = identity_of(source, sites, calibration)
     _check_fits(calibration, identity, sites)
@@ -111,10 +113,12 @@ def graft(
             raise GraftError(f"the sink state can be layers of the cache only in a folder with {GENAI_CONFIG}")
         templates = genai.cache_templates(source.config)
     after = onnx.ModelProto.FromString(before.SerializeToString())
-    new_graph = Graph(after.graph)
+    new_graph = Graph(after.graph, after.opset_import)
     new_sites = find_sites(new_graph)
-    rewritten = rewrite(after, new_graph, new_sites, calibration, layout, templates)
+    written_as = StateLayout.SCORES if layout is StateLayout.PACKED else layout
+    rewritten = rewrite(after, new_graph, new_sites, calibration, written_as, templates)
     removed = apply(after, new_graph, rewritten)
+    packed = pack_sink_state(after) if layout is StateLayout.PACKED else None
     notes: list[str] = []
     config: str | None = None
     if source.is_genai_folder:
@@ -122,10 +126,15 @@ def graft(
         name = source.path.name
         changed, notes = genai.calibrated_config(source.config, calibration.heads, len(sites), name, library)
         config = genai.dump(changed)
-    _add_metadata(source, after, sites, rewritten, removed, identity, calibration)
-    difference = _check(source, before, after, rewritten, progress) if check else None
-    if check and difference is None:
-        notes.append("layers weren't compared with what was there: ONNX Runtime has no bfloat16 kernels for a CPU")
+    _add_metadata(source, after, sites, rewritten, removed, identity, calibration, packed)
+    found = _check(source, before, after, rewritten, progress) if check else []
+    difference = max((each for each in found if each is not None), default=None)
+    if None in found:
+        notes.append(
+            f"{found.count(None)} of {len(found)} layers weren't compared with what was there: ONNX Runtime can't run "
+            f"theirs on a CPU, in bfloat16 or with norms inside the attention"
+        )
+    notes += _padding_in_windows(rewritten, layout)
     written = _write(source, after, out, config, native, progress)
     return Grafted(
         path=written,
@@ -158,7 +167,7 @@ def remove_graft(
     _check_target(source, out)
     record = undo(source.model)
     written = _write(source, source.model, out, record.genai_config, False, progress)
-    sites = find_sites(Graph(source.model.graph))
+    sites = find_sites(Graph(source.model.graph, source.model.opset_import))
     return Grafted(written, None, record.layers, len(sites), {}, None, StateLayout.SCORES, ())
 
 
@@ -173,12 +182,19 @@ def identity_of(
     if text is not None:
         return ModelIdentity(**json.loads(text))
     heads = max((site.terms.num_heads for site in sites.values() if site.terms is not None), default=0)
-    whole = source.config.get("model", source.config)
-    architecture = whole.get("type") or whole.get("model_type") if isinstance(whole, dict) else None
+    whole = _model_config(source)
+    named = whole.get("type") or whole.get("model_type")
+    architecture = named if isinstance(named, str) else None
     expected = calibration.model.architecture if calibration is not None and calibration.model is not None else None
     if expected is not None and (architecture is None or _plain_name(architecture) == _plain_name(expected)):
         architecture = expected
     return ModelIdentity(architecture or "unknown", len(sites), heads)
+
+
+def _model_config(source: ModelSource) -> Mapping[str, Any]:
+    """What the configuration says of the model: genai_config.json a level deeper than config.json."""
+    found = source.config.get("model")
+    return found if isinstance(found, dict) else source.config
 
 
 def _plain_name(architecture: str) -> str:
@@ -187,6 +203,9 @@ def _plain_name(architecture: str) -> str:
 
 
 def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mapping[int, AttentionSite]) -> None:
+    for layer in calibration.heads:
+        if layer in sites:
+            supported(sites, layer)  # of an attention that isn't understood, heads aren't known either
     calibration.check_fits(identity)
     if not calibration.num_calibrated_heads:
         raise CalibrationError("the calibration has no heads, so there is nothing to graft")
@@ -213,12 +232,26 @@ def _refuse_calibrated(source: ModelSource) -> None:
 
 def _check(
     source: ModelSource, before: onnx.ModelProto, after: onnx.ModelProto, rewritten: Rewritten, progress: Progress
-) -> float | None:
+) -> list[float | None]:
     found = []
     for number, layer in rewritten.layers.items():
         progress(f"comparing layer {number} with what was there")
         found.append(check_layer(before, after, source.path.parent, layer))
-    return max((each for each in found if each is not None), default=None)
+    return found
+
+
+def _padding_in_windows(rewritten: Rewritten, layout: StateLayout) -> list[str]:
+    """onnxruntime-genai puts padding behind shorter prompts, and what is generated behind that."""
+    layers = [str(number) for number, layer in rewritten.layers.items() if _has_window(layer.site)]
+    if not layers or layout is not StateLayout.CACHE_LAYERS:
+        return []
+    return [
+        f"the sliding window of layer {', '.join(layers)} counts padding too: give a batch prompts of the same length"
+    ]
+
+
+def _has_window(site: AttentionSite) -> bool:
+    return site.terms is not None and site.terms.sliding_window >= 0
 
 
 def _patterns(rewritten: Rewritten) -> dict[str, int]:
@@ -239,6 +272,7 @@ def _add_metadata(
     removed: list[tuple[int, onnx.NodeProto]],
     identity: ModelIdentity,
     calibration: Calibration,
+    packed: PackedState | None,
 ) -> None:
     before = source.model
     texts = {
@@ -252,14 +286,15 @@ def _add_metadata(
     known = source.properties
     added = {METADATA_PREFIX + key: text for key, text in texts.items() if METADATA_PREFIX + key not in known}
     functions_before = {(each.domain, each.name) for each in before.functions}
+    states = [layer.state for layer in rewritten.layers.values()]
     record = GraftRecord(
         digest=digest(before),
         removed=tuple(removed),
-        inputs=tuple(name for layer in rewritten.layers.values() for name in layer.state.past),
-        outputs=tuple(name for layer in rewritten.layers.values() for name in layer.state.present),
+        inputs=packed.inputs if packed else tuple(name for each in states for name in each.past),
+        outputs=packed.outputs if packed else tuple(name for each in states for name in each.present),
         functions=tuple(each.name for each in rewritten.functions if (each.domain, each.name) not in functions_before),
         opsets=tuple(rewritten.opsets),
-        metadata=(*added, KEY),
+        metadata=(*added, KEY, METADATA_PREFIX + PROPERTY) if packed else (*added, KEY),
         shares_buffers=all(site.shares_buffers for site in sites.values()),
         pads_left=not any(node.op_type == _NO_PADDING_BEFORE for node in model.graph.node),
         layers=tuple(rewritten.layers),
@@ -282,7 +317,7 @@ def _precision(model: onnx.ModelProto, sites: Mapping[int, AttentionSite]) -> st
 
 
 def _limits(source: ModelSource) -> dict[str, Any]:
-    whole = source.config.get("model", source.config)
+    whole = _model_config(source)
     stop = whole.get("eos_token_id")
     return {
         "vocabulary": whole.get("vocab_size"),

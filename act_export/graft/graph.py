@@ -24,11 +24,13 @@ class Graph:
         inputs: Graph inputs that a caller must give, by name.
         outputs: Graph outputs, by name.
         initializers: By name; their external data isn't loaded.
+        opsets: Versions of the operators, as the model states them; needed to run parts of the graph.
     """
 
-    def __init__(self, proto: onnx.GraphProto) -> None:
+    def __init__(self, proto: onnx.GraphProto, opsets: Sequence[onnx.OperatorSetIdProto] = ()) -> None:
         """Indexes the graph."""
         self.proto = proto
+        self.opsets = tuple(opsets)
         self.initializers: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in proto.initializer}
         self.inputs = {given.name: given for given in proto.input if given.name not in self.initializers}
         self.outputs = {output.name: output for output in proto.output}

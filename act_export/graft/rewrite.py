@@ -114,7 +114,7 @@ def rewrite(
     _check_names(graph)
     if MASK not in graph.inputs:
         raise UnsupportedPatternError(f"the model has no input {MASK}, which tells padding from tokens")
-    chosen = {layer: _supported(sites, layer) for layer in calibration.heads}
+    chosen = {layer: supported(sites, layer) for layer in calibration.heads}
     shared = NodeBuilder()
     mask = MASK
     if graph.element_type(MASK) != TensorProto.INT64:
@@ -210,7 +210,7 @@ class _LayerWriter:
             names = sink_state.cache_layer_names(self._templates, self._next, len(layer.heads), element_type)
             self._next += 1
             before, after = self._count_rows(names, terms.sliding_window)
-            past = sink_state.load_scores(build, names, before)
+            past = sink_state.load_scores(build, names, before, element_type)
             present = build.prefix + "sink_scores"
         flat = site.output if site.output_layout is Layout.FLAT else build.prefix + "output"
         cache = site.cache
@@ -245,7 +245,12 @@ class _LayerWriter:
         return self._rows[window]
 
 
-def _supported(sites: Mapping[int, AttentionSite], layer: int) -> AttentionSite:
+def supported(sites: Mapping[int, AttentionSite], layer: int) -> AttentionSite:
+    """A layer's attention, if the operator can stand in for it.
+
+    Raises:
+        UnsupportedPatternError: If not, or if there is none; it names the node.
+    """
     site = sites.get(layer)
     if site is None:
         raise UnsupportedPatternError(

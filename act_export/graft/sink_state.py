@@ -7,6 +7,9 @@ another layer of the cache, numbered after the model's own, (batch, calibrated h
 cache's, so that a half type holds each number in several parts that add up. What it keeps is the mean of a column over
 the rows that saw it, not their sum: when a host takes tokens back (rewinds), the means of the columns that remain stay
 what they were, and weigh as many rows as remain.
+
+`PACKED` is for hosts that make every layer of the cache alike, as optimum; see
+`act_export.export.passes.pack_sink_state`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class StateLayout(Enum):
 
     SCORES = "scores"
     CACHE_LAYERS = "cache layers"
+    PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,10 @@ def count_rows(build: NodeBuilder, mask: str, layer_state: str, tokens: str, win
     return before, after
 
 
-def load_scores(build: NodeBuilder, names: StateNames, rows_before: str) -> str:
+def load_scores(build: NodeBuilder, names: StateNames, rows_before: str, element_type: int) -> str:
     """Adds a node that makes column sums of the means in a layer of the cache."""
-    return build.add(LOAD, [*names.past, rows_before], "past_sink_scores", domain=schema.DOMAIN)
+    parts, _ = _PARTS[element_type]
+    return build.add(f"{LOAD}{parts}", [*names.past, rows_before], "past_sink_scores", domain=schema.DOMAIN)
 
 
 def store_scores(build: NodeBuilder, sums: str, names: StateNames, rows_after: str, element_type: int) -> None:
@@ -119,7 +124,9 @@ def store_scores(build: NodeBuilder, sums: str, names: StateNames, rows_after: s
 def functions_of(nodes: Iterable[onnx.NodeProto], opset: int) -> list[onnx.FunctionProto]:
     """The functions that such nodes call, each once."""
     used = {node.op_type for node in nodes if node.domain == schema.DOMAIN}
-    texts = {COUNT: _COUNT, LOAD: _LOAD, **{f"{STORE}{parts}": _STORE[parts] for parts in _STORE}}
+    texts = {COUNT: _COUNT}
+    for name, by_parts in ((LOAD, _LOAD), (STORE, _STORE)):
+        texts |= {f"{name}{parts}": text for parts, text in by_parts.items()}
     header = f'<opset_import: ["" : {opset}], domain: "{schema.DOMAIN}">\n'
     return [onnx.parser.parse_function(header + texts[name]) for name in sorted(used & texts.keys())]
 
@@ -172,8 +179,20 @@ _COUNT = f"""
 }}
 """
 
-_LOAD = f"""
-{LOAD} (high, low, rows) => (sums) {{
+_LOAD = {
+    1: f"""
+{LOAD}1 (high, low, rows) => (sums) {{ sums = Mul (high, rows) }}
+""",
+    2: f"""
+{LOAD}2 (high, low, rows) => (sums) {{
+  high_f = Cast <to: int = 1> (high)
+  low_f = Cast <to: int = 1> (low)
+  means = Add (high_f, low_f)
+  sums = Mul (means, rows)
+}}
+""",
+    3: f"""
+{LOAD}3 (high, low, rows) => (sums) {{
   last = Constant <value_ints: ints = [-1]> ()
   high_f = Cast <to: int = 1> (high)
   low_f = Cast <to: int = 1> (low)
@@ -181,7 +200,8 @@ _LOAD = f"""
   means = ReduceSum <keepdims: int = 1> (parts, last)
   sums = Mul (means, rows)
 }}
-"""
+""",
+}
 
 _STORE = {
     1: f"""

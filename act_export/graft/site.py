@@ -70,6 +70,7 @@ class AttentionSite(ABC):
         output: The value that the rest of the graph goes on with.
         output_layout: Its layout.
         problem: Why this attention can't be calibrated, naming the node; an error only if the layer should be.
+        takes_chunks: Whether the nodes that are replaced can run several tokens after others in the cache.
     """
 
     layer: int
@@ -79,6 +80,7 @@ class AttentionSite(ABC):
     output: str
     output_layout: Layout = Layout.FLAT
     problem: str | None = None
+    takes_chunks: bool = True
 
     @property
     def shares_buffers(self) -> bool:
@@ -87,6 +89,11 @@ class AttentionSite(ABC):
         So can the operator; where other layers can't, the model's callers don't.
         """
         return False
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether ONNX Runtime has a kernel of the nodes that are replaced for a CPU."""
+        return True
 
     @abstractmethod
     def operands(self, build: NodeBuilder) -> tuple[str, str, str]:

@@ -50,6 +50,14 @@ class ModelSource:
         return {entry.key: entry.value for entry in self.model.metadata_props}
 
 
+def look_up(config: Mapping[str, Any], *names: str) -> Any:
+    """A field of JSON objects within each other; None where there is none."""
+    found: Any = config
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
 def read_source(path: str | os.PathLike[str]) -> ModelSource:
     """Reads a file, or the model of a folder.
 
@@ -83,7 +91,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _model_of(folder: Path, genai: Mapping[str, Any]) -> Path:
     if genai:
-        name = genai.get("model", {}).get("decoder", {}).get("filename")
+        name = look_up(genai, "model", "decoder", "filename")
         if not isinstance(name, str):
             raise GraftError(f"{folder / GENAI_CONFIG} has no model.decoder.filename; pass the .onnx file itself")
         return folder / name

@@ -136,8 +136,7 @@ _CALIBRATION = """
 
   threshold = Constant <value_float: float = @threshold> ()
   mode = Constant <value_string: string = @threshold_mode> ()
-  relative_word = Constant <value_string: string = "relative"> ()
-  is_relative = Equal (mode, relative_word)
+@@is_relative@@
   num_real = ReduceSum <keepdims: int = 1> (real_f, i1)
   num_real_safe = Max (num_real, f1)
   tau_relative = Div (threshold, num_real_safe)
@@ -186,6 +185,18 @@ _CALIBRATION = """
   merged = Transpose <perm: ints = [1, 2, 0, 3]> (merged_first)
 """
 
+_IS_RELATIVE = """
+  relative_word = Constant <value_string: string = "relative"> ()
+  is_relative = Equal (mode, relative_word)
+"""
+_OPSET_OF_EQUAL_STRINGS = 19
+_IS_RELATIVE_BY_COUNT = """
+  mode_1d = Unsqueeze (mode, i0)
+  times_relative = TfIdfVectorizer <mode: string = "TF", pool_strings: strings = ["relative"], min_gram_length: int = 1,
+    max_gram_length: int = 1, max_skip_count: int = 0, ngram_counts: ints = [0], ngram_indexes: ints = [0]> (mode_1d)
+  is_relative = Greater (times_relative, f0)
+"""
+
 _UNCALIBRATED = """
   merged = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
 """
@@ -206,6 +217,7 @@ def function_body(operator: str, opset: int = OPSET) -> onnx.FunctionProto:
     """
     described = schema.schema(operator)
     body = _ATTENTION_MAP + (_CALIBRATION if operator == schema.CALIBRATED else _UNCALIBRATED) + _OUTPUT
+    body = body.replace("@@is_relative@@", _IS_RELATIVE if opset >= _OPSET_OF_EQUAL_STRINGS else _IS_RELATIVE_BY_COUNT)
     text = f"""
 <opset_import: ["" : {opset}], domain: "{schema.DOMAIN}">
 {operator} <{", ".join(schema.attribute_names(operator))}>

@@ -12,9 +12,11 @@ import onnx
 from onnx import helper
 
 from act_export.errors import SessionError
+from act_export.ops import schema
 from act_export.runtime.state import BFLOAT16, StateInput
 
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
+_BETWEEN_PROJECTION_AND_ATTENTION = ("Reshape", "RotaryEmbedding", "SimplifiedLayerNormalization", "Split")
 _STATE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 
@@ -58,18 +60,22 @@ def state_input(
 
 
 def _head_size_of_weights(graph: onnx.GraphProto, attention: onnx.NodeProto | None) -> int | None:
-    """Width of the query's projection, or of query, key and value packed, by the number of heads."""
-    if attention is None or attention.op_type != GROUP_QUERY_ATTENTION:
+    """Width of the key's projection, or of query, key and value packed, by the number of heads."""
+    if attention is None or attention.op_type not in (GROUP_QUERY_ATTENTION, schema.CALIBRATED):
         return None
     heads = _attribute(attention, "num_heads")
     kv_heads = _attribute(attention, "kv_num_heads")
-    projection = next((node for node in graph.node if attention.input[0] in node.output), None)
+    producers = {name: node for node in graph.node for name in node.output}
+    packed = not attention.input[1]
+    projection = producers.get(attention.input[0 if packed else 1])
+    while projection is not None and projection.op_type in _BETWEEN_PROJECTION_AND_ATTENTION:
+        packed = packed or projection.op_type == "Split"
+        projection = producers.get(projection.input[0])
     if projection is None or heads is None or kv_heads is None:
         return None
     widths = [tensor.dims[-1] for tensor in graph.initializer if tensor.name in projection.input and tensor.dims]
     width = _attribute(projection, "N") or max(widths, default=None)  # N: of a quantized matrix product
-    packed = not attention.input[1]
-    parts = heads + 2 * kv_heads if packed else heads
+    parts = heads + 2 * kv_heads if packed else kv_heads
     return width // parts if width is not None and width % parts == 0 else None
 
 

@@ -77,6 +77,7 @@ class GroupQueryAttentionSite(AttentionSite):
         key: (batch, sequence, key-value heads * head size), or empty.
         value: As key.
         rotary: cos and sin tables, (positions, rotary size / 2), where the node embeds positions.
+        rotary_size: How much of a head is embedded; None for all, or where the graph doesn't say.
         interleaved: How pairs of the rotary embedding lie.
         position_ids: The node's own; empty where it counts the mask.
         norms: Weights of the query's and key's RMS norm, (head size,), where the node has them.
@@ -87,6 +88,7 @@ class GroupQueryAttentionSite(AttentionSite):
     key: str = ""
     value: str = ""
     rotary: tuple[str, str] | None = None
+    rotary_size: int | None = None
     interleaved: int = 0
     position_ids: str = ""
     norms: tuple[str, str] | None = None
@@ -96,6 +98,11 @@ class GroupQueryAttentionSite(AttentionSite):
     def shares_buffers(self) -> bool:
         """See `AttentionSite`."""
         return True
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """See `AttentionSite`; its own norms are for GPUs only."""
+        return self.norms is None
 
     def operands(self, build: NodeBuilder) -> tuple[str, str, str]:
         """See `AttentionSite`."""
@@ -119,21 +126,24 @@ class GroupQueryAttentionSite(AttentionSite):
         return {name: ("batch", "sequence", count * head_size) for name, count in widths.items()}
 
     def _separate(self, build: NodeBuilder) -> tuple[str, str, str]:
-        """Query, key and value of their own; of a packed tensor they are cut out by heads, whatever their size."""
+        """Query, key and value of their own; a packed tensor is cut up, by heads where their size isn't known."""
         assert self.terms is not None
         if self.key:
             return self.query, self.key, self.value
-        heads, kv_heads = self.terms.num_heads, self.terms.kv_num_heads
+        names = ("query", "key", "value")
+        heads, kv_heads, size = self.terms.num_heads, self.terms.kv_num_heads, self.terms.head_size
+        if size is not None:
+            sizes = build.constant([heads * size, kv_heads * size, kv_heads * size], "packed_sizes")
+            parts = build.add_many("Split", [self.query, sizes], "unpack", [build.prefix + n for n in names], axis=-1)
+            query, key, value = parts
+            return query, key, value
         whole = build.constant([0, 0, heads + 2 * kv_heads, -1], "packed_shape")
         rows = build.add("Reshape", [self.query, whole], "packed_heads")
-        parts = [build.prefix + f"{name}_heads" for name in ("query", "key", "value")]
+        parts = [build.prefix + f"{name}_heads" for name in names]
         sizes = build.constant([heads, kv_heads, kv_heads], "packed_sizes")
         build.add_many("Split", [rows, sizes], "unpack", parts, axis=2)
         flat = build.constant([0, 0, -1], "flat_shape")
-        query, key, value = (
-            build.add("Reshape", [part, flat], name)
-            for part, name in zip(parts, ("query", "key", "value"), strict=True)
-        )
+        query, key, value = (build.add("Reshape", [part, flat], name) for part, name in zip(parts, names, strict=True))
         return query, key, value
 
     def _norm(self, build: NodeBuilder, flat: str, heads: int, which: int, name: str) -> str:
@@ -152,6 +162,7 @@ class GroupQueryAttentionSite(AttentionSite):
 
     def _rotate(self, build: NodeBuilder, flat: str, heads: int, name: str) -> str:
         assert self.rotary is not None
+        partly: dict[str, Any] = {} if self.rotary_size is None else {"rotary_embedding_dim": self.rotary_size}
         return build.add(
             "RotaryEmbedding",
             [flat, self.position_ids or POSITIONS, *self.rotary],
@@ -159,6 +170,7 @@ class GroupQueryAttentionSite(AttentionSite):
             domain=_DOMAIN,
             interleaved=self.interleaved,
             num_heads=heads,
+            **partly,
         )
 
 
@@ -176,7 +188,9 @@ def _site(graph: Graph, node: onnx.NodeProto) -> GroupQueryAttentionSite:
     layer = layer_of(cache.past_key)
     norms = (inputs["q_norm_weight"], inputs["k_norm_weight"])
     rotary = bool(attribute(node, "do_rotary", 0))
-    head_size = _head_size(graph, inputs, rotary)
+    num_heads, kv_num_heads = attribute(node, "num_heads"), attribute(node, "kv_num_heads")
+    head_size = _head_size(graph, inputs, num_heads if inputs["key"] else num_heads + 2 * kv_num_heads)
+    rotary_size = _rotary_size(graph, inputs) if rotary else None
     scale = attribute(node, "scale", 0.0)
     problem = _problem(node, inputs, cache)
     if not scale and head_size is None:
@@ -185,8 +199,8 @@ def _site(graph: Graph, node: onnx.NodeProto) -> GroupQueryAttentionSite:
         layer=-1 if layer is None else layer,
         nodes=(node,),
         terms=AttentionTerms(
-            num_heads=attribute(node, "num_heads"),
-            kv_num_heads=attribute(node, "kv_num_heads"),
+            num_heads=num_heads,
+            kv_num_heads=kv_num_heads,
             head_size=head_size,
             scale=scale or (head_size or 1) ** -0.5,
             softcap=attribute(node, "softcap", 0.0),
@@ -199,6 +213,7 @@ def _site(graph: Graph, node: onnx.NodeProto) -> GroupQueryAttentionSite:
         key=inputs["key"],
         value=inputs["value"],
         rotary=(inputs["cos_cache"], inputs["sin_cache"]) if rotary else None,
+        rotary_size=rotary_size if rotary_size != head_size else None,
         interleaved=attribute(node, "rotary_interleaved", 0),
         position_ids=inputs["position_ids"],
         norms=norms if all(norms) else None,
@@ -216,11 +231,30 @@ def _window(local_window_size: int) -> int:
     return local_window_size if local_window_size > 0 else -1
 
 
-def _head_size(graph: Graph, inputs: Mapping[str, str], rotary: bool) -> int | None:
+def _head_size(graph: Graph, inputs: Mapping[str, str], heads: int) -> int | None:
+    """By the cache's shape, or by the width of the query, which has so many heads."""
     shape = graph.shape(inputs["past_key"])
     if shape is not None and len(shape) == 4 and shape[3] is not None:
         return shape[3]
-    table = graph.shape(inputs["cos_cache"]) if rotary else None
+    width = _width(graph, inputs["query"])
+    return width // heads if width is not None else None
+
+
+def _width(graph: Graph, value: str) -> int | None:
+    """Last dimension of a value, as the graph declares it or the weights say that make it."""
+    shape = graph.shape(value)
+    if shape and shape[-1] is not None:
+        return shape[-1]
+    node = graph.producer(value)
+    if node is None:
+        return None
+    weights = [graph.initializers[name].dims for name in node.input if name in graph.initializers]
+    found: int | None = attribute(node, "N") or max((dims[-1] for dims in weights if dims), default=None)
+    return found  # N: of a quantised matrix product, whose weights have another shape
+
+
+def _rotary_size(graph: Graph, inputs: Mapping[str, str]) -> int | None:
+    table = graph.shape(inputs["cos_cache"])
     return 2 * table[1] if table is not None and len(table) == 2 and table[1] is not None else None
 
 

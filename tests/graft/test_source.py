@@ -1,0 +1,442 @@
+"""What can't be grafted is refused with a reason, nothing is written then, and the input is never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.errors import ActExportError
+from act_export.export.write import OutputError
+from act_export.graft import GraftError, StateLayout, UnsupportedPatternError, graft
+from act_export.graft import graft as graft_function
+from act_export.graft.source import read_source
+from act_export.runtime import Session
+from models import CALIBRATION, DATA, Decoder, hashes
+
+
+def refused(place: Path, out: Path, reason: str, kind: type[ActExportError] = GraftError, **options: object) -> None:
+    """By its reason; nothing below the temporary folder is another than it was."""
+    root = out.parent
+    before = hashes(root)
+    with pytest.raises(kind, match=reason):
+        graft(place, options.pop("calibration", CALIBRATION), out, **options)
+    assert hashes(root) == before
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return Decoder().save(tmp_path / "in.onnx")
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return Decoder().save(tmp_path / "in" / "model.onnx", external=True)
+
+
+def edit(path: Path, change: Callable[[onnx.ModelProto], object]) -> None:
+    model = onnx.load(path, load_external_data=False)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "isn't an ONNX model, or only part of one"),
+        (b"not a model at all", "can't read .* as an ONNX file"),
+        (b"PK\x03\x04" + bytes(100), "can't read .* as an ONNX file"),
+        (b"\x08\x0a", "isn't an ONNX model, or only part of one"),
+    ],
+    ids=["empty", "text", "zip", "only a version"],
+)
+def test_other_files(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "in.onnx").write_bytes(content)
+    refused(tmp_path / "in.onnx", tmp_path / "out.onnx", reason)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    refused(tmp_path / "in.onnx", tmp_path / "out.onnx", "there is no model")
+
+
+WHOLE = Decoder(layers=2).model().SerializeToString()
+
+
+@settings(max_examples=60)
+@given(length=st.one_of(st.integers(0, len(WHOLE) - 1), st.integers(len(WHOLE) - 60, len(WHOLE) - 1)))
+def test_the_first_part_of_a_file(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Refused wherever it ends."""
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "in.onnx").write_bytes(WHOLE[:length])
+    with pytest.raises(GraftError):
+        graft(folder / "in.onnx", CALIBRATION, folder / "out.onnx")
+    assert [path.name for path in folder.iterdir()] == ["in.onnx"]
+
+
+def test_a_value_that_nothing_makes(file: Path, tmp_path: Path) -> None:
+    edit(file, lambda model: model.graph.node.pop(20))
+    refused(file, tmp_path / "out.onnx", r"is damaged or not whole: .* reads '.*', which nothing makes")
+
+
+def test_an_output_that_nothing_makes(file: Path, tmp_path: Path) -> None:
+    edit(file, lambda model: model.graph.node.pop())
+    refused(file, tmp_path / "out.onnx", "nothing makes its output 'logits'")
+
+
+def test_operators_that_the_file_doesnt_import(file: Path, tmp_path: Path) -> None:
+    edit(file, lambda model: model.opset_import.pop())
+    refused(file, tmp_path / "out.onnx", "'com.microsoft'")
+
+
+def test_missing_weights(external: Path, tmp_path: Path) -> None:
+    (external.parent / DATA).unlink()
+    refused(external, tmp_path / "out.onnx", f"needs its weights in .*{DATA}, which isn't there; put it beside")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_weights_cut_short(kept: float, external: Path, tmp_path: Path) -> None:
+    data = external.parent / DATA
+    os.truncate(data, int(data.stat().st_size * kept))
+    refused(external, tmp_path / "out.onnx", r"has \d+ bytes, and .* ends at byte \d+; the file isn't whole")
+
+
+def set_place(path: Path, key: str, value: str | None) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        kept = [(entry.key, entry.value) for entry in tensor.external_data if entry.key != key]
+        del tensor.external_data[:]
+        for name, text in [*kept, *([(key, value)] if value is not None else [])]:
+            tensor.external_data.add(key=name, value=text)
+
+    edit(path, change)
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "a/../../secret", ""])
+def test_weights_from_elsewhere(location: str, external: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(bytes(1 << 20))
+    set_place(external, "location", location)
+    refused(external, tmp_path / "out.onnx", "a model must not read files outside its folder")
+
+
+def test_weights_behind_a_link(external: Path, tmp_path: Path) -> None:
+    data = external.parent / DATA
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    refused(external, tmp_path / "out.onnx", r"is a link to .*elsewhere; .* copy the file")
+    data.unlink()
+    shutil.move(tmp_path / "elsewhere", external.parent / "inside")
+    data.symlink_to("inside")
+    assert graft(external, CALIBRATION, tmp_path / "out.onnx").layers == (0, 1)
+    assert not (tmp_path / DATA).is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("offset", "many", "can't be read"),
+        ("length", "-1", "can't be read"),
+        ("offset", "-8", "can't be read"),
+        ("length", "99999999", "ends at byte"),
+    ],
+)
+def test_places_that_make_no_sense(key: str, value: str, reason: str, external: Path, tmp_path: Path) -> None:
+    set_place(external, key, value)
+    refused(external, tmp_path / "out.onnx", reason)
+
+
+def test_weights_without_a_length(external: Path, tmp_path: Path) -> None:
+    set_place(external, "length", None)
+    assert graft(external, CALIBRATION, tmp_path / "out.onnx", check=False).layers == (0, 1)
+    set_place(external, "offset", str((external.parent / DATA).stat().st_size - 4))
+    refused(external, tmp_path / "more.onnx", "ends at byte")
+
+
+def test_weights_in_a_graph_within_the_graph(external: Path, tmp_path: Path) -> None:
+    tensor = TensorProto(name="inner", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    inner = helper.make_graph(
+        [helper.make_node("Constant", [], ["unused"], value=tensor)],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("unused", TensorProto.FLOAT, [4])],
+    )
+    true = numpy_helper.from_array(np.array(True), "true")
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(true)
+        model.graph.node.append(helper.make_node("If", ["true"], ["any"], then_branch=inner, else_branch=inner))
+
+    edit(external, change)
+    refused(external, tmp_path / "out.onnx", r"'\.\./secret'; a model must not read files outside")
+
+
+def test_weights_in_a_function(external: Path, tmp_path: Path) -> None:
+    tensor = TensorProto(name="inner", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret")
+    node = helper.make_node("Constant", [], ["values"], value=tensor)
+    function = helper.make_function("other", "Weights", [], ["values"], [node], [helper.make_opsetid("", 22)])
+    edit(external, lambda model: model.functions.append(function))
+    refused(external, tmp_path / "out.onnx", r"'\.\./secret'; a model must not read files outside")
+
+
+def test_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    refused(folder, tmp_path / "out", r"should have one ONNX model, and has none; pass the \.onnx file itself")
+    for name in ("b.onnx", "a.onnx"):
+        Decoder().save(folder / name)
+    refused(folder, tmp_path / "out", r"should have one ONNX model, and has several: a\.onnx, b\.onnx; pass")
+    (folder / "a.onnx").rename(folder / "model.onnx")
+    assert graft(folder, CALIBRATION, tmp_path / "out").path == tmp_path / "out" / "model.onnx"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]  # the other model isn't ours
+
+
+@pytest.mark.parametrize("name", ["../in.onnx", "/in.onnx", "sub/model.onnx", "gone.onnx"])
+def test_a_configuration_that_names_another_file(name: str, file: Path, tmp_path: Path) -> None:
+    name = str(file) if name.startswith("/") else name
+    folder = Decoder().save_folder(tmp_path / "in", filename=name)
+    (folder / "sub").mkdir()
+    shutil.copy(file, folder / "sub" / "model.onnx")
+    refused(folder, tmp_path / "out", "genai_config.json|there is no|can't read")
+
+
+def test_the_input_is_no_output(file: Path, tmp_path: Path) -> None:
+    refused(file, file, "is the input, which stays as it is")
+    (tmp_path / "link.onnx").symlink_to(file)
+    refused(file, tmp_path / "link.onnx", "is the input, which stays as it is")
+    refused(tmp_path / "link.onnx", file, "is the input, which stays as it is")
+
+
+def test_outputs_within_the_input(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    refused(folder, folder, "is the input, which stays as it is")
+    refused(folder, folder / "sub", "lies inside the input")
+    refused(folder, tmp_path / "in" / ".." / "in" / "sub" / "more", "lies inside the input")
+    (tmp_path / "link").symlink_to(folder)
+    refused(folder, tmp_path / "link", "is the input, which stays as it is")
+    refused(folder, tmp_path / "link" / "sub", "lies inside the input")
+
+
+def test_an_output_around_the_input(tmp_path: Path) -> None:
+    Decoder().save(tmp_path / "model.onnx")
+    folder = Decoder().save_folder(tmp_path / "in")
+    (folder / "in").mkdir()
+    refused(folder, tmp_path, "contains the input")
+
+
+def test_kinds_of_output(file: Path, tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    refused(folder, tmp_path / "out.onnx", r"is a folder, so --out must be one too; .*out\.onnx is a name of a file")
+    refused(file, tmp_path / "out", r"is a file, so --out must be a name ending in \.onnx")
+    refused(file, tmp_path / "gone" / "out.onnx", "there is no folder", OutputError)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "letter.txt").write_text("dear")
+    refused(folder, tmp_path / "others", "holds other files", OutputError)
+
+
+def test_weights_of_another_model_in_the_way(external: Path, tmp_path: Path) -> None:
+    (tmp_path / DATA).write_bytes(b"another's")
+    refused(external, tmp_path / "out.onnx", "is in the way of the weights")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "reason"),
+    [
+        (Calibration({5: (0,)}), "layer 5 is out of range; the model has layers 0 to 1"),
+        (Calibration({0: (4,)}), "head 4 of layer 0 is out of range; the model has heads 0 to 3"),
+        (Calibration({}), "has no heads, so there is nothing to graft"),
+        (replace(CALIBRATION, model=ModelIdentity("llama", 3, 4)), "number of layers is 3 in the calibration, 2 in"),
+        (replace(CALIBRATION, model=ModelIdentity("llama", 2, 8)), "number of heads is 8 in the calibration, 4 in"),
+        (
+            replace(CALIBRATION, model=ModelIdentity("qwen2", 2, 4)),
+            "architecture is qwen2 in the calibration, llama in the model",
+        ),
+    ],
+    ids=["layer", "head", "none", "layers", "heads", "architecture"],
+)
+def test_a_calibration_of_another_model(calibration: Calibration, reason: str, tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    refused(folder, tmp_path / "out", reason, CalibrationError, calibration=calibration)
+
+
+@pytest.mark.parametrize(("named", "wanted"), [("gemma3", "gemma3_text"), ("LLAMA", "llama"), ("phi-3", "phi3")])
+def test_exporters_spell_architectures_their_own_way(named: str, wanted: str, tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    text = (folder / "genai_config.json").read_text().replace('"type": "llama"', f'"type": "{named}"')
+    (folder / "genai_config.json").write_text(text)
+    calibration = replace(CALIBRATION, model=ModelIdentity(wanted, 2, 4))
+    assert graft(folder, calibration, tmp_path / "out").layers == (0, 1)
+
+
+def test_models_that_have_a_calibration(file: Path, tiny_file: Path, tmp_path: Path) -> None:
+    once = graft(file, CALIBRATION, tmp_path / "once.onnx").path
+    refused(
+        once, tmp_path / "twice.onnx", r"was grafted before; take its graft out first: act-export graft .* --remove"
+    )
+    refused(tiny_file, tmp_path / "out.onnx", "has a calibration already, from its export")
+
+
+def test_a_model_without_attention(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"], name="relu")],
+        "any",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)]), tmp_path / "in.onnx")
+    refused(tmp_path / "in.onnx", tmp_path / "out.onnx", "no attention with a cache .* its nodes are 1 Relu")
+
+
+def test_a_merged_decoder(tmp_path: Path) -> None:
+    whole = Decoder().model()
+    branch = onnx.GraphProto(name="branch")
+    branch.node.extend(whole.graph.node)
+    branch.output.extend(whole.graph.output)
+    inputs = [*whole.graph.input, helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1])]
+    node = helper.make_node(
+        "If",
+        ["use_cache_branch"],
+        [output.name for output in whole.graph.output],
+        name="optimum::if",
+        then_branch=branch,
+        else_branch=branch,
+    )
+    graph = helper.make_graph([node], "merged", inputs, whole.graph.output, whole.graph.initializer)
+    onnx.save(helper.make_model(graph, opset_imports=whole.opset_import), tmp_path / "in.onnx")
+    refused(tmp_path / "in.onnx", tmp_path / "out.onnx", "inside an If node, as merged decoders do; export it without")
+
+
+def test_old_operators(file: Path, tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.opset_import[0].version = 14
+
+    edit(file, change)
+    refused(file, tmp_path / "out.onnx", "the model has opset 14; 15 or newer is needed")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("attention_mask", "no input attention_mask"), ("input_ids", "neither input_ids nor inputs_embeds")],
+)
+def test_inputs_of_other_names(name: str, reason: str, file: Path, tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.input[:] = ["other" if value == name else value for value in node.input]
+        next(each for each in model.graph.input if each.name == name).name = "other"
+
+    edit(file, change)
+    refused(file, tmp_path / "out.onnx", reason, UnsupportedPatternError)
+
+
+def test_names_that_are_ours(file: Path, tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[3].name = "act/mine"
+
+    edit(file, change)
+    refused(file, tmp_path / "out.onnx", "'act/mine' has a name that begins with 'act/'")
+
+
+def test_two_attentions_of_one_layer(file: Path, tmp_path: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        first, second = (node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+        second.input[3:5] = first.input[3:5]
+
+    edit(file, change)
+    refused(file, tmp_path / "out.onnx", "are both attention of layer 0", UnsupportedPatternError)
+
+
+def test_state_in_the_cache_needs_a_configuration(file: Path, tmp_path: Path) -> None:
+    refused(file, tmp_path / "out.onnx", "only in a folder with genai_config.json", layout=StateLayout.CACHE_LAYERS)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space"), RuntimeError("any"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", ["save", "copy2", "publish"])
+def test_an_interrupted_write_leaves_nothing(
+    at: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    folder = Decoder().save_folder(tmp_path / "in")
+    before = hashes(tmp_path)
+    module = __import__("act_export.graft.graft", fromlist=["_publish"])
+    targets = {"save": (onnx, "save"), "copy2": (shutil, "copy2"), "publish": (module, "_publish")}
+    monkeypatch.setattr(*targets[at], fails)
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        graft_function(folder, CALIBRATION, tmp_path / "out")
+    assert hashes(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    folder = Decoder().save_folder(tmp_path / "in")
+    refused(folder, tmp_path / "out", "has 0 MB free; the export needs", OutputError)
+
+
+def test_another_output_is_replaced(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    for beta in (0.3, 0.6):
+        graft(folder, replace(CALIBRATION, beta=beta), tmp_path / "out")
+        with Session.open(tmp_path / "out") as session:
+            assert session.calibration is not None
+            assert session.calibration.beta == beta
+    assert set(hashes(tmp_path / "out")) == {*hashes(folder), "libact_ops.so"}
+
+
+def test_weights_stay_beside_a_graph_in_the_same_folder(external: Path) -> None:
+    before = hashes(external.parent)
+    written = graft(external, CALIBRATION, external.parent / "calibrated.onnx")
+    after = hashes(external.parent)
+    assert after.pop("calibrated.onnx")
+    assert after == before
+    with Session.open(written.path) as session:
+        assert session.run(np.array([[3, 4]]), np.ones((1, 2), np.int64)).logits.shape == (1, 2, 64)
+
+
+def test_weights_in_a_folder_below(external: Path, tmp_path: Path) -> None:
+    (external.parent / "weights").mkdir()
+    (external.parent / DATA).rename(external.parent / "weights" / "all.bin")
+
+    def change(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "weights/all.bin"
+
+    edit(external, change)
+    assert read_source(external).data == ("weights/all.bin",)
+    graft(external.parent, CALIBRATION, tmp_path / "out")
+    assert set(hashes(tmp_path / "out")) == {"model.onnx", "weights/all.bin"}
+    graft(external, CALIBRATION, tmp_path / "one.onnx")
+    assert (tmp_path / "weights" / "all.bin").read_bytes() == (external.parent / "weights" / "all.bin").read_bytes()
+
+
+def test_the_configuration_of_optimum(file: Path, tmp_path: Path) -> None:
+    """Beside a file, for the model's limits and name."""
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "max_position_embeddings": 192,
+        "eos_token_id": [1, 2],
+        "head_dim": 16,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    written = graft(file, replace(CALIBRATION, model=ModelIdentity("llama", 2, 4)), tmp_path / "out.onnx")
+    with Session.open(written.path) as session:
+        assert (session.limits.vocabulary, session.limits.context) == (64, 192)
+        assert session.limits.stop_tokens == (1, 2)
+        assert session.model_identity == ModelIdentity("llama", 2, 4)
