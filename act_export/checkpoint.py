@@ -49,6 +49,7 @@ class Checkpoint:
         tokenizer: Pads on the left; None where the checkpoint has none.
         identity: What a calibration is checked against; the same in every precision.
         names: What the model goes by: hub ids, and names of folders.
+        weights: What its weights are, where they aren't the ones that `identity` is of, e.g. "int4 of model.onnx".
     """
 
     name: str
@@ -56,6 +57,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase | None
     identity: ModelIdentity
     names: tuple[str, ...] = ()
+    weights: str = ""
 
 
 def load_checkpoint(

@@ -19,8 +19,10 @@ from rich.table import Table
 from act_export import __version__
 from act_export.command_line import (
     EXIT_UNUSABLE,
+    AccuracyLevelOption,
     BatchTokensOption,
     BetaOption,
+    BlockSizeOption,
     ChatOption,
     DataFilesOption,
     DataOption,
@@ -40,6 +42,7 @@ from act_export.command_line import (
     ThresholdOption,
     TokenizerOption,
     TruncateOption,
+    WeightsOption,
     console,
     describe_calibration,
     fail,
@@ -131,33 +134,58 @@ def export_command(
     plain: Annotated[bool, typer.Option("--plain", help="No calibrated heads: the baseline to compare with.")] = False,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before writing.")] = True,
     seed: SeedOption = 0,
-    dtype: Annotated[str, typer.Option(metavar="float32|float16|bfloat16", help="Of the file.")] = "float32",
+    dtype: Annotated[str, typer.Option(metavar="float32|float16|bfloat16|int8|int4", help="Of the file.")] = "float32",
+    accuracy_level: AccuracyLevelOption = None,
+    block_size: BlockSizeOption = None,
+    search_quantized: Annotated[
+        bool, typer.Option("--search-quantized", help="With int8 or int4: search heads on the rounded weights.")
+    ] = False,
+    state_in_cache: Annotated[
+        bool, typer.Option("--state-in-cache", help="Sink state as part of the cache, for hosts such as optimum.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compare; the file runs on both.")
     ] = None,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
-    from act_export.convert import CalibrationRequest, export_model, resolve_calibration
+    from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
     from act_export.export.precision import element_type
+    from act_export.export.quantize import quantization_of
     from act_export.export.write import check_output
     from act_export.hooks import check_supported
 
     element_type(dtype)
+    quantization = quantization_of(dtype, accuracy_level, block_size)
+    if search_quantized and (quantization is None or (task is None and data is None)):
+        raise ActExportError("--search-quantized is for a search with --task or --data, and --dtype int8 or int4")
     if out is None:
         raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
     check_output(out)
     request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
-    if verify:
-        _check_device(device)
+    if verify or quantization is not None:
+        _check_device(device if verify else None)
     checkpoint = load_model(model)
     check_supported(checkpoint.model)
+    searched = checkpoint
+    if search_quantized:
+        note(f"rounding weights to {dtype}, to search on them")
+        searched = with_quantized_weights(checkpoint, dtype, block_size=block_size)
     with progress_bar("search") as progress:
-        chosen = resolve_calibration(checkpoint, request, notice=note, progress=progress)
+        chosen = resolve_calibration(searched, request, notice=note, progress=progress)
     if chosen is not None and not chosen.num_calibrated_heads:
         note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
     with status() as step:
         written = export_model(
-            checkpoint, chosen, out, dtype=dtype, verify=verify, device=device or "cpu", progress=step
+            checkpoint,
+            chosen,
+            out,
+            dtype=dtype,
+            accuracy_level=accuracy_level,
+            block_size=block_size,
+            state_in_cache=state_in_cache,
+            verify=verify,
+            device=device or "cpu",
+            progress=step,
         )
     _summarize(written)
 
@@ -194,6 +222,7 @@ def search_command(
         bool, typer.Option("--gradient-checkpointing", help="Less memory for ranking, a third more time.")
     ] = False,
     dtype: DtypeOption = "float32",
+    weights: WeightsOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     journal: Annotated[
@@ -206,11 +235,13 @@ def search_command(
     """
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
+    from act_export.runtime.session import model_file
     from act_export.search import SearchOptions, process_group
     from act_export.search.processes import own_device, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
     from act_export.search_job import SearchJob, check_output, run_search, save_result
     from act_export.search_table import print_search_result
+    from act_export.verify.dequantized import dequantized
 
     names = names_of(task)
     options = SearchOptions(
@@ -245,6 +276,8 @@ def search_command(
     with process_group():
         checkpoint = load_model(model, dtype=dtype, device=own_device(device, device_map), device_map=device_map)
         check_supported(checkpoint.model)
+        if weights is not None:
+            checkpoint = dequantized(model_file(weights), checkpoint).checkpoint
         first = process_index() == 0
         started = time.monotonic()
         with progress_bar("search") as progress:
@@ -479,10 +512,14 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     table.add_row("made by", f"act-export {found.version} from {found.source}")
     table.add_row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
     table.add_row("precision", found.precision)
+    if found.accuracy_level is not None:
+        table.add_row("quantization", f"blocks of {found.block_size}, accuracy level {found.accuracy_level}")
     table.add_row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
         table.add_row(operator, f"{count} nodes")
     table.add_row("calibration", describe_calibration(found.calibration) if found.calibration else "none (plain)")
+    if found.sink_state:
+        table.add_row("sink state", ", ".join(found.sink_state))
     Console().print(table)
 
 
@@ -573,7 +610,9 @@ def _summarize(written: Converted) -> None:
         for engine in written.parity.engines:
             ratio = written.parity.error_ratio(engine)
             half = (
-                "" if ratio is None else f", {ratio:.2f} times the mean error of PyTorch in {written.parity.precision}"
+                ""
+                if ratio is None or written.parity.pytorch is None
+                else f", {ratio:.2f} times the mean error of {written.parity.pytorch.engine}"
             )
             note(
                 f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"

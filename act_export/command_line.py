@@ -109,6 +109,14 @@ ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the m
 TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")]
 BatchTokensOption = Annotated[int | None, typer.Option(help="Positions that run together: bounds memory.")]
 DtypeOption = Annotated[str, typer.Option(metavar="float32|bfloat16|float16|auto", help="Of the model.")]
+AccuracyLevelOption = Annotated[
+    int | None,
+    typer.Option(metavar="0..4", help="Of int8 and int4: 4 (default) rounds activations to int8, 1 doesn't: slower."),
+]
+BlockSizeOption = Annotated[int | None, typer.Option(help="Of int8 and int4: weights that share a scale, 32.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", metavar="F.onnx", help="Search on this int4 or int8 file's weights.")
+]
 DeviceOption = Annotated[str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")]
 DeviceMapOption = Annotated[str | None, typer.Option(metavar="auto", help="Spread the model over GPUs.")]
 BetaOption = Annotated[float | None, typer.Option(help="Scale of later sinks, 0 to 2.")]

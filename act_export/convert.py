@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,7 +14,9 @@ from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint, public_name
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
+from act_export.export.quantize import BITS
 from act_export.export.write import check_output, is_file_output, publish, staged
+from act_export.graft.pack_sink_state import pack_file
 from act_export.ops.library import library_path
 from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
@@ -21,6 +24,7 @@ from act_export.runtime.session import placement_of
 from act_export.search import Progress, SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
 from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
+from act_export.verify.dequantized import dequantized
 from act_export.verify.inspect import inspect_file
 from act_export.verify.parity import verify_sessions
 from act_export.verify.parity_report import CaseResult, ParityReport
@@ -178,12 +182,29 @@ def search_calibration(
     return calibration
 
 
+def with_quantized_weights(checkpoint: Checkpoint, dtype: str, *, block_size: int | None = None) -> Checkpoint:
+    """The model with the weights that its int4 or int8 export has, to search heads on.
+
+    Raises:
+        ActExportError: If `dtype` isn't int4 or int8, or the model can't be exported.
+    """
+    if dtype not in BITS:
+        raise ActExportError(f"dtype is {dtype!r}, which quantizes no weights; pass --dtype {' or '.join(BITS)}")
+    with tempfile.TemporaryDirectory(prefix="act-export-") as folder:
+        path = Path(folder) / f"{dtype}.onnx"
+        build_model(checkpoint, None, path, dtype=dtype, block_size=block_size)
+        return replace(dequantized(path, checkpoint).checkpoint, weights=dtype)
+
+
 def export_model(
     checkpoint: Checkpoint,
     calibration: Calibration | None,
     out: str | os.PathLike[str],
     *,
     dtype: str = "float32",
+    accuracy_level: int | None = None,
+    block_size: int | None = None,
+    state_in_cache: bool = False,
     verify: bool = True,
     device: str = "cpu",
     progress: Notice = lambda _: None,
@@ -194,7 +215,10 @@ def export_model(
         checkpoint: The model, in float32.
         calibration: Baked in; None for a plain export.
         out: A file `*.onnx`, or a folder, which also gets tokenizer, configuration, calibration and native library.
-        dtype: How weights, activations and cache are stored: float32, float16 or bfloat16.
+        dtype: How weights, activations and cache are stored, and the next two: see `act_export.export.build_model`.
+        accuracy_level: Of int8 and int4; None for the default.
+        block_size: Of int8 and int4; None for the default.
+        state_in_cache: Keep the sink state in tensors named and shaped as a cache; see `pack_sink_state`.
         verify: Compare with PyTorch running the reference.
         device: Where to compare: "cpu", "cuda" or "cuda:N". The files are the same.
         progress: Called with what is being done.
@@ -208,7 +232,17 @@ def export_model(
     name = out.name if is_file_output(out) else "model.onnx"
     with staged(out) as folder:
         progress("exporting")
-        build_model(checkpoint, calibration, folder / name, source=public_name(checkpoint.name), dtype=dtype)
+        build_model(
+            checkpoint,
+            calibration,
+            folder / name,
+            source=public_name(checkpoint.name),
+            dtype=dtype,
+            accuracy_level=accuracy_level,
+            block_size=block_size,
+        )
+        if state_in_cache:
+            pack_file(folder / name)
         if not is_file_output(out):
             _add_companions(folder, checkpoint, calibration)
         report = None
@@ -235,7 +269,8 @@ def verify_file(
 
     Args:
         path: The ONNX file.
-        checkpoint: The model that it was exported from, in float32.
+        checkpoint: The model that it was exported from, in float32. A file with quantized weights is compared with a
+            copy that has the file's weights, dequantized.
         calibration: What should be baked in; None for a plain export.
         device: "cpu", "cuda" or "cuda:N".
         progress: Called with what is being compared.
@@ -244,7 +279,11 @@ def verify_file(
         ActExportError: If the file or the device can't be used, or PyTorch itself fails in the file's type.
     """
     found = inspect_file(path)
-    precision = found.precision
+    precision, rounding = found.precision, None
+    if precision in BITS:
+        progress("dequantizing the file's weights")
+        quantized = dequantized(path, checkpoint)
+        checkpoint, precision, rounding = quantized.checkpoint, quantized.precision, quantized.rounding
     with ExitStack() as stack:
         stands_in = precision == "bfloat16" and device == "cpu"
         file = stack.enter_context(runnable_on_cpu(path)) if stands_in else path
@@ -256,6 +295,7 @@ def verify_file(
                 "portable functions": lambda: Session.open(file, native=False, device=device),
             },
             precision=precision,
+            rounding=rounding,
             pads_left=found.pads_left,
             device=device,
             progress=progress,

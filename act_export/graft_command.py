@@ -54,7 +54,13 @@ def graft_command(
     if out is None:
         raise ActExportError(f"where to? act-export graft {file} --out with a new name")
     if remove:
-        given = [name for name, value in (("--calibration", calibration), ("--beta", beta)) if value is not None]
+        values = {
+            "--calibration": calibration,
+            "--beta": beta,
+            "--threshold": threshold,
+            "--threshold-mode": threshold_mode,
+        }
+        given = [name for name, value in values.items() if value is not None]
         if given:
             raise ActExportError(f"--remove takes the calibration out; leave out {' and '.join(given)}")
         with status() as step:

@@ -12,10 +12,13 @@ from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
 from act_export.export.passes.convert_precision import ConvertPrecisionPass
+from act_export.export.passes.quantize_weights import QuantizeWeightsPass
 from act_export.export.precision import element_type
+from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
 from act_export.export.trace import trace
 from act_export.export.write import check_model, finish_model, metadata, save_model
+from act_export.runtime.providers import import_onnxruntime
 
 
 def build_model(
@@ -25,6 +28,8 @@ def build_model(
     *,
     source: str = "",
     dtype: str = "float32",
+    accuracy_level: int | None = None,
+    block_size: int | None = None,
 ) -> None:
     """Exports a checkpoint: graph at `path`, weights at `path` + ".data".
 
@@ -33,10 +38,15 @@ def build_model(
         calibration: Baked into the attention nodes; None or one without heads gives the plain baseline.
         path: The ONNX file; its folder must exist.
         source: Recorded in the file as what it was made from.
-        dtype: How weights, activations and cache are stored: float32, float16 or bfloat16.
+        dtype: How weights, activations and cache are stored: float32, float16 or bfloat16; or int8 or int4,
+            which is of weights, with the rest in float32.
+        accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None for the default.
+        block_size: Of int8 and int4, weights that share a scale; None for the default.
 
     Raises:
         ActExportError: If `dtype` isn't one of these, a weight is too large for it, or the model isn't float32.
+        QuantizationError: If the accuracy level or block size isn't one, or there is nothing to quantize.
+        RuntimeNotInstalledError: If int8 or int4 is asked for without ONNX Runtime, whose quantizer it takes.
         CalibrationError: If the calibration doesn't fit the model.
         UnsupportedModelError: If the model's attention can't be replaced.
         OutputError: If the disk is too full.
@@ -44,6 +54,9 @@ def build_model(
     if calibration is not None:
         calibration.check_fits(checkpoint.identity)
     stored = element_type(dtype)
+    quantization = quantization_of(dtype, accuracy_level, block_size)
+    if quantization is not None:
+        import_onnxruntime()  # its absence is told before the long work
     if checkpoint.model.dtype != torch.float32:
         loaded = str(checkpoint.model.dtype).removeprefix("torch.")
         raise ActExportError(
@@ -53,6 +66,8 @@ def build_model(
     model = slim(trace(checkpoint.model, calibration), weight_prefix="model.")
     if stored != ir.DataType.FLOAT:
         ir.passes.Sequential(ShapeInferencePass(), ConvertPrecisionPass(stored))(model)
-    finish_model(model, metadata(calibration, checkpoint, source, dtype))
+    if quantization is not None:
+        QuantizeWeightsPass(quantization)(model)
+    finish_model(model, metadata(calibration, checkpoint, source, dtype, quantization))
     save_model(model, path)
     check_model(path)

@@ -18,6 +18,7 @@ from act_export import __version__
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
+from act_export.export.quantize import Quantization
 from act_export.ops import functions, schema
 
 METADATA_PREFIX = "act_export."
@@ -48,7 +49,11 @@ class OutputError(ActExportError):
 
 
 def metadata(
-    calibration: Calibration | None, checkpoint: Checkpoint, source: str, dtype: str = "float32"
+    calibration: Calibration | None,
+    checkpoint: Checkpoint,
+    source: str,
+    dtype: str = "float32",
+    quantization: Quantization | None = None,
 ) -> dict[str, str]:
     """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
     config = checkpoint.model.config
@@ -65,6 +70,9 @@ def metadata(
             }
         ),
     }
+    if quantization is not None:
+        properties["accuracy_level"] = str(quantization.accuracy_level)
+        properties["block_size"] = str(quantization.block_size)
     if calibration is not None:
         properties["calibration"] = calibration.to_json()
     return {METADATA_PREFIX + key: value for key, value in properties.items()}

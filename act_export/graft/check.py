@@ -22,6 +22,7 @@ from act_export.graft.errors import UnsupportedPatternError
 from act_export.graft.graph import Graph, describe
 from act_export.graft.rewrite import MASK, RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
+from act_export.graft.source import place_of_data
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.providers import import_onnxruntime
@@ -235,7 +236,11 @@ def _loaded(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
     if external_data_helper.uses_external_data(copy):
-        external_data_helper.load_external_data_for_tensor(copy, str(folder))
+        begin, length = place_of_data(copy)
+        location = next(entry.value for entry in copy.external_data if entry.key == "location")
+        with (folder / location).open("rb") as file:
+            file.seek(begin)
+            copy.raw_data = file.read(length)
         copy.data_location = TensorProto.DEFAULT
         del copy.external_data[:]
     return copy

@@ -16,11 +16,11 @@ from onnx import TensorProto
 from act_export import __version__
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
 from act_export.export.write import METADATA_PREFIX, check_free_space, check_output, is_file_output, staged
-from act_export.export.passes.pack_sink_state import pack_sink_state
 from act_export.graft import genai
 from act_export.graft.check import check_layer
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph, attribute
+from act_export.graft.pack_sink_state import pack_sink_state
 from act_export.graft.record import KEY, GraftRecord, digest, record_of, undo
 from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
 from act_export.graft.sink_state import StateLayout
@@ -298,7 +298,7 @@ def _add_metadata(
         shares_buffers=all(site.shares_buffers for site in sites.values()),
         pads_left=not any(node.op_type == _NO_PADDING_BEFORE for node in model.graph.node),
         layers=tuple(rewritten.layers),
-        genai_config=(source.path.parent / GENAI_CONFIG).read_text(encoding="utf-8")
+        genai_config=(source.path.parent / GENAI_CONFIG).read_bytes().decode("utf-8")  # line ends as they are
         if source.is_genai_folder
         else None,
     )
@@ -337,6 +337,8 @@ def _check_target(source: ModelSource, out: Path) -> None:
         raise GraftError(f"{out} is the input, which stays as it is; pass another --out")
     if source.folder is not None and place.resolve().is_relative_to(source.folder.resolve()):
         raise GraftError(f"{out} lies inside the input; pass another --out")
+    if source.folder is not None and source.folder.resolve().is_relative_to(place.resolve()):
+        raise GraftError(f"{out} contains the input; pass another --out")
     check_output(out)
 
 
@@ -367,7 +369,7 @@ def _write(
             else:
                 shutil.copy2(path, folder / path.name)
         if config is not None:
-            (folder / GENAI_CONFIG).write_text(config, encoding="utf-8")
+            (folder / GENAI_CONFIG).write_bytes(config.encode("utf-8"))
         if native and source.folder is not None:
             library = library_path()
             shutil.copy2(library, folder / library.name)
@@ -379,6 +381,7 @@ def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
     """Location -> file, of the weights that aren't where the new graph looks for them."""
     folder = source.path.parent
     if target.resolve() == folder.resolve():
+        _refuse_links(source)
         return {}
     copies = {}
     for location in source.data:
@@ -392,12 +395,23 @@ def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
     return copies
 
 
+def _refuse_links(source: ModelSource) -> None:
+    """ONNX Runtime takes weights behind a link only beside the file that a model's own link leads to."""
+    folder = source.path.parent
+    for location in source.data:
+        if not (folder / location).resolve().is_relative_to(folder.resolve()):
+            raise GraftError(
+                f"{folder / location} is a link out of its folder, so that only {source.path.name} can use it; pass "
+                f"--out in another folder, where the weights are copied to"
+            )
+
+
 def _companions(source: ModelSource) -> list[Path]:
     """What else is in the folder: tokenizer, configuration and the like."""
     assert source.folder is not None
     tops = {Path(location).parts[0] for location in source.data}
     skipped = {source.path.name, library_path().name, *tops}
-    return [path for path in sorted(source.folder.iterdir()) if path.name not in skipped and path.suffix != ".onnx"]
+    return [path for path in sorted(source.folder.iterdir()) if path.name not in skipped]
 
 
 def _publish(folder: Path, target: Path, name: str) -> None:

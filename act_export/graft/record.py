@@ -70,18 +70,24 @@ class GraftRecord:
             GraftError: If it isn't such a record, or a later version's.
         """
         try:
-            fields = json.loads(text)
+            fields = dict(json.loads(text))
             if fields.pop("format") != _FORMAT:
                 raise GraftError("the file was grafted by another version of act-export, which has to undo it")
-            removed = tuple(
-                (index, onnx.NodeProto.FromString(base64.b64decode(node))) for index, node in fields.pop("removed")
-            )
+            removed = tuple((index, _node(node)) for index, node in fields.pop("removed"))
             lists: dict[str, Any] = {
                 key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
             }
             return cls(removed=removed, **lists)
         except (KeyError, TypeError, ValueError) as error:
             raise GraftError(f"the record of the graft can't be read: {error!r}") from error
+
+
+def _node(text: str) -> onnx.NodeProto:
+    try:
+        node: onnx.NodeProto = onnx.NodeProto.FromString(base64.b64decode(text))
+    except Exception as error:  # protobuf's errors have no base of their own
+        raise ValueError(f"{text[:40]!r} isn't a node: {error}") from error
+    return node
 
 
 def digest(model: onnx.ModelProto) -> str:

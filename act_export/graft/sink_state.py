@@ -9,7 +9,7 @@ the rows that saw it, not their sum: when a host takes tokens back (rewinds), th
 what they were, and weigh as many rows as remain.
 
 `PACKED` is for hosts that make every layer of the cache alike, as optimum; see
-`act_export.export.passes.pack_sink_state`.
+`act_export.graft.pack_sink_state`.
 """
 
 from __future__ import annotations

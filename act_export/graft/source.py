@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import external_data_helper
+from onnx import TensorProto, external_data_helper, helper
 
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import describe, reads
 
 GENAI_CONFIG = "genai_config.json"
 _CONFIGS = (GENAI_CONFIG, "config.json")
+_HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,11 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
 def _model_of(folder: Path, genai: Mapping[str, Any]) -> Path:
     if genai:
         name = look_up(genai, "model", "decoder", "filename")
-        if not isinstance(name, str):
-            raise GraftError(f"{folder / GENAI_CONFIG} has no model.decoder.filename; pass the .onnx file itself")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise GraftError(
+                f"{folder / GENAI_CONFIG} has model.decoder.filename = {name!r}, which is no file of its folder; pass "
+                f"the .onnx file itself"
+            )
         return folder / name
     files = sorted(folder.glob("*.onnx"))
     named = [file for file in files if file.name == "model.onnx"]
@@ -117,42 +123,70 @@ def _check_whole(file: Path, model: onnx.ModelProto) -> None:
         raise GraftError(f"{file} isn't an ONNX model, or only part of one: it has no whole graph")
     known = {given.name for given in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
     known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    domains = {_domain(each.domain) for each in model.opset_import}
     for node in graph.node:
         for name in reads(node):
             if name not in known:
                 raise GraftError(
                     f"{file} is damaged or not whole: {describe(node)} reads {name!r}, which nothing makes"
                 )
+        if _domain(node.domain) not in domains:
+            raise GraftError(
+                f"{file} is damaged or not whole: it doesn't say the version of {node.domain!r}, of which "
+                f"{describe(node)} is"
+            )
         known.update(node.output)
     for output in graph.output:
         if output.name not in known:
             raise GraftError(f"{file} is damaged: nothing makes its output {output.name!r}")
 
 
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
 def _check_data(file: Path, model: onnx.ModelProto) -> tuple[str, ...]:
     """The files of the model's weights: all there, long enough, and inside its folder."""
-    folder = file.parent.resolve()
     sizes: dict[str, int] = {}
-    for tensor in _tensors(model.graph):
+    for tensor in _tensors([model.graph.node, *(each.node for each in model.functions)], model.graph.initializer):
         if not external_data_helper.uses_external_data(tensor):
             continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        location = place.get("location", "")
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
         if location not in sizes:
-            sizes[location] = _size_of_data(file, folder, location, tensor.name)
+            sizes[location] = _size_of_data(file, location, tensor.name)
         try:
-            needed = int(place.get("offset", 0)) + int(place.get("length", 0))
+            begin, length = place_of_data(tensor)
         except ValueError as error:
             raise GraftError(f"{file}: where {tensor.name} lies in {location} can't be read: {error}") from error
-        if needed > sizes[location]:
+        if begin + length > sizes[location]:
             raise GraftError(
-                f"{file.parent / location} has {sizes[location]} bytes, and {tensor.name} ends at byte {needed}; the "
-                f"file isn't whole"
+                f"{file.parent / location} has {sizes[location]} bytes, and {tensor.name} ends at byte "
+                f"{begin + length}; the file isn't whole"
             )
     return tuple(sizes)
 
 
-def _size_of_data(file: Path, folder: Path, location: str, tensor: str) -> int:
+def place_of_data(tensor: onnx.TensorProto) -> tuple[int, int]:
+    """First byte and number of bytes of a tensor in the file that its numbers lie in.
+
+    Raises:
+        ValueError: If they are no numbers, or negative.
+    """
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    begin, length = int(place.get("offset", 0)), int(place.get("length", _bytes_of(tensor)))
+    if begin < 0 or length < 0:
+        raise ValueError(f"it has {length} bytes from byte {begin} on")
+    return begin, length
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    elements = int(math.prod(tensor.dims))
+    if tensor.data_type in _HALF_BYTES:
+        return (elements + 1) // 2
+    return elements * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _size_of_data(file: Path, location: str, tensor: str) -> int:
     place = Path(location)
     if not location or place.is_absolute() or ".." in place.parts:
         raise GraftError(
@@ -161,18 +195,21 @@ def _size_of_data(file: Path, folder: Path, location: str, tensor: str) -> int:
     target = file.parent / place
     if not target.is_file():
         raise GraftError(f"{file} needs its weights in {target}, which isn't there; put it beside the model")
-    if not target.resolve().is_relative_to(folder):
+    # As ONNX Runtime has it: where the model is a link, as in the hub's cache, beside what it links to.
+    if not any(target.resolve().is_relative_to(each) for each in (file.parent.resolve(), file.resolve().parent)):
         raise GraftError(
             f"{target} is a link to {target.resolve()}; a model must not read files outside its folder: copy the file"
         )
     return target.stat().st_size
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
+def _tensors(
+    nodes: Iterable[Iterable[onnx.NodeProto]], initializers: Iterable[onnx.TensorProto]
+) -> Iterator[onnx.TensorProto]:
+    yield from initializers
+    for node in itertools.chain.from_iterable(nodes):
         for given in node.attribute:
             if given.type == onnx.AttributeProto.TENSOR:
                 yield given.t
             elif given.type == onnx.AttributeProto.GRAPH:
-                yield from _tensors(given.g)
+                yield from _tensors([given.g.node], given.g.initializer)

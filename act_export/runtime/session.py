@@ -23,6 +23,7 @@ from act_export.runtime.device import Device, Provider
 from act_export.runtime.graph_state import state_of_file
 from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
 from act_export.runtime.node_placement import NodePlacement, profile_run
+from act_export.runtime.packed_state import PROPERTY, PackedState
 from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.state import BFLOAT16, DTYPES, State, element_type, state_inputs
 
@@ -197,6 +198,12 @@ class Session:
         layers: list[int] = graft.get("layers") or [int(name.removeprefix(_SINK_SCORES)) for name in names]
         size = len(names) // max(len(layers), 1)
         return {layer: tuple(names[size * i : size * (i + 1)]) for i, layer in enumerate(layers)}
+
+    @property
+    def packed_sinks(self) -> PackedState | None:
+        """Where the sinks are in a cache that holds them too; None where they have inputs of their own."""
+        text = self.properties.get(PROPERTY)
+        return PackedState.from_json(text) if text else None
 
     @property
     def onnxruntime_session(self) -> Any:

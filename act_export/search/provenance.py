@@ -26,6 +26,7 @@ def search_provenance(
     options: SearchOptions,
     *,
     dtype: torch.dtype,
+    weights: str = "",
     average: Gain | None = None,
 ) -> Provenance:
     """The record of a search.
@@ -38,6 +39,7 @@ def search_provenance(
         gains: By task, on questions that took no part; None where no set helped.
         options: How it was searched.
         dtype: In what precision.
+        weights: What the weights were, where they weren't the checkpoint's own.
         average: Mean gain over the tasks, where the set was found on all of them together.
     """
     used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
@@ -52,6 +54,8 @@ def search_provenance(
         "dtype": str(dtype).removeprefix("torch."),
         "questions": {**tasks[0].form, "chat": options.chat, "truncate": options.truncate},
     }
+    if weights:
+        notes["weights"] = weights
     if not calibration.heads:
         notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
     elif average is not None:

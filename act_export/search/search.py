@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from act_export.calibration import Calibration, Provenance
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint import Checkpoint, fingerprint
 from act_export.search.answers import (
     CHOOSE,
     CONTENT_FREE,
@@ -117,9 +117,11 @@ def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], option
     Method, betas, thresholds and numbers of heads are in the keys, so a search with others goes on from the same
     journal.
     """
+    own = {"weights": fingerprint(checkpoint.model)} if checkpoint.weights else {}
     return {
         "journal": _JOURNAL_VERSION,
         "model": checkpoint.identity.fingerprint,
+        **own,
         "configuration": _configuration_digest(checkpoint),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {task.task.name: task.digest for task in tasks},
@@ -264,6 +266,7 @@ class _Search:
             gains,
             self.options,
             dtype=self.checkpoint.model.dtype,
+            weights=self.checkpoint.weights,
             average=average,
         )
 

@@ -13,6 +13,7 @@ import onnx
 
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
+from act_export.runtime.packed_state import PROPERTY, PackedState
 from act_export.runtime.session import model_file
 
 
@@ -28,13 +29,16 @@ class Inspection:
         num_layers: Attention layers.
         num_heads: Query heads per layer.
         identity: The model that it was exported from, as calibrations name it.
-        precision: How weights, activations and cache are stored.
+        precision: How weights, activations and cache are stored; int8 and int4 are of weights.
+        accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None of others.
+        block_size: The same.
         opset: Version of the standard operators.
         nodes: Number of nodes.
         operators: Number of nodes of each attention operator.
         weights_bytes: Size of the external data.
         calibration: Baked in; None for a plain export.
         pads_left: Whether all layers leave out padding before a sequence.
+        sink_state: Inputs that hold the sink state.
     """
 
     path: Path
@@ -50,7 +54,10 @@ class Inspection:
     operators: Mapping[str, int]
     weights_bytes: int
     calibration: Calibration | None
+    accuracy_level: int | None = None
+    block_size: int | None = None
     pads_left: bool = True
+    sink_state: tuple[str, ...] = ()
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
@@ -89,5 +96,21 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
         weights_bytes=sum(place.stat().st_size for place in data if place.is_file()),
         calibration=Calibration.from_json(text, source=str(file)) if text else None,
+        accuracy_level=_number(properties, "accuracy_level"),
+        block_size=_number(properties, "block_size"),
         pads_left=json.loads(properties.get("act_export.graft", "{}")).get("pads_left", True),
+        sink_state=_sink_state(properties, model.graph),
     )
+
+
+def _number(properties: Mapping[str, str], name: str) -> int | None:
+    text = properties.get(f"act_export.{name}")
+    return int(text) if text is not None else None
+
+
+def _sink_state(properties: Mapping[str, str], graph: onnx.GraphProto) -> tuple[str, ...]:
+    packed = properties.get(f"act_export.{PROPERTY}")
+    if packed is not None:
+        return PackedState.from_json(packed).inputs
+    grafted: list[str] = json.loads(properties.get("act_export.graft", "{}")).get("inputs", [])
+    return tuple(grafted or (given.name for given in graph.input if given.name.startswith("past_sink_scores.")))

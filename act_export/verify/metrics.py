@@ -24,9 +24,9 @@ class Gate:
         score_rounding: A sink score this close to the threshold may fall on either side; any other difference in what
             is a sink is an error. In a half type no score may differ by more, near the threshold or not.
         flipped_sequences: Largest fraction of sequences, over all cases, in which a sink flipped.
-        error_ratio: Largest ratio of an error to that of PyTorch in the same half type; None where there is no half
-            type. What a half type does to a model can't be told beforehand, so it is measured: `relative_to` fills in
-            the limits.
+        error_ratio: Largest ratio of an error to that of PyTorch that rounds to the same type; None where nothing is
+            rounded. What that does to a model can't be told beforehand, so it is measured: `relative_to` fills in the
+            limits.
         largest_error_ratio: The same for the largest difference, which is that of a single logit.
         mean_difference: Largest mean difference of the logits.
     """
@@ -68,10 +68,17 @@ _HALF = Gate(
     error_ratio=2.0,
     largest_error_ratio=4.0,
 )
+_DEQUANTIZED = Gate(max_difference=2e-2, argmax_agreement=0.99, score_rounding=1e-4, flipped_sequences=0.1)
+_INT8_ACTIVATIONS = replace(_HALF, argmax_agreement=0.95, score_rounding=1.6e-2)  # 7 bits, as bfloat16 has
 GATES = {
     "float32": Gate(max_difference=1e-3, argmax_agreement=1.0, score_rounding=2e-5, flipped_sequences=0.1),
     "float16": _HALF,
     "bfloat16": replace(_HALF, argmax_agreement=0.95, score_rounding=1.6e-2),
+    # Against PyTorch with the same dequantized weights.
+    "int8": _DEQUANTIZED,
+    "int4": _DEQUANTIZED,
+    "int8 with int8 activations": _INT8_ACTIVATIONS,
+    "int4 with int8 activations": _INT8_ACTIVATIONS,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from act_export.verify.metrics import GATES, Gate, Metrics, compare_logits
 from act_export.verify.parity_report import CaseResult, EngineReport, ParityReport
 from act_export.verify.recording import SinkRule, Step, column_sums, pytorch_engine, record, session_engine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Progress = Callable[[str], None]
 _Run = tuple[Sequence[Step], Sequence[Step]]  # an engine's calls, and those of what it is compared with
 
@@ -30,19 +34,21 @@ def verify_sessions(
     openers: dict[str, Callable[[], Session]],
     *,
     precision: str = "float32",
+    rounding: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     pads_left: bool = True,
     device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """Compares sessions over one exported file with PyTorch running the reference in float32.
 
-    In a half type their errors are held against those of PyTorch in that type.
+    Where activations are rounded their errors are held against those of PyTorch that rounds them too.
 
     Args:
-        checkpoint: The model that was exported, in float32.
+        checkpoint: The model that was exported, in float32; of a quantized file with its dequantized weights.
         calibration: The calibration that the file should have inside; None for a plain export.
         openers: Name -> opens a session; one is open at a time.
         precision: Row of `GATES`: the type that the file stores.
+        rounding: Makes of the model one that rounds activations as the file does; None for one in the file's half type.
         pads_left: Whether all layers leave out padding before a sequence, see `Session.pads_left`; otherwise only
             sequences without any are run.
         device: Where PyTorch runs if it can: "cpu" (wherever the model is), "cuda" or "cuda:N".
@@ -66,8 +72,10 @@ def verify_sessions(
                 progress(f"verifying, PyTorch: {case.name}")
                 expected.append(record(case, pytorch_engine(hooked), rule, follow=None))
         half = None
-        if precision != "float32":
-            half = _half_pytorch(checkpoint, attention, rule, cases, expected, precision, progress)
+        if GATES[precision].error_ratio is not None:
+            rounded = half_model(model, precision) if rounding is None else rounding(model)
+            half = _rounding_pytorch(rounded, attention, rule, cases, expected, precision, progress)
+            _check_finite(half, checkpoint, precision)
     gates = _Gates(GATES[precision], half)
     engines = []
     for name, opener in openers.items():
@@ -110,8 +118,8 @@ class _Gates:
         return self.of("")
 
 
-def _half_pytorch(
-    checkpoint: Checkpoint,
+def _rounding_pytorch(
+    model: PreTrainedModel,
     attention: ReferenceAttention,
     rule: SinkRule,
     cases: Sequence[Case],
@@ -119,21 +127,26 @@ def _half_pytorch(
     precision: str,
     progress: Progress,
 ) -> EngineReport:
-    """What PyTorch in a half type makes of the cases, against float32."""
+    """What PyTorch that rounds as the file does makes of the cases, against float32."""
+    engine = f"PyTorch {precision.partition(' ')[2] or f'in {precision}'}"  # "int4 with int8 activations": with those
     results = []
-    with attention_hook(half_model(checkpoint.model, precision), attention) as hooked:
+    with attention_hook(model, attention) as hooked:
         for case, reference in zip(cases, expected, strict=True):
-            progress(f"verifying, PyTorch in {precision}: {case.name}")
+            progress(f"verifying, {engine}: {case.name}")
             steps = record(case, pytorch_engine(hooked), rule, follow=reference)
             result = _compare(case.name, [(steps, reference)], GATES[precision], case.decode_steps)
             results.append(replace(result, passed=True))  # it sets the limits
-    largest = [max(result.metrics.max_difference, result.flipped_metrics.max_difference) for result in results]
+    return EngineReport(engine, tuple(results), passed=True)
+
+
+def _check_finite(report: EngineReport, checkpoint: Checkpoint, precision: str) -> None:
+    """Raises ActExportError if PyTorch in a half type gets infinite logits."""
+    largest = [max(each.metrics.max_difference, each.flipped_metrics.max_difference) for each in report.results]
     if not np.isfinite(largest).all():
         raise ActExportError(
             f"{checkpoint.name} can't run in {precision}: its logits aren't finite in PyTorch either; export it with "
             f"{'--dtype bfloat16 or ' if precision == 'float16' else ''}--dtype float32"
         )
-    return EngineReport(f"PyTorch in {precision}", tuple(results), passed=True)
 
 
 def _engine_report(

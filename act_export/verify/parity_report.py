@@ -87,7 +87,7 @@ class ParityReport:
 
     Attributes:
         precision: Which row of `GATES` was applied.
-        pytorch: PyTorch in the same half type, which sets the limits; None in float32.
+        pytorch: PyTorch that rounds activations to the same type, which sets the limits; None where none are rounded.
         remark: What the comparison leaves out; empty if nothing.
         hook: The reference hook without calibration against the model's own attention, padded batch.
         hook_passed: Whether that holds.
@@ -114,7 +114,7 @@ class ParityReport:
         return self.hook_passed and self.runs_on_device and all(engine.passed for engine in self.engines)
 
     def error_ratio(self, engine: EngineReport) -> float | None:
-        """Mean error of an engine's logits, by that of PyTorch in the same half type; None in float32."""
+        """Mean error of an engine's logits, by that of PyTorch that rounds to the same type; None where none does."""
         if self.pytorch is None:
             return None
         names = {result.case for result in self.pytorch.results}

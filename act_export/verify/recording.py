@@ -129,6 +129,9 @@ def session_engine(session: Session, rule: SinkRule) -> Engine:
 
 def column_sums(session: Session, state: State, attention_mask: NDArray[np.int64], rule: SinkRule) -> dict[int, Tensor]:
     """The running column sums of a session's state, (batch, calibrated heads, total, 1), by layer."""
+    packed = session.packed_sinks
+    if packed is not None:
+        return {layer: torch.from_numpy(np.ascontiguousarray(sums)) for layer, sums in packed.unpack(state).items()}
     real = torch.from_numpy(attention_mask != 0)
     sums = {}
     for layer, names in session.sink_state.items():

@@ -39,8 +39,8 @@ class Style:
         size: Head size.
         scaled: Where the scale is: "both" (root of it on query and key), "query", "logits" (a division) or "shape" (as
             "both", computed from the query's shape).
-        mask: "where" (0 or -inf by a boolean), "added" (the lowest number times 0 or 1), "chosen" (a logit or the lowest
-            number).
+        mask: "where" (0 or -inf by a boolean), "added" (the lowest number times 0 or 1), "chosen" (a logit or the
+            lowest number).
         softcap: 0 for none.
         window: -1 for none.
         guarded: Rows without keys become 0 after the softmax.

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from act_export.calibration import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.export.write import OutputError
 from act_export.graft import GraftError, StateLayout, UnsupportedPatternError, graft
-from act_export.graft import graft as graft_function
 from act_export.graft.source import read_source
 from act_export.runtime import Session
 from models import CALIBRATION, DATA, Decoder, hashes
@@ -140,6 +140,20 @@ def test_weights_behind_a_link(external: Path, tmp_path: Path) -> None:
     data.symlink_to("inside")
     assert graft(external, CALIBRATION, tmp_path / "out.onnx").layers == (0, 1)
     assert not (tmp_path / DATA).is_symlink()
+    assert graft(external, CALIBRATION, external.parent / "beside.onnx").layers == (0, 1)
+
+
+def test_a_folder_of_links_as_in_the_hubs_cache(external: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    for name, hidden in (("model.onnx", "a"), (DATA, "b")):
+        (tmp_path / "in" / name).rename(tmp_path / "in" / hidden)
+        (folder / name).symlink_to(Path("..", "in", hidden))
+    refused(folder / "model.onnx", folder / "out.onnx", "is a link out of its folder, so that only model.onnx can")
+    written = graft(folder, CALIBRATION, tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    with Session.open(written.path) as session:
+        assert session.calibration == CALIBRATION
 
 
 @pytest.mark.parametrize(
@@ -200,7 +214,8 @@ def test_folders(tmp_path: Path) -> None:
     refused(folder, tmp_path / "out", r"should have one ONNX model, and has several: a\.onnx, b\.onnx; pass")
     (folder / "a.onnx").rename(folder / "model.onnx")
     assert graft(folder, CALIBRATION, tmp_path / "out").path == tmp_path / "out" / "model.onnx"
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]  # the other model isn't ours
+    assert set(hashes(tmp_path / "out")) == {"model.onnx", "b.onnx", "libact_ops.so"}
+    assert (tmp_path / "out" / "b.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["../in.onnx", "/in.onnx", "sub/model.onnx", "gone.onnx"])
@@ -209,7 +224,7 @@ def test_a_configuration_that_names_another_file(name: str, file: Path, tmp_path
     folder = Decoder().save_folder(tmp_path / "in", filename=name)
     (folder / "sub").mkdir()
     shutil.copy(file, folder / "sub" / "model.onnx")
-    refused(folder, tmp_path / "out", "genai_config.json|there is no|can't read")
+    refused(folder, tmp_path / "out", rf"filename = '{name}', which is no file of its folder|gone\.onnx")
 
 
 def test_the_input_is_no_output(file: Path, tmp_path: Path) -> None:
@@ -371,11 +386,11 @@ def test_an_interrupted_write_leaves_nothing(
 
     folder = Decoder().save_folder(tmp_path / "in")
     before = hashes(tmp_path)
-    module = __import__("act_export.graft.graft", fromlist=["_publish"])
+    module = import_module("act_export.graft.graft")  # of the same name as what the package has
     targets = {"save": (onnx, "save"), "copy2": (shutil, "copy2"), "publish": (module, "_publish")}
     monkeypatch.setattr(*targets[at], fails)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
-        graft_function(folder, CALIBRATION, tmp_path / "out")
+        graft(folder, CALIBRATION, tmp_path / "out")
     assert hashes(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -420,7 +435,7 @@ def test_weights_in_a_folder_below(external: Path, tmp_path: Path) -> None:
     edit(external, change)
     assert read_source(external).data == ("weights/all.bin",)
     graft(external.parent, CALIBRATION, tmp_path / "out")
-    assert set(hashes(tmp_path / "out")) == {"model.onnx", "weights/all.bin"}
+    assert set(hashes(tmp_path / "out")) == {"model.onnx", "weights/all.bin", "libact_ops.so"}
     graft(external, CALIBRATION, tmp_path / "one.onnx")
     assert (tmp_path / "weights" / "all.bin").read_bytes() == (external.parent / "weights" / "all.bin").read_bytes()
 

@@ -325,11 +325,15 @@ class _Reader:
         """The nodes that nothing needs any more once the operator is there."""
         graph, found = self._graph, self._found
         ends = {found.output, found.cache.present_key, found.cache.present_value}
-        nodes, _ = graph.between(list(ends), [query, found.key, found.value])
+        kept = {query, found.key, found.value}
         replaced: dict[int, onnx.NodeProto] = {}
-        for node in reversed(nodes):
-            if all(name in ends or self._is_unused(name, replaced) for name in node.output):
-                replaced[graph.position(node)] = node
+        waiting = [graph.producer(name) for name in ends]
+        while waiting:
+            node = waiting.pop()
+            if node is None or not all(name in ends or self._is_unused(name, replaced) for name in node.output):
+                continue
+            replaced[graph.position(node)] = node
+            waiting.extend(graph.producer(name) for name in reads(node) if name not in kept)
         last = max(replaced)
         for name in ends:
             for reader in graph.consumers(name):
