@@ -115,8 +115,8 @@ def _is_weight(value: ir.Value | None) -> bool:
         value is not None
         and value.is_initializer()
         and not value.is_graph_input()
-        and value.dtype == ir.DataType.FLOAT
         and value.const_value is not None
+        and value.const_value.dtype == ir.DataType.FLOAT
         and len(value.const_value.shape) == 2
     )
 
