@@ -413,7 +413,7 @@ def test_bad_input(name, checkpoint_folder, heads_file, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "int8"], "dtype is 'int8'; an export must be one of float32, float16, bfloat16"),
+        (["--dtype", "int2"], "dtype is 'int2'; an export must be one of float32, float16, bfloat16, int8, int4"),
         (["--device", "tpu"], "device is 'tpu'; pass cpu, cuda or cuda:N"),
     ],
 )

@@ -98,6 +98,10 @@ class Nudged:
     def sink_state(self):
         return self.session.sink_state
 
+    @property
+    def packed_sinks(self):
+        return self.session.packed_sinks
+
     def __enter__(self):
         return self
 
@@ -164,6 +168,10 @@ class Forgetful:
     @property
     def sink_state(self):
         return self.session.sink_state
+
+    @property
+    def packed_sinks(self):
+        return self.session.packed_sinks
 
     def __enter__(self):
         return self
@@ -283,6 +291,10 @@ class Noisy:
     @property
     def sink_state(self):
         return self.session.sink_state
+
+    @property
+    def packed_sinks(self):
+        return self.session.packed_sinks
 
     def __enter__(self):
         return self
