@@ -30,10 +30,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from act_export.calibration import Calibration
 from act_export.checkpoint import load_checkpoint
+from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Session, generate
+from act_export.tasks import load_examples
+from act_export.verify.dequantized import dequantized
+from act_export.verify.metrics import compare_logits
 
 MODEL = "smollm2-135m"
 LAYERS, HEADS = 30, 9
@@ -150,25 +155,16 @@ def parity(models: Models) -> None:
 
 
 def int4(models: Models) -> None:
-    import torch
-    from act_export.verify.dequantized import dequantized_checkpoint
-
-    from act_export.hooks import ReferenceAttention, attention_hook
-    from act_export.verify.metrics import compare_logits
-
     graft = models.grafted(models.int4(1))
-    loaded = dequantized_checkpoint(graft / "model.onnx", load_checkpoint(MODEL))
+    given = dequantized(graft / "model.onnx", load_checkpoint(MODEL)).checkpoint
     pairs = []
-    texts = held_out_texts(models, 1_000)
-    with (
-        Session.open(graft) as session,
-        torch.no_grad(),
-        attention_hook(loaded.model, ReferenceAttention(session.calibration)) as hooked,
-    ):
-        for ids in texts:
-            given, mask = np.array([ids]), np.ones((1, len(ids)), np.int64)
-            reference = hooked(torch.from_numpy(given), torch.from_numpy(mask)).logits.numpy()
-            pairs.append((session.run(given, mask).logits[0], reference[0]))
+    with Session.open(graft) as session, torch.no_grad():
+        reference = ReferenceAttention(session.calibration)
+        with attention_hook(given.model, reference) as hooked:
+            for ids in questions(models, 1_000):
+                token_ids, mask = np.array([ids]), np.ones((1, len(ids)), np.int64)
+                expected = hooked(torch.from_numpy(token_ids), torch.from_numpy(mask)).logits.numpy()
+                pairs.append((session.run(token_ids, mask).logits[0], expected[0]))
     metrics = compare_logits(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
     print(
         f"int4 graft at accuracy level 1 against the reference on its dequantised weights: logits within "
@@ -177,12 +173,10 @@ def int4(models: Models) -> None:
     )
 
 
-def held_out_texts(models: Models, positions: int) -> list[list[int]]:
-    """Questions of SST-2, as many as have so many positions together."""
-    from act_export.tasks import load_task
-
+def questions(models: Models, positions: int) -> list[list[int]]:
+    """Prompts of SST-2, as many as have so many positions together."""
     texts: list[list[int]] = []
-    for example in load_task("sst2").examples:
+    for example in load_examples("sst2").examples:
         texts.append(encode(models, example.prompt))
         if sum(map(len, texts)) >= positions:
             return texts
