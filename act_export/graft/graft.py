@@ -27,7 +27,7 @@ from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import GENAI_CONFIG, ModelSource, read_source
 from act_export.ops import schema
-from act_export.ops.library import library_path
+from act_export.ops.library import NAMES, LibraryNotFoundError, library_path
 from act_export.runtime.packed_state import PROPERTY, PackedState
 
 Progress = Callable[[str], None]
@@ -100,6 +100,8 @@ def graft(
     source = read_source(path)
     _check_target(source, out)
     _refuse_calibrated(source)
+    if native and source.folder is not None:
+        _check_library()
     before = source.model
     graph = Graph(before.graph, before.opset_import)
     sites = find_sites(graph)
@@ -215,6 +217,13 @@ def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mappin
             raise CalibrationError(
                 f"head {heads[-1]} of layer {layer} is out of range; the layer has heads 0 to {terms.num_heads - 1}"
             )
+
+
+def _check_library() -> None:
+    try:
+        library_path()
+    except LibraryNotFoundError as error:
+        raise GraftError(f"{error} Or pass --portable, which needs none") from error
 
 
 def _refuse_calibrated(source: ModelSource) -> None:
@@ -410,7 +419,7 @@ def _companions(source: ModelSource) -> list[Path]:
     """What else is in the folder: tokenizer, configuration and the like."""
     assert source.folder is not None
     tops = {Path(location).parts[0] for location in source.data}
-    skipped = {source.path.name, library_path().name, *tops}
+    skipped = {source.path.name, *NAMES, *tops}
     return [path for path in sorted(source.folder.iterdir()) if path.name not in skipped]
 
 

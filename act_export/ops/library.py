@@ -9,7 +9,7 @@ from pathlib import Path
 
 import act_export.ops
 
-_NAMES = ("libact_ops.so", "libact_ops.dylib", "libact_ops.dll")
+NAMES = ("libact_ops.so", "libact_ops.dylib", "libact_ops.dll")
 
 
 class LibraryNotFoundError(FileNotFoundError):
@@ -41,7 +41,7 @@ def library_path() -> Path:
     # An editable install has two folders: the sources, and what was built from them.
     folders = [Path(folder) for folder in act_export.ops.__path__]
     for folder in folders:
-        for name in _NAMES:
+        for name in NAMES:
             path = folder / name
             if path.is_file():
                 return path.resolve()

@@ -215,3 +215,14 @@ def test_help() -> None:
 
 def test_tolerances_are_of_types_that_a_cpu_runs() -> None:
     assert set(check.TOLERANCE) == {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
+
+
+def test_without_the_native_library(folder: Path, calibration: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("act_export.ops.library.NAMES", ("missing.so",))
+    message = refused(folder, "--calibration", calibration, "--out", tmp_path / "out")
+    assert "libact_ops is not in" in message
+    assert message.endswith("Or pass --portable, which needs none")
+    assert not (tmp_path / "out").exists()
+    result = run(folder, "--calibration", calibration, "--portable", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert not list((tmp_path / "out").glob("libact_ops*"))

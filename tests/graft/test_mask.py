@@ -122,6 +122,15 @@ def test_masks_of_other_things_are_refused(write: Callable[[NodeBuilder], str], 
         reader(build, np.zeros((1, 5 << 20), np.float32)).read(OperatorMask(added=name))
 
 
+def test_two_masks_add_up() -> None:
+    build = NodeBuilder("/model/")
+    names = {**write_mask(build, "float", 6, "padding"), **write_mask(build, "keys", -1)}
+    masks = reader(build)
+    assert masks.read(OperatorMask(**names, lowest=-10000.0)).sliding_window == 6
+    with pytest.raises(UnsupportedPatternError, match="isn't that of causal attention"):
+        masks.read(OperatorMask(**names, lowest=-10.0))
+
+
 def test_lengths_of_keys_are_refused() -> None:
     build = NodeBuilder("/model/")
     count = build.add("ReduceSum", ["attention_mask", build.constant([1], "axis")], "count", keepdims=0)
