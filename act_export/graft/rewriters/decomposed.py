@@ -8,7 +8,7 @@ of the cache are looked for; what lies between them is run on numbers, and taken
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -25,10 +25,10 @@ from act_export.graft.site import (
     AttentionTerms,
     CacheNames,
     Dimension,
-    Layout,
     is_cache_input,
     layer_of,
 )
+from act_export.graft.surroundings import flat_output, unused_nodes
 
 _RANK = 4
 _TOKENS_AXIS = (2, -2)
@@ -154,7 +154,7 @@ def _ancestors(graph: Graph, value: str, stop: Sequence[str]) -> Iterator[onnx.N
 def _site(graph: Graph, core: _Core) -> DecomposedSite:
     cache = core.cache
     layer = layer_of(cache.past_key)
-    output, layout = _output(graph, core.mix)
+    output, layout = flat_output(graph, core.mix.output[0])
     found = DecomposedSite(
         layer=-1 if layer is None else layer,
         nodes=(core.product, core.softmax, core.mix),
@@ -169,31 +169,6 @@ def _site(graph: Graph, core: _Core) -> DecomposedSite:
         return _Reader(graph, core, found).read()
     except UnsupportedPatternError as error:
         return DecomposedSite(**{**vars(found), "problem": f"{describe(core.softmax)}: {error}"})
-
-
-def _output(graph: Graph, mix: onnx.NodeProto) -> tuple[str, Layout]:
-    """What the rest of the graph goes on with: heads side by side, where they are put so."""
-    rows = _only_consumer(graph, mix.output[0], "Transpose")
-    if rows is not None and attribute(rows, "perm") == [0, 2, 1, 3]:
-        flat = _only_consumer(graph, rows.output[0], "Reshape")
-        if flat is not None and _is_flat(graph, flat.input[1]):
-            return flat.output[0], Layout.FLAT
-    return mix.output[0], Layout.HEADS
-
-
-def _only_consumer(graph: Graph, value: str, operator: str) -> onnx.NodeProto | None:
-    """The node of a type that goes on with a value, if nothing but shapes is read off it otherwise."""
-    others = [node for node in graph.consumers(value) if node.op_type != "Shape"]
-    return others[0] if len(others) == 1 and others[0].op_type == operator and value not in graph.outputs else None
-
-
-def _is_flat(graph: Graph, shape: str) -> bool:
-    """Whether a Reshape's shape has three axes."""
-    constant = graph.constant(shape)
-    if constant is not None:
-        return constant.size == _RANK - 1
-    node = graph.producer(shape)
-    return node is not None and node.op_type == "Concat" and len(node.input) == _RANK - 1
 
 
 class _Reader:
@@ -235,9 +210,14 @@ class _Reader:
             softcap=read.softcap,
             sliding_window=read.sliding_window,
         )
-        nodes = self._replaced(query)
-        return DecomposedSite(
-            **{**vars(found), "query": query, "terms": terms, "nodes": nodes, "embeddings": logits.part.embeddings}
+        ends = (found.output, found.cache.present_key, found.cache.present_value)
+        return replace(
+            found,
+            query=query,
+            terms=terms,
+            nodes=unused_nodes(self._graph, ends, (query, found.key, found.value)),
+            takes_chunks=read.takes_chunks,
+            embeddings=logits.part.embeddings,
         )
 
     def _check_core(self) -> None:
@@ -320,27 +300,3 @@ class _Reader:
 
     def _part(self, output: str, given: Sequence[str]) -> Part:
         return Part(self._graph, output, given)
-
-    def _replaced(self, query: str) -> tuple[onnx.NodeProto, ...]:
-        """The nodes that nothing needs any more once the operator is there."""
-        graph, found = self._graph, self._found
-        ends = {found.output, found.cache.present_key, found.cache.present_value}
-        kept = {query, found.key, found.value}
-        replaced: dict[int, onnx.NodeProto] = {}
-        waiting = [graph.producer(name) for name in ends]
-        while waiting:
-            node = waiting.pop()
-            if node is None or not all(name in ends or self._is_unused(name, replaced) for name in node.output):
-                continue
-            replaced[graph.position(node)] = node
-            waiting.extend(graph.producer(name) for name in reads(node) if name not in kept)
-        last = max(replaced)
-        for name in ends:
-            for reader in graph.consumers(name):
-                if graph.position(reader) < last and graph.position(reader) not in replaced:
-                    raise UnsupportedPatternError(f"{describe(reader)} reads {name} before the attention is done")
-        return tuple(replaced[position] for position in sorted(replaced))
-
-    def _is_unused(self, value: str, replaced: Mapping[int, onnx.NodeProto]) -> bool:
-        consumers = self._graph.consumers(value)
-        return value not in self._graph.outputs and all(self._graph.position(each) in replaced for each in consumers)
