@@ -229,6 +229,6 @@ def describe_calibration(calibration: Calibration) -> str:
     if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
         text += (
             f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
-            f" ({origin.samples.get('report', 0)} prompts, PyTorch)"
+            f" ({origin.samples.get('report', 0)} prompts, PyTorch, where the heads were found)"
         )
     return text

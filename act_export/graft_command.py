@@ -52,7 +52,8 @@ def graft_command(
     from act_export.graft import StateLayout, graft, remove_graft
 
     if out is None:
-        raise ActExportError(f"where to? act-export graft {file} --out with a new name")
+        heads = "--remove" if remove else f"--calibration {calibration or 'FILE'}"
+        raise ActExportError(f"--out is missing: act-export graft {file} {heads} --out NEW")
     if remove:
         values = {
             "--calibration": calibration,
@@ -70,8 +71,8 @@ def graft_command(
         return
     if calibration is None:
         raise ActExportError(
-            f"which heads? act-export graft {file} --calibration FILE, or a shipped recipe's name; act-export search "
-            f"MODEL finds them"
+            f"--calibration is missing: act-export graft {file} --calibration FILE --out {out}, with a file or a recipe's "
+            f"name; act-export search CHECKPOINT finds heads"
         )
     chosen = _calibration(calibration).with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
     with status() as step:

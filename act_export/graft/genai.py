@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from act_export.graft.errors import GraftError
 from act_export.graft.rewrite import Templates
 from act_export.graft.source import GENAI_CONFIG, look_up
+from act_export.ops.library import NAMES
 
 _T = TypeVar("_T", dict[str, Any], list[Any])
 _TEMPLATES = (
@@ -70,6 +71,8 @@ def calibrated_config(
                 f"onnxruntime-genai takes only one; pass --portable, which needs none"
             )
         options["custom_ops_library"] = library
+    elif options.get("custom_ops_library") in NAMES:
+        del options["custom_ops_library"]  # the folder's own copy of the library isn't taken along
     providers = "session_options.provider_options"
     for entry in _expect(list, options.get("provider_options", []), providers):
         for provider, settings in _expect(dict, entry, providers).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from onnx import TensorProto
 
 from act_export import __version__
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
-from act_export.export.write import METADATA_PREFIX, check_free_space, check_output, is_file_output, staged
+from act_export.export.write import COMPANIONS, METADATA_PREFIX, check_free_space, check_output, is_file_output, staged
 from act_export.graft import genai
 from act_export.graft.check import check_layer
 from act_export.graft.errors import GraftError
@@ -107,6 +108,11 @@ def graft(
     sites = find_sites(graph)
     identity = identity_of(source, sites, calibration)
     _check_fits(calibration, identity, sites)
+    if layout is StateLayout.PACKED and source.is_genai_folder:
+        raise GraftError(
+            f"--state-in-cache is for hosts such as optimum; a folder with {GENAI_CONFIG} has the state in further "
+            f"layers of the cache without it: leave it out"
+        )
     if layout is None:
         layout = StateLayout.CACHE_LAYERS if source.is_genai_folder else StateLayout.SCORES
     templates = None
@@ -374,7 +380,7 @@ def _write(
             shutil.copy2(path, folder / location)
         for path in others:
             if path.is_dir():
-                shutil.copytree(path, folder / path.name)
+                shutil.copytree(path, folder / path.name, symlinks=True)
             else:
                 shutil.copy2(path, folder / path.name)
         if config is not None:
@@ -382,7 +388,7 @@ def _write(
         if native and source.folder is not None:
             library = library_path()
             shutil.copy2(library, folder / library.name)
-        _publish(folder, target, name)
+        _publish(folder, target, name, whole=not is_file_output(out))
     return target / name
 
 
@@ -396,8 +402,7 @@ def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
     for location in source.data:
         path, there = folder / location, target / location
         if there.exists() and source.folder is None:
-            same = there.stat().st_size == path.stat().st_size and there.stat().st_mtime_ns == path.stat().st_mtime_ns
-            if not same:
+            if not filecmp.cmp(there, path, shallow=False):
                 raise GraftError(f"{there} is in the way of the weights, which have that name too; pass another folder")
             continue
         copies[location] = path
@@ -420,12 +425,22 @@ def _companions(source: ModelSource) -> list[Path]:
     assert source.folder is not None
     tops = {Path(location).parts[0] for location in source.data}
     skipped = {source.path.name, *NAMES, *tops}
-    return [path for path in sorted(source.folder.iterdir()) if path.name not in skipped]
+    found = [path for path in sorted(source.folder.iterdir()) if path.name not in skipped]
+    places = (source.folder.resolve(), source.path.resolve().parent)  # of the hub's cache the model is a link, too
+    for path in found:
+        real = path.resolve()
+        if not any(real.is_relative_to(place) for place in places):
+            raise GraftError(f"{path} is a link to {real}, out of the folder; copy the file, or remove the link")
+    return found
 
 
-def _publish(folder: Path, target: Path, name: str) -> None:
+def _publish(folder: Path, target: Path, name: str, *, whole: bool) -> None:
+    """Moves what was put together to its place; in a folder of its own, what an earlier output left there goes."""
     target.mkdir(exist_ok=True)
     (target / name).unlink(missing_ok=True)
+    if whole:
+        for stale in (COMPANIONS | {GENAI_CONFIG}) - {path.name for path in folder.iterdir()}:
+            (target / stale).unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == name):
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)

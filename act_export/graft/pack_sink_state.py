@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from act_export.runtime.packed_state import PROPERTY, SCALE, PackedState
 
 _PAST, _PRESENT = "past_sink_scores.", "present_sink_scores."
 _RANK = 4
-_KEY = "past_key_values.0.key"
+_KEY, _PRESENT_KEY = "past_key_values.0.key", "present.0.key"
+_LAYER = re.compile(r"past_key_values\.(\d+)\.key")
 _PARTS = {TensorProto.FLOAT: 1, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 3}
 """Numbers of a type that add up to a float32 number."""
 
@@ -61,11 +63,12 @@ def pack_sink_state(model: onnx.ModelProto) -> PackedState | None:
     if not sums:
         return None
     heads = {int(name.removeprefix(_PAST)): infos[name].type.tensor_type.shape.dim[1].dim_value for name in sums}
-    kv_heads, size = _cache_shape(infos)
+    kv_heads, size = _cache_shape(infos, {info.name for info in graph.output})
     kind = infos[_KEY].type.tensor_type.elem_type
     needed = _PARTS[kind] * sum(heads.values())
     count = -(-needed // (kv_heads * size))
-    layers = sum(name.startswith("past_key_values.") and name.endswith(".key") for name in infos)
+    numbers = [_LAYER.fullmatch(name) for name in infos]
+    layers = 1 + max(int(found.group(1)) for found in numbers if found)
     names = [f"{layers + i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
     packed = PackedState(tuple(f"past_key_values.{name}" for name in names), heads, _PARTS[kind])
     _rewire(graph, packed, _unpack(packed, kv_heads * size, kind), _pack(packed, kv_heads, size, kind))
@@ -73,10 +76,15 @@ def pack_sink_state(model: onnx.ModelProto) -> PackedState | None:
     return packed
 
 
-def _cache_shape(infos: Mapping[str, onnx.ValueInfoProto]) -> tuple[int, int]:
+def _cache_shape(infos: Mapping[str, onnx.ValueInfoProto], outputs: Collection[str]) -> tuple[int, int]:
     """Key-value heads and head size."""
     dims = infos[_KEY].type.tensor_type.shape.dim if _KEY in infos else []
     sizes = [dim.dim_value for dim in dims]
+    if _PRESENT_KEY not in outputs:
+        raise ActExportError(
+            f"the sink state can't be part of the cache: the model has no output {_PRESENT_KEY}; give the state inputs "
+            f"of its own"
+        )
     if len(sizes) != _RANK or not sizes[1] or not sizes[3]:
         raise ActExportError(
             f"the sink state can't be part of the cache: the model has no input {_KEY} whose shape says its heads and "
@@ -157,7 +165,7 @@ def _rewire(
     graph.node.extend([*before, *nodes, *after])
     for field, old, new, like in (
         (graph.input, _PAST, packed.inputs, _KEY),
-        (graph.output, _PRESENT, packed.outputs, "present.0.key"),
+        (graph.output, _PRESENT, packed.outputs, _PRESENT_KEY),
     ):
         first = next(i for i, info in enumerate(field) if info.name.startswith(old))
         kept = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in field]

@@ -105,8 +105,12 @@ def _model_of(folder: Path, genai: Mapping[str, Any]) -> Path:
     named = [file for file in files if file.name == "model.onnx"]
     if named or len(files) == 1:
         return (named or files)[0]
-    found = f"several: {', '.join(file.name for file in files)}" if files else "none"
-    raise GraftError(f"{folder} should have one ONNX model, and has {found}; pass the .onnx file itself")
+    if not files and any(folder.glob("*.safetensors")):
+        raise GraftError(f"{folder} is a checkpoint, not an exported model; export it: act-export {folder} --out OUT")
+    if not files:
+        raise GraftError(f"{folder} should have one ONNX model, and has none; pass the folder or file of a model")
+    names = ", ".join(file.name for file in files)
+    raise GraftError(f"{folder} should have one ONNX model, and has several: {names}; pass the .onnx file itself")
 
 
 def _load(file: Path) -> onnx.ModelProto:

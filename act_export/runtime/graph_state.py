@@ -71,7 +71,7 @@ def _head_size_of_weights(graph: onnx.GraphProto, attention: onnx.NodeProto | No
     while projection is not None and projection.op_type in _BETWEEN_PROJECTION_AND_ATTENTION:
         packed = packed or projection.op_type == "Split"
         projection = producers.get(projection.input[0])
-    if projection is None or heads is None or kv_heads is None:
+    if projection is None or heads is None or kv_heads is None or _attribute(projection, "transB"):
         return None
     widths = [tensor.dims[-1] for tensor in graph.initializer if tensor.name in projection.input and tensor.dims]
     width = _attribute(projection, "N") or max(widths, default=None)  # N: of a quantized matrix product

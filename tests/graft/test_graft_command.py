@@ -112,8 +112,8 @@ def test_a_shipped_recipe(tmp_path: Path) -> None:
 
 
 def test_what_is_missing(file: Path, calibration: Path, tmp_path: Path) -> None:
-    assert refused(file, "--calibration", calibration).startswith(f"where to? act-export graft {file} --out")
-    assert refused(file, "--out", tmp_path / "out.onnx").startswith("which heads? act-export graft")
+    assert refused(file, "--calibration", calibration).startswith(f"--out is missing: act-export graft {file} --calib")
+    assert refused(file, "--out", tmp_path / "out.onnx").startswith("--calibration is missing: act-export graft")
     message = refused(file, "--calibration", "no-such-recipe", "--out", tmp_path / "out.onnx")
     assert "no-such-recipe" in message
     message = refused(tmp_path / "gone.onnx", "--calibration", calibration, "--out", tmp_path / "out.onnx")

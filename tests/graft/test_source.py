@@ -208,7 +208,10 @@ def test_weights_in_a_function(external: Path, tmp_path: Path) -> None:
 def test_folders(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    refused(folder, tmp_path / "out", r"should have one ONNX model, and has none; pass the \.onnx file itself")
+    refused(folder, tmp_path / "out", r"should have one ONNX model, and has none; pass the folder or file of a model")
+    (folder / "model.safetensors").touch()
+    refused(folder, tmp_path / "out", r"is a checkpoint, not an exported model; export it: act-export .*in --out OUT")
+    (folder / "model.safetensors").unlink()
     for name in ("b.onnx", "a.onnx"):
         Decoder().save(folder / name)
     refused(folder, tmp_path / "out", r"should have one ONNX model, and has several: a\.onnx, b\.onnx; pass")
@@ -455,3 +458,27 @@ def test_the_configuration_of_optimum(file: Path, tmp_path: Path) -> None:
         assert (session.limits.vocabulary, session.limits.context) == (64, 192)
         assert session.limits.stop_tokens == (1, 2)
         assert session.model_identity == ModelIdentity("llama", 2, 4)
+
+
+def test_a_companion_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    (tmp_path / "secret").write_text("mine")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    refused(folder, tmp_path / "out", r"tokenizer\.json is a link to .*secret, out of the folder")
+
+
+def test_what_an_earlier_output_left_goes(tmp_path: Path) -> None:
+    graft(Decoder().save_folder(tmp_path / "genai"), CALIBRATION, tmp_path / "out")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    Decoder().save(plain / "model.onnx")
+    graft(plain, CALIBRATION, tmp_path / "out")
+    left = set(hashes(tmp_path / "out"))
+    assert {"model.onnx", "libact_ops.so"} <= left
+    assert "genai_config.json" not in left
+
+
+def test_state_in_cache_is_not_for_genai(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    with pytest.raises(GraftError, match="--state-in-cache is for hosts such as optimum"):
+        graft(folder, CALIBRATION, tmp_path / "out", layout=StateLayout.PACKED)

@@ -66,6 +66,7 @@ _KNOWN = {
     "k_norm_epsilon",
 }
 _DEFAULT_NORM_EPSILON = 1e-6
+_PROJECTIONS = ("Add", "Gemm", "MatMul", "MatMulNBits")
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _head_size(graph: Graph, inputs: Mapping[str, str], heads: int) -> int | Non
     if shape is not None and len(shape) == 4 and shape[3] is not None:
         return shape[3]
     width = _width(graph, inputs["query"])
-    return width // heads if width is not None else None
+    return width // heads if width and width % heads == 0 else None
 
 
 def _width(graph: Graph, value: str) -> int | None:
@@ -246,7 +247,7 @@ def _width(graph: Graph, value: str) -> int | None:
     if shape and shape[-1] is not None:
         return shape[-1]
     node = graph.producer(value)
-    if node is None:
+    if node is None or node.op_type not in _PROJECTIONS or attribute(node, "transB", 0):
         return None
     weights = [graph.initializers[name].dims for name in node.input if name in graph.initializers]
     found: int | None = attribute(node, "N") or max((dims[-1] for dims in weights if dims), default=None)
