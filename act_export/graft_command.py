@@ -71,7 +71,7 @@ def graft_command(
         return
     if calibration is None:
         raise ActExportError(
-            f"--calibration is missing: act-export graft {file} --calibration FILE --out {out}, with a file or a recipe's "
+            f"--calibration is missing: act-export graft {file} --calibration FILE --out {out}, a file or a recipe's "
             f"name; act-export search CHECKPOINT finds heads"
         )
     chosen = _calibration(calibration).with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
