@@ -37,9 +37,7 @@ def file(request) -> Path:
 @pytest.fixture(scope="module")
 def cpp(tmp_path_factory) -> list[str | Path]:
     """The C++ program; CPATH can name the folder of ONNX Runtime's headers, which no package has."""
-    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
+    compiler = next(filter(shutil.which, ("c++", "g++", "clang++")))  # which the package was built with
     if run([compiler, "-E", "-x", "c++", "-"], input=f"#include <{HEADER}>").returncode != 0:
         pytest.skip(f"{HEADER} isn't where the compiler looks; CPATH can name its folder")
     import onnxruntime
@@ -61,9 +59,7 @@ def javascript(tmp_path_factory) -> list[str | Path]:
         pytest.skip("there is no node, or no npm")
     folder = tmp_path_factory.mktemp("javascript")
     shutil.copytree(EXAMPLES / "javascript", folder, dirs_exist_ok=True)
-    installed = run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder)
-    if installed.returncode != 0:
-        pytest.skip(f"npm can't install onnxruntime-node: {installed.stderr[-200:]}")
+    succeed(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder)
     yield ["node", folder / "generate.mjs"]
     shutil.rmtree(folder / "node_modules")  # 290 MB
 
@@ -75,9 +71,7 @@ def csharp(tmp_path_factory) -> list[str | Path]:
         pytest.skip("there is no dotnet")
     folder = tmp_path_factory.mktemp("csharp")
     shutil.copytree(EXAMPLES / "csharp", folder, dirs_exist_ok=True)
-    if run(["dotnet", "restore"], cwd=folder).returncode != 0:
-        pytest.skip("dotnet can't restore Microsoft.ML.OnnxRuntime")
-    succeed(["dotnet", "build", "--no-restore", "-o", "out"], cwd=folder)
+    succeed(["dotnet", "build", "-o", "out"], cwd=folder)
     return ["dotnet", folder / "out" / "generate.dll"]
 
 

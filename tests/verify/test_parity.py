@@ -80,16 +80,10 @@ def test_another_models_weights_are_caught(tiny_file):
     assert not verify(tiny_checkpoint(seed=1), CALIBRATION, tiny_file).passed
 
 
-class Nudged:
-    """A session whose column sums are off by a rounding error: what half precision does, on purpose."""
+class Spoiled:
+    """A session of which a subclass spoils what `run` gives."""
 
-    def __init__(self, session, factor):
-        self.session, self.factor = session, factor
-
-    def run(self, *arguments):
-        logits, state = self.session.run(*arguments)
-        nudged = {k: v * np.float32(self.factor) if "sink" in k else v for k, v in state.items()}
-        return RunOutputs(logits, nudged)
+    session: Session
 
     def allocate(self, batch, capacity):
         return self.session.allocate(batch, capacity)
@@ -107,6 +101,18 @@ class Nudged:
 
     def __exit__(self, *_):
         self.session.close()
+
+
+class Nudged(Spoiled):
+    """A session whose column sums are off by a rounding error: what half precision does, on purpose."""
+
+    def __init__(self, session, factor):
+        self.session, self.factor = session, factor
+
+    def run(self, *arguments):
+        logits, state = self.session.run(*arguments)
+        nudged = {k: v * np.float32(self.factor) if "sink" in k else v for k, v in state.items()}
+        return RunOutputs(logits, nudged)
 
 
 def test_a_flipped_sink_is_counted_and_kept_apart(tiny, tiny_file, tmp_path):
@@ -151,7 +157,7 @@ def test_too_many_flips_fail(tiny, tiny_file, monkeypatch):
     assert not report.passed
 
 
-class Forgetful:
+class Forgetful(Spoiled):
     """A session that drops its sink state where a chunk continues a prompt."""
 
     def __init__(self, session):
@@ -161,23 +167,6 @@ class Forgetful:
         if state is not None and ids.shape[1] > 1:
             state = {name: np.zeros_like(value) if "sink" in name else value for name, value in state.items()}
         return self.session.run(ids, mask, state)
-
-    def allocate(self, batch, capacity):
-        return self.session.allocate(batch, capacity)
-
-    @property
-    def sink_state(self):
-        return self.session.sink_state
-
-    @property
-    def packed_sinks(self):
-        return self.session.packed_sinks
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.session.close()
 
 
 def test_lost_sink_state_is_caught(tiny, tiny_file):
@@ -274,7 +263,7 @@ def test_a_wrong_attribute_is_caught_in_half(tiny, half_file, tmp_path, name, va
     assert not verify(tiny, CALIBRATION, path, precision="float16").passed
 
 
-class Noisy:
+class Noisy(Spoiled):
     """A session whose logits are off by normal noise."""
 
     def __init__(self, session, size):
@@ -284,23 +273,6 @@ class Noisy:
         logits, state = self.session.run(*arguments)
         noise = np.random.default_rng(0).standard_normal(logits.shape).astype(np.float32)
         return RunOutputs(logits + self.size * noise, state)
-
-    def allocate(self, batch, capacity):
-        return self.session.allocate(batch, capacity)
-
-    @property
-    def sink_state(self):
-        return self.session.sink_state
-
-    @property
-    def packed_sinks(self):
-        return self.session.packed_sinks
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.session.close()
 
 
 def test_more_than_twice_the_error_of_pytorch_is_too_much(tiny, half_file):
