@@ -65,9 +65,9 @@ def graft_command(
         if given:
             raise ActExportError(f"--remove takes the calibration out; leave out {' and '.join(given)}")
         with status() as step:
-            written = remove_graft(file, out, progress=step)
-        note(f"taken out of {len(written.layers)} layers; the graph is what it was before")
-        print(written.path)
+            removed = remove_graft(file, out, progress=step)
+        note(f"taken out of {len(removed.layers)} layers; the graph is what it was before")
+        print(removed.path)
         return
     if calibration is None:
         raise ActExportError(
@@ -87,7 +87,6 @@ def _calibration(given: str) -> Calibration:
 
 
 def _summarize(written: Grafted) -> None:
-    assert written.calibration is not None
     note(f"calibration: {describe_calibration(written.calibration)}")
     replaced = ", ".join(f"{count} {kind}" for kind, count in written.patterns.items())
     note(f"replaced in {len(written.layers)} of {written.num_layers} layers: {replaced}")

@@ -1,15 +1,15 @@
 """Calibrating models that somebody else exported: ONNX model -> calibrated ONNX model, and back."""
 
 from act_export.graft.errors import GraftError, UnsupportedPatternError
-from act_export.graft.graft import Grafted, graft, identity_of, remove_graft
+from act_export.graft.graft import Grafted, Removed, graft, remove_graft
 from act_export.graft.sink_state import StateLayout
 
 __all__ = [
     "GraftError",
     "Grafted",
+    "Removed",
     "StateLayout",
     "UnsupportedPatternError",
     "graft",
-    "identity_of",
     "remove_graft",
 ]

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import filecmp
-import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
-from onnx import TensorProto
 
-from act_export import __version__
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
-from act_export.export.write import COMPANIONS, METADATA_PREFIX, check_free_space, check_output, is_file_output, staged
 from act_export.graft import genai
 from act_export.graft.check import check_layer
 from act_export.graft.errors import GraftError
-from act_export.graft.graph import Graph, attribute
+from act_export.graft.graph import Graph
+from act_export.graft.metadata import add_metadata, identity_of
+from act_export.graft.output import Progress, check_target, write
 from act_export.graft.pack_sink_state import pack_sink_state
-from act_export.graft.record import KEY, GraftRecord, digest, record_of, undo
+from act_export.graft.record import record_of, undo
 from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
 from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import GENAI_CONFIG, ModelSource, read_source
 from act_export.ops import schema
-from act_export.ops.library import NAMES, LibraryNotFoundError, library_path
-from act_export.runtime.packed_state import PROPERTY, PackedState
-
-Progress = Callable[[str], None]
-_CACHE_TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-}
-_SPARE_BYTES = 16 << 20
-_NO_PADDING_BEFORE = "GroupQueryAttention"  # it counts tokens, and takes the first ones of a row for real
+from act_export.ops.library import LibraryNotFoundError, library_path
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class Grafted:
 
     Attributes:
         path: The ONNX file.
-        calibration: Baked in; None after a removal.
+        calibration: Baked in.
         layers: Calibrated layers.
         num_layers: Of the model.
         patterns: Operator that was replaced -> how often.
@@ -57,13 +42,26 @@ class Grafted:
     """
 
     path: Path
-    calibration: Calibration | None
+    calibration: Calibration
     layers: tuple[int, ...]
     num_layers: int
     patterns: Mapping[str, int]
     difference: float | None
     layout: StateLayout
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a removal wrote.
+
+    Attributes:
+        path: The ONNX file, as it was before the graft.
+        layers: That were calibrated.
+    """
+
+    path: Path
+    layers: tuple[int, ...]
 
 
 def graft(
@@ -99,12 +97,12 @@ def graft(
     out = Path(out)
     progress("reading the graph")
     source = read_source(path)
-    _check_target(source, out)
+    check_target(source, out)
     _refuse_calibrated(source)
-    if native and source.folder is not None:
-        _check_library()
+    library = _library() if native and source.folder is not None else None
     before = source.model
-    graph = Graph(before.graph, before.opset_import)
+    after = onnx.ModelProto.FromString(before.SerializeToString())
+    graph = Graph(after.graph, after.opset_import)
     sites = find_sites(graph)
     identity = identity_of(source, sites, calibration)
     _check_fits(calibration, identity, sites)
@@ -120,21 +118,18 @@ def graft(
         if source.config_name != GENAI_CONFIG:
             raise GraftError(f"the sink state can be layers of the cache only in a folder with {GENAI_CONFIG}")
         templates = genai.cache_templates(source.config)
-    after = onnx.ModelProto.FromString(before.SerializeToString())
-    new_graph = Graph(after.graph, after.opset_import)
-    new_sites = find_sites(new_graph)
     written_as = StateLayout.SCORES if layout is StateLayout.PACKED else layout
-    rewritten = rewrite(after, new_graph, new_sites, calibration, written_as, templates)
-    removed = apply(after, new_graph, rewritten)
+    rewritten = rewrite(after, graph, sites, calibration, written_as, templates)
+    removed = apply(after, graph, rewritten)
     packed = pack_sink_state(after) if layout is StateLayout.PACKED else None
     notes: list[str] = []
     config: str | None = None
     if source.is_genai_folder:
-        library = library_path().name if native else None
+        loaded = library.name if library is not None else None
         name = source.path.name
-        changed, notes = genai.calibrated_config(source.config, calibration.heads, len(sites), name, library)
+        changed, notes = genai.calibrated_config(source.config, calibration.heads, len(sites), name, loaded)
         config = genai.dump(changed)
-    _add_metadata(source, after, sites, rewritten, removed, identity, calibration, packed)
+    add_metadata(source, after, sites, rewritten, removed, identity, calibration, packed)
     found = _check(source, before, after, rewritten, progress) if check else []
     difference = max((each for each in found if each is not None), default=None)
     if None in found:
@@ -143,7 +138,7 @@ def graft(
             f"theirs on a CPU, in bfloat16 or with norms inside the attention"
         )
     notes += _padding_in_windows(rewritten, layout)
-    written = _write(source, after, out, config, native, progress)
+    written = write(source, after, out, config, library, progress)
     return Grafted(
         path=written,
         calibration=calibration,
@@ -158,7 +153,7 @@ def graft(
 
 def remove_graft(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Progress = lambda _: None
-) -> Grafted:
+) -> Removed:
     """Takes the calibration out again: the graph as it was, node for node.
 
     Args:
@@ -172,42 +167,9 @@ def remove_graft(
     out = Path(out)
     progress("reading the graph")
     source = read_source(path)
-    _check_target(source, out)
+    check_target(source, out)
     record = undo(source.model)
-    written = _write(source, source.model, out, record.genai_config, False, progress)
-    sites = find_sites(Graph(source.model.graph, source.model.opset_import))
-    return Grafted(written, None, record.layers, len(sites), {}, None, StateLayout.SCORES, ())
-
-
-def identity_of(
-    source: ModelSource, sites: Mapping[int, AttentionSite], calibration: Calibration | None = None
-) -> ModelIdentity:
-    """The model as calibrations name it, as far as the file or its configuration says.
-
-    Weights may be quantised, so there is no fingerprint but that of act-export's own exports.
-    """
-    text = source.properties.get(METADATA_PREFIX + "model")
-    if text is not None:
-        return ModelIdentity(**json.loads(text))
-    heads = max((site.terms.num_heads for site in sites.values() if site.terms is not None), default=0)
-    whole = _model_config(source)
-    named = whole.get("type") or whole.get("model_type")
-    architecture = named if isinstance(named, str) else None
-    expected = calibration.model.architecture if calibration is not None and calibration.model is not None else None
-    if expected is not None and (architecture is None or _plain_name(architecture) == _plain_name(expected)):
-        architecture = expected
-    return ModelIdentity(architecture or "unknown", len(sites), heads)
-
-
-def _model_config(source: ModelSource) -> Mapping[str, Any]:
-    """What the configuration says of the model: genai_config.json a level deeper than config.json."""
-    found = source.config.get("model")
-    return found if isinstance(found, dict) else source.config
-
-
-def _plain_name(architecture: str) -> str:
-    """Exporters write gemma3_text as gemma3text or gemma3, and so on."""
-    return architecture.lower().replace("_", "").replace("-", "").removesuffix("text")
+    return Removed(write(source, source.model, out, record.genai_config, None, progress), record.layers)
 
 
 def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mapping[int, AttentionSite]) -> None:
@@ -225,9 +187,9 @@ def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mappin
             )
 
 
-def _check_library() -> None:
+def _library() -> Path:
     try:
-        library_path()
+        return library_path()
     except LibraryNotFoundError as error:
         raise GraftError(f"{error} Or pass --portable, which needs none") from error
 
@@ -277,171 +239,3 @@ def _patterns(rewritten: Rewritten) -> dict[str, int]:
         kind = named.op_type if named is not None else "attention of single operators"
         counts[kind] = counts.get(kind, 0) + 1
     return counts
-
-
-def _add_metadata(
-    source: ModelSource,
-    model: onnx.ModelProto,
-    sites: Mapping[int, AttentionSite],
-    rewritten: Rewritten,
-    removed: list[tuple[int, onnx.NodeProto]],
-    identity: ModelIdentity,
-    calibration: Calibration,
-    packed: PackedState | None,
-) -> None:
-    before = source.model
-    texts = {
-        "version": __version__,
-        "source": source.properties.get("act_export.source", (source.folder or source.path).name),
-        "model": json.dumps(asdict(identity)),
-        "dtype": _precision(model, sites),
-        "limits": json.dumps(_limits(source)),
-        "calibration": calibration.to_json(),
-    }
-    known = source.properties
-    added = {METADATA_PREFIX + key: text for key, text in texts.items() if METADATA_PREFIX + key not in known}
-    functions_before = {(each.domain, each.name) for each in before.functions}
-    states = [layer.state for layer in rewritten.layers.values()]
-    record = GraftRecord(
-        digest=digest(before),
-        removed=tuple(removed),
-        inputs=packed.inputs if packed else tuple(name for each in states for name in each.past),
-        outputs=packed.outputs if packed else tuple(name for each in states for name in each.present),
-        functions=tuple(each.name for each in rewritten.functions if (each.domain, each.name) not in functions_before),
-        opsets=tuple(rewritten.opsets),
-        metadata=(*added, KEY, METADATA_PREFIX + PROPERTY) if packed else (*added, KEY),
-        shares_buffers=all(site.shares_buffers for site in sites.values()),
-        pads_left=not any(node.op_type == _NO_PADDING_BEFORE for node in model.graph.node),
-        layers=tuple(rewritten.layers),
-        genai_config=(source.path.parent / GENAI_CONFIG).read_bytes().decode("utf-8")  # line ends as they are
-        if source.is_genai_folder
-        else None,
-    )
-    for key, text in {**added, KEY: record.to_json()}.items():
-        model.metadata_props.add(key=key, value=text)
-
-
-def _precision(model: onnx.ModelProto, sites: Mapping[int, AttentionSite]) -> str:
-    """How weights are stored: quantised to so many bits, or as the cache."""
-    bits = {attribute(node, "bits", 4) for node in model.graph.node if node.op_type == "MatMulNBits"}
-    if bits:
-        return f"int{min(bits)}"
-    graph = Graph(model.graph)
-    kind = graph.element_type(next(iter(sites.values())).cache.past_key)
-    return _CACHE_TYPES.get(kind or 0, "float32")
-
-
-def _limits(source: ModelSource) -> dict[str, Any]:
-    whole = _model_config(source)
-    stop = whole.get("eos_token_id")
-    return {
-        "vocabulary": whole.get("vocab_size"),
-        "context": whole.get("context_length") or whole.get("max_position_embeddings"),
-        "stop_tokens": stop if isinstance(stop, list) else [stop] if stop is not None else [],
-    }
-
-
-def _check_target(source: ModelSource, out: Path) -> None:
-    """Refuses outputs in the way of the input or of other files."""
-    if source.folder is not None and is_file_output(out):
-        raise GraftError(f"{source.folder} is a folder, so --out must be one too; {out} is a name of a file")
-    if source.folder is None and not is_file_output(out):
-        raise GraftError(f"{source.path} is a file, so --out must be a name ending in .onnx; {out} is none")
-    place = out.parent if is_file_output(out) else out
-    if out.resolve() in (source.path.resolve(), source.folder.resolve() if source.folder is not None else None):
-        raise GraftError(f"{out} is the input, which stays as it is; pass another --out")
-    if source.folder is not None and place.resolve().is_relative_to(source.folder.resolve()):
-        raise GraftError(f"{out} lies inside the input; pass another --out")
-    if source.folder is not None and source.folder.resolve().is_relative_to(place.resolve()):
-        raise GraftError(f"{out} contains the input; pass another --out")
-    check_output(out)
-
-
-def _write(
-    source: ModelSource,
-    model: onnx.ModelProto,
-    out: Path,
-    config: str | None,
-    native: bool,
-    progress: Progress,
-) -> Path:
-    """Puts everything together beside the output, then moves it there; the graph comes last."""
-    target = out.parent if is_file_output(out) else out
-    name = out.name if is_file_output(out) else source.path.name
-    data = _data_to_copy(source, target)
-    others = _companions(source) if source.folder is not None else []
-    sizes = [path.stat().st_size for path in [*data.values(), *others]]
-    check_free_space(target if target.is_dir() else target.parent, sum(sizes) + model.ByteSize() + _SPARE_BYTES)
-    with staged(out) as folder:
-        onnx.save(model, folder / name)
-        for location, path in data.items():
-            progress(f"copying {location} ({path.stat().st_size / 1e6:.0f} MB)")
-            (folder / location).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, folder / location)
-        for path in others:
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, symlinks=True)
-            else:
-                shutil.copy2(path, folder / path.name)
-        if config is not None:
-            (folder / GENAI_CONFIG).write_bytes(config.encode("utf-8"))
-        if native and source.folder is not None:
-            library = library_path()
-            shutil.copy2(library, folder / library.name)
-        _publish(folder, target, name, whole=not is_file_output(out))
-    return target / name
-
-
-def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
-    """Location -> file, of the weights that aren't where the new graph looks for them."""
-    folder = source.path.parent
-    if target.resolve() == folder.resolve():
-        _refuse_links(source)
-        return {}
-    copies = {}
-    for location in source.data:
-        path, there = folder / location, target / location
-        if there.exists() and source.folder is None:
-            if not filecmp.cmp(there, path, shallow=False):
-                raise GraftError(f"{there} is in the way of the weights, which have that name too; pass another folder")
-            continue
-        copies[location] = path
-    return copies
-
-
-def _refuse_links(source: ModelSource) -> None:
-    """ONNX Runtime takes weights behind a link only beside the file that a model's own link leads to."""
-    folder = source.path.parent
-    for location in source.data:
-        if not (folder / location).resolve().is_relative_to(folder.resolve()):
-            raise GraftError(
-                f"{folder / location} is a link out of its folder, so that only {source.path.name} can use it; pass "
-                f"--out in another folder, where the weights are copied to"
-            )
-
-
-def _companions(source: ModelSource) -> list[Path]:
-    """What else is in the folder: tokenizer, configuration and the like."""
-    assert source.folder is not None
-    tops = {Path(location).parts[0] for location in source.data}
-    skipped = {source.path.name, *NAMES, *tops}
-    found = [path for path in sorted(source.folder.iterdir()) if path.name not in skipped]
-    places = (source.folder.resolve(), source.path.resolve().parent)  # of the hub's cache the model is a link, too
-    for path in found:
-        real = path.resolve()
-        if not any(real.is_relative_to(place) for place in places):
-            raise GraftError(f"{path} is a link to {real}, out of the folder; copy the file, or remove the link")
-    return found
-
-
-def _publish(folder: Path, target: Path, name: str, *, whole: bool) -> None:
-    """Moves what was put together to its place; in a folder of its own, what an earlier output left there goes."""
-    target.mkdir(exist_ok=True)
-    (target / name).unlink(missing_ok=True)
-    if whole:
-        for stale in (COMPANIONS | {GENAI_CONFIG}) - {path.name for path in folder.iterdir()}:
-            (target / stale).unlink(missing_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == name):
-        if path.is_dir():
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        path.replace(target / path.name)

@@ -389,7 +389,7 @@ def test_an_interrupted_write_leaves_nothing(
 
     folder = Decoder().save_folder(tmp_path / "in")
     before = hashes(tmp_path)
-    module = import_module("act_export.graft.graft")  # of the same name as what the package has
+    module = import_module("act_export.graft.output")
     targets = {"save": (onnx, "save"), "copy2": (shutil, "copy2"), "publish": (module, "_publish")}
     monkeypatch.setattr(*targets[at], fails)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
@@ -482,3 +482,17 @@ def test_state_in_cache_is_not_for_genai(tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
     with pytest.raises(GraftError, match="--state-in-cache is for hosts such as optimum"):
         graft(folder, CALIBRATION, tmp_path / "out", layout=StateLayout.PACKED)
+
+
+def test_what_lies_beside_weights_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    model = onnx.load(folder / "model.onnx")
+    (folder / "weights").mkdir()
+    onnx.save(
+        model, folder / "model.onnx", save_as_external_data=True, location="weights/model.data", size_threshold=256
+    )
+    (folder / "weights" / "license.txt").write_text("free")
+    graft(folder, CALIBRATION, tmp_path / "out")
+    assert (tmp_path / "out" / "weights" / "license.txt").read_text() == "free"
+    same = [(place / "weights" / "model.data").read_bytes() for place in (folder, tmp_path / "out")]
+    assert same[0] == same[1]

@@ -1,0 +1,133 @@
+"""What a grafted file says of itself: the model that it is, its calibration, and the record of the graft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from act_export import __version__
+from act_export.calibration import Calibration, ModelIdentity
+from act_export.export.write import METADATA_PREFIX
+from act_export.graft.graph import Graph, attribute
+from act_export.graft.record import KEY, GraftRecord, digest
+from act_export.graft.rewrite import Rewritten
+from act_export.graft.site import AttentionSite
+from act_export.graft.source import GENAI_CONFIG, ModelSource
+from act_export.runtime.packed_state import PROPERTY, PackedState
+
+_CACHE_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
+_NO_PADDING_BEFORE = "GroupQueryAttention"  # it counts tokens, and takes the first ones of a row for real
+
+
+def identity_of(
+    source: ModelSource, sites: Mapping[int, AttentionSite], calibration: Calibration | None = None
+) -> ModelIdentity:
+    """The model as calibrations name it, as far as the file or its configuration says.
+
+    Weights may be quantised, so there is no fingerprint but that of act-export's own exports.
+    """
+    text = source.properties.get(METADATA_PREFIX + "model")
+    if text is not None:
+        return ModelIdentity(**json.loads(text))
+    heads = max((site.terms.num_heads for site in sites.values() if site.terms is not None), default=0)
+    whole = _model_config(source)
+    named = whole.get("type") or whole.get("model_type")
+    architecture = named if isinstance(named, str) else None
+    expected = calibration.model.architecture if calibration is not None and calibration.model is not None else None
+    if expected is not None and (architecture is None or _plain_name(architecture) == _plain_name(expected)):
+        architecture = expected
+    return ModelIdentity(architecture or "unknown", len(sites), heads)
+
+
+def _model_config(source: ModelSource) -> Mapping[str, Any]:
+    """What the configuration says of the model: genai_config.json a level deeper than config.json."""
+    found = source.config.get("model")
+    return found if isinstance(found, dict) else source.config
+
+
+def _plain_name(architecture: str) -> str:
+    """Exporters write gemma3_text as gemma3text or gemma3, and so on."""
+    return architecture.lower().replace("_", "").replace("-", "").removesuffix("text")
+
+
+def add_metadata(
+    source: ModelSource,
+    model: onnx.ModelProto,
+    sites: Mapping[int, AttentionSite],
+    rewritten: Rewritten,
+    removed: list[tuple[int, onnx.NodeProto]],
+    identity: ModelIdentity,
+    calibration: Calibration,
+    packed: PackedState | None,
+) -> None:
+    """Adds what sessions, `inspect` and `--remove` read.
+
+    Args:
+        source: The model before.
+        model: The model now; changed in place.
+        sites: Attention of all layers.
+        rewritten: What was put in their places.
+        removed: Nodes that were taken out, with their indices.
+        identity: See `identity_of`.
+        calibration: Baked in.
+        packed: Where the sink state is in the cache, if it is.
+    """
+    before = source.model
+    texts = {
+        "version": __version__,
+        "source": source.properties.get("act_export.source", (source.folder or source.path).name),
+        "model": json.dumps(asdict(identity)),
+        "dtype": _precision(model, sites),
+        "limits": json.dumps(_limits(source)),
+        "calibration": calibration.to_json(),
+    }
+    known = source.properties
+    added = {METADATA_PREFIX + key: text for key, text in texts.items() if METADATA_PREFIX + key not in known}
+    functions_before = {(each.domain, each.name) for each in before.functions}
+    states = [layer.state for layer in rewritten.layers.values()]
+    record = GraftRecord(
+        digest=digest(before),
+        removed=tuple(removed),
+        inputs=packed.inputs if packed else tuple(name for each in states for name in each.past),
+        outputs=packed.outputs if packed else tuple(name for each in states for name in each.present),
+        functions=tuple(each.name for each in rewritten.functions if (each.domain, each.name) not in functions_before),
+        opsets=tuple(rewritten.opsets),
+        metadata=(*added, KEY, METADATA_PREFIX + PROPERTY) if packed else (*added, KEY),
+        shares_buffers=all(site.shares_buffers for site in sites.values()),
+        pads_left=not any(node.op_type == _NO_PADDING_BEFORE for node in model.graph.node),
+        layers=tuple(rewritten.layers),
+        genai_config=(source.path.parent / GENAI_CONFIG).read_bytes().decode("utf-8")  # line ends as they are
+        if source.is_genai_folder
+        else None,
+    )
+    for key, text in {**added, KEY: record.to_json()}.items():
+        model.metadata_props.add(key=key, value=text)
+
+
+def _precision(model: onnx.ModelProto, sites: Mapping[int, AttentionSite]) -> str:
+    """How weights are stored: quantised to so many bits, or as the cache."""
+    bits = {attribute(node, "bits", 4) for node in model.graph.node if node.op_type == "MatMulNBits"}
+    if bits:
+        return f"int{min(bits)}"
+    graph = Graph(model.graph)
+    kind = graph.element_type(next(iter(sites.values())).cache.past_key)
+    return _CACHE_TYPES.get(kind or 0, "float32")
+
+
+def _limits(source: ModelSource) -> dict[str, Any]:
+    whole = _model_config(source)
+    stop = whole.get("eos_token_id")
+    return {
+        "vocabulary": whole.get("vocab_size"),
+        "context": whole.get("context_length") or whole.get("max_position_embeddings"),
+        "stop_tokens": stop if isinstance(stop, list) else [stop] if stop is not None else [],
+    }
