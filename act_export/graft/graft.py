@@ -169,7 +169,8 @@ def remove_graft(
     source = read_source(path)
     check_target(source, out)
     record = undo(source.model)
-    return Removed(write(source, source.model, out, record.genai_config, None, progress), record.layers)
+    library = _library() if record.had_library else None
+    return Removed(write(source, source.model, out, record.genai_config, library, progress), record.layers)
 
 
 def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mapping[int, AttentionSite]) -> None:

@@ -18,6 +18,7 @@ from act_export.graft.record import KEY, GraftRecord, digest
 from act_export.graft.rewrite import Rewritten
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import GENAI_CONFIG, ModelSource
+from act_export.ops.library import NAMES
 from act_export.runtime.packed_state import PROPERTY, PackedState
 
 _CACHE_TYPES: dict[int, str] = {
@@ -108,6 +109,7 @@ def add_metadata(
         genai_config=(source.path.parent / GENAI_CONFIG).read_bytes().decode("utf-8")  # line ends as they are
         if source.is_genai_folder
         else None,
+        had_library=source.folder is not None and any((source.folder / name).is_file() for name in NAMES),
     )
     for key, text in {**added, KEY: record.to_json()}.items():
         model.metadata_props.add(key=key, value=text)

@@ -35,6 +35,7 @@ class GraftRecord:
         pads_left: Whether every layer can take padding before a sequence.
         layers: Layers that were calibrated.
         genai_config: Text of the folder's genai_config.json before; None where a file was grafted.
+        had_library: Whether the folder had a native library before.
     """
 
     digest: str
@@ -48,6 +49,7 @@ class GraftRecord:
     pads_left: bool
     layers: tuple[int, ...]
     genai_config: str | None = None
+    had_library: bool = False
 
     def to_json(self) -> str:
         """The text that travels in the file's metadata."""

@@ -16,6 +16,7 @@ from onnx import TensorProto, external_data_helper, helper
 
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import describe, reads
+from act_export.onnx_file import load_without_weights
 
 GENAI_CONFIG = "genai_config.json"
 _CONFIGS = (GENAI_CONFIG, "config.json")
@@ -74,7 +75,7 @@ def read_source(path: str | os.PathLike[str]) -> ModelSource:
     folder = given if given.is_dir() else None
     config, config_name = _read_config(given if folder is not None else given.parent)
     file = _model_of(folder, config if config_name == GENAI_CONFIG else {}) if folder is not None else given
-    model = _load(file)
+    model = load_without_weights(file, GraftError)
     _check_whole(file, model)
     return ModelSource(file, folder, model, _check_data(file, model), config, config_name)
 
@@ -111,13 +112,6 @@ def _model_of(folder: Path, genai: Mapping[str, Any]) -> Path:
         raise GraftError(f"{folder} should have one ONNX model, and has none; pass the folder or file of a model")
     names = ", ".join(file.name for file in files)
     raise GraftError(f"{folder} should have one ONNX model, and has several: {names}; pass the .onnx file itself")
-
-
-def _load(file: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf's and the system's errors have no common base
-        raise GraftError(f"can't read {file} as an ONNX file: {error}") from error
 
 
 def _check_whole(file: Path, model: onnx.ModelProto) -> None:

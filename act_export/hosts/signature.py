@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from act_export.errors import ActExportError
+from act_export.onnx_file import load_without_weights
 from act_export.ops import schema
+from act_export.runtime.session import model_file
 
 _INITIALIZERS_ARE_NO_DEFAULTS = 3  # IR versions up to this one list every weight among the inputs
 
@@ -64,15 +65,10 @@ def read_signature(path: str | os.PathLike[str]) -> Signature:
     Raises:
         HostError: If it isn't an ONNX file, an input or output is no tensor of known rank, or weights are missing.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.onnx"
+    file = model_file(path)
     if not file.is_file():
         raise HostError(f"there is no model {file}")
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf's and the system's errors have no common base
-        raise HostError(f"can't read {file} as an ONNX file: {error}") from error
+    model = load_without_weights(file, HostError)
     graph = model.graph
     if not graph.output:
         raise HostError(f"can't read {file} as an ONNX file: its graph has no outputs")

@@ -189,8 +189,11 @@ class Session:
         """By calibrated layer, the parts of the state that hold its sinks.
 
         One part, `past_sink_scores.N`, holds running column sums (batch, calibrated heads, tokens, 1). Two, of a graft
-        whose host knows no state but a cache, add up over both and their last axis to the columns' means.
+        whose host knows no state but a cache, add up over both and their last axis to the columns' means. Empty where
+        `packed_sinks` says where they are.
         """
+        if self.packed_sinks is not None:
+            return {}
         graft = json.loads(self.properties.get("graft", "{}"))
         names: list[str] = graft.get("inputs") or [
             part.name for part in self.state_inputs if part.name.startswith(_SINK_SCORES)

@@ -13,6 +13,7 @@ import onnx
 
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
+from act_export.onnx_file import load_without_weights
 from act_export.runtime.packed_state import PROPERTY, PackedState
 from act_export.runtime.session import model_file
 
@@ -69,10 +70,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     file = model_file(path)
     if not file.is_file():
         raise ActExportError(f"there is no model {file}")
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf's and the system's errors have no common base
-        raise ActExportError(f"can't read {file} as an ONNX file: {error}") from error
+    model = load_without_weights(file)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     if "act_export.version" not in properties:
         raise ActExportError(f"{file} has no act-export metadata; it wasn't written by act-export")

@@ -15,6 +15,7 @@ import onnx
 
 from act_export.calibration import ModelIdentity
 from act_export.errors import ActExportError, SessionError
+from act_export.onnx_file import load_without_weights
 from act_export.runtime.graph_state import (
     GROUP_QUERY_ATTENTION,
     configuration_beside,
@@ -96,10 +97,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     file = model_file(path)
     if not file.is_file():
         raise ModelFileError(f"there is no model {file}")
-    try:
-        model = onnx.load(file, load_external_data=False)
-    except Exception as error:  # protobuf's and the system's errors have no common base
-        raise ModelFileError(f"can't read {file} as an ONNX file: {error}") from error
+    model = load_without_weights(file, ModelFileError)
     graph = model.graph
     prefix = "act_export."
     properties = {

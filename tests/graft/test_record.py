@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from onnx import helper
 from act_export.calibration import Calibration
 from act_export.graft import GraftError, StateLayout, graft, remove_graft
 from act_export.graft.record import KEY, GraftRecord, digest, record_of
+from act_export.ops.library import library_path
 from models import CALIBRATION, DATA, Decoder, hashes
 
 DECODERS = {
@@ -199,3 +201,12 @@ def test_padding_before_a_sequence_if_every_layer_can(tmp_path: Path) -> None:
     record = record_of(model)
     assert record is not None
     assert record.pads_left
+
+
+def test_a_library_that_the_folder_had_comes_back(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    shutil.copy2(library_path(), folder)
+    graft(folder, CALIBRATION, tmp_path / "grafted", native=False)
+    assert not (tmp_path / "grafted" / library_path().name).exists()
+    remove_graft(tmp_path / "grafted", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(folder)
