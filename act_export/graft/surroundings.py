@@ -37,6 +37,14 @@ def joined_cache(graph: Graph, key: str, value: str) -> CacheNames | None:
     return CacheNames(keys.input[0], values.input[0], keys.output[0], values.output[0])
 
 
+def check_cache(graph: Graph, cache: CacheNames) -> None:
+    """Raises UnsupportedPatternError unless an attention has a cache, and its past is among the model's inputs."""
+    if not all((cache.past_key, cache.past_value, cache.present_key, cache.present_value)):
+        raise UnsupportedPatternError("it has no cache; export the model with past_key_values")
+    if not is_cache_input(graph, cache.past_key) or not is_cache_input(graph, cache.past_value):
+        raise UnsupportedPatternError(f"{cache.past_key} and {cache.past_value} aren't inputs of the model")
+
+
 def new_tokens(graph: Graph, present: str) -> str:
     """What was joined to the cache, (batch, key-value heads, sequence, head size)."""
     node = graph.producer(present)

@@ -17,8 +17,8 @@ from act_export.graft.errors import UnsupportedPatternError
 from act_export.graft.graph import Graph, attribute, describe
 from act_export.graft.operand_site import OperandSite
 from act_export.graft.operator_mask import MaskReader, OperatorMask
-from act_export.graft.site import AttentionTerms, CacheNames, Layout, is_cache_input, layer_of
-from act_export.graft.surroundings import head_repeats, joined_cache, new_tokens, unused_nodes
+from act_export.graft.site import AttentionTerms, CacheNames, Layout, layer_of
+from act_export.graft.surroundings import check_cache, head_repeats, joined_cache, new_tokens, unused_nodes
 
 _DOMAIN = "com.microsoft"
 _INPUTS = (
@@ -127,10 +127,7 @@ def _check(graph: Graph, node: onnx.NodeProto, inputs: Mapping[str, str], cache:
             )
     if len(node.output) > _OUTPUTS and node.output[_OUTPUTS]:
         raise UnsupportedPatternError("its attention map is an output, which the operator doesn't make")
-    if not all((cache.past_key, cache.past_value, cache.present_key, cache.present_value)):
-        raise UnsupportedPatternError("it has no cache; export the model with past_key_values")
-    if not is_cache_input(graph, cache.past_key) or not is_cache_input(graph, cache.past_value):
-        raise UnsupportedPatternError(f"{cache.past_key} and {cache.past_value} aren't inputs of the model")
+    check_cache(graph, cache)
     ranks = {name: graph.shape(inputs[name]) for name in ("query", "key", "value") if inputs[name]}
     packed = any(shape is not None and len(shape) != _QUERY_RANK for shape in ranks.values())
     if packed or not inputs["key"] or not inputs["value"]:

@@ -16,8 +16,8 @@ from act_export.graft.errors import UnsupportedPatternError
 from act_export.graft.graph import Graph, attribute, describe
 from act_export.graft.operand_site import OperandSite
 from act_export.graft.operator_mask import MaskReader, OperatorMask
-from act_export.graft.site import AttentionTerms, CacheNames, Layout, is_cache_input, layer_of
-from act_export.graft.surroundings import flat_output, head_repeats, joined_cache, new_tokens, unused_nodes
+from act_export.graft.site import AttentionTerms, CacheNames, Layout, layer_of
+from act_export.graft.surroundings import check_cache, flat_output, head_repeats, joined_cache, new_tokens, unused_nodes
 
 _INPUTS = ("query", "key", "value", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
 _KNOWN = {
@@ -104,10 +104,7 @@ def _check(graph: Graph, node: onnx.NodeProto, inputs: Mapping[str, str], cache:
             )
     if len(node.output) > _OUTPUTS and node.output[_OUTPUTS]:
         raise UnsupportedPatternError("its logits are an output (qk_matmul_output), which the operator doesn't make")
-    if not all((cache.past_key, cache.past_value, cache.present_key, cache.present_value)):
-        raise UnsupportedPatternError("it has no cache; export the model with past_key_values")
-    if not is_cache_input(graph, cache.past_key) or not is_cache_input(graph, cache.past_value):
-        raise UnsupportedPatternError(f"{cache.past_key} and {cache.past_value} aren't inputs of the model")
+    check_cache(graph, cache)
     sizes = [(graph.shape(name) or [None])[-1] for name in (cache.past_key, cache.past_value)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise UnsupportedPatternError(f"its keys have size {sizes[0]} and its values {sizes[1]}; one size is known")
