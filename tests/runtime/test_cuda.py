@@ -24,7 +24,7 @@ PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 @pytest.fixture(scope="module")
 def driver_library(tmp_path_factory) -> Path:
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
+    library = tmp_path_factory.mktemp("driver") / "fake_driver.so"
     source = Path(__file__).parent / "csrc" / "fake_driver.cc"
     subprocess.run([os.environ.get("CXX", "c++"), "-shared", "-fPIC", source, "-o", library], check=True)
     return library
