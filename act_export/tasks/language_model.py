@@ -105,7 +105,8 @@ class SessionLanguageModel:
     ) -> tuple[Tensor, Mapping[str, np.ndarray[Any, Any]]]:
         """See `LanguageModel`."""
         outputs = self.session.run(input_ids.numpy(), attention_mask.numpy(), state, logits_to_keep=1)
-        last = np.ascontiguousarray(outputs.logits[:, -1], dtype=np.float32)
+        # In float64, so that what is summed over the tokens of a long choice isn't rounded again for each.
+        last = np.ascontiguousarray(outputs.logits[:, -1], dtype=np.float64)
         return torch.from_numpy(last), outputs.state
 
     def select(self, state: Mapping[str, np.ndarray[Any, Any]], rows: Tensor) -> dict[str, np.ndarray[Any, Any]]:

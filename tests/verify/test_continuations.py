@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from act_export.runtime import Session, generate
@@ -24,6 +24,7 @@ def model(tiny_file) -> SessionLanguageModel:
 
 
 @given(asked=continuations, batch_tokens=st.one_of(st.none(), st.integers(1, 100)))
+@example(asked=[Continuation((6, 7, 8, 9), (3,)), Continuation((4, 5), (23, 13, 13, 37, 3))], batch_tokens=None)
 def test_log_likelihoods_are_those_of_choices(
     model: SessionLanguageModel, asked: list[Continuation], batch_tokens: int | None
 ) -> None:
