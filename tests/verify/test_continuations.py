@@ -65,6 +65,6 @@ def test_passes_hold_every_continuation_once_and_few_tokens(asked: list[Continua
     found = passes(asked, batch_tokens)
     flat = [Continuation(example.prompt, choice) for example in found for choice in example.choices]
     assert sorted(flat, key=repr) == sorted(set(asked), key=repr)
-    for example in found:
-        assert len(example.choices) == 1 or positions_of([example]) <= batch_tokens
+    for one in found:
+        assert len(one.choices) == 1 or positions_of([one]) <= batch_tokens
     assert len(passes(asked)) == len({one.context for one in asked})
