@@ -13,7 +13,8 @@ tokens are already in the cache, this call brings S, T = P + S. Only real (not p
     A'[i, :] = A[i, :]                                            where n[i] <= 1e-6
 
 Where (beta - 1) * s[i] > n[i], row i uses beta = 1 + n[i] / s[i], so that no probability turns negative. tau is
-absolute, or relative: alpha / (number of real tokens so far).
+absolute, or relative: alpha / (number of real tokens so far). Rows sum to 1, or to less where the model has learned
+sink logits: one more key without a value, which takes its share of each row's softmax and isn't among the columns.
 """
 
 from __future__ import annotations
@@ -269,6 +270,7 @@ def attention_probabilities(
     scale: float,
     softcap: float = 0.0,
     sliding_window: int = -1,
+    sink_logits: Tensor | Sequence[float] | None = None,
 ) -> Tensor:
     """The uncalibrated attention map A.
 
@@ -279,9 +281,14 @@ def attention_probabilities(
         scale: Multiplies the logits.
         softcap: c in c * tanh(logits / c), applied after the scale; 0 for none.
         sliding_window: Number of keys a row sees, itself included; -1 for all.
+        sink_logits: Learned logits of one more key without a value, which every row sees, neither scaled nor capped:
+            (1,), (heads,) or (batch, heads). Each row then sums to less than 1. None, or nothing in it, for none.
 
     Returns:
         (batch, heads, sequence, total), at least float32. A row that sees no key is all zeros.
+
+    Raises:
+        ValueError: If the number of sink logits doesn't fit.
     """
     sequence, total = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -295,7 +302,13 @@ def attention_probabilities(
         visible = visible & (columns > rows - sliding_window)
     visible = visible & real[:, None, None, :]
     logits = logits.masked_fill(~visible, torch.finfo(dtype).min)
-    return torch.softmax(logits, -1).masked_fill(~visible, 0)
+    if sink_logits is None or len(sink_logits) == 0:
+        return torch.softmax(logits, -1).masked_fill(~visible, 0)
+    sinks = torch.as_tensor(sink_logits, dtype=dtype, device=query.device)
+    if sinks.shape not in ((1,), query.shape[1:2], query.shape[:2]):
+        raise ValueError(f"sink_logits has shape {tuple(sinks.shape)}; {query.shape[1]} heads need 1 or one each")
+    with_sink = torch.cat([logits, sinks[..., None, None].expand(*logits.shape[:-1], 1)], -1)
+    return torch.softmax(with_sink, -1)[..., :-1].masked_fill(~visible, 0)
 
 
 def calibrated_attention(
@@ -316,6 +329,7 @@ def calibrated_attention(
     threshold_mode: str = "absolute",
     softcap: float = 0.0,
     sliding_window: int = -1,
+    sink_logits: Tensor | Sequence[float] | None = None,
 ) -> AttentionOutputs:
     """The operator `act.CalibratedAttention`, input for input; with no calibrated head, ordinary attention.
 
@@ -336,12 +350,14 @@ def calibrated_attention(
         threshold_mode: "absolute" or "relative".
         softcap: As in `attention_probabilities`.
         sliding_window: As in `attention_probabilities`.
+        sink_logits: As in `attention_probabilities`; one for all query heads or one each.
 
     Returns:
         Output, present cache and present column sums. Rows of padding tokens are finite and otherwise meaningless.
 
     Raises:
-        ValueError: For a mask or beta that doesn't fit, beta outside [0, 2], a negative threshold or an unknown mode.
+        ValueError: For a mask, beta or sink logits that don't fit, beta outside [0, 2], a negative threshold or an
+            unknown mode.
     """
     batch, sequence = query.shape[:2]
     past = past_key.shape[2]
@@ -361,6 +377,7 @@ def calibrated_attention(
         scale=scale,
         softcap=softcap,
         sliding_window=sliding_window,
+        sink_logits=sink_logits,
     )
     heads = list(calibrated_heads)
     column_sums = probabilities.new_zeros(batch, 0, past + sequence)

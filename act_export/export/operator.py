@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import onnxscript
@@ -38,6 +39,7 @@ def _calibrated(
     scale: float,
     softcap: float,
     sliding_window: int,
+    sink_logits: Sequence[float],
     calibrated_heads: Sequence[int],
     beta: Sequence[float],
     threshold: float,
@@ -56,6 +58,7 @@ def _calibrated(
         scale=scale,
         softcap=softcap,
         sliding_window=sliding_window,
+        sink_logits=sink_logits,
         calibrated_heads=calibrated_heads,
         beta=beta,
         threshold=threshold,
@@ -96,6 +99,7 @@ def _plain(
     scale: float,
     softcap: float,
     sliding_window: int,
+    sink_logits: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_state = past_key.new_zeros((past_key.shape[0], 0, past_key.shape[2], 1), dtype=torch.float32)
     outputs = calibrated_attention(
@@ -111,6 +115,7 @@ def _plain(
         scale=scale,
         softcap=softcap,
         sliding_window=sliding_window,
+        sink_logits=sink_logits,
     )
     return outputs.output, outputs.present_key, outputs.present_value
 
@@ -136,16 +141,30 @@ def _(
 class OperatorAttention:
     """The hook that puts one operator node per layer into the exported graph."""
 
-    def __init__(self, calibration: Calibration | None) -> None:
-        """Takes the calibration to bake in; None leaves every layer plain."""
+    def __init__(
+        self, calibration: Calibration | None, sink_logits: Mapping[int, Sequence[float]] = MappingProxyType({})
+    ) -> None:
+        """Takes what to bake in.
+
+        Args:
+            calibration: None leaves every layer plain.
+            sink_logits: By layer, of those that have learned ones: one for each query head.
+        """
         self.calibration = calibration
+        self.sink_logits = sink_logits
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Calls the torch custom operator of the layer's kind."""
         layer = self.calibration.layer(call.layer) if self.calibration is not None else None
         past = call.past if call.past is not None else empty_state(call, len(layer.heads) if layer else 0)
         new = [flatten_heads(x) for x in (call.query, call.key, call.value)]
-        shape = (call.query.shape[1], call.key.shape[1], call.scale, call.softcap, call.sliding_window)
+        if (call.sink_logits is not None) != (call.layer in self.sink_logits):
+            has = "has no" if call.sink_logits is None else "has"
+            raise ValueError(
+                f"layer {call.layer} {has} learned sink logits; values were given for layers {list(self.sink_logits)}"
+            )
+        sink_logits = list(self.sink_logits.get(call.layer, ()))
+        shape = (call.query.shape[1], call.key.shape[1], call.scale, call.softcap, call.sliding_window, sink_logits)
         if layer is None:
             output, key, value = torch.ops.act.Attention(*new, past.key, past.value, call.attention_mask, *shape)
             return output, LayerState(key, value, past.sink_scores)
@@ -171,8 +190,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         names = schema.attribute_names(operator)
 
         def translate(*arguments: Any) -> Any:
-            tensors, attributes = arguments[: -len(names)], arguments[-len(names) :]
-            return getattr(opset, operator)(*tensors, **dict(zip(names, attributes, strict=True)))
+            tensors, values = arguments[: -len(names)], arguments[-len(names) :]
+            # Without sink logits the list is empty, which not every tool takes: the exporter writes the default then.
+            attributes = {name: value for name, value in zip(names, values, strict=True) if value != []}
+            return getattr(opset, operator)(*tensors, **attributes)
 
         return translate
 

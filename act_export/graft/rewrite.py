@@ -212,6 +212,7 @@ class _LayerWriter:
             before, after = self._count_rows(names, terms.sliding_window)
             past = sink_state.load_scores(build, names, before, element_type)
             present = build.prefix + "sink_scores"
+        learned = {"sink_logits": list(terms.sink_logits) or [schema.NO_SINK_LOGIT]}  # inliners don't know defaults
         flat = site.output if site.output_layout is Layout.FLAT else build.prefix + "output"
         cache = site.cache
         build.add_many(
@@ -229,6 +230,7 @@ class _LayerWriter:
             beta=list(layer.beta),
             threshold=float(layer.threshold),
             threshold_mode=layer.threshold_mode,
+            **learned,
         )
         if flat != site.output:
             build.split_heads(flat, terms.num_heads, "output_heads", output=site.output)

@@ -47,6 +47,7 @@ class AttentionTerms:
         scale: Multiplies the logits.
         softcap: 0 for none.
         sliding_window: Number of keys a row sees, itself included; -1 for all.
+        sink_logits: Learned sink logits, one for all query heads or one each; empty for none.
     """
 
     num_heads: int
@@ -55,6 +56,7 @@ class AttentionTerms:
     scale: float
     softcap: float = 0.0
     sliding_window: int = -1
+    sink_logits: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from act_export.ops import schema
 OPSET = 23
 _FAR = 2**31 - 1
 
-# Names of the values follow the definition: A, C, a (scores), K (sinks), s, n.
+# Names of the values follow the definition: A, C, a (scores), K (sinks), s, n. A learned sink takes its share of the
+# softmax afterwards: what the keys keep of it is a sigmoid of what their log-sum-exp has over the sink's logit.
 _ATTENTION_MAP = f"""
   i0 = Constant <value_ints: ints = [0]> ()
   i1 = Constant <value_ints: ints = [1]> ()
@@ -92,7 +93,22 @@ _ATTENTION_MAP = f"""
   lowest = Constant <value_float: float = -3.4e38> ()
   masked = Where (visible, logits, lowest)
   soft = Softmax <axis: int = -1> (masked)
-  A_all = Where (visible, soft, f0)
+  sinks_flat = Constant <value_floats: floats = @sink_logits> ()
+  sinks_axes = Constant <value_ints: ints = [1, 2]> ()
+  sinks = Unsqueeze (sinks_flat, sinks_axes)
+  largest_sink = ReduceMax <keepdims: int = 0> (sinks_flat)
+  no_sink = Constant <value_float: float = @@no_sink@@> ()
+  has_sinks = Greater (largest_sink, no_sink)
+  shared = If (has_sinks) <
+    then_branch = sinks_graph () => (float[b, h, s, t] lessened) {{
+@@log_sum_exp@@
+      lead = Sub (log_sum, sinks)
+      share = Sigmoid (lead)
+      lessened = Mul (soft, share)
+    }},
+    else_branch = no_sinks_graph () => (float[b, h, s, t] whole) {{ whole = Identity (soft) }}
+  >
+  A_all = Where (visible, shared, f0)
 
   groups_shape = Concat <axis: int = 0> (i0, heads_kv_1, group, sequence, total)
   A_groups = Reshape (A_all, groups_shape)
@@ -197,6 +213,10 @@ _IS_RELATIVE_BY_COUNT = """
   is_relative = Greater (times_relative, f0)
 """
 
+_LOG_SUM_EXP = "      log_sum = ReduceLogSumExp (masked, last)"
+_OPSET_OF_AXES_AS_INPUT = 18
+_LOG_SUM_EXP_BY_ATTRIBUTE = "      log_sum = ReduceLogSumExp <axes: ints = [-1]> (masked)"
+
 _UNCALIBRATED = """
   merged = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
 """
@@ -218,6 +238,8 @@ def function_body(operator: str, opset: int = OPSET) -> onnx.FunctionProto:
     described = schema.schema(operator)
     body = _ATTENTION_MAP + (_CALIBRATION if operator == schema.CALIBRATED else _UNCALIBRATED) + _OUTPUT
     body = body.replace("@@is_relative@@", _IS_RELATIVE if opset >= _OPSET_OF_EQUAL_STRINGS else _IS_RELATIVE_BY_COUNT)
+    log_sum_exp = _LOG_SUM_EXP if opset >= _OPSET_OF_AXES_AS_INPUT else _LOG_SUM_EXP_BY_ATTRIBUTE
+    body = body.replace("@@log_sum_exp@@", log_sum_exp).replace("@@no_sink@@", str(schema.NO_SINK_LOGIT))
     text = f"""
 <opset_import: ["" : {opset}], domain: "{schema.DOMAIN}">
 {operator} <{", ".join(schema.attribute_names(operator))}>

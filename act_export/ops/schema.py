@@ -9,6 +9,9 @@ DOMAIN = "act"
 VERSION = 1
 CALIBRATED = "CalibratedAttention"
 PLAIN = "Attention"
+NO_SINK_LOGIT = -(2.0**127)  # of a head without a learned sink: draws nothing in float32
+
+AttributeDefault = int | float | str | list[float]
 
 _CACHE_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _INPUTS = {
@@ -28,14 +31,20 @@ _OUTPUTS = {
 }
 _INT, _INTS = OpSchema.AttrType.INT, OpSchema.AttrType.INTS
 _FLOAT, _FLOATS = OpSchema.AttrType.FLOAT, OpSchema.AttrType.FLOATS
-_PLAIN_ATTRIBUTES = {
+_PLAIN_ATTRIBUTES: dict[str, tuple[OpSchema.AttrType, AttributeDefault | None, str]] = {
     "num_heads": (_INT, None, "query heads"),
     "kv_num_heads": (_INT, None, "key and value heads; divides num_heads"),
     "scale": (_FLOAT, None, "multiplies the logits"),
     "softcap": (_FLOAT, 0.0, "c in c * tanh(logits / c); 0 for none"),
     "sliding_window": (_INT, -1, "number of keys a row sees, itself included; -1 for all"),
+    "sink_logits": (
+        _FLOATS,
+        [NO_SINK_LOGIT],
+        "learned sink logits, one for all query heads or one each: of one more key without a value, which every row "
+        f"sees, not scaled or soft-capped; {NO_SINK_LOGIT} for none",
+    ),
 }
-_CALIBRATION_ATTRIBUTES = {
+_CALIBRATION_ATTRIBUTES: dict[str, tuple[OpSchema.AttrType, AttributeDefault | None, str]] = {
     "calibrated_heads": (_INTS, None, "query heads to calibrate"),
     "beta": (_FLOATS, None, "one for all calibrated heads, or one each; in [0, 2]"),
     "threshold": (_FLOAT, None, "tau, or alpha where the mode is relative"),
@@ -44,7 +53,7 @@ _CALIBRATION_ATTRIBUTES = {
 _SINK_STATE = ("past_sink_scores", "present_sink_scores")
 
 
-def attribute_defaults(operator: str) -> dict[str, int | float | str]:
+def attribute_defaults(operator: str) -> dict[str, AttributeDefault]:
     """The optional attributes of an operator and their defaults."""
     return {name: default for name, (_, default, _) in _attributes(operator).items() if default is not None}
 
@@ -94,5 +103,5 @@ def register_schemas() -> None:
             onnx.defs.register_schema(schema(operator))
 
 
-def _attributes(operator: str) -> dict[str, tuple[OpSchema.AttrType, int | float | str | None, str]]:
+def _attributes(operator: str) -> dict[str, tuple[OpSchema.AttrType, AttributeDefault | None, str]]:
     return {**_PLAIN_ATTRIBUTES, **(_CALIBRATION_ATTRIBUTES if operator == CALIBRATED else {})}

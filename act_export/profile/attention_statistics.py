@@ -29,7 +29,7 @@ class AttentionStatistics(NamedTuple):
 
     Attributes:
         column_sums: Sum of each column over the real rows (batch, num_heads, total).
-        entropy: Of a row in nats, mean over the real rows (batch, num_heads).
+        entropy: Of a row in nats, mean over the real rows (batch, num_heads). What a learned sink takes isn't counted.
         mean_map: (batch, num_heads, grid, grid), see `act_export.profile.profile.SinkStatistics`.
     """
 
@@ -85,6 +85,9 @@ def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, 
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query = (call.query.to(dtype) * call.scale).contiguous().view(batch, kv_heads, heads // kv_heads, total, -1)
     key, value = call.key.to(dtype).contiguous().transpose(2, 3), call.value.to(dtype).contiguous()
+    sinks = None
+    if call.sink_logits is not None:
+        sinks = call.sink_logits.to(dtype).view(kv_heads, heads // kv_heads, 1, 1)
     real = call.attention_mask != 0
     unpadded = bool(real.all())
     weighted = query.new_zeros(*query.shape[:3], grid.rows.shape[1], total)
@@ -109,12 +112,17 @@ def attend_with_statistics(call: AttentionCall, grid: MapGrid) -> tuple[Tensor, 
             logits.div_(call.softcap).tanh_().mul_(call.softcap)
         _hide(logits, rows, columns, call.sliding_window, None if unpadded else real)
         torch.softmax(logits, -1, out=maps)
+        kept = None
+        if sinks is not None:  # what the keys keep of each row
+            kept = (logits.logsumexp(-1, keepdim=True) - sinks[kv]).sigmoid_()
+            maps.mul_(kept)
         output[:, kv, :, rows] = (maps.flatten(2, 3) @ value[:, kv, columns]).view(*block.shape[:-1], -1)
         bins = _bins_of(grid.rows[:, :, rows])
         weighted[:, kv, :, bins, columns] += grid.rows[:, None, None, bins, rows] @ maps
         # Logits relative to the row's largest, so that nothing cancels: log p = logit - largest + log(largest p).
         logits.sub_(logits.amax(-1, keepdim=True)).mul_(maps)
-        row_entropy = -maps.amax(-1).log_() - logits.sum(-1)
+        largest = maps.amax(-1).log_()
+        row_entropy = -(largest if kept is None else largest * kept.squeeze(-1)) - logits.sum(-1)
         if not unpadded:
             row_entropy.masked_fill_(~real[:, None, None, rows], 0)
         entropy[:, kv] += row_entropy.sum(-1)

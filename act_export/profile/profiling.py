@@ -103,6 +103,7 @@ def _calibrated(
         scale=call.scale,
         softcap=call.softcap,
         sliding_window=call.sliding_window,
+        sink_logits=call.sink_logits[heads] if call.sink_logits is not None else None,
     )
     moved = calibrate_with_state(
         maps,

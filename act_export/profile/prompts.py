@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from act_export.profile.profile import ProfileError
 from act_export.tasks import Example
+from act_export.tasks.encoding import sequence_beginning
 from act_export.tasks.examples import read_rows
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def text_prompts(
         raise ProfileError(f"can't read {path}: {error}") from error
     # Not in one go with special tokens: the tokenizer would put them around the whole text once.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    first = _beginning(tokenizer)
+    first = sequence_beginning(tokenizer)
     step = length - len(first)
     if step < 1:
         raise ProfileError(f"--length is {length}; the tokenizer begins each sequence with {len(first)} tokens already")
@@ -67,10 +67,3 @@ def rows_without_answers(path: str | os.PathLike[str]) -> list[Example] | None:
             raise ProfileError(f"{path}, line {number}: prompt is {prompt!r}; it must be a text that is not empty")
         examples.append(Example(prompt, (), 0, where=f"line {number} of {Path(path).name}"))
     return examples
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    ids = tokenizer("a").input_ids
-    plain = next((index for index, token in enumerate(ids) if token not in special), 0)
-    return list(ids[:plain])

@@ -151,6 +151,7 @@ def profile_sinks(
             "batch_tokens": options.batch_tokens,
             "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
             "device": checkpoint.model.device.type,
+            **({"revision": checkpoint.revision} if checkpoint.revision else {}),
             **(notes or {}),
         },
         versions={

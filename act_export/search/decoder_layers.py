@@ -57,4 +57,5 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def _has_attention(layer: nn.Module) -> bool:
-    return any(getattr(module, "layer_idx", None) is not None for module in layer.modules())
+    names = ("layer_idx", "layer_id")  # the second is gpt_neo's
+    return any(getattr(module, name, None) is not None for module in layer.modules() for name in names)

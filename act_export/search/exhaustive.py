@@ -218,6 +218,7 @@ class _OneHeadPerRow:
             scale=call.scale,
             softcap=call.softcap,
             sliding_window=call.sliding_window,
+            sink_logits=call.sink_logits[heads].view(-1, 1) if call.sink_logits is not None else None,
         )
         calibrate = calibrate_one_at_a_time if call.one_at_a_time else calibrate_with_state
         calibrated = calibrate(

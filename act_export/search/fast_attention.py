@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from act_export.calibration import Calibration, LayerCalibration
 from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
@@ -19,6 +19,7 @@ from act_export.reference import (
     calibrate_with_state,
 )
 
+_SINK_DIMENSIONS = 8  # of which one is used: fused kernels take multiples of 8
 MAP_ELEMENTS = 2**25  # of all heads' attention maps that are in memory at once: 128 MiB in float32
 
 
@@ -62,7 +63,8 @@ def join_past(call: AttentionCall, past: LayerState) -> tuple[Tensor, Tensor]:
 def plain_attention(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
     """Uncalibrated output (batch, num_heads, sequence, head_size) over keys and values of all positions.
 
-    Soft-capped logits, which the fused attention doesn't have, take the reference's way.
+    Soft-capped logits, which the fused attention doesn't have, take the reference's way. A learned sink, which it
+    doesn't have either, is one more key.
     """
     if call.softcap > 0:
         heads = range(call.query.shape[1])
@@ -73,15 +75,39 @@ def plain_attention(call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
             scale=call.scale,
             softcap=call.softcap,
             sliding_window=call.sliding_window,
+            sink_logits=call.sink_logits,
         )
         return (probabilities @ values_of(call, value, heads)).to(call.query.dtype)
-    return scaled_dot_product_attention(
-        call.query,
-        key.repeat_interleave(_group(call), 1),
-        value.repeat_interleave(_group(call), 1),
-        attn_mask=visible_keys(call.attention_mask != 0, call.query.shape[2], call.sliding_window),
-        scale=call.scale,
-    )
+    query = call.query
+    key, value = key.repeat_interleave(_group(call), 1), value.repeat_interleave(_group(call), 1)
+    visible = visible_keys(call.attention_mask != 0, query.shape[2], call.sliding_window)
+    if call.sink_logits is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=call.scale)
+    size = value.shape[-1]
+    query, key, value = _with_sink_key(query, key, value, call.sink_logits / call.scale)
+    visible = pad(visible, (0, 1), value=True)
+    return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=call.scale)[..., :size]
+
+
+def _with_sink_key(query: Tensor, key: Tensor, value: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a key without a value, whose product with every query is `products` (heads,), and dimensions to hold it.
+
+    Args:
+        query: (batch, heads, sequence, head_size).
+        key: (batch, heads, total, head_size).
+        value: As `key`.
+        products: (heads,).
+
+    Returns:
+        The three with `_SINK_DIMENSIONS` more dimensions, key and value with one more position at the end.
+    """
+    size = key.shape[-1]
+    more = (0, _SINK_DIMENSIONS)
+    wide_key = pad(key, (*more, 0, 1))
+    wide_key[:, :, -1, size] = products.to(key.dtype)
+    wide_query = pad(query, more)
+    wide_query[..., size] = 1
+    return wide_query, wide_key, pad(value, (*more, 0, 1))
 
 
 def visible_keys(real: Tensor, sequence: int, sliding_window: int) -> Tensor:
@@ -113,6 +139,7 @@ def map_probabilities(call: AttentionCall, key: Tensor, heads: range | tuple[int
         scale=call.scale,
         softcap=call.softcap,
         sliding_window=call.sliding_window,
+        sink_logits=call.sink_logits[list(heads)] if call.sink_logits is not None else None,
     )
 
 

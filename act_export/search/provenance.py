@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import transformers
 
 import act_export
 from act_export.calibration import Calibration, Provenance
+from act_export.checkpoint import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice, heads_with_betas
 from act_export.search.report import Gain, TaskReport
@@ -27,6 +28,7 @@ def search_provenance(
     *,
     dtype: torch.dtype,
     weights: str = "",
+    model: Mapping[str, str] | None = None,
     average: Gain | None = None,
 ) -> Provenance:
     """The record of a search.
@@ -40,6 +42,7 @@ def search_provenance(
         options: How it was searched.
         dtype: In what precision.
         weights: What the weights were, where they weren't the checkpoint's own.
+        model: The model on the hub, see `hub_model`; None where it isn't from there.
         average: Mean gain over the tasks, where the set was found on all of them together.
     """
     used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
@@ -56,6 +59,8 @@ def search_provenance(
     }
     if weights:
         notes["weights"] = weights
+    if model:
+        notes["model"] = dict(model)
     if not calibration.heads:
         notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
     elif average is not None:
@@ -75,6 +80,12 @@ def search_provenance(
         versions=package_versions(),
         notes={**notes, "used": sorted(used)},
     )
+
+
+def hub_model(checkpoint: Checkpoint) -> dict[str, str]:
+    """What makes a search reproducible: hub id and commit; empty where the model isn't from the hub."""
+    name = next((name for name in checkpoint.names if "/" in name), "")
+    return {"name": name, "revision": checkpoint.revision} if name and checkpoint.revision else {}
 
 
 def tried(choice: Choice) -> dict[str, float]:

@@ -26,7 +26,7 @@ from act_export.search.answers import (
 from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
 from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Progress, Workers, process_index, same_everywhere
-from act_export.search.provenance import package_versions, search_provenance, tried
+from act_export.search.provenance import hub_model, package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.report import (
     Gain,
@@ -267,6 +267,7 @@ class _Search:
             self.options,
             dtype=self.checkpoint.model.dtype,
             weights=self.checkpoint.weights,
+            model=hub_model(self.checkpoint),
             average=average,
         )
 

@@ -363,6 +363,7 @@ def reference(
             beta=layer.beta,
             threshold=layer.threshold,
             threshold_mode=layer.threshold_mode,
+            sink_logits=dict(operator.attributes).get("sink_logits"),
         )
         start += count
         outputs.append(found.output)

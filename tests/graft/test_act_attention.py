@@ -26,13 +26,17 @@ from operators import (
 
 from act_export.calibration import Calibration
 from act_export.graft import UnsupportedPatternError
-from act_export.graft.graph import Graph
+from act_export.graft.graph import Graph, attribute
 from act_export.graft.rewrite import find_sites
+from act_export.ops import schema
 
 PLAIN = Operator("act", mask="none", opset=21)
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 4}, {"softcap": 1.5, "kv_heads": 1}], ids=str)
+SINKS = {"attributes": (("sink_logits", [1.0, 3.0, -2.0, 0.5]),)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 4}, {"softcap": 1.5, "kv_heads": 1}, SINKS], ids=str)
 def test_graft_computes_the_reference(changes: dict[str, Any]) -> None:
     assert_calibrates(replace(PLAIN, **changes), [9, 1, 4, 1])
 
@@ -44,6 +48,20 @@ def test_nothing_changes_without_effect(
 ) -> None:
     sizes = {**sizes, "scale": sizes["scale"] or 0.5}
     assert_nothing_changes(replace(PLAIN, kv_heads=kv_heads, softcap=softcap, **sizes), calls, **padding)
+
+
+@pytest.mark.parametrize("logits", [[2.0], [1.0, 3.0, -2.0, 0.5]])
+def test_learned_sinks_are_kept(logits: list[float]) -> None:
+    model = replace(PLAIN, attributes=(("sink_logits", logits),))
+    assert_nothing_changes(model, [9, 1, 4, 1])
+    (node,) = (
+        node for node in calibrated(model.model, CALIBRATION).graph.node if node.op_type == "CalibratedAttention"
+    )
+    assert attribute(node, "sink_logits") == logits
+    (node,) = (
+        node for node in calibrated(PLAIN.model, CALIBRATION).graph.node if node.op_type == "CalibratedAttention"
+    )
+    assert attribute(node, "sink_logits") == [schema.NO_SINK_LOGIT]
 
 
 def test_plain_layers_stay_and_need_no_new_import() -> None:

@@ -103,6 +103,10 @@ def cases(draw):
         "threshold": draw(st.sampled_from([0.0, 0.1, 0.3])),
         "threshold_mode": draw(st.sampled_from(["absolute", "relative"])),
     }
+    sinks = st.sampled_from([-3.0, 0.0, 1.5, 4.0, 30.0, schema.NO_SINK_LOGIT])
+    attributes |= draw(
+        st.sampled_from([{}, {"sink_logits": [draw(sinks)]}, {"sink_logits": [draw(sinks) for _ in range(heads)]}])
+    )
     sequence, past = draw(st.integers(1, 9)), draw(st.integers(0, 7))
     inputs = random_inputs(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
@@ -148,6 +152,36 @@ def test_any_nonzero_mask_value_is_a_real_token():
         engine.run(None, inputs | {"attention_mask": 7 * inputs["attention_mask"]}), expected, strict=True
     ):
         np.testing.assert_array_equal(output, wanted)
+
+
+def test_heads_without_a_learned_sink_are_as_if_there_were_none():
+    inputs = random_inputs(np.random.default_rng(4), batch=2, sequence=5, past=3, left=2, **SHAPE)
+    expected = session(schema.CALIBRATED, ATTRIBUTES).run(None, inputs)
+    none = session(schema.CALIBRATED, ATTRIBUTES | {"sink_logits": [schema.NO_SINK_LOGIT] * 6}).run(None, inputs)
+    for output, wanted in zip(none, expected, strict=True):
+        np.testing.assert_array_equal(output, wanted)
+    mixed = ATTRIBUTES | {"sink_logits": [2.0, *[schema.NO_SINK_LOGIT] * 5]}
+    output, *_ = session(schema.CALIBRATED, mixed).run(None, inputs)
+    np.testing.assert_array_equal(output[..., HEAD_SIZE:], expected[0][..., HEAD_SIZE:])
+    assert np.abs(output - expected[0])[..., :HEAD_SIZE].max() > 0.1
+
+
+@pytest.mark.parametrize("opset", [15, 17, 18, 21])
+@pytest.mark.parametrize("operator", [schema.CALIBRATED, schema.PLAIN])
+def test_learned_sinks_in_models_of_other_opsets(operator, opset):
+    attributes = {key: ATTRIBUTES[key] for key in ("num_heads", "kv_num_heads", "scale")}
+    if operator == schema.CALIBRATED:
+        attributes = dict(ATTRIBUTES)
+    attributes["sink_logits"] = [0.5, -1.0, 2.0, 0.0, 3.0, -0.2]
+    inputs = random_inputs(np.random.default_rng(5), batch=2, sequence=5, past=3, left=2, **SHAPE)
+    model = single_node_model(operator, attributes)
+    model.opset_import[0].version = opset
+    del model.functions[:]
+    model.functions.append(functions.function_body(operator, opset))
+    engine = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    outputs = engine.run(None, {i.name: inputs[i.name] for i in engine.get_inputs()})
+    for output, wanted in zip(outputs, reference(inputs, attributes), strict=False):
+        np.testing.assert_allclose(output, wanted.numpy(), atol=1e-5)
 
 
 def test_plain_operator_equals_the_reference():

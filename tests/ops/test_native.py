@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 import act_export.ops
 from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.ops.schema import NO_SINK_LOGIT
 
 STORAGE = {
     "float32": (TensorProto.FLOAT, np.float32, 1e-5),
@@ -39,6 +40,7 @@ class Layer:
     beta: tuple[float, ...] = (0.4,)
     threshold: float = 0.1
     threshold_mode: str = "absolute"
+    sink_logits: tuple[float, ...] = ()
 
     @property
     def operator(self):
@@ -49,6 +51,8 @@ class Layer:
         names = ["num_heads", "kv_num_heads", "scale", "softcap", "sliding_window"]
         if self.calibrated_heads:
             names += ["calibrated_heads", "beta", "threshold", "threshold_mode"]
+        if self.sink_logits:
+            names += ["sink_logits"]
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -121,8 +125,10 @@ def expect(layer, feeds):
                     logits = layer.scale * keys[b, kv_head, columns] @ queries[b, i, h]
                     if layer.softcap > 0:
                         logits = layer.softcap * np.tanh(logits / layer.softcap)
-                    weights = np.exp(logits - logits.max())
-                    attention[i, columns] = weights / weights.sum()
+                    sink = np.float64(layer.sink_logits[h % len(layer.sink_logits)] if layer.sink_logits else -np.inf)
+                    highest = max(logits.max(), sink)
+                    weights = np.exp(logits - highest)
+                    attention[i, columns] = weights / (weights.sum() + np.exp(sink - highest))
 
             if h in layer.calibrated_heads:
                 c = layer.calibrated_heads.index(h)
@@ -345,6 +351,13 @@ def cases(draw):
         beta=tuple(draw(betas) for _ in range(max(1, len(heads)) if per_head else 1)),
         threshold=draw(thresholds),
         threshold_mode="relative" if relative else "absolute",
+        sink_logits=draw(
+            st.one_of(
+                st.just(()),
+                st.sampled_from([(0.5,), (9.0,), (NO_SINK_LOGIT,)]),
+                st.tuples(*[st.sampled_from([-2.0, 0.25, 3.0, 20.0, NO_SINK_LOGIT])] * num_heads),
+            )
+        ),
     )
     batch = draw(st.integers(1, 3))
     past = draw(st.sampled_from([0, 0, 1, 5, 17, 40]))
@@ -581,6 +594,10 @@ BAD_ATTRIBUTES = [
     ({"beta": [2.5]}, "beta has 2.5, expected 0 to 2"),
     ({"beta": [0.5, float("nan")]}, "beta has nan, expected 0 to 2"),
     ({"threshold": -0.25}, "threshold is -0.25, expected 0 or more"),
+    ({"sink_logits": [1.0, 2.0]}, "sink_logits has 2 values, expected 1 or 4, one for each query head"),
+    ({"sink_logits": [0.0, float("nan"), 0.0, 0.0]}, "sink_logits has nan, expected numbers"),
+    ({"sink_logits": [float("-inf")]}, "sink_logits has -inf, expected numbers"),
+    ({"sink_logits": 1.5}, "sink_logits has 0 values, expected 1 or 4"),
     ({"threshold_mode": "percent"}, 'threshold_mode is "percent", expected "absolute" or "relative"'),
 ]
 
@@ -600,6 +617,36 @@ def test_optional_attributes_have_defaults():
     feeds = make_feeds(layer, ones(1, 12), 12)
     outputs = make_session(make_model(layer, attributes=required)).run(None, feeds)
     np.testing.assert_array_equal(outputs[0], run(layer, feeds)["output"])
+
+
+@pytest.mark.parametrize("calibrated_heads", [(), (0, 3)])
+@pytest.mark.parametrize("sequence", [3, 60])
+def test_heads_without_a_learned_sink_are_as_if_there_were_none(calibrated_heads, sequence):
+    layer = Layer(calibrated_heads=calibrated_heads)
+    feeds = make_feeds(layer, ones(2, 80), sequence)
+    expected = run(layer, feeds)
+    for sink_logits in ((NO_SINK_LOGIT,), (NO_SINK_LOGIT,) * 4):
+        for name, output in run(replace(layer, sink_logits=sink_logits), feeds).items():
+            np.testing.assert_array_equal(output, expected[name])
+    one = run(replace(layer, sink_logits=(NO_SINK_LOGIT, 1.0, NO_SINK_LOGIT, NO_SINK_LOGIT)), feeds)["output"]
+    is_same = (one == expected["output"]).reshape(2, sequence, 4, -1).all((0, 1, 3))
+    assert is_same.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.7])
+@pytest.mark.parametrize("sequence", [1, 40])
+@pytest.mark.parametrize("logit", [3.0, 12.0, 60.0])
+def test_learned_sinks_that_draw_nearly_everything(logit, sequence, beta):
+    """What is left for the keys, and for those of them that are no later sinks, must not drown in rounding."""
+    layer = Layer(1, 1, 8, 1.0, calibrated_heads=(0,), beta=(beta,), threshold=1e-4, sink_logits=(logit,))
+    feeds = make_feeds(layer, ones(1, 40), sequence, seed=6, gain=0.1)
+    feeds["past_sink_scores"] *= 0.0
+    feeds["query"][:, :, 0] = 1.0
+    feeds["key"][:, :, 0] = feeds["past_key"][..., 0] = 0.0
+    (feeds["key"] if sequence > 1 else feeds["past_key"][:, 0])[:, 1, 0] = np.log(30.0)
+    feeds["value"] *= 1e3
+    feeds["past_value"] *= 1e3
+    check(layer, feeds)
 
 
 BAD_INPUTS = [

@@ -63,6 +63,15 @@ def test_windows_and_soft_caps(architecture):
     assert_equal(found.overall, checkpoint, prompts)
 
 
+def test_learned_sinks():
+    checkpoint = tiny_checkpoint("gpt_oss", num_local_experts=2, num_experts_per_tok=2, sliding_window=7)
+    for layer in checkpoint.model.model.layers:
+        layer.self_attn.sinks.copy_(torch.tensor([2.0, -1.0, 0.5, 3.0]))
+    prompts = random_prompts([40, 12, 33], seed=1)
+    found = profile_sinks(checkpoint, [PromptSource("random", tuple(prompts))])
+    assert_equal(found.overall, checkpoint, prompts)
+
+
 def test_two_sources_together_are_one():
     checkpoint = double(tiny_checkpoint())
     prompts = random_prompts([30, 12, 50, 7], seed=2)

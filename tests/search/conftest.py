@@ -5,6 +5,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -50,3 +52,15 @@ def gemma2() -> PreTrainedModel:
     torch.manual_seed(2)
     config = Gemma2Config(**SMALL, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
     return sharp(Gemma2ForCausalLM(config))
+
+
+@pytest.fixture
+def gpt_oss() -> PreTrainedModel:
+    """Learned sinks, and windows in every other layer."""
+    torch.manual_seed(3)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 2}
+    config = GptOssConfig(**SMALL, **experts, head_dim=8, sliding_window=4, experts_implementation="eager")
+    model = sharp(GptOssForCausalLM(config))
+    for layer in model.model.layers:
+        layer.self_attn.sinks.copy_(torch.tensor([2.0, -1.0, 0.5, 3.0]))
+    return model

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -40,8 +41,11 @@ def naive(model: PreTrainedModel, batch: Sequence[EncodedExample], layer: int, h
     return calibrated - plain, calibrated_right - plain_right
 
 
-@pytest.mark.parametrize("batch", [ONE_TOKEN, MIXED], ids=["one token", "mixed"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [*product(["llama", "mistral", "gemma2"], [ONE_TOKEN, MIXED]), ("gpt_oss", MIXED)],
+    ids=lambda given: given if isinstance(given, str) else "one token" if given is ONE_TOKEN else "mixed",
+)
 def test_effects_are_those_of_switching_each_head_on(
     name: str, batch: list[EncodedExample], request: pytest.FixtureRequest
 ) -> None:

@@ -15,7 +15,7 @@ CALIBRATIONS = {
 }
 
 
-@pytest.fixture(params=["llama", "mistral", "gemma2"])
+@pytest.fixture(params=["llama", "mistral", "gemma2", "gpt_oss"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     loaded: PreTrainedModel = request.getfixturevalue(request.param)
     return loaded
@@ -47,6 +47,19 @@ def test_agrees_with_the_reference_with_padding_and_past(
             torch.testing.assert_close(
                 getattr(mine, name) * real, getattr(reference, name) * real, atol=1e-5, rtol=1e-5, check_dtype=False
             )
+
+
+def test_is_as_differentiable_as_the_reference(gpt_oss: PreTrainedModel) -> None:
+    """Learned sinks take part in what flows back to the layer before, and to themselves."""
+    ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(3))
+    sinks = [layer.self_attn.sinks.requires_grad_() for layer in gpt_oss.model.layers]
+    gradients = []
+    for hook in (ReferenceAttention(None), FastAttention(None)):
+        with attention_hook(gpt_oss, hook) as hooked:
+            gradients.append(torch.autograd.grad(hooked(ids, torch.ones_like(ids)).logits.logsumexp(-1).sum(), sinks))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-6)
+        assert expected.abs().max() > 1e-3
 
 
 def test_the_calibrations_change_the_model(model: PreTrainedModel) -> None:

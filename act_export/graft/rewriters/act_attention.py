@@ -46,6 +46,7 @@ def _site(graph: Graph, node: onnx.NodeProto) -> ActAttentionSite:
             scale=attribute(node, "scale"),
             softcap=attribute(node, "softcap", 0.0),
             sliding_window=attribute(node, "sliding_window", -1),
+            sink_logits=tuple(attribute(node, "sink_logits", ())),
         ),
         cache=CacheNames(past_key, past_value, node.output[1], node.output[2]),
         output=node.output[0],

@@ -20,6 +20,9 @@ class Host {
   virtual void Free(void* memory) noexcept = 0;
 };
 
+// Of a head without a learned sink: draws nothing.
+constexpr float kNoSinkLogit = -0x1p127f;
+
 // Tensors are contiguous, in the layout of their comment. past_* and present_* of the same name may be the same memory.
 // Storage is float, Float16 or BFloat16; all arithmetic is float32.
 template <typename T>
@@ -49,6 +52,8 @@ struct AttentionArguments {
   float scale = 1.0f;           // logits = scale * query . key
   float softcap = 0.0f;         // 0 = none, otherwise logits = softcap * tanh(logits / softcap)
   int64_t sliding_window = -1;  // -1 = none, otherwise a row sees this many positions, its own included
+  // (num_heads): learned logits of one more key, without value, that every row sees; null = none
+  const float* sink_logits = nullptr;
 
   int64_t calibrated_count = 0;
   const int64_t* calibrated_index = nullptr;  // (num_heads): index of a head in the sink scores, -1 = not calibrated

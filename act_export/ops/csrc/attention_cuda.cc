@@ -190,8 +190,8 @@ class Sequence {
 
     const auto count = Int(a_.calibrated_count);
     Launch("forward" + family_, BlocksOf(a_.sequence, ForwardRows<T>(head_size_)), a_.num_heads, a_.batch, a_.query,
-           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_index, a_.output, lse, maxima,
-           inverse, rows_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads),
+           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_index, c_.sink_logits, a_.output, lse,
+           maxima, inverse, rows_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads),
            Int(a_.kv_num_heads), count, Int(a_.head_size), Int(a_.value_head_size), window_, scale_, softcap_);
     if (count == 0) return;
     Launch("columns" + family_, BlocksOf(a_.total, ColumnsColumns<T>(head_size_)), count, a_.batch, a_.query,
@@ -201,10 +201,10 @@ class Sequence {
     Launch("select", count, a_.batch, 1, a_.present_sink_scores, real_before_, sinks, sinks_before, Int(a_.total),
            Int(a_.present_capacity), count, window_, Relative(), a_.threshold);
     Launch("correct" + family_, BlocksOf(a_.sequence, CorrectRows<T>(head_size_)), count, a_.batch, a_.query,
-           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_heads, c_.beta, maxima, inverse,
-           rows_output, sinks, sinks_before, a_.output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity),
-           Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.head_size), Int(a_.value_head_size), window_, scale_,
-           softcap_);
+           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_heads, c_.beta, c_.sink_logits,
+           maxima, inverse, rows_output, sinks, sinks_before, a_.output, Int(a_.sequence), Int(a_.total),
+           Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.head_size),
+           Int(a_.value_head_size), window_, scale_, softcap_);
   }
 
   // `rows` of a tile: tokens times the query heads of a group, rounded up to what there is a kernel for.
@@ -237,15 +237,15 @@ class Sequence {
            Int(a_.value_head_size), window_, Int(first), section, scale_, softcap_);
     if (count > 0) {
       Launch("decode_correct" + suffix, sections, count, a_.batch, a_.present_value, real_before_, c_.calibrated_heads,
-             logits, part_maxima, part_sums, a_.present_sink_scores, sink_mass, sink_output, Int(a_.sequence),
-             Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count,
+             c_.sink_logits, logits, part_maxima, part_sums, a_.present_sink_scores, sink_mass, sink_output,
+             Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count,
              Int(a_.value_head_size), window_, Int(first), section, Relative(), a_.threshold);
     }
     Launch("decode_combine" + suffix, a_.sequence, a_.num_heads, a_.batch, a_.present_value, real_before_,
-           c_.calibrated_index, c_.beta, logits, part_maxima, part_sums, part_output, a_.present_sink_scores, sink_mass,
-           sink_output, a_.output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads),
-           Int(a_.kv_num_heads), count, Int(a_.value_head_size), Int(sections), window_, Int(first), Relative(),
-           a_.threshold);
+           c_.calibrated_index, c_.beta, c_.sink_logits, logits, part_maxima, part_sums, part_output,
+           a_.present_sink_scores, sink_mass, sink_output, a_.output, Int(a_.sequence), Int(a_.total),
+           Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.value_head_size),
+           Int(sections), window_, Int(first), Relative(), a_.threshold);
   }
 
   int32_t Relative() const { return a_.relative_threshold ? 1 : 0; }
@@ -265,6 +265,16 @@ class Sequence {
 };
 
 }  // namespace
+
+std::vector<float> SinkLogitsOfKernels(const float* sink_logits, int64_t num_heads) {
+  constexpr double kMost = 3.0e38;
+  std::vector<float> logits(static_cast<size_t>(num_heads), -std::numeric_limits<float>::infinity());
+  for (size_t head = 0; head < logits.size() && sink_logits != nullptr; ++head) {
+    if (sink_logits[head] <= kNoSinkLogit) continue;
+    logits[head] = static_cast<float>(std::clamp(sink_logits[head] * kLog2E, -kMost, kMost));
+  }
+  return logits;
+}
 
 template <typename T>
 void Attention(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "attention.h"
 #include "cuda_kernels.h"
@@ -29,10 +30,15 @@ struct DeviceCalibration {
   const int32_t* calibrated_index = nullptr;  // (num_heads): index among the calibrated heads, or -1
   const int32_t* calibrated_heads = nullptr;  // (calibrated_count)
   const float* beta = nullptr;                // (calibrated_count)
+  const float* sink_logits = nullptr;         // (num_heads), of SinkLogitsOfKernels
 };
 
+// The learned sinks of a node, or null for none, as kernels take them: in base 2, -infinity for a head without one.
+std::vector<float> SinkLogitsOfKernels(const float* sink_logits, int64_t num_heads);
+
 // Enqueues one call and returns; nothing waits for the GPU. Pointers of `arguments` are device pointers, aligned to 16
-// bytes but for the sink scores and the mask; its calibrated_index and beta are not used. T: float, Float16, BFloat16.
+// bytes but for the sink scores and the mask; its calibrated_index, beta and sink_logits are not used. T: float,
+// Float16, BFloat16.
 template <typename T>
 void Attention(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call);
 

@@ -104,12 +104,13 @@ class Calibration {
     const char* index = copy_.Data();
     const char* calibrated = index + heads_ * sizeof(int32_t);
     const char* beta = calibrated + calibrated_ * sizeof(int32_t);
+    const char* sink_logits = beta + calibrated_ * sizeof(float);
     return {reinterpret_cast<const int32_t*>(index), reinterpret_cast<const int32_t*>(calibrated),
-            reinterpret_cast<const float*>(beta)};
+            reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink_logits)};
   }
 
  private:
-  // Index of every head, calibrated heads, their beta: 4 bytes each.
+  // Index of every head, calibrated heads, their beta, sink logit of every head: 4 bytes each.
   static std::vector<char> Pack(const AttentionAttributes& attributes) {
     std::vector<int32_t> index(static_cast<size_t>(attributes.num_heads), -1);
     std::vector<int32_t> calibrated(static_cast<size_t>(attributes.calibrated_count));
@@ -125,6 +126,8 @@ class Calibration {
     append(index);
     append(calibrated);
     append(attributes.beta);
+    const std::vector<float>& sinks = attributes.sink_logits;
+    append(SinkLogitsOfKernels(sinks.empty() ? nullptr : sinks.data(), attributes.num_heads));
     return packed;
   }
 

@@ -29,7 +29,7 @@ constexpr int64_t kMaxChunks = 8;         // of the rows of a prompt, for one he
 constexpr int64_t kChunkBlocks = 2;       // row blocks in a chunk, at least
 constexpr int64_t kAppendRows = 512;      // positions that are copied to the cache at a time
 constexpr int64_t kWaveFloats = 8 << 20;  // scratch for the heads of a prompt that are in flight
-constexpr float kCancellation = 0.125f;   // below this mass outside the later sinks, o - oK would lose digits
+constexpr float kCancellation = 0.125f;   // of a row's sum: with less outside the later sinks, o - oK loses digits
 constexpr float kSavedShare = 0.5f;       // of the threshold: mean of a column over a block from which it is saved
 constexpr int64_t kUnlimited = INT64_MAX / 4;
 
@@ -92,6 +92,14 @@ class Layer {
     if (a_.softcap > 0.0f) return {a_.scale / a_.softcap, a_.softcap, kLog2E};
     if (a_.scale == 0.0f) return {0.0f, 0.0f, kLog2E};
     return {a_.scale > 0.0f ? 1.0f : -1.0f, 0.0f, std::abs(a_.scale) * kLog2E};
+  }
+
+  // Score of the learned sink of a head; -infinity for none.
+  float SinkScore(int64_t h) const {
+    if (a_.sink_logits == nullptr || a_.sink_logits[h] <= kNoSinkLogit) return -std::numeric_limits<float>::infinity();
+    constexpr double kMost = 3.0e38;
+    const double score = static_cast<double>(a_.sink_logits[h]) * kLog2E / ScoresOfLayer().exponent;
+    return static_cast<float>(std::clamp(score, -kMost, kMost));
   }
 
   Cache<T> CacheOf(int64_t b, int64_t kv_head) const {
@@ -199,14 +207,13 @@ class Prompt : Layer<T> {
   // A calibrated head: statistics of the rows, column sums of each chunk, and rows that wait for their correction.
   int64_t ScratchOfHead() const {
     const int64_t output = std::is_same_v<T, float> ? 0 : a_.sequence * a_.value_head_size;
-    return (2 * a_.sequence + chunks_ * a_.total + output + 15) / 16 * 16;
+    return (3 * a_.sequence + chunks_ * a_.total + output + 15) / 16 * 16;
   }
   SavedColumns& SavedAt(const Head& head, int64_t row) const { return saved_[head.number * blocks_ + row / kRowBlock]; }
   float* Maxima(const Head& head) const { return wave_ + head.scratch; }
   float* Normalisers(const Head& head) const { return Maxima(head) + a_.sequence; }
-  float* ColumnSums(const Head& head, int64_t chunk) const {
-    return Normalisers(head) + a_.sequence + chunk * a_.total;
-  }
+  float* RowSums(const Head& head) const { return Normalisers(head) + a_.sequence; }
+  float* ColumnSums(const Head& head, int64_t chunk) const { return RowSums(head) + a_.sequence + chunk * a_.total; }
 
   // Attention of a calibrated head in float: (sequence, value_head_size), rows `AttendedStride` apart.
   float* Attended(const Head& head, int64_t row) const {
@@ -273,6 +280,7 @@ class Prompt : Layer<T> {
     block.rows = rows;
     block.position = past_ + row;
     block.window = Base::Window();
+    block.sink = Base::SinkScore(head.h);
     const Sequence& sequence = sequences_[head.b];
     block.columns.begin = std::max(sequence.begin, FirstVisible(block.position, a_.sliding_window));
     block.columns.end = std::max(block.columns.begin, std::min(sequence.end, block.position + rows));
@@ -314,6 +322,7 @@ class Prompt : Layer<T> {
         block.normalisers = Normalisers(head) + row;
         block.weights = weights;
         block.column_sums = ColumnSums(head, chunk);
+        block.row_sums = RowSums(head) + row;
         block.saved = &SavedAt(head, row);
         block.saved->count = 0;
         block.saved_above = Base::SinkTestOf(head.b).Threshold() * kSavedShare;
@@ -414,11 +423,14 @@ class Prompt : Layer<T> {
     block.scratch = scratch.Data() + kRowBlock * padded;
     kernels_.attend(block);
 
-    const bool cancels = std::any_of(mass, mass + rows, [](float m) { return 1.0f - m < kCancellation; });
+    const float* row_sums = RowSums(head) + row;
+    bool cancels = false;
+    for (int64_t r = 0; r < rows; ++r) cancels = cancels || row_sums[r] - mass[r] < kCancellation * row_sums[r];
     if (cancels) return CalibrateFromRest(head, row, rows, mass, scratch.Data());
     for (int64_t r = 0; r < rows; ++r) {
       if (mass[r] == 0.0f) continue;
-      const RowFactors factors = Calibrate(a_.beta[head.index], mass[r], 1.0 - mass[r]);
+      const double rest = static_cast<double>(row_sums[r]) - mass[r];
+      const RowFactors factors = Calibrate(a_.beta[head.index], mass[r], rest);
       const float* from_sinks = scratch.Data() + r * padded;
       float* o = Attended(head, row + r);
       for (int64_t d = 0; d < a_.value_head_size; ++d) {
@@ -485,7 +497,7 @@ class Decode : Layer<T> {
     if (a_.sequence == 0) return KeepState();
     // One allocation: threads that all asked for memory would wait for each other as long as the work takes.
     const int64_t of_slices = slices_ * rows_ * (2 + padded_value_);
-    const int64_t of_finish = (rows_ + 2) * padded_value_ + PaddedSize(rows_ * slices_);
+    const int64_t of_finish = FinishScratch();
     const int64_t of_head = rows_ * (padded_key_ + padded_total_) + of_slices + of_finish;
     Scratch<float> memory(host_, heads_ * of_head);
     queries_ = memory.Data();
@@ -519,6 +531,12 @@ class Decode : Layer<T> {
   float* Output(int64_t head, int64_t slice) const {
     return outputs_ + (head * slices_ + slice) * rows_ * padded_value_;
   }
+
+  // Of a key-value head: its rows' outputs, two more, factors by slice, and sums of the probabilities.
+  int64_t FinishScratch() const { return (rows_ + 2) * padded_value_ + PaddedSize(rows_ * (slices_ + 1)); }
+
+  // See DecodeSlice.
+  float Shift() const { return std::ceil(std::log2(static_cast<float>(a_.total))); }
 
   // Nothing is new.
   void KeepState() const {
@@ -559,7 +577,7 @@ class Decode : Layer<T> {
     }
     s.hidden = sequence.Hidden();
     s.scores = Base::ScoresOfLayer();
-    s.shift = std::ceil(std::log2(static_cast<float>(a_.total)));
+    s.shift = Shift();
     s.rows = rows_;
     s.queries = queries_ + head * rows_ * padded_key_;
     s.row_begin = row_begin;
@@ -599,10 +617,11 @@ class Decode : Layer<T> {
   // All slices of this head have been attended to.
   void Finish(int64_t head) const {
     const int64_t b = head / a_.kv_num_heads;
-    float* attended = finish_ + head * ((rows_ + 2) * padded_value_ + PaddedSize(rows_ * slices_));
+    float* attended = finish_ + head * FinishScratch();
     float* factors = attended + (rows_ + 2) * padded_value_;
+    float* row_sums = factors + rows_ * slices_;
     for (int64_t row = 0; row < rows_; ++row) {
-      JoinSlices(head, row, attended + row * padded_value_, factors + row * slices_);
+      row_sums[row] = JoinSlices(head, row, attended + row * padded_value_, factors + row * slices_);
     }
     for (int64_t first = 0; first < rows_; first += a_.sequence) {
       const int64_t index = Base::CalibratedIndex(QueryHead(head, first));
@@ -610,7 +629,7 @@ class Decode : Layer<T> {
       SumColumns(head, first, index, factors + first * slices_);
       const std::vector<int64_t> sinks = Base::LaterSinks(b, index);
       for (int64_t row = first; row < first + a_.sequence && !sinks.empty(); ++row) {
-        CalibrateRow(head, row, index, sinks, factors + row * slices_, attended + row * padded_value_,
+        CalibrateRow(head, row, index, sinks, row_sums[row], factors + row * slices_, attended + row * padded_value_,
                      attended + rows_ * padded_value_);
       }
     }
@@ -619,12 +638,14 @@ class Decode : Layer<T> {
     }
   }
 
-  // The output of a row, and what its exponentials in each slice are multiplied by to be probabilities.
-  void JoinSlices(int64_t head, int64_t row, float* attended, float* factors) const {
+  // The output of a row, and what its exponentials in each slice are multiplied by to be probabilities; returns the sum
+  // of these.
+  float JoinSlices(int64_t head, int64_t row, float* attended, float* factors) const {
     const float* maxima = maxima_ + head * slices_ * rows_ + row;
     const float* sums = sums_ + head * slices_ * rows_ + row;
     const float exponent = Base::ScoresOfLayer().exponent;
-    float maximum = -std::numeric_limits<float>::infinity();
+    const float sink = Base::SinkScore(QueryHead(head, row));
+    float maximum = sink;
     for (int64_t s = 0; s < slices_; ++s) maximum = std::max(maximum, maxima[s * rows_]);
     double total = 0.0;
     for (int64_t s = 0; s < slices_; ++s) {
@@ -632,6 +653,9 @@ class Decode : Layer<T> {
       factors[s] = sums[s * rows_] == 0.0f ? 0.0f : std::exp2((maxima[s * rows_] - maximum) * exponent);
       total += static_cast<double>(factors[s]) * sums[s * rows_];
     }
+    const double of_keys = total;
+    const bool has_sink = sink > -std::numeric_limits<float>::infinity();
+    if (has_sink) total += std::exp2((sink - maximum) * exponent - Shift());
     const auto normaliser = static_cast<float>(total == 0.0 ? 0.0 : 1.0 / total);
     std::fill_n(attended, padded_value_, 0.0f);
     for (int64_t s = 0; s < slices_; ++s) {
@@ -639,6 +663,7 @@ class Decode : Layer<T> {
       const float* output = Output(head, s) + row * padded_value_;
       for (int64_t d = 0; d < padded_value_; ++d) attended[d] += factors[s] * output[d];
     }
+    return has_sink ? static_cast<float>(of_keys / total) : 1.0f;
   }
 
   // Running column sums of a query head, whose rows begin at `first`; its factors are (sequence, slices).
@@ -660,8 +685,8 @@ class Decode : Layer<T> {
     Base::KeepSinkScores(b, index);
   }
 
-  void CalibrateRow(int64_t head, int64_t row, int64_t index, const std::vector<int64_t>& sinks, const float* factors,
-                    float* attended, float* scratch) const {
+  void CalibrateRow(int64_t head, int64_t row, int64_t index, const std::vector<int64_t>& sinks, float row_sum,
+                    const float* factors, float* attended, float* scratch) const {
     float* p = Probabilities(head, row);
     float* from_sinks = scratch;
     float* from_rest = scratch + padded_value_;
@@ -676,8 +701,8 @@ class Decode : Layer<T> {
       for (int64_t d = 0; d < a_.value_head_size; ++d) from_sinks[d] += probability * ToFloat(value[d]);
     }
     if (mass == 0.0) return;
-    double rest = 1.0 - mass;
-    if (rest < kCancellation) {
+    double rest = row_sum - mass;
+    if (rest < kCancellation * row_sum) {
       for (const int64_t j : sinks) p[j] = 0.0f;
       rest = 0.0;
       for (int64_t j = 0; j < a_.total; ++j) {

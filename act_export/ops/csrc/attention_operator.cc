@@ -46,6 +46,7 @@ class CpuNode final : public Node {
     AttentionArguments<T> arguments = ReadArguments<T>(attributes_, call);
     arguments.calibrated_index = attributes_.calibrated_index.data();
     arguments.beta = attributes_.beta.data();
+    arguments.sink_logits = attributes_.sink_logits.empty() ? nullptr : attributes_.sink_logits.data();
     fast::Attention(arguments, call);
   }
 
@@ -73,7 +74,22 @@ AttentionAttributes::AttentionAttributes(const ort::Attributes& attributes, bool
   Expect(sliding_window == -1 || sliding_window > 0, "sliding_window is ", sliding_window,
          ", expected -1 (none) or a positive number");
   sliding_window = std::min(sliding_window, INT64_MAX / 4);  // sums with positions stay in range
+  ReadSinkLogits(attributes);
   if (calibrated) ReadCalibration(attributes);
+}
+
+void AttentionAttributes::ReadSinkLogits(const ort::Attributes& attributes) {
+  sink_logits = attributes.Optional("sink_logits", std::vector<float>{kNoSinkLogit});
+  const auto heads = static_cast<size_t>(num_heads);
+  Expect(sink_logits.size() == 1 || sink_logits.size() == heads, "sink_logits has ", sink_logits.size(),
+         " values, expected 1 or ", heads, ", one for each query head");
+  for (const float logit : sink_logits) Expect(std::isfinite(logit), "sink_logits has ", logit, ", expected numbers");
+  const auto is_none = [](float logit) { return logit <= kNoSinkLogit; };
+  if (std::all_of(sink_logits.begin(), sink_logits.end(), is_none)) {
+    sink_logits.clear();
+  } else if (sink_logits.size() == 1) {
+    sink_logits.resize(heads, sink_logits.front());
+  }
 }
 
 void AttentionAttributes::ReadCalibration(const ort::Attributes& attributes) {

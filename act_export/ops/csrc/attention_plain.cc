@@ -20,7 +20,8 @@ namespace {
 constexpr int64_t kRowBlock = 16;     // rows that share one conversion of keys and values to float
 constexpr int64_t kColumnBlock = 64;  // keys, or values, that are in float at a time
 
-// Below this mass outside the later sinks, o - oK would lose digits: such rows are recomputed from their other columns.
+// Below this part of a row's sum outside the later sinks, o - oK would lose digits: such rows are recomputed from their
+// other columns.
 constexpr double kCancellation = 0.125;
 
 float Dot(const float* x, const float* y, int64_t size) {
@@ -74,6 +75,7 @@ class Head {
         real_(real),
         past_(arguments.total - arguments.sequence),
         calibrated_(arguments.calibrated_count > 0 ? arguments.calibrated_index[h] : -1),
+        sink_logit_(arguments.sink_logits != nullptr ? arguments.sink_logits[h] : kNoSinkLogit),
         query_(a_.query + (b * a_.sequence * a_.num_heads + h) * a_.head_size),
         output_(a_.output + (b * a_.sequence * a_.num_heads + h) * a_.value_head_size),
         query_rows_(kRowBlock * a_.head_size),
@@ -102,6 +104,7 @@ class Head {
     std::vector<float> attended(a_.sequence * a_.value_head_size);
     maxima_.resize(a_.sequence);
     normalisers_.resize(a_.sequence);
+    row_sums_.resize(a_.sequence);
     column_sums_.assign(a_.total, 0.0);
     for (int64_t row = 0; row < a_.sequence; row += kRowBlock) {
       AttendRows(row, std::min(kRowBlock, a_.sequence - row), &attended[row * a_.value_head_size]);
@@ -129,21 +132,25 @@ class Head {
       float* probabilities = &map_[r * columns.count];
       float maximum = 0.0f;
       float normaliser = 0.0f;
+      double row_sum = 0.0;
       if (SeesNothing(row + r)) {
         std::fill_n(probabilities, columns.count, 0.0f);
       } else {
-        maximum = *std::max_element(probabilities, probabilities + columns.count);
+        maximum = std::max(*std::max_element(probabilities, probabilities + columns.count), sink_logit_);
         double sum = 0.0;
         for (int64_t c = 0; c < columns.count; ++c) {
           probabilities[c] = std::exp(probabilities[c] - maximum);
           sum += probabilities[c];
         }
-        normaliser = static_cast<float>(1.0 / sum);
+        const double total = sum + std::exp(sink_logit_ - maximum);
+        normaliser = static_cast<float>(1.0 / total);
+        row_sum = sum / total;
         for (int64_t c = 0; c < columns.count; ++c) probabilities[c] *= normaliser;
       }
       if (calibrated_ < 0) continue;
       maxima_[row + r] = maximum;
       normalisers_[row + r] = normaliser;
+      row_sums_[row + r] = row_sum;
       if (!real_.IsReal(Position(row + r))) continue;
       for (int64_t c = 0; c < columns.count; ++c) column_sums_[columns[c]] += probabilities[c];
     }
@@ -168,8 +175,8 @@ class Head {
       if (sink_mass[r] == 0.0) continue;
       const float* o_sinks = &from_sinks[r * a_.value_head_size];
       float* o = attended + r * a_.value_head_size;
-      double rest_mass = 1.0 - sink_mass[r];
-      if (rest_mass < kCancellation) {
+      double rest_mass = row_sums_[row + r] - sink_mass[r];
+      if (rest_mass < kCancellation * row_sums_[row + r]) {
         rest_mass = AttendRest(row + r, all_sinks, from_rest.data());
       } else {
         for (int64_t d = 0; d < a_.value_head_size; ++d) from_rest[d] = o[d] - o_sinks[d];
@@ -271,6 +278,7 @@ class Head {
   const RealTokens& real_;
   const int64_t past_;
   const int64_t calibrated_;  // index among the calibrated heads, or -1
+  const float sink_logit_;
   const T* query_;
   const T* keys_;
   const T* values_;
@@ -282,6 +290,7 @@ class Head {
   std::vector<float> map_;
   std::vector<float> maxima_;
   std::vector<float> normalisers_;
+  std::vector<double> row_sums_;     // of the probabilities: 1, less where there is a learned sink
   std::vector<double> column_sums_;  // of this call; double, as a prompt adds thousands of small probabilities
 };
 

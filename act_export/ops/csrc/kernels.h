@@ -60,16 +60,18 @@ struct RowBlock {
   const T* query = nullptr;  // row r at query + r * query_stride
   int64_t query_stride = 0;
   int64_t rows = 0;
-  int64_t position = 0;  // of row 0
-  int64_t window = 0;    // a row sees this many positions, its own included
+  int64_t position = 0;            // of row 0
+  int64_t window = 0;              // a row sees this many positions, its own included
+  float sink = -__builtin_inff();  // score of one more key, without value, that every row sees; -infinity = none
 
   // Softmax statistics of the rows. Results, or given: then attention is over some of the columns they were found with.
   bool given = false;
   float* maxima = nullptr;       // (rows), of the scores
-  float* normalisers = nullptr;  // (rows), one over the sum of exponentials; 0 where a row sees nothing
+  float* normalisers = nullptr;  // (rows), one over the sum of exponentials; 0 where there are none
 
   const float* weights = nullptr;  // (rows) of a row in the column sums; null: none are wanted
   float* column_sums = nullptr;    // by position: += weight * probability
+  float* row_sums = nullptr;       // (rows), with column sums: of the probabilities of a row; 1 without a sink
   SavedColumns* saved = nullptr;   // with column sums: columns whose mean over these rows is above `saved_above`
   float saved_above = 0.0f;
   int64_t initial = -1;  // position that is never saved

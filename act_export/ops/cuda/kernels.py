@@ -14,6 +14,9 @@ left out, so calibration costs one launch.
 
 Nothing of size S x T is written for prompts, and no host decision depends on device memory.
 
+Learned sinks: `sink_logits` (num_heads), float32, in base 2, are one more key of every row, without a value; -infinity
+where a head has none. They are in a row's maximum and sum, so that what the keys draw sums to less than 1.
+
 Names: `D` is the size of a head's block in registers, a power of two; `size` and `value_size` are the head sizes, equal
 to D where `EXACT`. `GENERAL` kernels have soft capping and take any scale; others a positive one. `WIDE` is float32.
 Padding tokens' queries, keys and values may be anything, NaN included, for all but their own rows.
@@ -29,6 +32,7 @@ import triton.language as tl
 
 INFINITY = tl.constexpr(float("inf"))
 SMALLEST_REST = tl.constexpr(1e-6)
+LEAST_DIFFERENCE = tl.constexpr(1e-5)  # of two sums of probabilities: a smaller one may be rounding
 BOUNDS = tl.constexpr(4)  # int32 values of a sequence in `bounds`: first real token, end of the real ones, their number
 
 
@@ -264,7 +268,8 @@ def _row_limits(bounds, b, past_length, sequence, window, row, ROWS: tl.constexp
 
 @triton.jit
 def forward(
-    query, key, value, real_before, bounds, calibrated_index, output, row_lse, row_maxima, row_inverse, rows_output,
+    query, key, value, real_before, bounds, calibrated_index, sink_logits, output, row_lse, row_maxima, row_inverse,
+    rows_output,
     sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, size, value_size, window, scale, softcap,
     D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -293,8 +298,9 @@ def forward(
     real_before += b * (total + 1)
     start, full_start, full_stop, stop = _row_limits(bounds, b, past_length, sequence, window, row, ROWS, COLUMNS)
 
-    maxima = tl.full([ROWS], -INFINITY, tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
+    sink = tl.load(sink_logits + head)
+    maxima = tl.zeros([ROWS], tl.float32) + sink
+    sums = tl.zeros([ROWS], tl.float32) + tl.where(sink > -INFINITY, 1.0, 0.0)
     attended = tl.zeros([ROWS, D], tl.float32)
     for column in range(full_start, full_stop, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
@@ -440,8 +446,8 @@ def select(
 
 @triton.jit
 def correct(
-    query, key, value, real_before, bounds, calibrated_heads, beta, row_maxima, row_inverse, rows_output, sinks,
-    sinks_before, output,
+    query, key, value, real_before, bounds, calibrated_heads, beta, sink_logits, row_maxima, row_inverse, rows_output,
+    sinks, sinks_before, output,
     sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, size, value_size, window, scale, softcap,
     D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SINKS: tl.constexpr,
@@ -495,12 +501,13 @@ def correct(
         from_sinks += _dot_full(p, v, WIDE)
 
     strength = tl.load(beta + calibrated)
-    rest_mass = 1.0 - sink_mass
+    row_sum = 1.0 - tl.exp2(tl.load(sink_logits + head) - maxima) * inverse
+    rest_mass = row_sum - sink_mass
     rows_output += state * sequence * value_size
     from_rest = _load_rows(rows_output, rows, value_size, inside, value_size, D, EXACT) - from_sinks
     # o - oK has the rounding of the sinks' probabilities, times the factor on the rest.
     growth = (1.0 + tl.abs(1.0 - strength) * sink_mass / tl.maximum(rest_mass, SMALLEST_REST)) * sink_mass
-    loses_digits = (sink_mass > 0) & (rest_mass < 0.125)
+    loses_digits = (sink_mass > 0) & (rest_mass < tl.maximum(0.125 * row_sum, LEAST_DIFFERENCE))
     if not WIDE:
         loses_digits = loses_digits | (growth > 1.0)
     if tl.max(loses_digits.to(tl.int32), 0) > 0:
@@ -591,23 +598,27 @@ def decode_split(
 
 
 @triton.jit
-def _softmax_of_parts(part_maxima, part_sums, rows, stride, sections, valid, SECTIONS: tl.constexpr):
-    """Each row's maximum, and the inverse of its sum, from its sections `stride` apart; infinity and 0 where none."""
+def _softmax_of_parts(part_maxima, part_sums, sink, rows, stride, sections, valid, SECTIONS: tl.constexpr):
+    """Each row's maximum, and the inverse of its sum, from its sections `stride` apart and a learned sink.
+
+    Infinity and 0 where there is nothing, or where the row isn't valid.
+    """
     part = tl.arange(0, SECTIONS)
     where = rows[:, None] + part[None, :] * stride
     mask = valid[:, None] & (part < sections)[None, :]
     maxima = tl.load(part_maxima + where, mask=mask, other=-INFINITY)
     sums = tl.load(part_sums + where, mask=mask, other=0.0)
-    highest = tl.max(maxima, 1)
+    highest = tl.maximum(tl.max(maxima, 1), sink)
     finite = tl.where(highest == -INFINITY, 0.0, highest)
-    total = tl.sum(sums * tl.exp2(maxima - finite[:, None]), 1)
-    counts = total > 0
+    total = tl.sum(sums * tl.exp2(maxima - finite[:, None]), 1) + tl.exp2(sink - finite)
+    counts = valid & (total > 0)
     return tl.where(counts, finite, INFINITY), tl.where(counts, 1.0 / tl.where(counts, total, 1.0), 0.0)
 
 
 @triton.jit
 def decode_correct(
-    value, real_before, calibrated_heads, logits, part_maxima, part_sums, present_sums, sink_mass, sink_output,
+    value, real_before, calibrated_heads, sink_logits, logits, part_maxima, part_sums, present_sums, sink_mass,
+    sink_output,
     sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, value_size, window, first_column, section,
     relative, threshold, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr,
@@ -633,7 +644,8 @@ def decode_correct(
     inside = tokens < sequence
     counts = _is_real(real_before, past_length + tokens, inside)
     rows = kv_row * sections * ROWS + tokens * group + head % group
-    maxima, inverse = _softmax_of_parts(part_maxima, part_sums, rows, ROWS, sections, counts, SECTIONS)
+    sink = tl.load(sink_logits + head)
+    maxima, inverse = _softmax_of_parts(part_maxima, part_sums, sink, rows, ROWS, sections, counts, SECTIONS)
     logits += state * sequence * total
     present_sums += state * capacity
     value += kv_row * capacity * value_size
@@ -664,8 +676,8 @@ def decode_correct(
 
 @triton.jit
 def decode_combine(
-    value, real_before, calibrated_index, beta, logits, part_maxima, part_sums, part_output, present_sums, sink_mass,
-    sink_output, output,
+    value, real_before, calibrated_index, beta, sink_logits, logits, part_maxima, part_sums, part_output, present_sums,
+    sink_mass, sink_output, output,
     sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, value_size, sections, window, first_column,
     relative, threshold, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr, STEP: tl.constexpr,
@@ -683,7 +695,8 @@ def decode_combine(
     columns_v = tl.arange(0, D)
     in_value = columns_v < value_size
     one = tl.zeros([1], tl.int32)
-    maximum, inverse = _softmax_of_parts(part_maxima, part_sums, row + one, ROWS, sections, one == 0, SECTIONS)
+    sink = tl.load(sink_logits + head)
+    maximum, inverse = _softmax_of_parts(part_maxima, part_sums, sink, row + one, ROWS, sections, one == 0, SECTIONS)
     attended = tl.zeros([D], tl.float32)
     for start in range(0, sections, STEP):
         part = start + tl.arange(0, STEP)
@@ -707,12 +720,14 @@ def decode_combine(
             where = (state * sections + part) * TOKENS + token
             mass += tl.sum(tl.load(sink_mass + where, mask=valid, other=0.0))
             from_sinks += tl.sum(_load_rows(sink_output, where, value_size, valid, value_size, D, EXACT), 0)
-        rest = 1.0 - mass
+        row_sum = 1.0 - tl.sum(tl.exp2(sink - maximum) * inverse)
+        rest = row_sum - mass
         from_rest = attended - from_sinks
         least = 0.00390625  # half types keep about 17 digits of each probability until here
         if WIDE:
             least = 0.125
-        if (mass > 0) & (rest < least):  # o - oK would lose digits: from every other column
+        # o - oK would lose digits: from every other column.
+        if (mass > 0) & (rest < tl.maximum(least * row_sum, LEAST_DIFFERENCE)):
             logits += (state * sequence + token) * total
             present_sums += state * capacity
             value += kv_row * capacity * value_size

@@ -116,6 +116,7 @@ _POINTERS = {
     "past_sums": "*fp32",
     "present_sums": "*fp32",
     "beta": "*fp32",
+    "sink_logits": "*fp32",
     "row_lse": "*fp32",
     "row_maxima": "*fp32",
     "row_inverse": "*fp32",

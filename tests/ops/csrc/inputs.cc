@@ -82,6 +82,10 @@ Inputs<T> Draw(const Problem& p) {
   // Heads may be listed in any order.
   for (int64_t& index : inputs.calibrated_index) index = index < 0 ? index : inputs.CalibratedCount() - 1 - index;
 
+  for (int64_t h = 0; h < p.NumHeads() && p.sink_deviation != 0.0f; ++h) {
+    inputs.sink_logits.push_back(random.Chance(0.2) ? kNoSinkLogit : p.sink_deviation * random.Normal());
+  }
+
   DrawTokens(random, inputs);
   inputs.past_key = Tensor<T>(p.batch * p.kv_num_heads * p.PastCapacity() * p.head_size);
   inputs.past_value = Tensor<T>(p.batch * p.kv_num_heads * p.PastCapacity() * p.value_head_size);
@@ -219,6 +223,7 @@ Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::Instr
   a.scale = inputs.Scale();
   a.softcap = p.softcap;
   a.sliding_window = p.window;
+  if (!inputs.sink_logits.empty()) a.sink_logits = inputs.sink_logits.data();
   a.calibrated_count = inputs.CalibratedCount();
   a.calibrated_index = inputs.calibrated_index.data();
   a.beta = inputs.beta.data();

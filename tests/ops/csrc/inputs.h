@@ -43,6 +43,7 @@ struct Inputs {
   std::vector<int64_t> mask;
   std::vector<int64_t> calibrated_index;
   std::vector<float> beta;
+  std::vector<float> sink_logits;  // by head; empty = none
   Tensor<T> query;
   Tensor<T> key;
   Tensor<T> value;

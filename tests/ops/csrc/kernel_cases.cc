@@ -121,6 +121,28 @@ std::vector<Feature> Features() {
       });
     }
   }
+  for (const float deviation : {1.0f, 5.0f, 40.0f}) {
+    add("sinks=" + text(deviation), [&](Problem& p) {
+      p.sink_deviation = deviation;
+      p.padding = Padding::kMixed;
+      p.threshold = 0.001f;
+    });
+  }
+  add("sinks,softcap,window", [](Problem& p) {
+    p.sink_deviation = 3.0f;
+    p.softcap = 1.5f;
+    p.window = 17;
+    p.threshold = 0.01f;
+  });
+  for (const float beta : {0.4f, 1.7f}) {
+    add("sinks,planted=8,beta=" + text(beta), [&](Problem& p) {
+      p.sink_deviation = 9.0f;
+      p.deviation = 0.5f;
+      p.planted_logit = 8.0f;
+      p.beta = {beta};
+      p.threshold = 0.001f;
+    });
+  }
   for (const Heads heads : kCalibratedHeads) {
     add(std::string("calibrated=") + Name(heads), [&](Problem& p) { p.calibrated = heads; });
   }

@@ -36,6 +36,7 @@ Problem Draw(uint64_t seed, Random& random, int64_t sequence, int64_t past) {
   p.sinks_in_place = random.Chance(0.8) ? p.cache_in_place : !p.cache_in_place;
   p.poisoned = random.Chance(0.4);
   p.poisoned_queries = random.Chance(0.1);
+  p.sink_deviation = random.Pick({0.0f, 0.0f, 0.0f, 1.0f, 5.0f, 40.0f});
   return p;
 }
 
@@ -88,7 +89,7 @@ std::string Describe(const Problem& p) {
   for (const float beta : p.beta) text << ' ' << beta;
   text << ", threshold " << p.threshold << (p.relative_threshold ? " relative" : " absolute") << ", cache in place "
        << p.cache_in_place << ", sinks in place " << p.sinks_in_place << ", poisoned " << p.poisoned
-       << ", poisoned queries " << p.poisoned_queries;
+       << ", poisoned queries " << p.poisoned_queries << ", sink deviation " << p.sink_deviation;
   return text.str();
 }
 

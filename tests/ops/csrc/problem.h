@@ -39,8 +39,9 @@ struct Problem {
   Padding padding = Padding::kNone;
   int64_t window = -1;
   float softcap = 0.0f;
-  float deviation = 1.0f;      // standard deviation of the logits
-  float planted_logit = 0.0f;  // not 0: a few keys have this logit, half of it, or minus one of the two, in every row
+  float deviation = 1.0f;       // standard deviation of the logits
+  float sink_deviation = 0.0f;  // of the learned sink logits; 0 = none
+  float planted_logit = 0.0f;   // not 0: a few keys have this logit, half of it, or minus one of the two, in every row
   Heads calibrated = Heads::kAll;
   std::vector<float> beta = {0.4f};  // of the calibrated heads in turn
   float threshold = 0.05f;

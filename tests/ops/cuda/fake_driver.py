@@ -92,6 +92,7 @@ class AttentionCall(ctypes.Structure):
         ("calibrated_count", ctypes.c_int64),
         ("calibrated_heads", ctypes.c_void_p),
         ("beta", ctypes.c_void_p),
+        ("sink_logits", ctypes.c_void_p),
         ("threshold", ctypes.c_float),
         ("relative_threshold", ctypes.c_int32),
     )

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from act_export.ops.schema import NO_SINK_LOGIT
 from act_export.reference import attention_probabilities, calibrate_with_state, calibrated_attention
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,6 +43,7 @@ class Case:
     padding: str = "left"
     sharpness: float = 1.0
     in_place: bool = False
+    sink_logits: tuple[float, ...] = ()
     seed: int = 0
 
     @property
@@ -51,8 +53,9 @@ class Case:
     @property
     def attributes(self) -> dict:
         names = ("num_heads", "kv_num_heads", "softcap", "sliding_window", "calibrated_heads", "beta", "threshold")
+        names += ("threshold_mode", "sink_logits")
         scale = self.head_size**-0.5 if self.scale is None else self.scale
-        return {"scale": scale, "threshold_mode": self.threshold_mode, **{name: getattr(self, name) for name in names}}
+        return {"scale": scale, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass
@@ -138,6 +141,7 @@ def eager_output(case: Case, inputs: Inputs) -> Tensor:
         scale=attributes["scale"],
         softcap=case.softcap,
         sliding_window=case.sliding_window,
+        sink_logits=case.sink_logits,
     )
     heads = list(case.calibrated_heads)
     if heads:
@@ -196,6 +200,7 @@ def run(driver, case: Case, inputs: Inputs, function: str = "ActCudaAttention") 
     output = buffers.place(query.new_full((case.batch, case.sequence, case.num_heads * case.value_size), torch.nan))
     heads = np.array(case.calibrated_heads, np.int32)
     beta = np.array(case.beta * (len(heads) if len(case.beta) == 1 else 1), np.float32)
+    sinks = np.array(case.sink_logits, np.float32) if case.sink_logits else None
     attributes = case.attributes
     call = AttentionCall(
         batch=case.batch,
@@ -224,6 +229,7 @@ def run(driver, case: Case, inputs: Inputs, function: str = "ActCudaAttention") 
         calibrated_count=len(heads),
         calibrated_heads=address(heads),
         beta=address(beta),
+        sink_logits=address(sinks),
         threshold=case.threshold,
         relative_threshold=case.threshold_mode == "relative",
     )
@@ -256,8 +262,10 @@ def compare(driver, case: Case) -> None:
         assert error <= 2 * pytorch, f"error {error:.2e}, PyTorch's {pytorch:.2e}"
 
 
+SINKS = (1.5, NO_SINK_LOGIT, -2.0, 4.0)
 PROMPT = Case(sequence=200)
 DECODE = Case(sequence=1, past=150)
+SHORT, SHORT_DECODE = replace(PROMPT, sequence=70), replace(DECODE, past=70)
 
 CASES = {
     "prompt": PROMPT,
@@ -281,6 +289,11 @@ CASES = {
     "no rest": replace(PROMPT, threshold=0.0, sharpness=4.0, beta=(0.0,)),
     "clamped": replace(PROMPT, threshold=0.002, sharpness=3.0, beta=(2.0,)),
     "in place": replace(PROMPT, past=9, in_place=True),
+    "sinks": replace(SHORT, sink_logits=SINKS, threshold=0.01, padding="holes"),
+    "sinks, no calibrated head": replace(SHORT, sink_logits=SINKS, calibrated_heads=(), padding="right"),
+    "sinks, soft cap, window": replace(SHORT, sink_logits=SINKS, softcap=2.0, sliding_window=37, threshold=0.01),
+    "sinks, little rest": replace(SHORT, sink_logits=SINKS, threshold=0.0005, sharpness=4.0, beta=(1.6, 0.0)),
+    "sinks that draw everything": replace(SHORT, sink_logits=(14.0,) * 4, threshold=0.0, beta=(0.0,)),
     "two blocks of the mask": Case(
         sequence=17, past=4100, batch=1, num_heads=1, kv_num_heads=1, calibrated_heads=(0,)
     ),
@@ -299,6 +312,13 @@ CASES = {
     "decode, in place": replace(DECODE, in_place=True),
     "decode, in place, window": replace(DECODE, in_place=True, sliding_window=37),
     "decode, long cache": Case(sequence=1, past=4200, batch=1, num_heads=2, kv_num_heads=1, calibrated_heads=(1,)),
+    "decode, sinks": replace(SHORT_DECODE, sequence=3, sink_logits=SINKS, threshold=0.01, padding="holes"),
+    "decode, sinks, no calibrated head": replace(SHORT_DECODE, sink_logits=SINKS, calibrated_heads=()),
+    "decode, sinks, soft cap, window": replace(SHORT_DECODE, sink_logits=SINKS, softcap=2.0, sliding_window=5),
+    "decode, sinks, little rest": replace(
+        SHORT_DECODE, sink_logits=SINKS, threshold=0.001, sharpness=4.0, beta=(1.6, 0.0)
+    ),
+    "decode, sinks that draw everything": replace(SHORT_DECODE, sink_logits=(14.0,) * 4, threshold=0.0, beta=(0.0,)),
     "decode, value size of its own": replace(DECODE, head_size=48, value_head_size=32),
 }  # fmt: skip
 
@@ -313,7 +333,9 @@ HALF_CASES = (
     "little rest",
     "no rest",
     "in place",
+    "sinks",
     "decode",
+    "decode, sinks",
     "decode, more heads of a group",
     "decode, little rest",
     "decode, no rest",
@@ -350,6 +372,7 @@ def test_odd_shapes(driver, data):
         beta=(data.draw(st.sampled_from([0.0, 0.4, 1.0, 1.7])),),
         padding=data.draw(st.sampled_from(["none", "left", "right", "holes"])),
         in_place=data.draw(st.booleans()),
+        sink_logits=tuple(data.draw(st.sampled_from([[], [-1.0, 0.5, 3.0, 12.0, NO_SINK_LOGIT, 0.0][:num_heads]]))),
         seed=data.draw(st.integers(0, 2**16)),
     )
     compare(driver, case)

@@ -191,7 +191,7 @@ def test_a_call_runs_in_the_interpreter(driver):
 
 def test_a_call_without_memory_frees_what_it_has(driver):
     call, _ = call_of_one_token()
-    for allocations in range(4):  # three of the calibration, one of the call
+    for allocations in range(5):  # four of the node, one of the call
         driver.library.FakeCudaFailAllocations(allocations)
         with pytest.raises(RuntimeError, match=r"allocating \d+ bytes.* failed: CUDA_ERROR_OUT_OF_MEMORY"):
             driver.attention("float32", call)
