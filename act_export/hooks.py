@@ -10,7 +10,7 @@ model's own cache, joins past and new keys. No T x T mask is ever built.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from act_export.calibration import Calibration
 from act_export.checkpoint import layers_and_heads
 from act_export.errors import ActExportError
 from act_export.reference import calibrated_attention
+from act_export.support import why_unsupported_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION_NAME = "act_export"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _HARMLESS_KEYWORDS = {"position_ids", "cache_position", "position_embeddings"}  # used before the attention
 
 
@@ -67,6 +67,7 @@ class AttentionCall(NamedTuple):
         sliding_window: -1 for none.
         past: None on a first call.
         one_at_a_time: Each row is calibrated with the statistics up to itself, as if it came in a call of its own.
+        sink_logits: Learned logit of one more key without a value (num_heads,); None where the model has none.
     """
 
     layer: int
@@ -79,6 +80,7 @@ class AttentionCall(NamedTuple):
     sliding_window: int
     past: LayerState | None
     one_at_a_time: bool = False
+    sink_logits: Tensor | None = None
 
 
 class AttentionHook(Protocol):
@@ -207,10 +209,11 @@ class HookedModel:
 
     def __call__(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor,
         state: Sequence[LayerState] | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int = 0,
         one_at_a_time: bool = False,
@@ -218,10 +221,11 @@ class HookedModel:
         """One forward pass.
 
         Args:
-            input_ids: (batch, sequence).
+            input_ids: (batch, sequence); None with `inputs_embeds`.
             attention_mask: (batch, past + sequence), 1 for real tokens.
             state: The previous call's state; None for a first call.
-            position_ids: (batch, sequence); None to count the real tokens.
+            inputs_embeds: (batch, sequence, hidden size), instead of token ids.
+            position_ids: (batch, sequence), with M-RoPE also (3, batch, sequence); None to count the real tokens.
             logits_to_keep: Number of last positions to compute logits for; 0 for all.
             one_at_a_time: Gives what a call for each token would, which is how a decoder calls.
 
@@ -229,14 +233,17 @@ class HookedModel:
             UnsupportedModelError: If the model's attention didn't pass through the hook exactly once per layer, or asks
                 for something the operator doesn't have.
         """
+        tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         if position_ids is None:
-            position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
+            (new,) = tokens.values()
+            assert new is not None  # one of both is given
+            position_ids = positions(attention_mask)[:, -new.shape[1] :]
         states = state if state is not None else [None] * self.num_layers
         cache = SinkCache(states, attention_mask, one_at_a_time=one_at_a_time)
         extra = {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
         with activated(self.hook, cache):
             logits = self.model(
-                input_ids=input_ids,
+                **tokens,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=True,
@@ -289,6 +296,7 @@ class ReferenceAttention:
         """Takes the calibration to apply; None leaves every head as it is."""
         self.calibration = calibration
         self.sliding_windows: dict[int, int] = {}  # by layer, as the model asked for them
+        self.sink_logits: dict[int, Tensor] = {}  # of the layers that have some, (num_heads,)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Runs `act_export.reference.calibrated_attention`."""
@@ -297,6 +305,8 @@ class ReferenceAttention:
         layer = self.calibration.layer(call.layer) if self.calibration is not None else None
         heads = layer.heads if layer is not None else ()
         self.sliding_windows[call.layer] = call.sliding_window
+        if call.sink_logits is not None:
+            self.sink_logits[call.layer] = call.sink_logits.detach()
         past = call.past if call.past is not None else empty_state(call, len(heads))
         outputs = calibrated_attention(
             flatten_heads(call.query),
@@ -313,6 +323,7 @@ class ReferenceAttention:
             beta=layer.beta if layer is not None else (),
             threshold=layer.threshold if layer is not None else 0.0,
             threshold_mode=layer.threshold_mode if layer is not None else "absolute",
+            sink_logits=call.sink_logits,
         )
         return outputs.output, LayerState(*outputs[1:])
 
@@ -350,23 +361,33 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[Hook
     """Routes the model's attention through `hook` for the duration of the block.
 
     Raises:
-        UnsupportedModelError: If the attention can't be exchanged, or needs masks that a 2-D mask can't express.
+        UnsupportedModelError: If the attention can't be exchanged, or needs what the operator can't express.
     """
-    config = model.config
-    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    if others:
-        raise UnsupportedModelError(
-            f"{config.model_type} has layers of type {', '.join(sorted(others))}; only full and sliding-window "
-            f"attention can be calibrated"
-        )
-    num_layers, _ = layers_and_heads(config)
-    before = config._attn_implementation
+    reason = why_unsupported_model(model)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    num_layers, _ = layers_and_heads(model.config)
+    with _routed(model):
+        yield HookedModel(model, hook, num_layers)
+
+
+@contextmanager
+def _routed(model: PreTrainedModel) -> Iterator[None]:
+    """Has every attention layer of the model call `attend`."""
+    from act_export.adapters import ADAPTERS, adapted  # which call back
+
+    adapter = ADAPTERS.get(model.config.model_type)
+    if adapter is not None:
+        with adapted(model, adapter, ATTENTION_NAME):
+            yield
+        return
+    before = model.config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
     except ValueError as error:
-        raise UnsupportedModelError(_not_routed(config.model_type)) from error
+        raise UnsupportedModelError(_not_routed(model.config.model_type)) from error
     try:
-        yield HookedModel(model, hook, num_layers)
+        yield
     finally:
         model.set_attn_implementation(before)
 
@@ -416,22 +437,72 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of the model's own attention."""
-    hook, cache = active()
+    _, cache = active()
     layer = getattr(module, "layer_idx", None)
     name = type(module).__name__
     if layer is None:
         raise UnsupportedModelError(f"{name} doesn't know its layer_idx")
-    if s_aux is not None or position_bias is not None:
-        what = "learned sink logits" if s_aux is not None else "a position bias"
-        raise UnsupportedModelError(f"{name} adds {what} to the attention, which the operator can't express yet")
+    if position_bias is not None:
+        raise UnsupportedModelError(f"{name} adds a position bias to its attention, which the operator can't express")
+    if s_aux is not None and s_aux.shape != (query.shape[1],):
+        raise UnsupportedModelError(
+            f"{name} has sink logits of shape {tuple(s_aux.shape)}; the operator takes one for each of its "
+            f"{query.shape[1]} heads"
+        )
     if attention_mask is None or attention_mask.ndim != 2:
         raise UnsupportedModelError(f"{name} builds an attention mask of its own, which the operator can't express")
     for keyword, value_given in others.items():
         if keyword not in _HARMLESS_KEYWORDS and not isinstance(value_given, bool | int | float | str | None):
             raise UnsupportedModelError(f"{name} passes {keyword!r} to its attention, which the operator doesn't know")
+    output = attend(
+        module,
+        layer,
+        query,
+        key,
+        value,
+        scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+        softcap=float(softcap or 0.0),
+        sliding_window=_window_of(attention_mask, sliding_window, cache, name),
+        sink_logits=s_aux,
+    )
+    return output.view(*output.shape[:2], query.shape[1], -1), None
+
+
+def attend(
+    module: torch.nn.Module,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sliding_window: int = -1,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Has the running hook compute a layer's attention; arguments as in `AttentionCall`.
+
+    Args:
+        module: Named in errors.
+        layer: Index of the layer.
+        query: (batch, num_heads, sequence, head_size), rotary already applied.
+        key: (batch, kv_num_heads, sequence, head_size).
+        value: As `key`; its head size may be another.
+        scale: Multiplies the logits.
+        softcap: 0 for none.
+        sliding_window: -1 for none.
+        sink_logits: (num_heads,), or None.
+
+    Returns:
+        (batch, sequence, num_heads * head size of the value).
+
+    Raises:
+        UnsupportedModelError: If the layer's attention ran before in this forward pass.
+    """
+    hook, cache = active()
     cache.calls[layer] += 1
     if cache.calls[layer] > 1:
-        raise UnsupportedModelError(f"{_not_routed(name)}: layer {layer} called it twice")
+        raise UnsupportedModelError(f"{_not_routed(type(module).__name__)}: layer {layer} called it twice")
     output, cache.states[layer] = hook.attend(
         AttentionCall(
             layer=layer,
@@ -439,26 +510,28 @@ def _attention(
             key=key,
             value=value,
             attention_mask=cache.mask_on(query.device),  # the caller's own: transformers made the other one boolean
-            scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
-            softcap=float(softcap or 0.0),
-            sliding_window=_window_of(attention_mask, sliding_window, cache, name),
+            scale=scale,
+            softcap=softcap,
+            sliding_window=sliding_window,
             past=cache.states[layer],
             one_at_a_time=cache.one_at_a_time,
+            sink_logits=sink_logits,
         )
     )
-    return output.view(*output.shape[:2], query.shape[1], -1), None
+    return output
 
 
 def _plain_mask(
     *,
     attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
     allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     local_size: int | None = None,
     **_: Any,
 ) -> Tensor | None:
     """Hands the 2-D mask on; refuses masks that are more than causal, windowed and padded."""
-    if use_vmap or not allow_is_causal_skip:
+    if use_vmap or not (allow_is_causal_skip or mask_function is causal_mask_function):
         raise UnsupportedModelError(
             "the model overlays its causal mask with another (packed, blockwise or bidirectional); the operator can't "
             "express that"
