@@ -17,8 +17,9 @@ from act_export.export.precision import element_type
 from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
 from act_export.export.trace import trace
-from act_export.export.write import check_model, finish_model, metadata, save_model
+from act_export.export.write import WriteProgress, check_model, finish_model, metadata, save_model
 from act_export.runtime.providers import import_onnxruntime
+from act_export.vision import check_takes_embeddings
 
 
 def build_model(
@@ -30,11 +31,13 @@ def build_model(
     dtype: str = "float32",
     accuracy_level: int | None = None,
     block_size: int | None = None,
+    inputs_embeds: bool = False,
+    progress: WriteProgress | None = None,
 ) -> None:
     """Exports a checkpoint: graph at `path`, weights at `path` + ".data".
 
     Args:
-        checkpoint: The model, in float32.
+        checkpoint: The model, in float32; its weights may be streamed.
         calibration: Baked into the attention nodes; None or one without heads gives the plain baseline.
         path: The ONNX file; its folder must exist.
         source: Recorded in the file as what it was made from.
@@ -42,6 +45,8 @@ def build_model(
             which is of weights, with the rest in float32.
         accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None for the default.
         block_size: Of int8 and int4, weights that share a scale; None for the default.
+        inputs_embeds: The file takes embeddings instead of token ids; see `act_export.export.embedding`.
+        progress: Called before each weight is written, with the bytes that are written and all bytes.
 
     Raises:
         ActExportError: If `dtype` isn't one of these, a weight is too large for it, or the model isn't float32.
@@ -49,6 +54,8 @@ def build_model(
         RuntimeNotInstalledError: If int8 or int4 is asked for without ONNX Runtime, whose quantizer it takes.
         CalibrationError: If the calibration doesn't fit the model.
         UnsupportedModelError: If the model's attention can't be replaced.
+        TowerError: If embeddings are asked for and images need more than that.
+        CheckpointError: If the model is streamed, and its files can't be read any more.
         OutputError: If the disk is too full.
     """
     if calibration is not None:
@@ -63,11 +70,15 @@ def build_model(
             f"{checkpoint.name} is loaded as {loaded}; an export starts from float32: load_checkpoint(..., "
             f"dtype='float32'), and name the file's type when exporting: dtype={loaded!r}"
         )
-    model = slim(trace(checkpoint.model, calibration), weight_prefix="model.")
+    if inputs_embeds:
+        check_takes_embeddings(checkpoint.model)
+    read_weight = checkpoint.streamed.read if checkpoint.streamed is not None else None
+    traced = trace(checkpoint.model, calibration, inputs_embeds=inputs_embeds, read_weight=read_weight)
+    model = slim(traced, weight_prefix="model.")
     if stored != ir.DataType.FLOAT:
         ir.passes.Sequential(ShapeInferencePass(), ConvertPrecisionPass(stored))(model)
     if quantization is not None:
         QuantizeWeightsPass(quantization)(model)
     finish_model(model, metadata(calibration, checkpoint, source, dtype, quantization))
-    save_model(model, path)
+    save_model(model, path, progress)
     check_model(path)

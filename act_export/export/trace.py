@@ -16,7 +16,11 @@ from torch import Tensor
 from act_export.calibration import Calibration
 from act_export.checkpoint import layers_and_heads
 from act_export.errors import ActExportError
+from act_export.export import experts
+from act_export.export.hollow import ReadWeight, attach_weights, hollowed
 from act_export.export.operator import OperatorAttention, translation_table
+from act_export.export.passes.transpose_weights import TransposeWeightsPass
+from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.hooks import (
     HookedModel,
     LayerState,
@@ -26,6 +30,7 @@ from act_export.hooks import (
     attention_hook,
 )
 from act_export.ops import functions, schema
+from act_export.vision import hidden_size, one_rotation, position_axes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,13 +44,13 @@ class GraphNames:
     outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, num_layers: int, calibration: Calibration | None) -> GraphNames:
+    def of(cls, num_layers: int, calibration: Calibration | None, tokens: str = "input_ids") -> GraphNames:
         """Names for a model with this many layers; calibrated layers carry sink state too."""
         sinks = tuple(calibration.heads) if calibration is not None else ()
         cache = [f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
         return cls(
             inputs=(
-                "input_ids",
+                tokens,
                 "attention_mask",
                 "position_ids",
                 *(f"past_key_values.{name}" for name in cache),
@@ -59,6 +64,9 @@ class GraphNames:
         )
 
 
+_WEIGHT_PREFIX = "model."  # by `_GraphModule`
+
+
 class _GraphModule(torch.nn.Module):
     """The hooked model with the graph's flat inputs and outputs."""
 
@@ -69,7 +77,7 @@ class _GraphModule(torch.nn.Module):
         self._sink_layers = list(sink_layers)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: list[Tensor], sinks: list[Tensor]
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: list[Tensor], sinks: list[Tensor]
     ) -> tuple[Tensor, ...]:
         by_layer = dict(zip(self._sink_layers, sinks, strict=True))
         none = cache[0].new_zeros((0, 0, 0, 1), dtype=torch.float32)
@@ -77,7 +85,8 @@ class _GraphModule(torch.nn.Module):
             LayerState(key, value, by_layer.get(layer, none))
             for layer, (key, value) in enumerate(zip(cache[::2], cache[1::2], strict=True))
         ]
-        outputs = self._hooked(input_ids, attention_mask, state, position_ids=position_ids)
+        ids, embeds = (None, tokens) if tokens.is_floating_point() else (tokens, None)
+        outputs = self._hooked(ids, attention_mask, state, inputs_embeds=embeds, position_ids=position_ids)
         return (
             outputs.logits,
             *(part for layer in outputs.state for part in (layer.key, layer.value)),
@@ -85,24 +94,48 @@ class _GraphModule(torch.nn.Module):
         )
 
 
-def trace(model: PreTrainedModel, calibration: Calibration | None) -> ir.Model:
+def trace(
+    model: PreTrainedModel,
+    calibration: Calibration | None,
+    *,
+    inputs_embeds: bool = False,
+    read_weight: ReadWeight | None = None,
+) -> ir.Model:
     """Exports a model with the calibration (None: none) inside its attention nodes.
 
-    The batch, the new tokens and the cache have dynamic lengths. Weights stay the model's own memory.
+    The batch, the new tokens and the cache have dynamic lengths. Large weights are read when somebody asks for their
+    values, and not kept.
+
+    Args:
+        model: In float32.
+        calibration: None leaves every head as it is.
+        inputs_embeds: The graph takes embeddings (batch, sequence, hidden size) instead of token ids, and with M-RoPE
+            positions (3, batch, sequence).
+        read_weight: Where the model's large weights are zeros that stand for them: how to get one, by its name. None
+            for the model's own.
 
     Raises:
-        UnsupportedModelError: If the attention can't be replaced, or the graph doesn't hold one node per layer.
+        UnsupportedModelError: If attention or experts can't be replaced, or the graph doesn't hold one node per layer.
     """
+    experts.check_experts(model)
     num_layers, _ = layers_and_heads(model.config)
     sinks = list(calibration.heads) if calibration is not None else []
-    names = GraphNames.of(num_layers, calibration)
-    state = _probe(model, calibration)
+    names = GraphNames.of(num_layers, calibration, "inputs_embeds" if inputs_embeds else "input_ids")
+    state, sink_logits = _probe(model, calibration)
     batch, past, sequence = 2, 5, 3
     dims = {"batch": "batch_size", "past": "past_sequence_length"}
+    tokens = torch.zeros(batch, sequence, dtype=torch.long)
+    positions = torch.arange(past, past + sequence).repeat(batch, 1)
+    of_positions = {0: dims["batch"], 1: "sequence_length"}
+    if inputs_embeds:
+        tokens = torch.zeros(batch, sequence, hidden_size(model), dtype=model.dtype)
+        if position_axes(model) > 1:
+            positions = positions.repeat(position_axes(model), 1, 1)
+            of_positions = {1: dims["batch"], 2: "sequence_length"}
     example = {
-        "input_ids": torch.zeros(batch, sequence, dtype=torch.long),
+        "tokens": tokens,
         "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
-        "position_ids": torch.arange(past, past + sequence).repeat(batch, 1),
+        "position_ids": positions,
         "cache": [part for layer in state for part in (layer.key, layer.value)],
         "sinks": [state[layer].sink_scores for layer in sinks],
     }
@@ -110,7 +143,10 @@ def trace(model: PreTrainedModel, calibration: Calibration | None) -> ir.Model:
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),
-        attention_hook(model, OperatorAttention(calibration)) as hooked,
+        attention_hook(model, OperatorAttention(calibration, sink_logits)) as hooked,
+        experts.exportable_experts(model),
+        one_rotation(model),
+        hollowed(model) as own_weights,
         _quiet_exporter(),
     ):
         program = torch.onnx.export(
@@ -118,21 +154,27 @@ def trace(model: PreTrainedModel, calibration: Calibration | None) -> ir.Model:
             kwargs=example,
             dynamo=True,
             opset_version=functions.OPSET,
-            custom_translation_table=translation_table(),
+            custom_translation_table=translation_table() | experts.translation_table(),
             dynamic_shapes={
-                "input_ids": {0: dims["batch"], 1: "sequence_length"},
+                "tokens": {0: dims["batch"], 1: "sequence_length"},
                 "attention_mask": {0: dims["batch"], 1: "total_sequence_length"},
-                "position_ids": {0: dims["batch"], 1: "sequence_length"},
+                "position_ids": of_positions,
                 "cache": [cache_dims] * (2 * num_layers),
                 "sinks": [cache_dims] * len(sinks),
             },
             input_names=names.inputs,
             output_names=names.outputs,
             verbose=False,
+            optimize=False,  # with weights of zeros some would be taken for equal
         )
     if program is None:
         raise ActExportError("torch's exporter returned nothing")
+    attach_weights(program.model, own_weights, read_weight or own_weights.__getitem__, prefix=_WEIGHT_PREFIX)
+    TransposeWeightsPass()(program.model)
+    with as_unsupported(model.config.model_type), _quiet_exporter():
+        program.optimize()
     exported = program.model
+    UnrollExpertsPass()(exported)
     check_one_node_per_layer(exported, num_layers, calibration)
     return exported
 
@@ -161,12 +203,15 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _probe(model: PreTrainedModel, calibration: Calibration | None) -> list[LayerState]:
-    """Runs the model once under the hook: refuses it early, and gives a cache of the right shapes to export with."""
+def _probe(model: PreTrainedModel, calibration: Calibration | None) -> tuple[list[LayerState], dict[int, list[float]]]:
+    """Runs the model once under the hook, which refuses it early.
+
+    Returns:
+        A cache of the right shapes to export with, and the learned sink logits of the layers that have some: while the
+        model is traced its parameters have no values.
+    """
     ids = torch.zeros(2, 5, dtype=torch.long)
-    with (
-        torch.no_grad(),
-        as_unsupported(model.config.model_type),
-        attention_hook(model, ReferenceAttention(calibration)) as hooked,
-    ):
-        return hooked(ids, torch.ones_like(ids), logits_to_keep=1).state
+    reference = ReferenceAttention(calibration)
+    with torch.no_grad(), as_unsupported(model.config.model_type), attention_hook(model, reference) as hooked:
+        state = hooked(ids, torch.ones_like(ids), logits_to_keep=1).state
+    return state, {layer: logits.tolist() for layer, logits in reference.sink_logits.items()}

@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
 from act_export.export.quantize import Quantization
 from act_export.ops import functions, schema
+from act_export.vision import family_of, placeholders_of
 
 METADATA_PREFIX = "act_export."
 COMPANIONS = {
@@ -27,6 +28,8 @@ COMPANIONS = {
     "calibration.json",
     "chat_template.jinja",
     "config.json",
+    "embedding.onnx",
+    "embedding.onnx.data",
     "generation_config.json",
     "libact_ops.dll",
     "libact_ops.dylib",
@@ -44,6 +47,9 @@ _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
 
 
+WriteProgress = Callable[[int, int], None]
+
+
 class OutputError(ActExportError):
     """The output can't be written where it was asked for."""
 
@@ -57,6 +63,7 @@ def metadata(
 ) -> dict[str, str]:
     """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
     config = checkpoint.model.config
+    family, placeholders = family_of(checkpoint.model), placeholders_of(checkpoint.model)
     properties = {
         "version": __version__,
         "model": json.dumps(asdict(checkpoint.identity)),
@@ -67,9 +74,14 @@ def metadata(
                 "vocabulary": config.vocab_size,
                 "context": getattr(config, "max_position_embeddings", None),
                 "stop_tokens": stop_tokens(checkpoint),
+                **({"placeholders": placeholders} if placeholders else {}),
             }
         ),
     }
+    if family:
+        properties["family"] = family
+    if checkpoint.revision:
+        properties["revision"] = checkpoint.revision
     if quantization is not None:
         properties["accuracy_level"] = str(quantization.accuracy_level)
         properties["block_size"] = str(quantization.block_size)
@@ -102,8 +114,15 @@ def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:
     model.metadata_props.update(properties)
 
 
-def save_model(model: ir.Model, path: Path) -> None:
+def save_model(model: ir.Model, path: Path, progress: WriteProgress | None = None) -> None:
     """Writes graph and weights: `path`, and beside it `path` + ".data".
+
+    Weights are read one at a time, in the order of the graph's initializers, and not kept.
+
+    Args:
+        model: Its weights may be lazy.
+        path: The ONNX file.
+        progress: Called before each weight is written, with the bytes that are written and all bytes.
 
     Raises:
         OutputError: If the disk is too full.
@@ -112,7 +131,12 @@ def save_model(model: ir.Model, path: Path) -> None:
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
     check_free_space(path.parent, weights_bytes + _SPARE_BYTES)
-    ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=_INLINE_BYTES)
+
+    def report(_: ir.TensorProtocol, place: ir.external_data.CallbackInfo) -> None:
+        if progress is not None:
+            progress(place.offset, weights_bytes)
+
+    ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=_INLINE_BYTES, callback=report)
 
 
 def check_model(path: Path) -> None:

@@ -14,11 +14,6 @@ from act_export.calibration import Calibration, CalibrationError
 from act_export.export import build_model
 from act_export.export.write import OutputError
 from act_export.hooks import UnsupportedModelError
-from act_export.runtime import Session
-from act_export.verify.parity import verify_sessions
-
-# Every kind of attention and of rotary embedding: grouped, windowed, soft-capped, normalized, partial, none.
-REPRESENTATIVES = ("mistral", "qwen3", "gemma2", "phi", "gpt2", "opt")
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +105,6 @@ def test_strict_shape_inference(tiny_file):
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
-@pytest.mark.parametrize("architecture", REPRESENTATIVES)
-def test_representative_architectures(architecture, tmp_path):
-    checkpoint = tiny_checkpoint(architecture)
-    path = tmp_path / "model.onnx"
-    build_model(checkpoint, CALIBRATION, path)
-    report = verify_sessions(
-        checkpoint,
-        CALIBRATION,
-        {"native": lambda: Session.open(path), "portable": lambda: Session.open(path, native=False)},
-    )
-    assert report.passed, report
-    assert max(engine.max_difference for engine in report.engines) < 1e-4
-
-
 def test_a_calibration_of_another_model_is_refused(tiny, tmp_path):
     with pytest.raises(CalibrationError, match="layer 2 is out of range"):
         build_model(tiny, Calibration({2: (0,)}), tmp_path / "m.onnx")
@@ -132,7 +113,7 @@ def test_a_calibration_of_another_model_is_refused(tiny, tmp_path):
 
 def test_attention_that_misses_the_hook_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="once per layer"):
-        build_model(tiny_checkpoint("bloom"), None, tmp_path / "m.onnx")
+        build_model(tiny_checkpoint("gpt_neox_japanese"), None, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -3,74 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnx_ir.passes.common as common
-import onnxruntime
 import pytest
+from graphs import clean, operators, parse, run
 
 from act_export.export.passes.cancel_reshapes import CancelReshapesPass
-from act_export.export.passes.flatten_rotary import FlattenRotaryPass
 from act_export.export.passes.name_weights import NameWeightsPass
 from act_export.export.passes.pack_projections import PackProjectionsPass
 from act_export.export.passes.strip_metadata import StripMetadataPass
-
-
-def parse(text: str) -> ir.Model:
-    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def run(model: ir.Model, **feeds):
-    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
-    return session.run(None, feeds)
-
-
-def clean(model: ir.Model) -> ir.Model:
-    return common.RemoveUnusedNodesPass()(model).model
-
-
-def rotary_model(extra_use: bool = False, rotary_dim: int = 0) -> ir.Model:
-    half = (rotary_dim or 8) // 2
-    attributes = f"<rotary_embedding_dim: int = {rotary_dim}, num_heads: int = 3>"
-    extra = "o2 = Identity (r)" if extra_use else "o2 = Identity (y)"
-    rank = "[2, 3, 5, 8]" if extra_use else "[2, 5, 3, 8]"
-    return parse(f"""
-      <ir_version: 10, opset_import: ["" : 23]>
-      g (float[2, 5, 24] x, float[2, 5, {half}] c, float[2, 5, {half}] s) => (float[2, 5, 24] o, float{rank} o2)
-      <int64[4] four = {{2, 5, 3, 8}}, int64[3] three = {{2, 5, 24}}> {{
-        y = Reshape (x, four)
-        t = Transpose <perm: ints = [0, 2, 1, 3]> (y)
-        r = RotaryEmbedding {attributes} (t, c, s)
-        b = Transpose <perm: ints = [0, 2, 1, 3]> (r)
-        o = Reshape (b, three)
-        {extra}
-      }}""")
-
-
-@pytest.mark.parametrize("rotary_dim", [0, 4])
-def test_flatten_rotary_keeps_the_result(rotary_dim):
-    rng = np.random.default_rng(0)
-    half = (rotary_dim or 8) // 2
-    feeds = {
-        "x": rng.standard_normal((2, 5, 24)).astype(np.float32),
-        "c": rng.standard_normal((2, 5, half)).astype(np.float32),
-        "s": rng.standard_normal((2, 5, half)).astype(np.float32),
-    }
-    before = run(rotary_model(rotary_dim=rotary_dim), **feeds)
-    model = clean(FlattenRotaryPass()(rotary_model(rotary_dim=rotary_dim)).model)
-    assert "Transpose" not in operators(model)
-    for new, old in zip(run(model, **feeds), before, strict=True):
-        np.testing.assert_allclose(new, old, atol=1e-6)
-
-
-def test_flatten_rotary_leaves_other_uses_alone():
-    model = rotary_model(extra_use=True)
-    assert not FlattenRotaryPass()(model).modified
-    assert operators(model).count("Transpose") == 2
 
 
 def test_cancel_reshapes_drops_a_round_trip():
@@ -108,6 +48,22 @@ def test_name_weights():
     product.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'wrapper.layers.0.q_proj', 'linear']"
     NameWeightsPass("wrapper.")(model)
     assert set(model.graph.initializers) == {"layers.0.q_proj.weight_transposed", "val_4"}
+
+
+def test_name_weights_of_norms_and_tables():
+    model = parse("""
+      <ir_version: 10, opset_import: ["" : 23]>
+      g (float[2, 2] x, int64[3] i) => (float[2, 2] o, float[3, 2] t)
+      <float[2] add_3 = {1, 2}, float[2] add_4 = {1, 2}, float[2, 2] val_5 = {1, 2, 3, 4}> {
+        y = RMSNormalization (x, add_3)
+        z = RMSNormalization (y, add_4)
+        o = Add (z, add_4)
+        t = Gather (val_5, i)
+      }""")
+    for node, module in zip(model.graph, ("a.norm", "b.norm", "c", "rope"), strict=True):
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', '{module}', 'x']"
+    NameWeightsPass("")(model)
+    assert set(model.graph.initializers) == {"a.norm.scale", "add_4", "rope.table"}
 
 
 def test_strip_metadata():

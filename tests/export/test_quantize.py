@@ -40,7 +40,7 @@ def files(checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     wanted = {"int4": ("int4", 1), "int8": ("int8", 1), "default": ("int4", None)}
     slimmed = ir.to_proto(slim(trace(checkpoint.model, CALIBRATION), weight_prefix="model."))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("act_export.export.build.trace", lambda *_: None)
+        patch.setattr("act_export.export.build.trace", lambda *_, **__: None)
         patch.setattr("act_export.export.build.slim", lambda *_, **__: ir.from_proto(slimmed))
         for name, (dtype, level) in wanted.items():
             build_model(checkpoint, CALIBRATION, folder / f"{name}.onnx", dtype=dtype, accuracy_level=level)

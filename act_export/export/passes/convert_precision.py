@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from act_export.errors import ActExportError
+from act_export.export.routing import routing_nodes
 from act_export.hooks import UnsupportedModelError
 from act_export.ops import schema
 
@@ -34,10 +35,12 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
       where they meet activations, once for all layers, as transformers does it;
     - the running column sums;
     - the logits, and the scale or cap that is applied to them: one Cast follows the product with the vocabulary.
-      transformers scales and caps in the half type.
+      transformers scales and caps in the half type;
+    - the choice of experts, from the product with the router's weights on: rounding it chooses others.
 
-    Norms and attention compute in float32 inside their operator. No layer gets a Cast. Weights are rounded when they
-    are written, one at a time; one too large for the type raises `WeightRangeError` then.
+    Norms and attention compute in float32 inside their operator. No layer gets a Cast, but for two around a choice of
+    experts. Weights are rounded when they are written, one at a time; one too large for the type raises
+    `WeightRangeError` then.
     """
 
     def __init__(self, dtype: ir.DataType) -> None:
@@ -138,11 +141,11 @@ def _plan(graph: ir.Graph, dtype: ir.DataType) -> _Plan:
     for value in graph.inputs:
         if value.dtype == _FLOAT:
             plan.storage[value] = _FLOAT if _SINK_SCORES in str(value.name) else dtype
-    scaling = _scaling_of_logits(_logits(graph))
+    whole = _scaling_of_logits(_logits(graph)) | routing_nodes(graph)
     computed_constants = _computed_constants(graph)
     for node in graph:
         if node not in computed_constants:
-            _decide(plan, node, _FLOAT if node in scaling else _type_by_inputs(node, plan, dtype))
+            _decide(plan, node, _FLOAT if node in whole else _type_by_inputs(node, plan, dtype))
     for node in reversed(computed_constants):
         readers = {plan.targets[user] for output in node.outputs for user, _ in output.uses()}
         _decide(plan, node, _FLOAT if readers == {_FLOAT} or node.op_type in _OF_ATTRIBUTES else dtype)

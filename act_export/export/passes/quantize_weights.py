@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from act_export.export.quantize import (
     DOMAIN_VERSION,
     Quantization,
     QuantizationError,
+    QuantizedWeight,
     quantize_weight,
 )
+from act_export.export.routing import routing_nodes
 
 _IDS = "input_ids"
 _BITS_OF_TOKENS = 8
@@ -26,9 +29,9 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     Products are MatMul, and Gemm with its bias. The table of tokens and the output matrix, the last product, take 8
     bits in an int4 model too: the error of the output matrix goes into the logits as it is. Where the two are tied they
     are stored once. A table whose rows aren't whole blocks stays float32, and so do biases, norms, tables of positions,
-    and activations between operators.
+    what chooses experts, and activations between operators.
 
-    Weights are quantized one at a time; the results are held in memory.
+    Weights are quantized when they are written, one at a time, so that neither they nor the results fill the memory.
     """
 
     def __init__(self, quantization: Quantization) -> None:
@@ -44,7 +47,8 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
             RuntimeNotInstalledError: If ONNX Runtime isn't installed.
         """
         graph = model.graph
-        products = [product for node in graph for product in _product(node)]
+        routing = routing_nodes(graph)
+        products = [product for node in graph if node not in routing for product in _product(node)]
         if not products:
             raise QuantizationError(
                 "the graph has no matrix product by a weight, so there is nothing to quantize; pass --dtype float32"
@@ -53,10 +57,11 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         of_tokens = replace(self.quantization, bits=_BITS_OF_TOKENS)
         in_8_bits = {products[-1].matrix, *(lookup.table for lookup in lookups)}
         stored: dict[_Matrix, _Stored] = {}
+        quantized = functools.lru_cache(maxsize=1)(_quantized)  # blocks and scales are written one after the other
         for matrix in [*(product.matrix for product in products), *(lookup.table for lookup in lookups)]:
             if matrix not in stored:
                 quantization = of_tokens if matrix in in_8_bits else self.quantization
-                stored[matrix] = _store(graph, matrix, quantization)
+                stored[matrix] = _store(graph, matrix, quantization, quantized)
         for product in products:
             _replace_product(graph, product, stored[product.matrix])
         for lookup in lookups:
@@ -74,6 +79,13 @@ class _Matrix:
 
     value: ir.Value
     outputs_first: bool
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        assert self.value.const_value is not None  # by `_is_weight`
+        first, second = (int(size) for size in self.value.const_value.shape.numpy())
+        return (first, second) if self.outputs_first else (second, first)
 
     def by_outputs(self) -> np.ndarray:
         """(outputs, inputs)."""
@@ -157,16 +169,47 @@ def _lookup(node: ir.Node, block_size: int) -> Iterator[_Lookup]:
         yield _Lookup(node, _Matrix(table, outputs_first=True))
 
 
-def _store(graph: ir.Graph, matrix: _Matrix, quantization: Quantization) -> _Stored:
-    weight = matrix.by_outputs()
-    blocks = quantize_weight(weight, quantization)
+_Quantize = Callable[[_Matrix, Quantization], QuantizedWeight]
+
+
+def _quantized(matrix: _Matrix, quantization: Quantization) -> QuantizedWeight:
+    return quantize_weight(matrix.by_outputs(), quantization)
+
+
+def _store(graph: ir.Graph, matrix: _Matrix, quantization: Quantization, quantized: _Quantize) -> _Stored:
+    outputs, inputs = matrix.sizes
+    blocks = -(-inputs // quantization.block_size)
+    block_bytes = quantization.block_size * quantization.bits // 8
     name = str(matrix.value.name).removesuffix("_transposed")
+
+    def packed() -> ir.TensorProtocol:
+        return ir.Tensor(quantized(matrix, quantization).packed)
+
+    def scales() -> ir.TensorProtocol:
+        return ir.Tensor(quantized(matrix, quantization).scales)
+
     return _Stored(
-        _register(graph, f"{name}_Q{quantization.bits}", blocks.packed),
-        _register(graph, f"{name}_scales", blocks.scales),
+        _register_lazy(
+            graph, f"{name}_Q{quantization.bits}", packed, ir.DataType.UINT8, (outputs, blocks, block_bytes)
+        ),
+        _register_lazy(graph, f"{name}_scales", scales, ir.DataType.FLOAT, (outputs, blocks)),
         quantization,
-        *weight.shape,
+        outputs,
+        inputs,
     )
+
+
+def _register_lazy(
+    graph: ir.Graph,
+    name: str,
+    values: Callable[[], ir.TensorProtocol],
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+) -> ir.Value:
+    tensor = ir.LazyTensor(values, dtype=dtype, shape=ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _register(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
