@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from act_export.errors import ActExportError, VerificationError
+from act_export.hub import is_on_hub
 
 if TYPE_CHECKING:
     from act_export.calibration import Calibration
-    from act_export.checkpoint import Checkpoint
+    from act_export.checkpoint import Checkpoint, Fetched
 
 EXIT_FAILED_PARITY = 1
 EXIT_UNUSABLE = 2
@@ -84,6 +85,13 @@ def fail(message: str, code: int) -> NoReturn:
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
 ]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REVISION", help="Of a hub id: branch, tag or commit; or owner/name@REVISION."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint, if it needs any.")
+]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file, or the folder with it.")]
 TaskOption = Annotated[
     str | None, typer.Option("--task", metavar="NAME", help="Search heads on this task, or the task of a file *.json.")
@@ -135,14 +143,46 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load_model(
-    model: str, *, dtype: str = "float32", device: str | None = None, device_map: str | None = None
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    stream: bool | None = False,
 ) -> Checkpoint:
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
+    fetched = None
+    if is_on_hub(model):
+        from act_export.placement import Placement
+
+        Placement(dtype, device, device_map)  # refused before a download
+        fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
     with status() as step:
         step(f"loading {model}")
-        from act_export.checkpoint import load_checkpoint
+        from act_export.checkpoint import load_checkpoint, load_fetched
 
-        return load_checkpoint(model, dtype=dtype, device=device, device_map=device_map)
+        if fetched is not None:
+            return load_fetched(fetched, dtype=dtype, device=device, device_map=device_map, stream=stream)
+        return load_checkpoint(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            stream=stream,
+        )
+
+
+def fetch_model(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Fetched:
+    """Gets MODEL's files, while the hub client shows its own bars; see `act_export.checkpoint.fetch_checkpoint`."""
+    if is_on_hub(model):
+        note(f"looking for {model} on the hub, or in its cache")
+    from act_export.checkpoint import fetch_checkpoint
+
+    return fetch_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def names_of(given: list[str] | None) -> tuple[str, ...]:

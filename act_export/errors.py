@@ -11,3 +11,7 @@ class VerificationError(ActExportError):
 
 class SessionError(ActExportError):
     """A file that ONNX Runtime can't run as an act-export model, or an input that doesn't fit it."""
+
+
+class CheckpointError(ActExportError):
+    """A checkpoint that can't be found, downloaded or loaded."""
