@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import platformdirs
 
 from act_export.errors import ActExportError
+
+_BLOCK_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -41,3 +45,32 @@ def write_whole(path: Path, content: str | bytes) -> None:
         whole = Path(own) / path.name
         whole.write_bytes(content.encode() if isinstance(content, str) else content)
         whole.replace(path)
+
+
+def join_whole(path: Path, parts: Sequence[Path], *, sha256: str) -> str:
+    """Writes files one after another into one, whole or not at all, holding little of them in memory.
+
+    Args:
+        path: The file to write.
+        parts: The files, in their order.
+        sha256: What the whole file must have, in hexadecimal; with another nothing is written.
+
+    Returns:
+        The SHA-256 that it has.
+
+    Raises:
+        OSError: If a part can't be read, or the file can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as own:
+        whole = Path(own) / path.name
+        with whole.open("wb") as joined:
+            for part in parts:
+                with part.open("rb") as source:
+                    while block := source.read(_BLOCK_BYTES):
+                        digest.update(block)
+                        joined.write(block)
+        if digest.hexdigest() == sha256:
+            whole.replace(path)
+    return digest.hexdigest()

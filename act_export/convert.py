@@ -14,6 +14,7 @@ from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint, public_name
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
+from act_export.export.embedding import write_embedding
 from act_export.export.quantize import BITS
 from act_export.export.write import check_output, is_file_output, publish, staged
 from act_export.graft.pack_sink_state import pack_file
@@ -21,13 +22,16 @@ from act_export.ops.library import library_path
 from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
 from act_export.runtime.session import placement_of
+from act_export.runtime.token_input import EMBEDDING_FILE
 from act_export.search import Progress, SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
+from act_export.streamed.cut import LAYERS, cut_calibration, cut_checkpoint, describe_cut
 from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
 from act_export.verify.dequantized import dequantized
 from act_export.verify.inspect import inspect_file
 from act_export.verify.parity import verify_sessions
 from act_export.verify.parity_report import CaseResult, ParityReport
+from act_export.vision import config_of
 
 DEFAULT_TASK = "sst2"
 DEFAULT_SEED = 0
@@ -127,6 +131,7 @@ def resolve_calibration(
         return calibration.with_overrides(
             beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
         )
+    _refuse_search(checkpoint)
     if checkpoint.tokenizer is None:
         raise ActExportError(
             f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE or "
@@ -158,8 +163,19 @@ def _calibration_without_search(
     if recipes:
         notice(announce(recipes[0], recipes[1:]))
         return recipes[0].calibration
-    notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
+    if checkpoint.streamed is None:
+        notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
     return None
+
+
+def _refuse_search(checkpoint: Checkpoint) -> None:
+    """Raises ActExportError if the model's weights aren't in memory."""
+    if checkpoint.streamed is not None:
+        raise ActExportError(
+            f"{checkpoint.name} is read one weight at a time, and a search needs it in memory; pass --plain, "
+            f"--calibration FILE or a shipped recipe's name, or search first: act-export search --dtype bfloat16 takes "
+            f"half the memory, --device-map auto several GPUs"
+        )
 
 
 def search_calibration(
@@ -190,6 +206,7 @@ def with_quantized_weights(checkpoint: Checkpoint, dtype: str, *, block_size: in
     """
     if dtype not in BITS:
         raise ActExportError(f"dtype is {dtype!r}, which quantizes no weights; pass --dtype {' or '.join(BITS)}")
+    _refuse_search(checkpoint)
     with tempfile.TemporaryDirectory(prefix="act-export-") as folder:
         path = Path(folder) / f"{dtype}.onnx"
         build_model(checkpoint, None, path, dtype=dtype, block_size=block_size)
@@ -205,6 +222,7 @@ def export_model(
     accuracy_level: int | None = None,
     block_size: int | None = None,
     state_in_cache: bool = False,
+    inputs_embeds: bool = False,
     verify: bool = True,
     device: str = "cpu",
     progress: Notice = lambda _: None,
@@ -219,7 +237,8 @@ def export_model(
         accuracy_level: Of int8 and int4; None for the default.
         block_size: Of int8 and int4; None for the default.
         state_in_cache: Keep the sink state in tensors named and shaped as a cache; see `pack_sink_state`.
-        verify: Compare with PyTorch running the reference.
+        inputs_embeds: The model takes embeddings instead of token ids; in a folder, `embedding.onnx` looks them up.
+        verify: Compare with PyTorch running the reference; of a streamed model a cut to its first layers.
         device: Where to compare: "cpu", "cuda" or "cuda:N". The files are the same.
         progress: Called with what is being done.
 
@@ -230,31 +249,71 @@ def export_model(
     out = Path(out)
     check_output(out)
     name = out.name if is_file_output(out) else "model.onnx"
-    with staged(out) as folder:
-        progress("exporting")
+    if inputs_embeds and checkpoint.streamed is not None:
+        raise ActExportError(
+            f"{checkpoint.name} is read one weight at a time, which an export that takes embeddings can't be; load it "
+            f"whole: --no-stream"
+        )
+
+    def build(made_from: Checkpoint, baked: Calibration | None, path: Path, step: str) -> None:
+        progress(step)
         build_model(
-            checkpoint,
-            calibration,
-            folder / name,
+            made_from,
+            baked,
+            path,
             source=public_name(checkpoint.name),
             dtype=dtype,
             accuracy_level=accuracy_level,
             block_size=block_size,
+            inputs_embeds=inputs_embeds,
+            progress=lambda done, of: progress(f"{step}: {done / 1e9:.1f} of {of / 1e9:.1f} GB written"),
         )
         if state_in_cache:
-            pack_file(folder / name)
+            pack_file(path)
+
+    with staged(out) as folder:
+        report = None
+        if verify and checkpoint.streamed is not None:
+            report = _verify_cut(checkpoint, calibration, folder, build, device=device, progress=progress)
+            _refuse_failure(report)
+        build(checkpoint, calibration, folder / name, "exporting")
+        if inputs_embeds and not is_file_output(out):
+            write_embedding(checkpoint, folder / EMBEDDING_FILE, dtype=dtype)
         if not is_file_output(out):
             _add_companions(folder, checkpoint, calibration)
-        report = None
-        if verify:
+        if verify and checkpoint.streamed is None:
             report = verify_file(folder / name, checkpoint, calibration, device=device, progress=progress)
-            if not report.passed:
-                raise VerificationError(
-                    "the exported model disagrees with PyTorch by more than its precision allows; nothing was written\n"
-                    + describe_failures(report)
-                )
+            _refuse_failure(report)
         files = publish(folder, out.parent if is_file_output(out) else out)
     return Converted(tuple(files), calibration, report)
+
+
+def _refuse_failure(report: ParityReport) -> None:
+    if not report.passed:
+        raise VerificationError(
+            "the exported model disagrees with PyTorch by more than its precision allows; nothing was written\n"
+            + describe_failures(report)
+        )
+
+
+def _verify_cut(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    folder: Path,
+    build: Callable[[Checkpoint, Calibration | None, Path, str], None],
+    *,
+    device: str,
+    progress: Notice,
+) -> ParityReport:
+    """Parity of the first layers of a model that is too large to be compared whole, exported like the whole."""
+    progress(f"reading {LAYERS} layers")
+    cut, baked = cut_checkpoint(checkpoint), cut_calibration(calibration)
+    with tempfile.TemporaryDirectory(prefix="cut-", dir=folder) as place:
+        path = Path(place) / "cut.onnx"
+        build(cut, baked, path, f"exporting {LAYERS} layers")
+        report = verify_file(path, cut, baked, device=device, progress=progress)
+    remarks = (describe_cut(checkpoint, calibration), report.remark)
+    return replace(report, remark="; ".join(filter(None, remarks)))
 
 
 def verify_file(
@@ -297,6 +356,7 @@ def verify_file(
             precision=precision,
             rounding=rounding,
             pads_left=found.pads_left,
+            takes_embeddings=found.takes_embeddings,
             device=device,
             progress=progress,
         )
@@ -338,7 +398,8 @@ def _times(report: ParityReport, result: CaseResult) -> str:
 
 
 def _add_companions(folder: Path, checkpoint: Checkpoint, calibration: Calibration | None) -> None:
-    checkpoint.model.config.save_pretrained(folder)
+    takes_embeddings = (folder / EMBEDDING_FILE).is_file()
+    config_of(checkpoint.model, with_vision=takes_embeddings).save_pretrained(folder)
     if checkpoint.model.generation_config is not None:
         checkpoint.model.generation_config.save_pretrained(folder)
     if checkpoint.tokenizer is not None:

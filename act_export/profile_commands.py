@@ -16,11 +16,13 @@ from act_export.command_line import (
     DeviceOption,
     DtypeOption,
     ModelArgument,
+    RevisionOption,
     ScoringOption,
     SeedOption,
     ShotsOption,
     TasksOption,
     TruncateOption,
+    TrustOption,
     load_model,
     names_of,
     note,
@@ -64,6 +66,8 @@ def profile_command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Finds where the model's attention sinks are: by layer, head, position and token.
 
@@ -103,7 +107,14 @@ def profile_command(
     if calibration is not None:
         named_calibration(calibration)  # refused before long work
     questions = load_prompts(job)
-    checkpoint = load_model(model, dtype=dtype, device=device, device_map=device_map)
+    checkpoint = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     check_supported(checkpoint.model)
     shown = calibration_to_show(checkpoint, calibration, note)
     accuracies = accuracies_of(shown) if report and shown is not None else ()  # refused before long work

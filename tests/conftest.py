@@ -24,6 +24,13 @@ settings.register_profile("act-export", deadline=None, suppress_health_check=[He
 settings.load_profile("act-export")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes a file stays in one of them, for the models that it shares; the architectures share none."""
+    for item in items:
+        group = item.nodeid if item.path.name == "test_architectures.py" else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Checkpoint:
     return tiny_checkpoint()

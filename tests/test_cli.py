@@ -434,11 +434,11 @@ def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, expo
 
 
 def test_architecture_without_the_hook(tmp_path):
-    folder = save_checkpoint(tmp_path / "bloom", architecture="bloom")
+    folder = save_checkpoint(tmp_path / "japanese", architecture="gpt_neox_japanese")
     result = run(folder, "--out", tmp_path / "m.onnx", "--plain")
     assert result.exit_code == 2
-    assert "attention of bloom" in result.output
-    assert {path.name for path in tmp_path.iterdir()} == {"bloom"}
+    assert "attention of gpt_neox_japanese" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"japanese"}
 
 
 def test_a_failed_gate_is_exit_code_1_and_leaves_nothing(checkpoint_folder, heads_file, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ def test_bad_input_is_named_before_any_work(planted, here):
     (here / "list.jsonl").write_text("[]\n")
     (here / "empty.txt").write_text("")
     no_tokenizer = save_checkpoint(here / "bare", tokenizer=False)
-    bloom = save_checkpoint(here / "bloom", architecture="bloom")
+    japanese = save_checkpoint(here / "japanese", architecture="gpt_neox_japanese")
     (here / "bare" / "empty.txt").write_text("")
     for arguments, message in (
         (
@@ -160,12 +160,13 @@ def test_bad_input_is_named_before_any_work(planted, here):
         ((model, "--text", "empty.txt"), "empty.txt has no tokens"),
         ((model, "--text", rows, "--length", 10_000), "--length is 10000; the model takes"),
         ((no_tokenizer, "--data", rows), "has no tokenizer"),
-        ((bloom, "--data", rows), "attention of bloom"),
+        ((japanese, "--data", rows), "attention of gpt_neox_japanese"),
     ):
         result = act_export("profile", *arguments)
         assert result.exit_code == 2, (arguments, result.output)
         assert message in " ".join(result.stderr.split()), (arguments, result.stderr)
-    assert names(here) == {"folder.safetensors", "page.html", "mine.json", "list.jsonl", "empty.txt", "bare", "bloom"}
+    kept = {"folder.safetensors", "page.html", "mine.json", "list.jsonl", "empty.txt", "bare", "japanese"}
+    assert names(here) == kept
 
 
 def test_bad_input_of_a_report(planted, here):

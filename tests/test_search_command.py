@@ -247,8 +247,8 @@ def test_a_journal_of_something_else_is_refused(model: Path, rows: Path, other_r
 
 def test_a_model_without_a_tokenizer_or_hook_is_refused(rows: Path, tmp_path: Path, cache: Path) -> None:
     bare = save_checkpoint(tmp_path / "bare", tokenizer=False)
-    bloom = save_checkpoint(tmp_path / "bloom", architecture="bloom")
-    for folder, message in ((bare, "the model has no tokenizer"), (bloom, "attention of bloom")):
+    japanese = save_checkpoint(tmp_path / "japanese", architecture="gpt_neox_japanese")
+    for folder, message in ((bare, "the model has no tokenizer"), (japanese, "attention of gpt_neox_japanese")):
         result = run(folder, "--data", rows, "--out", tmp_path / "c.json", *SIZES)
         assert result.exit_code == 2
         assert message in result.output

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint, identify
 
-VOCABULARY = 259  # a token per byte, and three of its own
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+from tiny_models import VOCABULARY, tiny_model
+
+__all__ = ["CALIBRATION", "ROUTED", "VOCABULARY", "save_checkpoint", "tiny_checkpoint", "tiny_model", "tiny_tokenizer"]
+
 CALIBRATION = Calibration({0: (1,), 1: (0, 3)}, beta={0: (0.4,), 1: (0.2, 1.7)}, threshold=0.06)
-_COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_OTHERWISE_NAMED = {
-    "llama": {"tie_word_embeddings": True},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.4},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
-    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2},
-    "mistral": {"sliding_window": 7},
-    "gemma2": {"sliding_window": 7, "attn_logit_softcapping": 2.0},
-    "gemma3_text": {"sliding_window": 7},
-    "cohere2": {"sliding_window": 7},
-}
 ROUTED = (
     "llama",
     "mistral",
@@ -60,13 +36,6 @@ ROUTED = (
     "smollm3",
     "cohere2",
 )
-
-
-def tiny_model(architecture: str = "llama", seed: int = 0, **changes):
-    """A random model of an architecture, in evaluation mode."""
-    config = AutoConfig.for_model(architecture, **{**_COMMON, **_OTHERWISE_NAMED.get(architecture, {}), **changes})
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +106,7 @@ class CopiedDeviceCache(DeviceCache):
 
     def _run(
         self,
-        input_ids: NDArray[np.int64],
+        tokens: NDArray[Any],
         attention_mask: NDArray[np.int64],
         position_ids: NDArray[np.int64],
         logits_to_keep: int,
@@ -116,6 +116,6 @@ class CopiedDeviceCache(DeviceCache):
         for part in self.session.state_inputs:
             self._bind_past(part, self._buffers[part.name], self.length)
             self._bind_present(part, present[part.name], total)
-        logits = super()._run(input_ids, attention_mask, position_ids, logits_to_keep)
+        logits = super()._run(tokens, attention_mask, position_ids, logits_to_keep)
         self._buffers = present
         return logits

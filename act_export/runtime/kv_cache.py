@@ -30,6 +30,7 @@ class Cache(ABC):
         batch: Number of sequences.
         length: Positions so far.
         tokens: (batch,), how many of them are real tokens.
+        next_positions: (batch,), what the next real token's position is where none is given.
     """
 
     def __init__(self, session: Session, batch: int, capacity: int) -> None:
@@ -38,6 +39,7 @@ class Cache(ABC):
         self.batch = batch
         self.length = 0
         self.tokens = np.zeros(batch, np.int64)
+        self.next_positions = np.zeros(batch, np.int64)
         self._capacity = capacity
         self._mask = np.zeros((batch, capacity), np.int64)
         self._whole = True
@@ -54,17 +56,20 @@ class Cache(ABC):
 
     def step(
         self,
-        input_ids: NDArray[np.int64],
+        input_ids: NDArray[Any],
         token_mask: NDArray[np.int64] | None = None,
         *,
+        position_ids: NDArray[np.int64] | None = None,
         logits_to_keep: int = 1,
     ) -> NDArray[np.float32]:
         """One forward pass: a prompt, a chunk of one, or a token each.
 
         Args:
-            input_ids: The new tokens, (batch, sequence).
+            input_ids: The new tokens, (batch, sequence), or embeddings, see `Session.run`.
             token_mask: (batch, sequence), 1 for real tokens; None if all are. Prompts of different lengths are padded
                 on the left; a sequence that has ended gets padding.
+            position_ids: (batch, sequence), with M-RoPE also (3, batch, sequence); None goes on after the largest so
+                far, one for each real token.
             logits_to_keep: Number of last positions to return logits of; 0 for all.
 
         Returns:
@@ -75,24 +80,33 @@ class Cache(ABC):
                 context, ONNX Runtime fails, or the step before was interrupted.
         """
         self._check_whole()
-        shape = (self.batch, input_ids.shape[-1])
+        tokens = self.session.token_input.tokens(input_ids)
+        shape = (self.batch, tokens.shape[1])
         if token_mask is None:
             token_mask = np.ones(shape, np.int64)
-        if not input_ids.shape == token_mask.shape == shape:
+        if not tokens.shape[:2] == token_mask.shape == shape:
             raise SessionError(
-                f"input_ids has shape {input_ids.shape}, token_mask {token_mask.shape}; the cache is for {self.batch} "
-                f"sequences, so both need {shape}"
+                f"{self.session.token_input.name} has shape {tokens.shape}, token_mask {token_mask.shape}; the cache "
+                f"is for {self.batch} sequences, so both need {shape}"
             )
-        counts = self.tokens[:, None] + (token_mask != 0).cumsum(-1)
-        self.session.check(input_ids, counts[:, -1:], logits_to_keep)
-        total = self.length + input_ids.shape[1]
+        real = token_mask != 0
+        counts = self.tokens[:, None] + real.cumsum(-1)
+        self.session.check(counts[:, -1:], logits_to_keep)
+        if position_ids is None:
+            position_ids = np.maximum(self.next_positions[:, None] + real.cumsum(-1) - 1, 0)
+        elif position_ids.shape[-2:] != shape:
+            raise SessionError(f"position_ids has shape {position_ids.shape}; its last two must be {shape}")
+        position_ids = self.session.token_input.positions(position_ids)
+        total = self.length + shape[1]
         with self._in_between():
             if total > self._capacity:
                 self._grow(self._next_capacity(total))
             self._mask[:, self.length : total] = token_mask
             self.session.check_padding(self._mask[:, :total])
-            logits = self._run(input_ids, self._mask[:, :total], np.maximum(counts - 1, 0), logits_to_keep)
+            logits = self._run(tokens, self._mask[:, :total], position_ids, logits_to_keep)
             self.length, self.tokens = total, counts[:, -1]
+            largest = np.where(real, position_ids, -1).reshape(-1, *shape).max((0, 2))
+            self.next_positions = np.maximum(self.next_positions, largest + 1)
         return logits
 
     def state(self) -> State:
@@ -109,6 +123,7 @@ class Cache(ABC):
         self._forget()
         self.length = 0
         self.tokens = np.zeros(self.batch, np.int64)
+        self.next_positions = np.zeros(self.batch, np.int64)
         self._whole = True
 
     def _check_whole(self) -> None:
@@ -141,7 +156,7 @@ class Cache(ABC):
     @abstractmethod
     def _run(
         self,
-        input_ids: NDArray[np.int64],
+        tokens: NDArray[Any],
         attention_mask: NDArray[np.int64],
         position_ids: NDArray[np.int64],
         logits_to_keep: int,
@@ -157,34 +172,34 @@ class BoundCache(Cache):
         inner = session.onnxruntime_session
         self._binding = inner.io_binding()
         self._inner = inner  # which the binding doesn't keep alive itself in older versions
-        self._inputs: dict[str, NDArray[np.int64]] = {}  # keeps alive what is bound
+        self._inputs: dict[str, NDArray[Any]] = {}  # keeps alive what is bound
 
     def _run(
         self,
-        input_ids: NDArray[np.int64],
+        tokens: NDArray[Any],
         attention_mask: NDArray[np.int64],
         position_ids: NDArray[np.int64],
         logits_to_keep: int,
     ) -> NDArray[np.float32]:
         session = self.session
-        self._give("input_ids", input_ids)
+        self._give(session.token_input.name, tokens)
         if session.takes_positions:
             self._give("position_ids", position_ids)
         self._bind_input("attention_mask", np.ascontiguousarray(attention_mask))
         if session.keeps_logits:
             self._give("logits_to_keep", np.array(logits_to_keep))
-        logits = session.logits_array(self.batch, input_ids.shape[1], logits_to_keep)
+        logits = session.logits_array(self.batch, tokens.shape[1], logits_to_keep)
         where = ("cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
         self._binding.bind_output("logits", *where)
         session.run_bound(self._binding)
         return session.last(logits, logits_to_keep)
 
-    def _give(self, name: str, values: NDArray[np.int64]) -> None:
+    def _give(self, name: str, values: NDArray[Any]) -> None:
         """Binds a copy, which goes to the device at once."""
-        self._bind_input(name, np.array(values, np.int64, order="C"))
+        self._bind_input(name, np.array(values, order="C"))
 
-    def _bind_input(self, name: str, values: NDArray[np.int64]) -> None:
-        self._binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+    def _bind_input(self, name: str, values: NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, element_type(values.dtype), values.shape, values.ctypes.data)
         self._inputs[name] = values
 
 
@@ -230,7 +245,7 @@ class InPlaceCache(BoundCache):
         self._binding.bind_output(part.present, *where)
         self._buffers[part.name] = buffer
 
-    def _give(self, name: str, values: NDArray[np.int64]) -> None:
+    def _give(self, name: str, values: NDArray[Any]) -> None:
         """Binds a copy; where the shape is that of the step before, writes into what is bound."""
         bound = self._inputs.get(name)
         if bound is not None and bound.shape == values.shape:
@@ -260,12 +275,12 @@ class CopiedCache(Cache):
 
     def _run(
         self,
-        input_ids: NDArray[np.int64],
+        tokens: NDArray[Any],
         attention_mask: NDArray[np.int64],
         position_ids: NDArray[np.int64],
         logits_to_keep: int,
     ) -> NDArray[np.float32]:
         logits, self._state = self.session.run(
-            input_ids, attention_mask, self._state, position_ids, logits_to_keep=logits_to_keep
+            tokens, attention_mask, self._state, position_ids, logits_to_keep=logits_to_keep
         )
         return logits

@@ -26,12 +26,12 @@ from act_export.runtime.node_placement import NodePlacement, profile_run
 from act_export.runtime.packed_state import PROPERTY, PackedState
 from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.state import BFLOAT16, DTYPES, State, element_type, state_inputs
+from act_export.runtime.token_input import POSITIONS, TokenInput
 
 if TYPE_CHECKING:
     from act_export.runtime.device_memory import DeviceMemory
 
 _LOGITS_TO_KEEP = "logits_to_keep"
-_POSITIONS = "position_ids"
 _SINK_SCORES = "past_sink_scores."
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
 
@@ -56,17 +56,24 @@ class Limits:
         vocabulary: Number of token ids; None if it isn't recorded.
         context: Largest number of tokens of a sequence; None if there is none.
         stop_tokens: Generation ends after one of these.
+        placeholders: Tokens that stand for images, videos or sound.
     """
 
     vocabulary: int | None = None
     context: int | None = None
     stop_tokens: tuple[int, ...] = ()
+    placeholders: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, text: str) -> Limits:
         """Reads the file's record."""
         fields = json.loads(text)
-        return cls(fields.get("vocabulary"), fields.get("context"), tuple(fields.get("stop_tokens", ())))
+        return cls(
+            fields.get("vocabulary"),
+            fields.get("context"),
+            tuple(fields.get("stop_tokens", ())),
+            tuple(fields.get("placeholders", ())),
+        )
 
 
 class Session:
@@ -77,6 +84,7 @@ class Session:
         native: Whether the native library runs the attention, rather than the portable functions.
         device: Where it runs; caches are there too.
         properties: The file's act-export metadata, without its prefix.
+        token_input: What new tokens are given as: ids, or embeddings.
         state_inputs: The parts of the state, in the graph's order.
         logits_size: Logits of a position.
         logits_dtype: Their type.
@@ -103,6 +111,9 @@ class Session:
             if key.startswith("act_export.")
         }
         self._limits = Limits.from_json(self.properties.get("limits", "{}"))
+        limits = self._limits
+        self.token_input = TokenInput.of(inner, path, vocabulary=limits.vocabulary, placeholders=limits.placeholders)
+        self.token_input.shared_threads = shared_threads
         self.state_inputs = state_inputs(inner, partial(state_of_file, path))
         logits = next((output for output in inner.get_outputs() if output.name == "logits"), None)
         if not self.state_inputs or logits is None:
@@ -110,7 +121,7 @@ class Session:
         self.logits_size = logits.shape[-1]
         self.logits_dtype = DTYPES[logits.type]
         self.keeps_logits = any(given.name == _LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
-        self.takes_positions = any(given.name == _POSITIONS for given in inner.get_inputs())
+        self.takes_positions = self.token_input.position_axes > 0
         ours = "version" in self.properties
         graft = json.loads(self.properties.get("graft", "{}"))
         self.pads_left: bool = graft["pads_left"] if graft else ours or not _counts_tokens(path)
@@ -208,6 +219,10 @@ class Session:
         text = self.properties.get(PROPERTY)
         return PackedState.from_json(text) if text else None
 
+    def embed(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Of a file that takes embeddings: those of token ids, as `TokenInput.embed` says."""
+        return self.token_input.embed(input_ids)
+
     @property
     def onnxruntime_session(self) -> Any:
         """The `onnxruntime.InferenceSession`.
@@ -260,7 +275,7 @@ class Session:
 
     def run(
         self,
-        input_ids: NDArray[np.int64],
+        input_ids: NDArray[Any],
         attention_mask: NDArray[np.int64],
         state: State | None = None,
         position_ids: NDArray[np.int64] | None = None,
@@ -270,10 +285,11 @@ class Session:
         """One forward pass with states by value, for those who reorder or compare them; see `allocate` to generate.
 
         Args:
-            input_ids: (batch, sequence).
+            input_ids: (batch, sequence). Of a file that takes embeddings these, (batch, sequence, hidden size); token
+                ids are looked up where that can be done, see `TokenInput.embed`.
             attention_mask: (batch, past + sequence), 1 for real tokens.
             state: The previous run's; None for a first run.
-            position_ids: (batch, sequence); None counts the real tokens.
+            position_ids: (batch, sequence), with M-RoPE also (3, batch, sequence); None counts the real tokens.
             logits_to_keep: Number of last positions to return logits of; 0 for all.
 
         Raises:
@@ -281,7 +297,8 @@ class Session:
                 context, or ONNX Runtime fails.
         """
         inner = self.onnxruntime_session
-        batch, sequence = input_ids.shape
+        tokens = self.token_input.tokens(input_ids)
+        batch, sequence = tokens.shape[:2]
         if state is None:
             state = self.empty_state(batch)
         past = next(iter(state.values())).shape[2]
@@ -290,21 +307,21 @@ class Session:
                 f"attention_mask has shape {attention_mask.shape}; {batch} sequences with {past} cached and {sequence} "
                 f"new tokens need {(batch, past + sequence)}"
             )
-        self.check(input_ids, (attention_mask != 0).sum(-1), logits_to_keep)
+        self.check((attention_mask != 0).sum(-1), logits_to_keep)
         self.check_padding(attention_mask)
         feeds = {
-            "input_ids": input_ids.astype(np.int64, copy=False),
+            self.token_input.name: tokens,
             "attention_mask": attention_mask.astype(np.int64, copy=False),
             **state,
         }
         if self.takes_positions:
             if position_ids is None:
                 position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
-            feeds[_POSITIONS] = position_ids.astype(np.int64, copy=False)
+            feeds[POSITIONS] = self.token_input.positions(position_ids)
         if self.keeps_logits:
             feeds[_LOGITS_TO_KEEP] = np.array(logits_to_keep)
         if any(part.dtype == BFLOAT16 for part in self.state_inputs):
-            logits, present = self._run_by_address(feeds, past + sequence, logits_to_keep)
+            logits, present = self._run_by_address(feeds, (batch, sequence), past + sequence, logits_to_keep)
         else:
             outputs = ["logits", *(part.present for part in self.state_inputs)]
             with self._errors():
@@ -331,28 +348,20 @@ class Session:
         """Logits of the last positions (0: all), of a run that kept these or, by an older file, all."""
         return logits if self.keeps_logits else logits[:, -logits_to_keep:].copy()
 
-    def check(self, input_ids: NDArray[np.int64], tokens: NDArray[np.int64], logits_to_keep: int) -> None:
+    def check(self, tokens: NDArray[np.int64], logits_to_keep: int) -> None:
         """Refuses what can't be run.
 
         Args:
-            input_ids: (batch, sequence).
-            tokens: Number of real tokens of each sequence, with these.
+            tokens: Number of real tokens of each sequence, with the new ones.
             logits_to_keep: As `run` takes it.
 
         Raises:
-            SessionError: If the session was closed, there is no token or an unknown one, a sequence is too long, or
-                `logits_to_keep` is negative.
+            SessionError: If the session was closed, a sequence is too long, or `logits_to_keep` is negative.
         """
         self._check_open()
-        if not input_ids.size:
-            raise SessionError(f"input_ids has shape {input_ids.shape}; give at least one token")
         if logits_to_keep < 0:
             raise SessionError(f"logits_to_keep is {logits_to_keep}; give a number of positions, or 0 for all")
-        vocabulary, context = self._limits.vocabulary, self._limits.context
-        lowest, highest = input_ids.min(), input_ids.max()
-        if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
-            wrong = lowest if lowest < 0 else highest
-            raise SessionError(f"token {wrong} is not in the vocabulary of {vocabulary} tokens")
+        context = self._limits.context
         longest = int(tokens.max())
         if context is not None and longest > context:
             raise SessionError(f"a sequence has {longest} tokens; the model's context holds {context}")
@@ -373,10 +382,10 @@ class Session:
             )
 
     def _run_by_address(
-        self, feeds: Mapping[str, NDArray[Any]], total: int, logits_to_keep: int
+        self, feeds: Mapping[str, NDArray[Any]], shape: tuple[int, int], total: int, logits_to_keep: int
     ) -> tuple[NDArray[Any], list[NDArray[Any]]]:
         """As `onnxruntime.InferenceSession.run`, of arrays of types that it doesn't take or give."""
-        batch, sequence = feeds["input_ids"].shape
+        batch, sequence = shape
         logits = self.logits_array(batch, sequence, logits_to_keep)
         present = [np.empty(part.shape(batch, total), part.dtype) for part in self.state_inputs]
         given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
@@ -428,7 +437,7 @@ def placement_of(path: Path, *, native: bool, device: str, shared_threads: bool 
 
     def run(profiled: Any) -> None:
         session = Session(path, profiled, native=native, device=place)
-        session.run(np.zeros((1, 2), np.int64), np.ones((1, 2), np.int64))
+        session.run(session.token_input.zeros(1, 2), np.ones((1, 2), np.int64))
 
     return profile_run(
         lambda options: load_inner(path, options, place, native), run, device, shared_threads=shared_threads

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from act_export.checkpoint import BUILT_IN, load_tokenizer_of
 from act_export.errors import ActExportError
+from act_export.hub import HubId, is_on_hub
 from act_export.runtime.generate import Sampling, generate_steps
 from act_export.runtime.session import Session
 
@@ -14,23 +15,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(session: Session, source: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    session: Session, source: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of an exported model.
 
     Args:
         session: The model.
-        source: A folder, hub id or built-in name; None looks beside the file, then at what the file was made from.
+        source: A folder, hub id or built-in name; None looks beside the file, then at what the file was made from, at
+            the same revision.
+        trust_remote_code: Whether code that comes with the tokenizer may run.
 
     Raises:
         ActExportError: If there is none.
     """
     if source is not None:
-        return load_tokenizer_of(source)
+        return load_tokenizer_of(source, trust_remote_code=trust_remote_code)
     if (session.path.parent / "tokenizer.json").is_file():
-        return load_tokenizer_of(str(session.path.parent))
+        return load_tokenizer_of(str(session.path.parent), trust_remote_code=trust_remote_code)
     recorded = session.properties.get("source", "")
-    if recorded in BUILT_IN or recorded.count("/") == 1:
-        return load_tokenizer_of(recorded)
+    if recorded in BUILT_IN or HubId.parse(recorded) is not None:
+        revision = session.properties.get("revision") if is_on_hub(recorded) else None
+        return load_tokenizer_of(recorded, revision=revision, trust_remote_code=trust_remote_code)
     raise ActExportError(
         f"there is no tokenizer beside {session.path}; name the checkpoint that has it: --tokenizer MODEL"
     )

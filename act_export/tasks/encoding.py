@@ -75,6 +75,14 @@ def encode_examples(
     return encoded
 
 
+def sequence_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens that the tokenizer begins every sequence with."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    ids = tokenizer("a").input_ids
+    plain = next((index for index, token in enumerate(ids) if token not in special), 0)
+    return tuple(int(token) for token in ids[:plain])
+
+
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
     encoded = _encode(example, example.prompt, example.choices, lambda text: tokenizer(text).input_ids)
     over = _over(encoded, limit)

@@ -57,6 +57,8 @@ class BenchRequest:
         file: The exported model, or its folder.
         against: Other files of the same model.
         pytorch: MODEL that PyTorch runs with the file's calibration; None for no such contender.
+        revision: Of that model on the hub; None for the main branch.
+        trust_remote_code: Whether code that comes with that model may run.
         portable: Run the portable functions of files of act-export, instead of the native library.
         device: "cpu", "cuda" or "cuda:N", of all contenders.
         prompt_tokens: Of each sequence.
@@ -72,6 +74,8 @@ class BenchRequest:
     file: Path
     against: tuple[Path, ...] = ()
     pytorch: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
     portable: bool = False
     device: str = "cpu"
     prompt_tokens: int = 1024
@@ -236,7 +240,8 @@ def bench_file(request: BenchRequest, *, progress: Progress = lambda _step, _don
     """
     files = _read_files(request)
     contenders = _contenders(request, files)
-    vocabulary = min(file.vocabulary for file in files)
+    placeholders = [token for file in files for token in file.limits.placeholders]  # of images: no text
+    vocabulary = min([file.vocabulary for file in files] + placeholders)
     workload = Workload(request.prompt_tokens, request.batch, vocabulary, request.seed, request.threads or 0)
     load_before = os.getloadavg()[0]
     timed = _run_child("time", contenders, workload, lambda step, done: progress(step, _SHARE_OF_TIME * done))
@@ -302,6 +307,8 @@ def _contenders(request: BenchRequest, files: Sequence[ModelFile]) -> list[Conte
                 name=PYTORCH,
                 kind=PYTORCH,
                 source=request.pytorch,
+                revision=request.revision,
+                trust_remote_code=request.trust_remote_code,
                 kernel=f"PyTorch, eager, {files[0].precision}, reference attention with the file's calibration",
                 device=request.device,
                 native=False,

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime.generate import left_pad
+from act_export.tasks.encoding import sequence_beginning
+from act_export.vision import placeholders_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +24,7 @@ _PROMPT_LENGTHS = (1, 2, 17, 64, 193)
 _RAGGED_LENGTHS = (3, 40, 19, 61)
 _CHUNKS = (31, 1, 32)
 _DECODE_PROMPT = 48
+_LONGEST_PROMPT = 2048  # about two and a half times the tokens of all other cases
 _TEXT = """The lighthouse keeper wrote every evening: wind, tide, the colour of the sky. On the first page stood a \
 list.
 
@@ -44,35 +49,51 @@ class Case:
 
     Attributes:
         name: For the report.
-        calls: Token ids (batch, sequence) of each call.
+        calls: Token ids (batch, sequence), or embeddings (batch, sequence, hidden size), of each call.
         attention_mask: (batch, total of all calls), 1 for real tokens.
         decode_steps: Single-token calls that follow, with the reference's own greedy tokens.
+        position_ids: (axes, batch, total of all calls); None counts the real tokens.
     """
 
     name: str
-    calls: tuple[NDArray[np.int64], ...]
+    calls: tuple[NDArray[Any], ...]
     attention_mask: NDArray[np.int64]
     decode_steps: int = 0
+    position_ids: NDArray[np.int64] | None = None
+
+    def positions(self, start: int, end: int) -> NDArray[np.int64] | None:
+        """Position ids (axes, batch, end - start) of some columns; after the last call one more for each."""
+        if self.position_ids is None:
+            return None
+        real = np.where(self.attention_mask != 0, self.position_ids, -1)
+        total = real.shape[-1]
+        after = real.max((0, 2))[:, None] + 1 + np.arange(max(end - total, 0))
+        after = np.broadcast_to(after, (len(real), *after.shape))
+        return np.concatenate([self.position_ids, after], -1)[..., start:end]
 
     def without_padding(self) -> Case:
         """The sequences that have no padding, for models that can't leave it out."""
         whole = self.attention_mask.all(1)
         calls = tuple(ids[whole] for ids in self.calls)
         name = self.name if whole.all() else f"{self.name}, the unpadded"
-        return replace(self, name=name, calls=calls, attention_mask=self.attention_mask[whole])
+        positions = self.position_ids[:, whole] if self.position_ids is not None else None
+        return replace(self, name=name, calls=calls, attention_mask=self.attention_mask[whole], position_ids=positions)
 
 
 def parity_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, seed: int = 0) -> list[Case]:
     """The cases for a model: real text where there is a tokenizer, random token ids otherwise.
 
-    Lengths beyond the model's own limit are left out or cut.
+    Each sequence begins with what the tokenizer begins all with. Lengths beyond the model's own limit are left out or
+    cut. A model with a sliding window gets a prompt of twice the window, and decode steps after it, where the window
+    holds more than the other cases' prompts and the prompt has no more than 2,048 tokens.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    first = sequence_beginning(tokenizer) if tokenizer is not None else ()
     tokens = _tokens(model, tokenizer, max(_PROMPT_LENGTHS), seed)
 
     def some(length: int, start: int = 0) -> list[int]:
         length = min(length, limit - 1)
-        return [tokens[(start + i) % len(tokens)] for i in range(length)]
+        return [*first, *(tokens[(start + i) % len(tokens)] for i in range(length))][:length]
 
     cases = [
         Case(f"prompt of {len(ids)}", (_row(ids),), np.ones((1, len(ids)), np.int64))
@@ -87,9 +108,24 @@ def parity_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     cases.append(Case(f"prompts in {len(chunks)} chunks", chunks, chunk_mask))
     steps = min(DECODE_STEPS, max(limit - 2, 0))
     prompt = some(min(_DECODE_PROMPT, limit - steps))
-    decode_ids, decode_mask = ragged_batch([prompt, prompt[len(prompt) // 2 :]])
+    half = len(prompt) // 2
+    decode_ids, decode_mask = ragged_batch([prompt, some(len(prompt) - half, half)])
     cases.append(Case(f"{steps} decode steps", (decode_ids,), decode_mask, decode_steps=steps))
+    window = max((size for size in sliding_windows(model) if 2 * size <= _LONGEST_PROMPT), default=0)
+    beyond = some(min(2 * window, limit - steps))
+    if len(beyond) > max(window, _DECODE_PROMPT):
+        name = f"prompt of {len(beyond)} and {steps} decode steps, window of {window}"
+        cases.append(Case(name, (_row(beyond),), np.ones((1, len(beyond)), np.int64), decode_steps=steps))
     return cases
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int]:
+    """The sliding windows that the model's layers ask for, each once."""
+    attention = ReferenceAttention(None)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad(), attention_hook(model, attention) as hooked:
+        hooked(ids, torch.ones_like(ids), logits_to_keep=hooked.fewest_logits)
+    return sorted({window for window in attention.sliding_windows.values() if window > 0})
 
 
 def ragged_batch(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -107,4 +143,5 @@ def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, c
         ids = [int(i) for i in tokenizer(_TEXT, add_special_tokens=False).input_ids if i < vocabulary]
         if ids:
             return ids
-    return [int(i) for i in np.random.default_rng(seed).integers(0, vocabulary, count)]
+    words = np.setdiff1d(np.arange(vocabulary), placeholders_of(model))
+    return [int(i) for i in words[np.random.default_rng(seed).integers(0, len(words), count)]]

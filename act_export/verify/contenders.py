@@ -44,6 +44,8 @@ class Contender:
         new_tokens: That it generates in a turn.
         calibration: Of PyTorch: the file whose calibration it applies; empty for the others.
         device: "cpu", "cuda" or "cuda:N".
+        revision: Of PyTorch's MODEL on the hub; None where it has none.
+        trust_remote_code: Of PyTorch: whether code that comes with the checkpoint may run.
         notes: What else a reader of the numbers must know.
     """
 
@@ -56,6 +58,8 @@ class Contender:
     new_tokens: int
     calibration: str = ""
     device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -251,7 +255,13 @@ def _running_pytorch(contender: Contender, threads: int) -> Iterator[Running]:
     torch.set_num_threads(threads)
     file = read_model_file(contender.calibration)
     device = contender.device if Device.parse(contender.device).is_cuda else None
-    checkpoint = load_checkpoint(contender.source, dtype=file.precision, device=device)
+    checkpoint = load_checkpoint(
+        contender.source,
+        dtype=file.precision,
+        device=device,
+        revision=contender.revision,
+        trust_remote_code=contender.trust_remote_code,
+    )
     if file.identity is not None and file.identity != checkpoint.identity:
         raise ActExportError(
             f"{file.path} was exported from another model: {file.identity}, and {contender.source} is "

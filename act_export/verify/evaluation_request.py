@@ -29,6 +29,7 @@ class EvaluationRequest:
         portable: Run the portable functions, not the native library.
         device: "cpu", "cuda" or "cuda:N".
         tokenizer: Where the tokenizer is; None looks beside the file, then where the model came from.
+        trust_remote_code: Whether code that comes with the tokenizer may run.
     """
 
     file: Path
@@ -46,6 +47,7 @@ class EvaluationRequest:
     portable: bool = False
     device: str = "cpu"
     tokenizer: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Raises EvaluationError for a value out of range, SessionError for a device that isn't one."""

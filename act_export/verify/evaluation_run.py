@@ -73,7 +73,7 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     for name, file in files.items():
         with Session.open(file.path, native=not request.portable, device=request.device) as session:
             if tokenizer is None:
-                tokenizer = load_tokenizer(session, request.tokenizer)
+                tokenizer = load_tokenizer(session, request.tokenizer, trust_remote_code=request.trust_remote_code)
                 work = [_encode(task, tokenizer, file.limits.context, request, has_control) for task in tasks]
                 steps.plan(work, len(files))
             found[name] = [_evaluate(session, tokenizer, one, request, steps, name, name == plain) for one in work]

@@ -87,7 +87,7 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             threads: Within an operator; None leaves their number to ONNX Runtime.
             onnx_device: "cpu", "cuda" or "cuda:N": where the model runs.
             device: Of the harness's other models, and a GPU unless it is told otherwise, so it can't mean this one's.
-            trust_remote_code: Of data sets; the model has no code.
+            trust_remote_code: Of data sets and of the tokenizer; the model has no code.
             others: Refused.
 
         Raises:
@@ -103,7 +103,7 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self.batch_size = _batch_size(batch_size, max_batch_size)
         self.max_gen_toks = max_gen_toks
         self.session = Session.open(path, native=not portable, threads=threads, device=onnx_device)
-        self.tokenizer = load_tokenizer(self.session, tokenizer)
+        self.tokenizer = load_tokenizer(self.session, tokenizer, trust_remote_code=trust_remote_code)
         self.batch_tokens = batch_tokens or default_batch_tokens(self.tokenizer)
         context = self.session.limits.context
         if max_length is not None and (max_length < 2 or (context is not None and max_length > context)):

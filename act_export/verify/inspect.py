@@ -14,8 +14,10 @@ import onnx
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.onnx_file import load_without_weights
+from act_export.runtime.graph_state import declared_shape
 from act_export.runtime.packed_state import PROPERTY, PackedState
 from act_export.runtime.session import model_file
+from act_export.runtime.token_input import EMBEDDINGS, POSITIONS
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Inspection:
         path: The ONNX file.
         version: Version of act-export that wrote it.
         source: What it was made from.
+        family: Of a text tower, the model type of the vision-language model that it is of; else empty.
+        embedding_size: Width of the embeddings that it takes instead of token ids; None where it takes ids.
+        position_axes: Positions of a token: 1, or with M-RoPE and embeddings 3.
+        revision: Hash of the hub's commit that it was made from; empty where it wasn't from the hub.
         architecture: Model type.
         num_layers: Attention layers.
         num_heads: Query heads per layer.
@@ -59,6 +65,15 @@ class Inspection:
     block_size: int | None = None
     pads_left: bool = True
     sink_state: tuple[str, ...] = ()
+    revision: str = ""
+    family: str = ""
+    embedding_size: int | None = None
+    position_axes: int = 1
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether it takes embeddings instead of token ids."""
+        return self.embedding_size is not None
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Inspection:
@@ -80,6 +95,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     data = [file.parent / location for location in locations]
+    shapes = {given.name: declared_shape(given) for given in model.graph.input}
     return Inspection(
         path=file,
         version=properties["act_export.version"],
@@ -98,6 +114,10 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         block_size=_number(properties, "block_size"),
         pads_left=json.loads(properties.get("act_export.graft", "{}")).get("pads_left", True),
         sink_state=_sink_state(properties, model.graph),
+        revision=properties.get("act_export.revision", ""),
+        family=properties.get("act_export.family", ""),
+        embedding_size=shapes[EMBEDDINGS][-1] if EMBEDDINGS in shapes else None,
+        position_axes=shapes[POSITIONS][0] or 1 if len(shapes.get(POSITIONS, ())) == 3 else 1,
     )
 
 

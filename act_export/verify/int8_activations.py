@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from act_export.verify.stacked_experts import is_experts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,11 +32,16 @@ def int8_activations_model(model: PreTrainedModel, block_sizes: Mapping[str, int
 
     Args:
         model: In float32.
-        block_sizes: By layer, e.g. {"model.layers.0.mlp.up_proj": 32}.
+        block_sizes: By layer, e.g. {"model.layers.0.mlp.up_proj": 32}, or by a projection of all experts, e.g.
+            "model.layers.0.mlp.experts.down_proj".
     """
     rounding = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for name, block_size in block_sizes.items():
-        rounding.get_submodule(name).register_forward_pre_hook(_rounds_inputs(block_size))
+        parent = rounding.get_submodule(name.rpartition(".")[0])
+        if is_experts(parent):
+            _round_inputs_of_experts(parent, name.rpartition(".")[2], block_size)
+        else:
+            rounding.get_submodule(name).register_forward_pre_hook(_rounds_inputs(block_size))
     return rounding
 
 
@@ -43,3 +50,16 @@ def _rounds_inputs(block_size: int) -> Any:
         return (round_to_int8(inputs[0], block_size), *inputs[1:])
 
     return hook
+
+
+def _round_inputs_of_experts(module: Any, projection: str, block_size: int) -> None:
+    """Of the first projection, as the module gets them; of the second, what the gate or activation makes."""
+    if projection != "down_proj":
+        module.register_forward_pre_hook(_rounds_inputs(block_size))
+        return
+    module.config._experts_implementation = "grouped_mm"  # of those that call the gate; the configuration is a copy
+    name = "_apply_gate" if module.has_gate else "act_fn"
+    activate = getattr(module, name)
+    vars(module).update({name: lambda x: round_to_int8(activate(x), block_size)})
+    if name in module._modules:
+        del module._modules[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,32 +113,47 @@ class Metrics:
 
 def compare_logits(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Metrics:
     """Compares logits of shape (positions, vocabulary); NaN counts as an infinite difference."""
-    if not len(reference):
-        return Metrics(0, 0.0, 0.0, 1.0, 1.0, 0)
-    largest, total, overlap = 0.0, 0.0, 0.0
-    margins, same = [], []
-    for start in range(0, len(reference), _BLOCK):  # by blocks: a large vocabulary makes whole copies expensive
-        ours, theirs = logits[start : start + _BLOCK], reference[start : start + _BLOCK]
+    return compare_parts([(logits, reference)])
+
+
+def compare_parts(parts: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Metrics:
+    """As `compare_logits`, of logits and reference that come in parts; no more than a part is held in memory."""
+    largest, total, size, overlap = 0.0, 0.0, 0, 0.0
+    margins: list[NDArray[np.float32]] = []
+    same: list[NDArray[np.bool_]] = []
+    for ours, theirs in _blocks(parts):
         difference = np.abs(ours - theirs)
         difference[np.isnan(difference)] = np.inf
         largest = max(largest, float(difference.max()))
         total += float(difference.sum(dtype=np.float64))
+        size += difference.size
         best, our_best = _top(theirs), _top(np.nan_to_num(ours))
         overlap += sum(len(np.intersect1d(a, b)) / best.shape[-1] for a, b in zip(best, our_best, strict=True))
         ranked = np.sort(np.take_along_axis(theirs, best, -1), -1)
         margins.append(ranked[:, -1] - ranked[:, -2] if ranked.shape[-1] > 1 else np.full(len(ranked), np.inf))
         same.append(ours.argmax(-1) == theirs.argmax(-1))
-    mean = total / reference.size
+    if not size:
+        return Metrics(0, 0.0, 0.0, 1.0, 1.0, 0)
+    mean = total / size
     near_tie = np.concatenate(margins) < _NEAR_TIE * mean
     clear = np.concatenate(same)[~near_tie]
     return Metrics(
-        positions=len(reference),
+        positions=len(near_tie),
         max_difference=largest,
         mean_difference=mean,
         argmax_agreement=float(clear.mean()) if len(clear) else 1.0,
-        top10_agreement=overlap / len(reference),
+        top10_agreement=overlap / len(near_tie),
         near_ties=int(near_tie.sum()),
     )
+
+
+def _blocks(
+    parts: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]],
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """The parts, cut where they are long: a large vocabulary makes whole copies expensive."""
+    for ours, theirs in parts:
+        for start in range(0, len(theirs), _BLOCK):
+            yield ours[start : start + _BLOCK], theirs[start : start + _BLOCK]
 
 
 def _top(logits: NDArray[np.float32]) -> NDArray[np.intp]:

@@ -29,6 +29,7 @@ from act_export.runtime.state import StateInput
 
 _STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _IDS = {"input_ids", "attention_mask", "position_ids"}
+_EMBEDDINGS = "inputs_embeds"  # only of files of act-export, whose sessions look tokens up
 _SINK_SCORES = "past_sink_scores."  # only in files of act-export, whose sessions look after them
 
 
@@ -108,13 +109,16 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     required = [given for given in graph.input if given.name not in initializers]
     known = [given for given in required if given.name in _IDS or _STATE.fullmatch(given.name)]
     others = [
-        given.name for given in required if given not in known and not (ours and given.name.startswith(_SINK_SCORES))
+        given.name
+        for given in required
+        if given not in known and not (ours and (given.name.startswith(_SINK_SCORES) or given.name == _EMBEDDINGS))
     ]
     logits = next((output for output in graph.output if output.name == "logits"), None)
     outputs = {output.name for output in graph.output}
     sink_state = set(json.loads(properties.get("graft", "{}")).get("inputs", ()))  # may be layers of the cache
     states = [given for given in known if given.name not in _IDS and given.name not in sink_state]
-    missing = [name for name in ("input_ids", "attention_mask") if name not in {given.name for given in known}]
+    tokens = _EMBEDDINGS if ours and any(given.name == _EMBEDDINGS for given in required) else "input_ids"
+    missing = [name for name in (tokens, "attention_mask") if name not in {given.name for given in required}]
     missing += [name for name in ["logits", *map(present_name, states)] if name not in outputs]
     if not states or logits is None or missing or others:
         problem = f"it lacks {', '.join(missing[:3])}" if missing else f"it wants {', '.join(others[:3])}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
@@ -16,8 +15,10 @@ from act_export.errors import ActExportError
 from act_export.hooks import ReferenceAttention, attention_hook, positions
 from act_export.runtime.session import Session
 from act_export.verify.cases import Case, parity_cases, ragged_batch
+from act_export.verify.compare_runs import compare_runs
+from act_export.verify.embedded_case import embedded_case, look_up_tokens
 from act_export.verify.half_model import half_model, placed
-from act_export.verify.metrics import GATES, Gate, Metrics, compare_logits
+from act_export.verify.metrics import GATES, Gate, Metrics, compare_parts
 from act_export.verify.parity_report import CaseResult, EngineReport, ParityReport
 from act_export.verify.recording import SinkRule, Step, column_sums, pytorch_engine, record, session_engine
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[str], None]
-_Run = tuple[Sequence[Step], Sequence[Step]]  # an engine's calls, and those of what it is compared with
+_HOOK_POSITIONS = 256
 
 
 def verify_sessions(
@@ -36,6 +37,7 @@ def verify_sessions(
     precision: str = "float32",
     rounding: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     pads_left: bool = True,
+    takes_embeddings: bool = False,
     device: str = "cpu",
     progress: Progress = lambda _: None,
 ) -> ParityReport:
@@ -51,6 +53,8 @@ def verify_sessions(
         rounding: Makes of the model one that rounds activations as the file does; None for one in the file's half type.
         pads_left: Whether all layers leave out padding before a sequence, see `Session.pads_left`; otherwise only
             sequences without any are run.
+        takes_embeddings: Whether the file takes embeddings instead of token ids; those of tokens are looked up in
+            `embedding.onnx` beside it, without one in the model.
         device: Where PyTorch runs if it can: "cpu" (wherever the model is), "cuda" or "cuda:N".
         progress: Called with what is being compared.
 
@@ -59,6 +63,8 @@ def verify_sessions(
     """
     model = checkpoint.model
     cases = parity_cases(model, checkpoint.tokenizer)
+    if takes_embeddings:
+        cases.append(embedded_case(model))
     if not pads_left:
         cases = [case.without_padding() for case in cases]
     attention = ReferenceAttention(calibration)
@@ -80,11 +86,12 @@ def verify_sessions(
     engines = []
     for name, opener in openers.items():
         with opener() as session:
+            look_up_tokens(session, model)
             results = []
             for case, reference in zip(cases, expected, strict=True):
                 progress(f"verifying, {name}: {case.name}")
                 steps = record(case, session_engine(session, rule), rule, follow=reference)
-                results.append(_compare(case.name, [(steps, reference)], gates.of(case.name), case.decode_steps))
+                results.append(compare_runs(case.name, [(steps, reference)], gates.of(case.name), case.decode_steps))
             if pads_left:
                 progress(f"verifying, {name}: batch against alone")
                 results.append(_batch_against_alone(session, cases, rule, gates))
@@ -134,7 +141,7 @@ def _rounding_pytorch(
         for case, reference in zip(cases, expected, strict=True):
             progress(f"verifying, {engine}: {case.name}")
             steps = record(case, pytorch_engine(hooked), rule, follow=reference)
-            result = _compare(case.name, [(steps, reference)], GATES[precision], case.decode_steps)
+            result = compare_runs(case.name, [(steps, reference)], GATES[precision], case.decode_steps)
             results.append(replace(result, passed=True))  # it sets the limits
     return EngineReport(engine, tuple(results), passed=True)
 
@@ -158,87 +165,6 @@ def _engine_report(
     return EngineReport(name, tuple(results), few_flips and all(result.passed for result in results))
 
 
-@dataclass(frozen=True)
-class _Flips:
-    """Where sinks differ between the two sides of a run.
-
-    Attributes:
-        counts: (calls, batch), number of (head, key).
-        wrong: Number of those that rounding doesn't explain.
-        score_difference: Largest difference of a sink score, up to a sequence's first flip.
-    """
-
-    counts: NDArray[np.int64]
-    wrong: int
-    score_difference: float
-
-    @classmethod
-    def of(cls, run: _Run, gate: Gate) -> _Flips:
-        """Compares call by call, layer by layer.
-
-        In a half type, what follows a flip in its sequence isn't judged: a flip moves later layers by more than
-        rounding.
-        """
-        ours, theirs = run
-        counts = np.zeros((len(theirs), len(theirs[0].real)), np.int64)
-        wrong, score_difference = 0, 0.0
-        flipped = torch.zeros(counts.shape[1], dtype=torch.bool)
-        for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            for layer, sinks in sorted(other.sinks.items()):
-                differs = mine.sinks[layer] != sinks
-                by_rounding = (mine.margins[layer].abs() <= gate.score_rounding) & (
-                    other.margins[layer].abs() <= gate.score_rounding
-                )
-                clean = ~flipped
-                judged = clean if gate.error_ratio is not None else torch.ones_like(flipped)
-                wrong += int((differs & ~by_rounding)[judged].sum())
-                distances = (mine.margins[layer] - other.margins[layer]).abs()[clean]
-                score_difference = max(score_difference, float(distances.max()) if distances.numel() else 0.0)
-                counts[index] += differs.sum((1, 2)).numpy()
-                flipped |= differs.any(2).any(1)
-        return cls(counts, wrong, score_difference)
-
-
-def _compare(name: str, runs: Sequence[_Run], gate: Gate, decode_steps: int = 0) -> CaseResult:
-    """Judges runs, each of a batch of its own, together."""
-    flips = [_Flips.of(run, gate) for run in runs]
-    tainted = [np.maximum.accumulate(found.counts > 0, axis=0) for found in flips]
-
-    def metrics(of_tainted: bool) -> Metrics:
-        pairs = [
-            (mine.logits[picked], other.logits[picked])
-            for (ours, theirs), rows_by_step in zip(runs, tainted, strict=True)
-            for mine, other, rows in zip(ours, theirs, rows_by_step, strict=True)
-            for picked in [other.real & (rows == of_tainted)[:, None]]
-        ]
-        return compare_logits(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
-
-    clean = metrics(of_tainted=False)
-    greedy = None
-    if decode_steps and not all(rows.all() for rows in tainted):
-        greedy = all(
-            (mine.logits[~rows, -1].argmax(-1) == other.logits[~rows, -1].argmax(-1)).all()
-            for (ours, theirs), rows_by_step in zip(runs, tainted, strict=True)
-            for mine, other, rows in zip(ours, theirs, rows_by_step, strict=True)
-        )
-    exact_tokens = greedy is not False or gate.argmax_agreement < 1
-    wrong = sum(found.wrong for found in flips)
-    score_difference = max(found.score_difference for found in flips)
-    scores_fit = gate.error_ratio is None or score_difference <= gate.score_rounding
-    return CaseResult(
-        case=name,
-        metrics=clean,
-        flips=sum(int(found.counts.sum()) for found in flips) - wrong,
-        wrong_sinks=wrong,
-        sequences=sum(rows.shape[1] for rows in tainted),
-        flipped_sequences=sum(int(rows[-1].sum()) for rows in tainted),
-        flipped_metrics=metrics(of_tainted=True),
-        score_difference=score_difference,
-        greedy_identical=greedy,
-        passed=clean.passes(gate) and exact_tokens and not wrong and scores_fit,
-    )
-
-
 def _batch_against_alone(session: Session, cases: Sequence[Case], rule: SinkRule, gates: _Gates) -> CaseResult:
     """Each row of the ragged batch equals the prompt run alone, both in this engine."""
     case = next(case for case in cases if case.name.startswith("ragged"))
@@ -250,7 +176,7 @@ def _batch_against_alone(session: Session, cases: Sequence[Case], rule: SinkRule
         whole = np.ones((1, mask.sum()), np.int64)
         alone = rule.step(*engine(ids[row : row + 1, mask], whole, first=True), whole)
         runs.append(([together.of(row, mask)], [alone]))
-    return _compare(f"{case.name}: each row as if alone", runs, gates.of_all)
+    return compare_runs(f"{case.name}: each row as if alone", runs, gates.of_all)
 
 
 def _generation_against_runs(session: Session, cases: Sequence[Case], rule: SinkRule, gates: _Gates) -> CaseResult:
@@ -267,17 +193,27 @@ def _generation_against_runs(session: Session, cases: Sequence[Case], rule: Sink
         ours.append(rule.step(last.astype(np.float32), column_sums(session, cache.state(), mask, rule), mask))
         logits, sums = engine(ids, mask, first=not theirs)
         theirs.append(rule.step(logits[:, -1:], sums, mask))
-    return _compare(f"{case.name}: as generation runs them", [(ours, theirs)], gates.of_all)
+    return compare_runs(f"{case.name}: as generation runs them", [(ours, theirs)], gates.of_all)
 
 
 def _hook_against_own_attention(checkpoint: Checkpoint, cases: Sequence[Case]) -> Metrics:
-    """The reference hook without calibration against the model as transformers runs it, on a padded batch."""
+    """The reference hook without calibration against the model as transformers runs it, on a padded batch.
+
+    Of long prompts the last positions are compared, which see least of the padding and most of what came before.
+    """
     longest = max((case.calls[0] for case in cases if len(case.calls[0]) == 1), key=lambda ids: ids.shape[1])[0]
     batch = ragged_batch([longest.tolist(), longest[len(longest) // 2 :].tolist()])
     ids, mask = (torch.from_numpy(array).to(checkpoint.model.device) for array in batch)
+    with torch.no_grad(), attention_hook(checkpoint.model, ReferenceAttention(None)) as hooked:
+        kept = min(_HOOK_POSITIONS, ids.shape[1]) * hooked.fewest_logits
+        ours = hooked(ids, mask, logits_to_keep=kept).logits
+    last = {"logits_to_keep": kept} if kept else {}
     with torch.no_grad():
-        own = checkpoint.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-        with attention_hook(checkpoint.model, ReferenceAttention(None)) as hooked:
-            ours = hooked(ids, mask).logits
-    real = mask.bool()
-    return compare_logits(*(logits[real].float().cpu().numpy() for logits in (ours, own)))
+        own = checkpoint.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, **last
+        ).logits
+    real = mask.bool()[:, -ours.shape[1] :]
+    ours, own = ours.float(), own.float()
+    return compare_parts(
+        (ours[row][real[row]].cpu().numpy(), own[row][real[row]].cpu().numpy()) for row in range(len(ids))
+    )

@@ -1,10 +1,15 @@
-"""Running a case in an engine, PyTorch or a session, and keeping what is compared."""
+"""Running a case in an engine, PyTorch or a session, and keeping what is compared.
+
+The logits of a thousand positions and a vocabulary of 262,144 take a gigabyte. Large ones wait for their comparison in
+a temporary file; the system keeps of it in memory what there is room for.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +23,19 @@ from act_export.runtime.session import Session
 from act_export.runtime.state import State
 from act_export.verify.cases import Case
 
+_SHELVED_BYTES = 1 << 26
+
 
 class Engine(Protocol):
     """Runs one call and returns logits and the running column sums by layer."""
 
     def __call__(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, first: bool
+        self,
+        tokens: NDArray[Any],
+        attention_mask: NDArray[np.int64],
+        *,
+        first: bool,
+        position_ids: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
         """Logits (batch, sequence, vocabulary); sums (batch, calibrated heads, total, 1) by layer."""
         ...
@@ -100,12 +112,18 @@ def pytorch_engine(hooked: HookedModel) -> Engine:
     device = hooked.model.device
 
     def run(
-        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, first: bool
+        tokens: NDArray[Any],
+        attention_mask: NDArray[np.int64],
+        *,
+        first: bool,
+        position_ids: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
         nonlocal state
-        ids, mask = (torch.from_numpy(array).to(device) for array in (input_ids, attention_mask))
+        new, mask = (torch.from_numpy(array).to(device) for array in (tokens, attention_mask))
+        places = torch.from_numpy(position_ids).to(device) if position_ids is not None else None
+        ids, embeds = (None, new.to(hooked.model.dtype)) if new.is_floating_point() else (new, None)
         with torch.no_grad():
-            outputs = hooked(ids, mask, None if first else state)
+            outputs = hooked(ids, mask, None if first else state, inputs_embeds=embeds, position_ids=places)
         state = outputs.state
         sums = {layer: kept.sink_scores.cpu() for layer, kept in enumerate(state) if kept.sink_scores.shape[1]}
         return outputs.logits.float().cpu().numpy(), sums
@@ -118,11 +136,15 @@ def session_engine(session: Session, rule: SinkRule) -> Engine:
     state: State | None = None
 
     def run(
-        input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], *, first: bool
+        tokens: NDArray[Any],
+        attention_mask: NDArray[np.int64],
+        *,
+        first: bool,
+        position_ids: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
         nonlocal state
-        logits, state = session.run(input_ids, attention_mask, None if first else state)
-        return logits.astype(np.float32), column_sums(session, state, attention_mask, rule)
+        logits, state = session.run(tokens, attention_mask, None if first else state, position_ids)
+        return logits.astype(np.float32, copy=False), column_sums(session, state, attention_mask, rule)
 
     return run
 
@@ -145,13 +167,19 @@ def column_sums(session: Session, state: State, attention_mask: NDArray[np.int64
 
 
 def record(case: Case, engine: Engine, rule: SinkRule, *, follow: Sequence[Step] | None) -> list[Step]:
-    """Runs a case; decode steps feed the greedy tokens of `follow`, or (None) the engine's own."""
+    """Runs a case; decode steps feed the greedy tokens of `follow`, or (None) the engine's own.
+
+    Without `follow` the steps are to be kept: large logits are in a file.
+    """
     mask = case.attention_mask
     steps: list[Step] = []
     done = 0
 
-    def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
-        steps.append(rule.step(*engine(ids, mask, first=not steps), mask))
+    def run(tokens: NDArray[Any], mask: NDArray[np.int64]) -> None:
+        end = mask.shape[1]
+        positions = case.positions(end - tokens.shape[1], end)
+        logits, sums = engine(tokens, mask, first=not steps, position_ids=positions)
+        steps.append(rule.step(_shelved(logits) if follow is None else logits, sums, mask))
 
     for ids in case.calls:
         done += ids.shape[1]
@@ -162,3 +190,16 @@ def record(case: Case, engine: Engine, rule: SinkRule, *, follow: Sequence[Step]
         mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], 1)
         run(ids, mask)
     return steps
+
+
+def _shelved(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same logits, in a file without a name if they are large and there is room for one."""
+    if logits.nbytes < _SHELVED_BYTES:
+        return logits
+    try:
+        with tempfile.TemporaryFile() as file:
+            logits.tofile(file)
+            file.flush()
+            return np.memmap(file, logits.dtype, "r", shape=logits.shape)
+    except OSError:
+        return logits

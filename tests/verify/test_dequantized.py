@@ -74,6 +74,24 @@ def test_packed_projections_under_other_names_are_found(checkpoint, tmp_path: Pa
     assert np.array_equal(model.get_submodule(f"{attention}.q_proj").weight.numpy(), whole[:heads])
 
 
+def test_rows_in_another_order_are_found(checkpoint, tmp_path: Path):
+    weights = weights_of(checkpoint)
+    name = "model.layers.1.mlp.gate_proj"
+    order = np.random.default_rng(0).permutation(len(weights[name]))
+    packed = np.concatenate([weights["model.layers.0.mlp.gate_proj"], weights[name][order]])
+    path = write(tmp_path / "m.onnx", {"anything": packed})
+    model = dequantized(path, checkpoint).checkpoint.model
+    whole = quantized_weights(path)[0].dequantize()
+    np.testing.assert_array_equal(model.get_submodule(name).weight.numpy()[order], whole[len(order) :])
+
+
+def test_some_rows_twice_are_no_other_order(checkpoint, tmp_path: Path):
+    weight = weights_of(checkpoint)["model.layers.1.mlp.gate_proj"]
+    rows = np.r_[np.arange(1, len(weight)), 1]
+    with pytest.raises(DequantizedError, match="is no weight of"):
+        dequantized(write(tmp_path / "m.onnx", {"anything": weight[rows]}), checkpoint)
+
+
 def test_shares_of_a_packed_layer_are_found(checkpoint, tmp_path: Path):
     packed = tiny_checkpoint("phi3", **WIDE)
     weights = weights_of(packed)

@@ -96,6 +96,10 @@ class Spoiled:
     def packed_sinks(self):
         return self.session.packed_sinks
 
+    @property
+    def token_input(self):
+        return self.session.token_input
+
     def __enter__(self):
         return self
 
@@ -163,10 +167,10 @@ class Forgetful(Spoiled):
     def __init__(self, session):
         self.session = session
 
-    def run(self, ids, mask, state=None):
+    def run(self, ids, mask, state=None, *others):
         if state is not None and ids.shape[1] > 1:
             state = {name: np.zeros_like(value) if "sink" in name else value for name, value in state.items()}
-        return self.session.run(ids, mask, state)
+        return self.session.run(ids, mask, state, *others)
 
 
 def test_lost_sink_state_is_caught(tiny, tiny_file):

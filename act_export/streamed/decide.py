@@ -1,0 +1,52 @@
+"""Whether a checkpoint is loaded or streamed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from act_export.errors import CheckpointError
+from act_export.memory import available_bytes
+from act_export.streamed.shards import is_streamable, tensors_of
+from act_export.vision import has_text_tower
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig
+
+_COPIES = 2.5  # in float32: the model, a session over its export, and what either takes besides
+_FLOAT32_BYTES = 4
+
+
+def is_to_be_streamed(folder: Path, config: PreTrainedConfig, name: str, asked: bool | None) -> bool:
+    """Whether to read weights one at a time.
+
+    Args:
+        folder: Of the checkpoint.
+        config: Its configuration.
+        name: What the user calls it.
+        asked: None to decide by the memory that is free: a model that would fill it, once it is loaded and its export
+            is compared with it, is streamed.
+
+    Raises:
+        CheckpointError: If it is asked for, and the checkpoint can't be streamed; or if its files are broken.
+    """
+    if asked is False:
+        return False
+    if has_text_tower(config) or not is_streamable(folder):
+        if asked:
+            why = "it sees images" if has_text_tower(config) else "its weights aren't in .safetensors files"
+            raise CheckpointError(f"{name} can't be read one weight at a time: {why}; load it whole: --no-stream")
+        return False
+    free = available_bytes()
+    return asked is True or (free is not None and float32_bytes(folder) * _COPIES > free)
+
+
+def float32_bytes(folder: Path) -> int:
+    """Size of a checkpoint's weights in float32.
+
+    Raises:
+        CheckpointError: If its files are broken.
+    """
+    return sum(math.prod(tensor.shape) * _FLOAT32_BYTES for tensor in tensors_of(folder).values())
