@@ -166,6 +166,7 @@ def export_command(
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
+    from act_export.export.experts import check_experts
     from act_export.export.precision import element_type
     from act_export.export.quantize import quantization_of
     from act_export.export.write import check_output
@@ -186,6 +187,7 @@ def export_command(
     if checkpoint.streamed is not None:
         note("weights are read one at a time, as they are written")
     check_supported(checkpoint.model)
+    check_experts(checkpoint.model)  # before a search
     if inputs_embeds:
         check_takes_embeddings(checkpoint.model)
     searched = checkpoint

@@ -277,7 +277,7 @@ def export_model(
         if verify and checkpoint.streamed is not None:
             report = _verify_cut(checkpoint, calibration, folder, build, device=device, progress=progress)
             _refuse_failure(report)
-            gc.collect()  # what is left of the cut is in cycles that torch's exporter made
+            gc.collect()  # what is left of the cut is in cycles of the exporter's
         build(checkpoint, calibration, folder / name, "exporting")
         if inputs_embeds and not is_file_output(out):
             write_embedding(checkpoint, folder / EMBEDDING_FILE, dtype=dtype)

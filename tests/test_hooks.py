@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CALIBRATION, ROUTED, VOCABULARY, tiny_checkpoint, tiny_model
+from hooked import assert_same_model, padded_batch
+from tiny import CALIBRATION, ROUTED, tiny_checkpoint, tiny_model
 
 from act_export.calibration import Calibration
 from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, check_supported, positions
-
-
-def padded_batch(length=25, seed=0):
-    torch.manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (2, length))
-    mask = torch.ones(2, length, dtype=torch.long)
-    mask[0, :9] = 0
-    return ids, mask
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -23,17 +16,7 @@ def test_without_calibration_it_is_the_same_model(architecture):
     model = tiny_model(architecture)
     if architecture != "gemma2":  # which gives no numbers in float64; how float32 rounds depends on the processor
         model = model.double()
-    ids, mask = padded_batch()
-    with torch.no_grad():
-        own = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-        with attention_hook(model, ReferenceAttention(None)) as hooked:
-            whole = hooked(ids, mask)
-            first = hooked(ids[:, :12], mask[:, :12])
-            second = hooked(ids[:, 12:13], mask[:, :13], first.state)
-            third = hooked(ids[:, 13:], mask, second.state)
-    real = mask.bool()
-    torch.testing.assert_close(whole.logits[real], own[real], atol=2e-5, rtol=0)
-    torch.testing.assert_close(third.logits, own[:, 13:], atol=2e-5, rtol=0)
+    assert_same_model(model, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])

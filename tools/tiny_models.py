@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 VOCABULARY = 259  # a token per byte, and three of its own
 WINDOW = 7
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -183,7 +183,7 @@ def variant_model(variant: Variant) -> PreTrainedModel:
 def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
     """The configuration of a tiny model: 2 layers of 4 heads of size 8."""
     common = {
-        name: value for name, value in _COMMON.items() if name != "head_dim" or architecture not in _WITHOUT_HEAD_SIZE
+        name: value for name, value in COMMON.items() if name != "head_dim" or architecture not in _WITHOUT_HEAD_SIZE
     }
     return AutoConfig.for_model(architecture, **{**common, **_OWN.get(architecture, {}), **changes})
 

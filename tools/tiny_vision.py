@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import VOCABULARY
+from tiny_models import COMMON
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
@@ -24,19 +24,7 @@ from act_export.vision import text_tower
 
 IMAGE_TOKEN = 250
 MERGE = 2
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_TEXT = {name: value for name, value in COMMON.items() if name != "head_dim"}
 _M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 _ENCODER = {
     "depth": 2,

@@ -11,6 +11,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from act_export.calibration import Calibration
 from act_export.checkpoint import Checkpoint
 from act_export.errors import ActExportError
+from act_export.export.hollow import forget_weights
 from act_export.export.passes.convert_precision import ConvertPrecisionPass
 from act_export.export.passes.quantize_weights import QuantizeWeightsPass
 from act_export.export.precision import element_type
@@ -80,5 +81,8 @@ def build_model(
     if quantization is not None:
         QuantizeWeightsPass(quantization)(model)
     finish_model(model, metadata(calibration, checkpoint, source, dtype, quantization))
-    save_model(model, path, progress)
+    try:
+        save_model(model, path, progress)
+    finally:
+        forget_weights(model)
     check_model(path)

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from act_export.hollow_tensors import hollow_tensors, is_large
 
 ReadWeight = Callable[[str], Tensor]
 """Gives a parameter in float32, by any of its names."""
 
-_SMALL = 1024  # numbers; torch's optimizer looks at the values of constants up to this size
-
-
-def is_large(shape: Sequence[int]) -> bool:
-    """Whether a parameter is a matrix of some size; norms, biases and other small ones keep their values."""
-    return len(shape) > 1 and math.prod(shape) > _SMALL
-
-
-def hollow_tensors(shapes: Iterable[Sequence[int]]) -> list[Tensor]:
-    """Zeros in float32 of these shapes, in one memory that the system needn't provide as long as nothing is written.
-
-    They are for looking at, never to be changed: all of them are views of the same numbers.
-    """
-    shapes = list(shapes)
-    numbers = torch.from_numpy(np.zeros(max(map(math.prod, shapes), default=0), np.float32))
-    return [numbers[: math.prod(shape)].view(tuple(shape)) for shape in shapes]
+_SOURCE = "act_export.weights"  # in a model's `meta`
 
 
 @contextmanager
@@ -44,17 +24,23 @@ def hollowed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         What was taken out, by each name that it has: tied weights have several.
     """
     large = {id(parameter): parameter for parameter in model.parameters() if is_large(parameter.shape)}
-    taken = {key: parameter.data for key, parameter in large.items()}
     named = model.named_parameters(remove_duplicate=False)
-    by_name = {name: taken[id(parameter)] for name, parameter in named if id(parameter) in taken}
+    by_name = {name: parameter.data for name, parameter in named if id(parameter) in large}
     zeros = hollow_tensors(parameter.shape for parameter in large.values())
+    stand_ins = {key: nn.Parameter(each, requires_grad=False) for key, each in zip(large, zeros, strict=True)}
+    places = [
+        (module, leaf, parameter)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in large
+    ]
     try:
-        for parameter, stand_in in zip(large.values(), zeros, strict=True):
-            parameter.data = stand_in
+        for module, leaf, parameter in places:
+            module._parameters[leaf] = stand_ins[id(parameter)]
         yield by_name
     finally:
-        for key, parameter in large.items():
-            parameter.data = taken[key]
+        for module, leaf, parameter in places:
+            module._parameters[leaf] = parameter
 
 
 def attach_weights(model: ir.Model, names: Collection[str], read: ReadWeight, *, prefix: str) -> None:
@@ -66,15 +52,39 @@ def attach_weights(model: ir.Model, names: Collection[str], read: ReadWeight, *,
         read: How to get one.
         prefix: In front of a parameter's name, e.g. "model.".
     """
+    source = model.meta[_SOURCE] = _Source(read)
     for value in model.graph.initializers.values():
         name = str(value.name).removeprefix(prefix)
         if name in names and value.const_value is not None:
-            value.const_value = _lazy(name, value.const_value, read)
+            value.const_value = _lazy(name, value.const_value, source)
+
+
+def forget_weights(model: ir.Model) -> None:
+    """Lets go of the weights that were attached to a graph, which is written and of no use any more.
+
+    onnxscript's rewriter keeps the last graph that it has seen, and with it they would stay in memory.
+    """
+    source = model.meta.get(_SOURCE)
+    if source is not None:
+        source.read = None
+
+
+class _Source:
+    """Where attached weights are read, until they are forgotten."""
+
+    def __init__(self, read: ReadWeight) -> None:
+        self.read: ReadWeight | None = read
+
+    def __call__(self, name: str) -> Tensor:
+        if self.read is None:
+            raise RuntimeError(f"the graph is written, and its weight {name} can't be read any more")
+        return self.read(name)
 
 
 def _lazy(name: str, stand_in: ir.TensorProtocol, read: ReadWeight) -> ir.TensorProtocol:
-    def values() -> ir.TensorProtocol:
-        return ir.Tensor(read(name).detach().numpy(), dtype=stand_in.dtype, name=stand_in.name)
+    dtype, shape, stored = stand_in.dtype, ir.Shape(stand_in.shape.numpy()), stand_in.name
 
-    shape = ir.Shape(stand_in.shape.numpy())
-    return ir.LazyTensor(values, dtype=stand_in.dtype, shape=shape, name=stand_in.name)
+    def values() -> ir.TensorProtocol:
+        return ir.Tensor(read(name).detach().numpy(), dtype=dtype, name=stored)
+
+    return ir.LazyTensor(values, dtype=dtype, shape=shape, name=stored)

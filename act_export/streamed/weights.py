@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from act_export.errors import CheckpointError
-from act_export.export.hollow import hollow_tensors, is_large
+from act_export.hollow_tensors import hollow_tensors, is_large
 from act_export.streamed.origins import Origin, origins_of
 from act_export.streamed.shards import tensors_of
 

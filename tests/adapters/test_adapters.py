@@ -6,9 +6,10 @@ from contextlib import suppress
 
 import pytest
 import torch
+from hooked import assert_same_model, padded_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_model
+from tiny import CALIBRATION, tiny_checkpoint, tiny_model
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from act_export.adapters import ADAPTERS, adapted
@@ -58,29 +59,9 @@ def model_of(name):
     return tiny_model(architecture, **changes)
 
 
-def padded_batch(length=25):
-    torch.manual_seed(0)
-    mask = torch.ones(2, length, dtype=torch.long)
-    mask[0, :9] = 0
-    return torch.randint(3, VOCABULARY, (2, length)), mask
-
-
 @models
 def test_without_calibration_it_is_the_same_model(name):
-    model = model_of(name)
-    ids, mask = padded_batch()
-    with torch.no_grad():
-        own = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-        with attention_hook(model, ReferenceAttention(None)) as hooked:
-            whole = hooked(ids, mask)
-            first = hooked(ids[:, :12], mask[:, :12])
-            second = hooked(ids[:, 12:13], mask[:, :13], first.state)
-            third = hooked(ids[:, 13:], mask, second.state)
-            at_once = hooked(ids[:, 13:], mask, second.state, one_at_a_time=True)
-    real = mask.bool()
-    torch.testing.assert_close(whole.logits[real], own[real], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(third.logits, own[:, 13:], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(at_once.logits, own[:, 13:], atol=TOLERANCE, rtol=0)
+    assert_same_model(model_of(name), TOLERANCE)
 
 
 @models

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from act_export.export.passes.initializers import few_numbers
-from act_export.export.passes.shapes import dims, give, is_last_axis
+from act_export.export.passes.replace_node import replace_node
+from act_export.export.passes.shapes import is_last_axis
 
 
 class FuseLayerNormPass(ir.passes.InPlacePass):
@@ -23,9 +24,7 @@ class FuseLayerNormPass(ir.passes.InPlacePass):
             if x is None or node.outputs[0].is_graph_output():
                 continue
             norm = ir.node("LayerNormalization", [x, *node.inputs[1:]], dict(node.attributes))
-            norm.metadata_props.update(node.metadata_props)
-            graph.insert_before(node, give(norm, node.outputs[0], dims(node.outputs[0])))
-            node.outputs[0].replace_all_uses_with(norm.outputs[0])
+            replace_node(graph, node, norm)
             modified = True
         return ir.passes.PassResult(model, modified)
 

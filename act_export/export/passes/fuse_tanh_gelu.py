@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from act_export.export.passes.initializers import single_number
-from act_export.export.passes.shapes import dims, give
+from act_export.export.passes.replace_node import replace_node
 
 _BINARY: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "Add": np.add,
@@ -37,7 +37,7 @@ class FuseTanhGeluPass(ir.passes.InPlacePass):
             for product in _products_after(tanh):
                 x = _gelu_of(product)
                 if x is not None and not product.outputs[0].is_graph_output():
-                    _replace(graph, product, x)
+                    replace_node(graph, product, ir.node("Gelu", [x], {"approximate": "tanh"}))
                     modified = True
                     break
         return ir.passes.PassResult(model, modified)
@@ -93,10 +93,3 @@ def _evaluate(value: ir.Value, known: dict[ir.Value, np.ndarray], steps: int) ->
 def _gelu(x: np.ndarray) -> np.ndarray:
     result: np.ndarray = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return result
-
-
-def _replace(graph: ir.Graph, product: ir.Node, x: ir.Value) -> None:
-    gelu = ir.node("Gelu", [x], {"approximate": "tanh"})
-    result = product.outputs[0]
-    graph.insert_before(product, give(gelu, result, dims(result)))
-    result.replace_all_uses_with(gelu.outputs[0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from act_export.export.passes.initializers import few_numbers
-from act_export.export.passes.shapes import dims, give, is_last_axis
+from act_export.export.passes.replace_node import replace_node
+from act_export.export.passes.shapes import is_last_axis
 
 
 class GatherRowsPass(ir.passes.InPlacePass):
@@ -21,10 +22,7 @@ class GatherRowsPass(ir.passes.InPlacePass):
             rows = _rows(node)
             if rows is None or node.outputs[0].is_graph_output():
                 continue
-            gather = ir.node("Gather", [node.inputs[0], rows], {"axis": 0})
-            gather.metadata_props.update(node.metadata_props)
-            graph.insert_before(node, give(gather, node.outputs[0], dims(node.outputs[0])))
-            node.outputs[0].replace_all_uses_with(gather.outputs[0])
+            replace_node(graph, node, ir.node("Gather", [node.inputs[0], rows], {"axis": 0}))
             modified = True
         return ir.passes.PassResult(model, modified)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from act_export.export.passes.replace_node import replace_node
 from act_export.export.quantize import (
     DOMAIN,
     DOMAIN_VERSION,
@@ -232,7 +233,7 @@ def _replace_product(graph: ir.Graph, product: _Product, stored: _Stored) -> Non
     inputs = [node.inputs[0], stored.packed, stored.scales]
     if bias is not None:
         inputs += [None, None, bias]  # between them zero points and an input of old
-    _replace(graph, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=_name(node, quantization)))
+    replace_node(graph, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=_name(node, quantization)))
     if product.transpose is not None and not product.transpose.outputs[0].uses():
         graph.remove(product.transpose, safe=True)
 
@@ -256,17 +257,7 @@ def _replace_lookup(graph: ir.Graph, lookup: _Lookup, stored: _Stored) -> None:
     inputs = [flat.outputs[0], lookup.node.inputs[1], stored.scales]
     graph.insert_before(lookup.node, flat)
     node = ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=_name(lookup.node, quantization))
-    _replace(graph, lookup.node, node)
-
-
-def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Puts a node in another's place; its output keeps name, type and shape."""
-    before, after = old.outputs[0], new.outputs[0]
-    name, after.type, after.shape = before.name, before.type, before.shape
-    graph.insert_before(old, new)
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    after.name = name
+    replace_node(graph, lookup.node, node)
 
 
 def _name(node: ir.Node, quantization: Quantization) -> str:
