@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from act_export.calibration import Calibration as Calibration
-    from act_export.checkpoint import Checkpoint as Checkpoint
-    from act_export.checkpoint import load_checkpoint as load_checkpoint
+    from act_export.checkpoint.load import Checkpoint as Checkpoint
+    from act_export.checkpoint.load import load_checkpoint as load_checkpoint
     from act_export.convert import export_model as export_model
     from act_export.errors import ActExportError as ActExportError
     from act_export.ops.library import library_path as library_path
@@ -36,7 +36,7 @@ _HOMES = {
     "ActExportError": "errors",
     "BenchRequest": "verify.bench",
     "Calibration": "calibration",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "checkpoint.load",
     "Sampling": "runtime.generate",
     "Session": "runtime.session",
     "SinkProfile": "profile",
@@ -45,7 +45,7 @@ _HOMES = {
     "export_model": "convert",
     "generate": "runtime.generate",
     "library_path": "ops.library",
-    "load_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint.load",
     "search_heads": "search",
     "verify_sessions": "verify.parity",
 }

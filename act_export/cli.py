@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from act_export import __version__
+from act_export.checkpoint.hub import is_on_hub
 from act_export.command_line import (
     EXIT_UNUSABLE,
     AccuracyLevelOption,
@@ -61,7 +62,6 @@ from act_export.command_line import (
 )
 from act_export.errors import ActExportError, VerificationError
 from act_export.graft_command import graft_command
-from act_export.hub import is_on_hub
 from act_export.profile_commands import profile_command, report_command
 
 if TYPE_CHECKING:
@@ -165,13 +165,13 @@ def export_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
+    from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
     from act_export.export.experts import check_experts
     from act_export.export.precision import element_type
     from act_export.export.quantize import quantization_of
     from act_export.export.write import check_output
     from act_export.hooks import check_supported
-    from act_export.vision import check_takes_embeddings
 
     element_type(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)

@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from act_export.checkpoint.hub import is_on_hub
 from act_export.errors import ActExportError, VerificationError
-from act_export.hub import is_on_hub
 
 if TYPE_CHECKING:
     from act_export.calibration import Calibration
-    from act_export.checkpoint import Checkpoint, Fetched
+    from act_export.checkpoint.fetch import Fetched
+    from act_export.checkpoint.load import Checkpoint
 
 EXIT_FAILED_PARITY = 1
 EXIT_UNUSABLE = 2
@@ -155,13 +156,13 @@ def load_model(
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
     fetched = None
     if is_on_hub(model):
-        from act_export.placement import Placement
+        from act_export.checkpoint.placement import Placement
 
         Placement(dtype, device, device_map)  # refused before a download
         fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
     with status() as step:
         step(f"loading {model}")
-        from act_export.checkpoint import load_checkpoint, load_fetched
+        from act_export.checkpoint.load import load_checkpoint, load_fetched
 
         if fetched is not None:
             return load_fetched(fetched, dtype=dtype, device=device, device_map=device_map, stream=stream)
@@ -180,7 +181,7 @@ def fetch_model(model: str, *, revision: str | None = None, trust_remote_code: b
     """Gets MODEL's files, while the hub client shows its own bars; see `act_export.checkpoint.fetch_checkpoint`."""
     if is_on_hub(model):
         note(f"looking for {model} on the hub, or in its cache")
-    from act_export.checkpoint import fetch_checkpoint
+    from act_export.checkpoint.fetch import fetch_checkpoint
 
     return fetch_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
 

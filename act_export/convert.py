@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint, public_name
+from act_export.checkpoint.fetch import public_name
+from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.streamed.cut import LAYERS, cut_calibration, cut_checkpoint, describe_cut
+from act_export.checkpoint.text_tower import config_of
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
@@ -26,13 +29,11 @@ from act_export.runtime.session import placement_of
 from act_export.runtime.token_input import EMBEDDING_FILE
 from act_export.search import Progress, SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
-from act_export.streamed.cut import LAYERS, cut_calibration, cut_checkpoint, describe_cut
 from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
 from act_export.verify.dequantized import dequantized
 from act_export.verify.inspect import inspect_file
 from act_export.verify.parity import verify_sessions
 from act_export.verify.parity_report import CaseResult, ParityReport
-from act_export.vision import config_of
 
 DEFAULT_TASK = "sst2"
 DEFAULT_SEED = 0

@@ -23,10 +23,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import layers_and_heads
+from act_export.checkpoint.identity import layers_and_heads
+from act_export.checkpoint.support import why_unsupported_model
 from act_export.errors import ActExportError
 from act_export.reference import calibrated_attention
-from act_export.support import why_unsupported_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

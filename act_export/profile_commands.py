@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from act_export.cache import check_writable
 from act_export.command_line import (
     BatchTokensOption,
     ChatOption,
@@ -30,6 +29,7 @@ from act_export.command_line import (
     status,
 )
 from act_export.errors import ActExportError
+from act_export.files import check_writable
 
 FORMATS = ("html", "png", "svg")
 
@@ -76,9 +76,9 @@ def profile_command(
     Writes FILE.safetensors and FILE.json, and a page that shows them. Interrupted or killed, the same command goes on
     where it stopped.
     """
+    from act_export.checkpoint.placement import Placement
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
-    from act_export.placement import Placement
     from act_export.profile import ProfileOptions, unreachable
     from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts

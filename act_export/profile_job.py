@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from act_export.cache import cache_folder
 from act_export.calibration import DEFAULT_BETA, Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
+from act_export.files import cache_folder
 from act_export.profile import ProfileError, ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
 from act_export.profile.run import EffectsOf, Progress, check_names

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 
-from act_export.checkpoint import Checkpoint, load_checkpoint
+from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.export import build_model
 from act_export.runtime import Session
 

@@ -12,7 +12,7 @@ import torch
 from tiny import save_checkpoint, tiny_checkpoint
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint, load_checkpoint
+from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import SearchTask
 from act_export.tasks import (

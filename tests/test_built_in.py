@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export import built_in as module
-from act_export.built_in import BUILT_IN, BuiltIn, built_in_gguf
-from act_export.cache import join_whole
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint import built_in as module
+from act_export.checkpoint.built_in import BUILT_IN, BuiltIn, built_in_gguf
+from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import CheckpointError
+from act_export.files import join_whole
 
 PARTS = (b"first ", b"second ", b"third")
 WHOLE = b"".join(PARTS)
@@ -109,7 +109,7 @@ def test_joining_is_concatenation(tmp_path_factory, contents, block):
     whole = b"".join(contents)
     sha256 = hashlib.sha256(whole).hexdigest()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("act_export.cache._BLOCK_BYTES", block)
+        patch.setattr("act_export.files._BLOCK_BYTES", block)
         assert join_whole(folder / "whole", parts, sha256=sha256) == sha256
         assert join_whole(folder / "other", parts, sha256="0") == sha256
     assert (folder / "whole").read_bytes() == whole

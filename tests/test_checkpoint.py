@@ -8,9 +8,12 @@ import pytest
 import torch
 from tiny import save_checkpoint, tiny_model
 
-from act_export import checkpoint as module
-from act_export.built_in import built_in_gguf
-from act_export.checkpoint import CheckpointError, fingerprint, layers_and_heads, load_checkpoint, load_tokenizer_of
+from act_export.checkpoint.built_in import built_in_gguf
+from act_export.checkpoint.gguf import converted
+from act_export.checkpoint.identity import fingerprint, layers_and_heads
+from act_export.checkpoint.load import load_checkpoint
+from act_export.checkpoint.tokenizer import load_tokenizer_of
+from act_export.errors import CheckpointError
 
 
 def test_a_folder(checkpoint_folder):
@@ -137,7 +140,7 @@ def test_tokenizer_of_a_missing_folder():
 def test_the_converted_checkpoint_is_kept(smollm2, monkeypatch):
     """A second load starts from the cache: the GGUF reader isn't needed any more."""
     assert (smollm2.identity.num_layers, smollm2.identity.num_heads) == (30, 9)
-    folder = module._converted(built_in_gguf("smollm2-135m"))
+    folder = converted(built_in_gguf("smollm2-135m"))
     assert (folder / "model.safetensors").is_file()
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
-    assert module._converted(built_in_gguf("smollm2-135m")) == folder
+    assert converted(built_in_gguf("smollm2-135m")) == folder

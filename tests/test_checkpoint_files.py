@@ -11,8 +11,9 @@ import pytest
 import transformers
 from tiny import save_checkpoint
 
-from act_export.checkpoint import CheckpointError, load_checkpoint
-from act_export.checkpoint_files import code_files, weight_files
+from act_export.checkpoint.folder import code_files, weight_files
+from act_export.checkpoint.load import load_checkpoint
+from act_export.errors import CheckpointError
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 AWQ = {"quant_method": "awq", "bits": 4}

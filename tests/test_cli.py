@@ -17,7 +17,7 @@ from tiny import save_checkpoint
 from typer.testing import CliRunner
 
 from act_export.calibration import Calibration, ModelIdentity, Provenance
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.cli import app
 from act_export.runtime import Session
 

@@ -16,9 +16,9 @@ import gguf
 import pytest
 import torch
 
-from act_export.built_in import BUILT_IN, built_in_gguf
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint, load_checkpoint
+from act_export.checkpoint.built_in import BUILT_IN, built_in_gguf
+from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.errors import CheckpointError
 from act_export.runtime import Session, generate
 from act_export.verify.cases import _TEXT, sliding_windows

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_checkpoint, tiny_model, tiny_tokenizer
 
-from act_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_tokenizer_of
-from act_export.hub import HubId, is_on_hub
+from act_export.checkpoint.hub import HubId, is_on_hub
+from act_export.checkpoint.load import Checkpoint, load_checkpoint
+from act_export.checkpoint.tokenizer import load_tokenizer_of
+from act_export.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -13,7 +13,7 @@ from tiny import save_checkpoint, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from act_export import recipes as module
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity, Provenance
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.convert import CalibrationRequest, export_model, resolve_calibration
 from act_export.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.runtime import Session

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from planted import PLANTED, save_planted
 
-from act_export.cache import cache_folder
 from act_export.calibration import Calibration, ModelIdentity, Provenance
-from act_export.checkpoint import Checkpoint, load_checkpoint
+from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.errors import ActExportError
+from act_export.files import cache_folder
 from act_export.search import SearchOptions, SearchResult
 from act_export.search_job import SearchJob, check_output, published_sets, run_search, save_result
 from act_export.search_table import print_search_result

@@ -10,9 +10,10 @@ from tiny import ROUTED, VOCABULARY, tiny_model
 from tiny_models import tiny_config
 from transformers import AutoConfig
 
-from act_export.checkpoint import CheckpointError, load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
+from act_export.checkpoint.support import why_unsupported, why_unsupported_model
+from act_export.errors import CheckpointError
 from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, check_supported, positions
-from act_export.support import why_unsupported, why_unsupported_model
 
 LATENT = "multi-head latent attention, whose cache holds compressed"
 STATE = "keep a state instead of keys"

@@ -18,7 +18,14 @@ from transformers import Qwen2VLConfig
 from typer.testing import CliRunner
 
 import act_export
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
+from act_export.checkpoint.text_tower import (
+    IMAGES_AS_EMBEDDINGS,
+    TowerError,
+    check_takes_embeddings,
+    one_rotation,
+    text_tower,
+)
 from act_export.cli import app
 from act_export.convert import export_model, verify_file
 from act_export.errors import CheckpointError, SessionError
@@ -27,7 +34,6 @@ from act_export.export.embedding import write_embedding
 from act_export.hooks import ReferenceAttention, attention_hook, check_supported
 from act_export.runtime import Session, generate
 from act_export.verify.inspect import inspect_file
-from act_export.vision import IMAGES_AS_EMBEDDINGS, TowerError, check_takes_embeddings, one_rotation, text_tower
 
 LARGEST_DIFFERENCE = 1e-4  # of a logit
 PAGE = (Path(act_export.__file__).parent / "docs" / "vision.md").read_text(encoding="utf-8")

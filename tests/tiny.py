@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint, identify
+from act_export.checkpoint.identity import identify
+from act_export.checkpoint.load import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from tiny_models import VOCABULARY, tiny_model

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint, identify
+from act_export.checkpoint.identity import identify
+from act_export.checkpoint.load import Checkpoint
 from act_export.convert import describe_failures, verify_file
 from act_export.errors import ActExportError
 from act_export.export import build_model

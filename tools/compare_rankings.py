@@ -21,7 +21,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task
 from act_export.search.journal import Journal

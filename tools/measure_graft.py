@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Session, generate
 from act_export.tasks import load_examples

@@ -24,7 +24,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from act_export.checkpoint import Checkpoint, load_checkpoint
+from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.profile import PromptSource, profile_sinks
 from act_export.profile.run import BATCH_TOKENS
 from act_export.profile_job import ProfileJob, encode_prompts, load_prompts

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint, identify
+from act_export.checkpoint.identity import identify
+from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.text_tower import text_tower
 from act_export.hooks import AttentionHook, LayerState, ReferenceAttention, SinkCache, activated, attention_hook
 from act_export.runtime import Session
 from act_export.runtime.image_positions import image_positions
-from act_export.vision import text_tower
 
 IMAGE_TOKEN = 250
 MERGE = 2

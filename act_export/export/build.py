@@ -9,7 +9,8 @@ import torch
 from onnx_ir.passes.common import ShapeInferencePass
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.text_tower import check_takes_embeddings
 from act_export.errors import ActExportError
 from act_export.export.hollow import forget_weights
 from act_export.export.passes.convert_precision import ConvertPrecisionPass
@@ -20,7 +21,6 @@ from act_export.export.slim import slim
 from act_export.export.trace import trace
 from act_export.export.write import WriteProgress, check_model, finish_model, metadata, save_model
 from act_export.runtime.providers import import_onnxruntime
-from act_export.vision import check_takes_embeddings
 
 
 def build_model(

@@ -18,7 +18,7 @@ from act_export.hooks import UnsupportedModelError
 from act_export.ops.functions import OPSET
 
 if TYPE_CHECKING:
-    from act_export.checkpoint import Checkpoint
+    from act_export.checkpoint.load import Checkpoint
 
 _IR_VERSION = 10
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from act_export.hollow_tensors import hollow_tensors, is_large
+from act_export.checkpoint.streamed.hollow_tensors import hollow_tensors, is_large
 
 ReadWeight = Callable[[str], Tensor]
 """Gives a parameter in float32, by any of its names."""

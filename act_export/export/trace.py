@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import layers_and_heads
+from act_export.checkpoint.identity import layers_and_heads
+from act_export.checkpoint.text_tower import hidden_size, one_rotation, position_axes
 from act_export.errors import ActExportError
 from act_export.export import experts
 from act_export.export.hollow import ReadWeight, attach_weights, hollowed
@@ -30,7 +31,6 @@ from act_export.hooks import (
     attention_hook,
 )
 from act_export.ops import functions, schema
-from act_export.vision import hidden_size, one_rotation, position_axes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

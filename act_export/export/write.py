@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from act_export import __version__
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.text_tower import family_of, placeholders_of
 from act_export.errors import ActExportError
 from act_export.export.quantize import Quantization
 from act_export.ops import functions, schema
-from act_export.vision import family_of, placeholders_of
 
 METADATA_PREFIX = "act_export."
 COMPANIONS = {

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from act_export.cache import write_whole
+from act_export.files import write_whole
 from act_export.profile.profile import ProfileError
 from act_export.profile.tally import Tally
 

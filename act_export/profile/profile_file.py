@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from act_export.cache import write_whole
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.files import write_whole
 from act_export.profile.profile import (
     ALL,
     GRID,

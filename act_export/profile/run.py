@@ -16,7 +16,8 @@ from torch import Tensor
 
 import act_export
 from act_export.calibration import DEFAULT_THRESHOLD, Calibration
-from act_export.checkpoint import Checkpoint, public_name
+from act_export.checkpoint.fetch import public_name
+from act_export.checkpoint.load import Checkpoint
 from act_export.profile.partial import PartialTally
 from act_export.profile.profile import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError, SinkProfile
 from act_export.profile.profiling import profile_batch

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from act_export.checkpoint import BUILT_IN, load_tokenizer_of
+from act_export.checkpoint.built_in import BUILT_IN
+from act_export.checkpoint.hub import HubId, is_on_hub
+from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import ActExportError
-from act_export.hub import HubId, is_on_hub
 from act_export.runtime.generate import Sampling, generate_steps
 from act_export.runtime.session import Session
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.hooks import attention_hook
 from act_export.search.fast_attention import FastAttention
 from act_export.search.processes import Unit, Workers

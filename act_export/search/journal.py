@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from act_export.cache import write_whole
 from act_export.errors import ActExportError
+from act_export.files import write_whole
 
 FORMAT_VERSION = 1
 _LARGEST_SHOWN = 60

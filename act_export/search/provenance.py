@@ -10,7 +10,7 @@ import transformers
 
 import act_export
 from act_export.calibration import Calibration, Provenance
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice, heads_with_betas
 from act_export.search.report import Gain, TaskReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import RANK, EncodedTask, cost_of
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import gate_gradients

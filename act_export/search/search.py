@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from act_export.calibration import Calibration, Provenance
-from act_export.checkpoint import Checkpoint, fingerprint
+from act_export.checkpoint.identity import fingerprint
+from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import (
     CHOOSE,
     CONTENT_FREE,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from act_export.cache import cache_folder, write_whole
+from act_export.files import cache_folder, write_whole
 from act_export.tasks.examples import TaskError, read_rows
 from act_export.tasks.row_form import RowForm
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from act_export.checkpoint.text_tower import placeholders_of
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime.generate import left_pad
 from act_export.tasks.encoding import sequence_beginning
-from act_export.vision import placeholders_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

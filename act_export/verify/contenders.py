@@ -249,7 +249,7 @@ class RunningPyTorch(Running):
 def _running_pytorch(contender: Contender, threads: int) -> Iterator[Running]:
     import torch
 
-    from act_export.checkpoint import load_checkpoint
+    from act_export.checkpoint.load import load_checkpoint
     from act_export.hooks import ReferenceAttention, attention_hook
 
     torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.verify.int8_activations import int8_activations_model
 from act_export.verify.quantized_file import LOOKUP, QuantizedWeight, quantized_weights

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.hooks import ReferenceAttention, attention_hook, positions
 from act_export.runtime.session import Session

@@ -14,7 +14,7 @@ import typer.main
 from tiny import CALIBRATION
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.cli import app
 from act_export.export import build_model
 from act_export.ops.library import library_path

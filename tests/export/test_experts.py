@@ -21,7 +21,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from act_export.checkpoint import Checkpoint, identify
+from act_export.checkpoint.identity import identify
+from act_export.checkpoint.load import Checkpoint
 from act_export.convert import describe_failures, verify_file
 from act_export.export import build_model
 from act_export.export.experts import check_experts, exportable_experts, sorted_experts, translation_table

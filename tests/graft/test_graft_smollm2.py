@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.export import build_model
 from act_export.graft import graft
 from act_export.recipes import find_recipes

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, tiny_checkpoint
 
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.profile import ProfileOptions, PromptSource, SinkStatistics, attention_statistics, profile_sinks
 from act_export.tasks import encode_examples, load_examples
 

@@ -12,7 +12,7 @@ from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
 from tokenizers import decoders, models
 
 from act_export.calibration import Calibration, CalibrationError
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.hooks import AttentionCall, LayerState, ReferenceAttention, attention_hook
 from act_export.profile import (

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from planted import PLANTED, planted_task, save_planted, words_checkpoint, written_by
 from typer.testing import CliRunner
 
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.cli import app
 from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
 from act_export.search.journal import Journal, JournalError

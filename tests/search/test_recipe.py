@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.hooks import attention_hook
 from act_export.recipes import find_recipes
 from act_export.search import FastAttention

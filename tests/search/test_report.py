@@ -20,7 +20,7 @@ from planted import (
 )
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.search.answers import Answers
 from act_export.search.choose import other_heads

@@ -20,16 +20,16 @@ from shards_on_disk import first_shard, save_in_shards
 from tiny import CALIBRATION
 from typer.testing import CliRunner
 
-import act_export.streamed.decide as decide
+import act_export.checkpoint.streamed.decide as decide
 from act_export.calibration import Calibration
-from act_export.checkpoint import CheckpointError, load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
+from act_export.checkpoint.streamed.cut import cut_calibration, cut_checkpoint, describe_cut
 from act_export.cli import app
 from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
-from act_export.errors import ActExportError, VerificationError
+from act_export.errors import ActExportError, CheckpointError, VerificationError
 from act_export.export import build_model
 from act_export.export.trace import trace
 from act_export.export.write import save_model
-from act_export.streamed.cut import cut_calibration, cut_checkpoint, describe_cut
 from act_export.verify.inspect import inspect_file
 from act_export.verify.metrics import Metrics
 from act_export.verify.parity_report import ParityReport
@@ -219,7 +219,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import act_export.convert
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.export import build_model
 
 def peak_kilobytes():

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 import pytest
 
-from act_export.cache import cache_folder
+from act_export.files import cache_folder
 from act_export.tasks import load_examples
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "fetch_data"

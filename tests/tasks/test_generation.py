@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_tokenizer
 from torch import Tensor
 
-from act_export.checkpoint import Checkpoint
+from act_export.checkpoint.load import Checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Sampling, Session, generate
 from act_export.tasks import EncodedExample, ScoringError, SessionLanguageModel, TorchLanguageModel

@@ -14,7 +14,7 @@ from random_llama import CONTEXT, Shape, weights, write_checkpoint
 from safetensors.torch import load_file
 
 from act_export.calibration import Calibration
-from act_export.checkpoint import load_checkpoint
+from act_export.checkpoint.load import load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_llama.py"

@@ -220,7 +220,7 @@ def test_a_search_on_a_files_weights_says_so(tmp_path: Path, monkeypatch):
     folder = save_checkpoint(tmp_path / "model", **WIDE)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{i}+1=", "choices": ["a", "b"], "answer": {i % 2}}}\n' for i in range(30)))
-    from act_export.checkpoint import load_checkpoint
+    from act_export.checkpoint.load import load_checkpoint
 
     loaded = load_checkpoint(str(folder))
     build_model(loaded, CALIBRATION, tmp_path / "m.onnx", dtype="int4")

@@ -8,9 +8,9 @@ from typing import Any
 
 import vl_convert
 
-from act_export.cache import write_whole
 from act_export.calibration import Calibration
 from act_export.errors import ActExportError
+from act_export.files import write_whole
 from act_export.profile.profile import ABSOLUTE, SinkProfile
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.attention_maps import layer_maps, map_picture

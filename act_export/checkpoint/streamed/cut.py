@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from act_export.checkpoint import Checkpoint, identify, layers_and_heads
+from act_export.checkpoint.identity import identify, layers_and_heads
+from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.streamed.weights import model_with_weights
 from act_export.errors import ActExportError
-from act_export.streamed.weights import model_with_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -6,8 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.cache import cache_folder, join_whole
 from act_export.errors import CheckpointError
+from act_export.files import cache_folder, join_whole
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from act_export.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from act_export.streamed.stored_tensor import StoredTensor
+    from act_export.checkpoint.streamed.stored_tensor import StoredTensor
 
 
 class Origin(Protocol):

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from act_export.checkpoint.streamed.stored_tensor import StoredTensor, stored_tensors
 from act_export.errors import CheckpointError
-from act_export.streamed.stored_tensor import StoredTensor, stored_tensors
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

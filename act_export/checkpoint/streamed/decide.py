@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from act_export.checkpoint.memory import available_bytes
+from act_export.checkpoint.streamed.shards import is_streamable, tensors_of
+from act_export.checkpoint.text_tower import has_text_tower
 from act_export.errors import CheckpointError
-from act_export.memory import available_bytes
-from act_export.streamed.shards import is_streamable, tensors_of
-from act_export.vision import has_text_tower
 
 if TYPE_CHECKING:
     from pathlib import Path

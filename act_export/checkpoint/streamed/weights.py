@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from act_export.checkpoint.streamed.hollow_tensors import hollow_tensors, is_large
+from act_export.checkpoint.streamed.origins import Origin, origins_of
+from act_export.checkpoint.streamed.shards import tensors_of
 from act_export.errors import CheckpointError
-from act_export.hollow_tensors import hollow_tensors, is_large
-from act_export.streamed.origins import Origin, origins_of
-from act_export.streamed.shards import tensors_of
 
 if TYPE_CHECKING:
     from pathlib import Path

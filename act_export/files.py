@@ -1,0 +1,269 @@
+"""Files: where those that others name may lie, and how results come to their place, whole or not at all.
+
+A result is put together in a folder of its own beside its final place, and moved there by a rename. The folder is
+locked while its owner lives; what a killed process left is removed by the next one that writes there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+
+from act_export.errors import ActExportError, shown
+
+_BLOCK_BYTES = 1 << 20
+_LONGEST_NAME = 1024  # characters; no file that a model names has a longer one
+_STAGING = ".act-export-"  # in the names of folders in which results are put together
+_KINDS = (
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints and fetched task data are kept."""
+    return Path(platformdirs.user_cache_dir("act-export"))
+
+
+def path_inside(folder: Path, name: object, what: str, *, error: type[ActExportError] = ActExportError) -> Path:
+    """The place of a file that another file names, which must be in the folder it is named in.
+
+    Links are followed: what counts is where they lead. Those of the hub's cache, from a revision's folder to the
+    contents beside it, are taken for the files that they stand for.
+
+    Args:
+        folder: That the name is relative to.
+        name: As it was found, e.g. the external data's location in an ONNX file.
+        what: Who names it, for errors: "the weights of model.onnx".
+        error: What is raised.
+
+    Returns:
+        The path, with its links; it need not exist.
+
+    Raises:
+        ActExportError: Or `error`, if the name is no string, empty, absolute, or leads out of the folder.
+    """
+    if not isinstance(name, str) or not name or len(name) > _LONGEST_NAME or "\0" in name:
+        raise error(f"{what}: {shown(name)} is no name of a file")
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if name.startswith(("/", "\\")) or ".." in parts:
+        raise error(f"{what}: {shown(name)} leads out of {folder}; only files in that folder are used")
+    path = folder / name
+    try:
+        real = path.resolve()
+        homes = [folder.resolve(), *_hub_contents(folder)]
+    except (OSError, RuntimeError) as cause:  # links in a circle
+        raise error(f"{what}: {shown(name)} can't be followed: {cause}") from cause
+    if not any(real.is_relative_to(home) for home in homes):
+        raise error(f"{what}: {path} is a link to {real}, out of {folder}; copy the file there instead")
+    return path
+
+
+def _hub_contents(folder: Path) -> list[Path]:
+    """Where the hub's cache has the contents of the files of a revision: REPOSITORY/blobs of REPOSITORY/snapshots/X."""
+    found = []
+    for place in dict.fromkeys((folder.absolute(), folder.resolve())):
+        for inner in (place, *place.parents):
+            if inner.parent.name == "snapshots" and inner.parent.parent.name.startswith(("models--", "datasets--")):
+                found.append((inner.parent.parent / "blobs").resolve())
+    return found
+
+
+def check_replaceable(path: Path, *, error: type[ActExportError] = ActExportError) -> None:
+    """Refuses a place for a file where something other than a plain file is: a device, pipe, socket, link or folder.
+
+    Raises:
+        ActExportError: Or `error`, with what is there and what to pass instead.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing is there, or what is wrong shows when it is written
+    kind = next((name for test, name in _KINDS if test(mode)), None)
+    if kind is None:
+        return
+    if kind == "a link":
+        raise error(f"{path} is a link to {os.readlink(path)}, which would be replaced; pass the file's own path")
+    raise error(f"{path} is {kind}, which isn't replaced; pass the name of a file")
+
+
+def check_writable(folder: Path, *, error: type[ActExportError] = ActExportError) -> None:
+    """Refuses, before any work, a folder for results, there or to be made, that can't be written to.
+
+    Raises:
+        ActExportError: Or `error`, with the folder, and what to do.
+    """
+    folder = folder.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise error(f"{folder} is no folder; pass another place with --out")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as cause:
+        raise error(f"can't write to {folder}: {cause.strerror}; pass another place with --out") from cause
+
+
+@contextmanager
+def staging_folder(place: Path, name: str) -> Iterator[Path]:
+    """A folder in `place` to put a result together in, gone when the block ends, however it does.
+
+    What killed processes left in `place` is removed first. The folder is locked (flock) until the block ends.
+
+    Args:
+        place: An existing folder, on the result's own disk, so that `move_into_place` is instant.
+        name: Of the result.
+
+    Raises:
+        OSError: If it can't be made.
+    """
+    sweep(place)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name[:100]}{_STAGING}", dir=place))
+        lock = _lock(folder, wait=True)
+        if folder.is_dir():  # else another process swept it before it was locked
+            break
+        if lock is not None:
+            os.close(lock)
+    try:
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's own is for secrets
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the system's place for temporary files; as `staging_folder`."""
+    with staging_folder(Path(tempfile.gettempdir()), "scratch") as folder:
+        yield folder
+
+
+def sweep(place: Path) -> None:
+    """Removes the staging folders in `place` whose owners don't live any more; others are left alone."""
+    with suppress(OSError):
+        for folder in place.glob(f".*{_STAGING}*"):
+            if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
+    """An open, locked handle of a folder; None if it is gone, somebody has it, or this file system has no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _umask() -> int:
+    """The process's umask, read without changing it for other threads."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    except (OSError, StopIteration, ValueError):
+        return 0o077
+
+
+def move_into_place(made: Path, final: Path, *, error: type[ActExportError] = ActExportError) -> Path:
+    """Renames a finished file to its final name, after its content is on the disk; what was there before is replaced.
+
+    Raises:
+        ActExportError: Or `error`, as `check_replaceable`.
+        OSError: If it can't be moved.
+    """
+    check_replaceable(final, error=error)
+    _sync(made)
+    made.replace(final)
+    _sync(final.parent)
+    return final
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as cause:
+        if cause.errno not in (errno.EINVAL, errno.EROFS):  # some file systems can't for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: str | bytes, *, error: type[ActExportError] = ActExportError) -> None:
+    """Writes a file, whole or not at all, with the folders it is in; of several writers at once the last one wins.
+
+    Raises:
+        ActExportError: Or `error`, as `check_replaceable`.
+        OSError: If it can't be written.
+    """
+    check_replaceable(path, error=error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staging_folder(path.parent, path.name) as own:
+        whole = own / path.name
+        whole.write_bytes(content.encode() if isinstance(content, str) else content)
+        move_into_place(whole, path, error=error)
+
+
+def copy_content(source: Path, target: Path) -> None:
+    """Copies a file's bytes, behind links, into a new file with the permissions of new files; never its mode or owner.
+
+    Raises:
+        OSError: If it can't be copied.
+    """
+    shutil.copyfile(source, target)
+
+
+def join_whole(path: Path, parts: Sequence[Path], *, sha256: str) -> str:
+    """Writes files one after another into one, whole or not at all, holding little of them in memory.
+
+    Args:
+        path: The file to write.
+        parts: The files, in their order.
+        sha256: What the whole file must have, in hexadecimal; with another nothing is written.
+
+    Returns:
+        The SHA-256 that it has.
+
+    Raises:
+        OSError: If a part can't be read, or the file can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with staging_folder(path.parent, path.name) as own:
+        whole = own / path.name
+        with whole.open("wb") as joined:
+            for part in parts:
+                with part.open("rb") as source:
+                    while block := source.read(_BLOCK_BYTES):
+                        digest.update(block)
+                        joined.write(block)
+        if digest.hexdigest() == sha256:
+            move_into_place(whole, path)
+    return digest.hexdigest()
