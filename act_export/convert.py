@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,7 +18,8 @@ from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
 from act_export.export.quantize import BITS
-from act_export.export.write import check_output, is_file_output, publish, staged
+from act_export.export.write import COMPANIONS, check_output, is_file_output, publish, staged
+from act_export.files import copy_content, scratch_folder, staging_folder
 from act_export.graft.pack_sink_state import pack_file
 from act_export.ops.library import library_path
 from act_export.recipes import announce, find_recipes, named_recipe
@@ -209,8 +208,8 @@ def with_quantized_weights(checkpoint: Checkpoint, dtype: str, *, block_size: in
     if dtype not in BITS:
         raise ActExportError(f"dtype is {dtype!r}, which quantizes no weights; pass --dtype {' or '.join(BITS)}")
     _refuse_search(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="act-export-") as folder:
-        path = Path(folder) / f"{dtype}.onnx"
+    with scratch_folder() as folder:
+        path = folder / f"{dtype}.onnx"
         build_model(checkpoint, None, path, dtype=dtype, block_size=block_size)
         return replace(dequantized(path, checkpoint).checkpoint, weights=dtype)
 
@@ -287,7 +286,7 @@ def export_model(
         if verify and checkpoint.streamed is None:
             report = verify_file(folder / name, checkpoint, calibration, device=device, progress=progress)
             _refuse_failure(report)
-        files = publish(folder, out.parent if is_file_output(out) else out)
+        files = publish(folder, out.parent) if is_file_output(out) else publish(folder, out, stale=COMPANIONS)
     return Converted(tuple(files), calibration, report)
 
 
@@ -311,8 +310,8 @@ def _verify_cut(
     """Parity of the first layers of a model that is too large to be compared whole, exported like the whole."""
     progress(f"reading {LAYERS} layers")
     cut, baked = cut_checkpoint(checkpoint), cut_calibration(calibration)
-    with tempfile.TemporaryDirectory(prefix="cut-", dir=folder) as place:
-        path = Path(place) / "cut.onnx"
+    with staging_folder(folder, "cut") as place:
+        path = place / "cut.onnx"
         build(cut, baked, path, f"exporting {LAYERS} layers")
         report = verify_file(path, cut, baked, device=device, progress=progress)
     remarks = (describe_cut(checkpoint, calibration), report.remark)
@@ -410,4 +409,4 @@ def _add_companions(folder: Path, checkpoint: Checkpoint, calibration: Calibrati
     if calibration is not None:
         calibration.save(folder / "calibration.json")
     library = library_path()
-    shutil.copy2(library, folder / library.name)
+    copy_content(library, folder / library.name)

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -39,7 +39,14 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("act-export"))
 
 
-def path_inside(folder: Path, name: object, what: str, *, error: type[ActExportError] = ActExportError) -> Path:
+def path_inside(
+    folder: Path,
+    name: object,
+    what: str,
+    *,
+    error: type[ActExportError] = ActExportError,
+    also: Sequence[Path] = (),
+) -> Path:
     """The place of a file that another file names, which must be in the folder it is named in.
 
     Links are followed: what counts is where they lead. Those of the hub's cache, from a revision's folder to the
@@ -50,6 +57,7 @@ def path_inside(folder: Path, name: object, what: str, *, error: type[ActExportE
         name: As it was found, e.g. the external data's location in an ONNX file.
         what: Who names it, for errors: "the weights of model.onnx".
         error: What is raised.
+        also: Other folders that links may lead to, such as the one that a model's own link leads to.
 
     Returns:
         The path, with its links; it need not exist.
@@ -65,7 +73,7 @@ def path_inside(folder: Path, name: object, what: str, *, error: type[ActExportE
     path = folder / name
     try:
         real = path.resolve()
-        homes = [folder.resolve(), *_hub_contents(folder)]
+        homes = [folder.resolve(), *(place.resolve() for place in also), *_hub_contents(folder)]
     except (OSError, RuntimeError) as cause:  # links in a circle
         raise error(f"{what}: {shown(name)} can't be followed: {cause}") from cause
     if not any(real.is_relative_to(home) for home in homes):
@@ -123,7 +131,8 @@ def check_writable(folder: Path, *, error: type[ActExportError] = ActExportError
 def staging_folder(place: Path, name: str) -> Iterator[Path]:
     """A folder in `place` to put a result together in, gone when the block ends, however it does.
 
-    What killed processes left in `place` is removed first. The folder is locked (flock) until the block ends.
+    What killed processes left in `place` is removed first. The folder is locked (flock) until the block ends, also
+    in processes that were forked in it.
 
     Args:
         place: An existing folder, on the result's own disk, so that `move_into_place` is instant.
@@ -132,49 +141,95 @@ def staging_folder(place: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: If it can't be made.
     """
-    sweep(place)
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{name[:100]}{_STAGING}", dir=place))
-        lock = _lock(folder, wait=True)
-        if folder.is_dir():  # else another process swept it before it was locked
-            break
-        if lock is not None:
-            os.close(lock)
-    try:
+    with _staged(place, lambda prefix: tempfile.mkdtemp(prefix=prefix, dir=place), name) as folder:
         folder.chmod(0o777 & ~_umask())  # mkdtemp's own is for secrets
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+
+
+@contextmanager
+def staging_file(place: Path, name: str) -> Iterator[Path]:
+    """An empty file in `place`, for what must lie beside others there; else as `staging_folder`."""
+
+    def make(prefix: str) -> str:
+        handle, path = tempfile.mkstemp(prefix=prefix, dir=place)
+        os.close(handle)
+        return path
+
+    with _staged(place, make, name) as file:
+        yield file
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporary files; as `staging_folder`."""
-    with staging_folder(Path(tempfile.gettempdir()), "scratch") as folder:
+    """A folder in the system's place for temporary files that nobody else can read; else as `staging_folder`."""
+    place = Path(tempfile.gettempdir())
+    with _staged(place, lambda prefix: tempfile.mkdtemp(prefix=prefix, dir=place), "scratch") as folder:
         yield folder
 
 
+@contextmanager
+def _staged(place: Path, make: Callable[[str], str], name: str) -> Iterator[Path]:
+    sweep(place)
+    while True:
+        path = Path(make(f".{name[:100]}{_STAGING}"))
+        lock = _lock(path, wait=True)
+        if path.exists():  # else another process swept it before it was locked
+            break
+        if lock is not None:
+            os.close(lock)
+    owner = os.getpid()
+    try:
+        yield path
+    finally:
+        if os.getpid() == owner:  # else this is a fork, and the other still works in it
+            _remove(path)
+        if lock is not None:
+            os.close(lock)
+
+
+def is_staging(path: Path) -> bool:
+    """Whether a result is or was put together there, by the name."""
+    return path.name.startswith(".") and _STAGING in path.name
+
+
 def sweep(place: Path) -> None:
-    """Removes the staging folders in `place` whose owners don't live any more; others are left alone."""
+    """Removes the staging folders and files in `place` whose owners don't live any more; others are left alone."""
     with suppress(OSError):
-        for folder in place.glob(f".*{_STAGING}*"):
-            if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
-                continue
-            lock = _lock(folder)
+        for path in place.glob(f".*{_STAGING}*"):
+            lock = _lock(path)
             if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(path)
                 os.close(lock)
 
 
-def _lock(folder: Path, *, wait: bool = False) -> int | None:
-    """An open, locked handle of a folder; None if it is gone, somebody has it, or this file system has no locks."""
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, so that of several processes one at a time moves results there."""
+    lock = _lock(folder, wait=True)
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path, *, wait: bool = False) -> int | None:
+    """An open, locked handle of one's own file or folder; None where it is gone, another's, held, or can't be locked.
+
+    The lock is the open file's: it is held until the last process that inherited the handle has closed it or ended.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:
+        if not wait and os.fstat(handle).st_uid != os.getuid():
+            raise PermissionError
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         os.close(handle)
@@ -199,13 +254,14 @@ def move_into_place(made: Path, final: Path, *, error: type[ActExportError] = Ac
         OSError: If it can't be moved.
     """
     check_replaceable(final, error=error)
-    _sync(made)
+    flush(made)
     made.replace(final)
-    _sync(final.parent)
+    flush(final.parent)
     return final
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Has a file's content, or a folder's list of files, on the disk before it returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -235,9 +291,42 @@ def copy_content(source: Path, target: Path) -> None:
     """Copies a file's bytes, behind links, into a new file with the permissions of new files; never its mode or owner.
 
     Raises:
+        OSError: If it can't be copied, or is no file but a device or pipe.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(source))
+    shutil.copyfile(source, target)
+
+
+def copy_folder(
+    source: Path,
+    target: Path,
+    *,
+    skip: Callable[[Path], bool] = lambda _: False,
+    error: type[ActExportError] = ActExportError,
+) -> None:
+    """Copies the files of a folder and of those within, as `copy_content` does.
+
+    Args:
+        source: The folder. Links to files in it are copied as files.
+        target: Made if it isn't there.
+        skip: What of the source is left out.
+        error: What is raised.
+
+    Raises:
+        ActExportError: Or `error`, if there is a link out of the source or to a folder, a device, a pipe or a socket.
         OSError: If it can't be copied.
     """
-    shutil.copyfile(source, target)
+    for folder, _, _ in os.walk(source, followlinks=False):
+        place = Path(folder)
+        own = target / place.relative_to(source)
+        own.mkdir(parents=True, exist_ok=True)
+        for path in (each for each in sorted(place.iterdir()) if each.is_symlink() or not each.is_dir()):
+            if not skip(path):
+                inside = path_inside(source, str(path.relative_to(source)), f"the copy of {source}", error=error)
+                if not inside.is_file():
+                    raise error(f"{path} is no file, or a link to none, and can't be copied; remove it from {source}")
+                copy_content(path, own / path.name)
 
 
 def join_whole(path: Path, parts: Sequence[Path], *, sha256: str) -> str:

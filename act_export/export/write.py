@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,19 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import family_of, placeholders_of
 from act_export.errors import ActExportError
 from act_export.export.quantize import Quantization
+from act_export.files import (
+    check_replaceable,
+    check_writable,
+    flush,
+    is_staging,
+    locked,
+    move_into_place,
+    path_inside,
+    staging_folder,
+    sweep,
+)
 from act_export.ops import functions, schema
+from act_export.ops.library import NAMES
 
 METADATA_PREFIX = "act_export."
 COMPANIONS = {
@@ -41,7 +53,6 @@ COMPANIONS = {
     "tokenizer_config.json",
     "vocab.json",
 }
-_FILES_OF_A_SINGLE_EXPORT = 2  # graph and weights
 _SUFFIXES_OF_FILES = {".bin", ".data", ".gguf", ".json", ".ort", ".pb", ".pt", ".pth", ".safetensors", ".txt", ".zip"}
 _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
@@ -161,29 +172,37 @@ def check_output(out: Path) -> None:
     Raises:
         OutputError: With what to do.
     """
+    place = _staging_place(out)
     if is_file_output(out):
         if out.is_dir():
             raise OutputError(f"{out} is a folder; pass --out {out / 'model.onnx'}, or a name without .onnx")
+        for file in (out, out.with_name(f"{out.name}.data")):
+            check_replaceable(file, error=OutputError)
     elif out.is_dir():
-        others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-        if others and "model.onnx" not in others:
+        _check_folder(out)
+    else:
+        check_replaceable(out, error=OutputError)
+        if out.exists() or out.suffix in _SUFFIXES_OF_FILES:
             raise OutputError(
-                f"{out} holds other files, e.g. {others[0]}; pass a new or empty folder, or one that act-export wrote"
+                f"{out} looks like a file but doesn't end in .onnx; pass a name ending in .onnx, or a folder"
             )
-    elif out.exists() or out.suffix in _SUFFIXES_OF_FILES:
-        raise OutputError(f"{out} looks like a file but doesn't end in .onnx; pass a name ending in .onnx, or a folder")
-    check_writable(_staging_place(out))
+    if not place.is_dir():
+        raise OutputError(f"there is no folder {place}; create it, or pass another --out")
+    check_writable(place, error=OutputError)
 
 
-def check_writable(folder: Path) -> None:
-    """Raises OutputError unless the folder exists and files can be made in it."""
-    if not folder.is_dir():
-        raise OutputError(f"there is no folder {folder}; create it, or pass another --out")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"can't write to {folder}: {error.strerror}") from error
+def _check_folder(out: Path) -> None:
+    """Refuses a folder with files that no export, finished or killed, left there, or with no files in their places."""
+    there = sorted(out.iterdir())
+    others = [path.name for path in there if not path.name.startswith(".")]
+    ours = {"model.onnx", *NAMES} & set(others) or any(is_staging(path) for path in there)
+    if others and not ours:
+        raise OutputError(
+            f"{out} holds other files, e.g. {others[0]}; pass a new or empty folder, or one that act-export wrote"
+        )
+    for path in there:
+        if path.name in COMPANIONS or path.name.startswith("model.onnx"):
+            check_replaceable(path, error=OutputError)
 
 
 def is_file_output(out: Path) -> bool:
@@ -200,46 +219,57 @@ def _staging_place(out: Path) -> Path:
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, or in it, for files that `publish` moves to their final names.
 
-    Whatever ends the block, the temporary folder is gone afterwards.
+    Whatever ends the block, the temporary folder is gone afterwards; if the process is killed, with the next one.
 
     Raises:
         OutputError: If the files can't be written, for instance because the disk ran full.
     """
     place = _staging_place(out)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=place))
-    except OSError as error:
-        raise OutputError(f"can't write to {place}: {error.strerror}") from error
-    try:
-        yield folder
+        sweep(out.parent)  # where one lies that was killed before there was the folder `out`
+        with staging_folder(place, out.name) as folder:
+            yield folder
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise OutputError(f"can't write to {place}: {reason}; no partial output was left") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(folder: Path, target: Path) -> list[Path]:
-    """Moves every file of a staging folder into `target`.
+def publish(folder: Path, target: Path, *, stale: Collection[str] = ()) -> list[Path]:
+    """Moves every file of a staging folder into `target`, or where there is no `target` makes the folder it.
 
-    An older graph goes first and the new one comes last, so that a graph never lies beside weights that aren't its own.
-    In a folder of its own an export also removes what an older one left there: a tokenizer or calibration that the new
-    one doesn't have.
+    Older graphs go first and the new ones come last, so that a graph never lies beside weights that aren't its own. Of
+    several processes that publish to the same place the last one wins, with all of its files.
+
+    Args:
+        folder: As `staged` gives it; its files may be in folders.
+        target: Its folders must not be links out of it.
+        stale: Names of files that go if they are there and the new output doesn't have them.
 
     Returns:
         The final paths.
+
+    Raises:
+        OutputError: If something other than a file is where one goes.
+        OSError: If the files can't be moved.
     """
-    target.mkdir(exist_ok=True)
-    files = sorted(folder.iterdir(), key=lambda path: path.suffix == ".onnx")
-    for path in files:
-        if path.suffix == ".onnx":
-            (target / path.name).unlink(missing_ok=True)
-    if len(files) > _FILES_OF_A_SINGLE_EXPORT:
-        for name in COMPANIONS - {path.name for path in files}:
-            (target / name).unlink(missing_ok=True)
-    published = []
-    for path in files:
-        if path.is_dir():
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        published.append(path.replace(target / path.name))
-    return published
+    names = sorted(
+        (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()),
+        key=lambda name: (name.suffix == ".onnx", name),
+    )
+    with locked(target.parent):
+        if not os.path.lexists(target):
+            for name in names:
+                flush(folder / name)
+            folder.rename(target)
+            flush(target.parent)
+            return [target / name for name in names]
+        finals = [path_inside(target, str(name), f"the output in {target}", error=OutputError) for name in names]
+        leftovers = [target / name for name in stale if Path(name) not in names]
+        for path in (*finals, *leftovers):
+            check_replaceable(path, error=OutputError)
+        for path in (*(final for final in finals if final.suffix == ".onnx"), *leftovers):
+            path.unlink(missing_ok=True)
+        for name, final in zip(names, finals, strict=True):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            move_into_place(folder / name, final, error=OutputError)
+    return finals

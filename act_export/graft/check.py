@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, external_data_helper, helper
+from onnx import TensorProto, helper
 
 from act_export.errors import VerificationError
+from act_export.external_data import is_external, place_of
 from act_export.graft.errors import UnsupportedPatternError
 from act_export.graft.graph import Graph, describe
 from act_export.graft.rewrite import MASK, RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
-from act_export.graft.source import place_of_data
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.providers import import_onnxruntime
@@ -235,8 +235,8 @@ def _without_effect(node: onnx.NodeProto) -> onnx.NodeProto:
 def _loaded(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
-    if external_data_helper.uses_external_data(copy):
-        begin, length = place_of_data(copy)
+    if is_external(copy):
+        begin, length = place_of(copy)
         location = next(entry.value for entry in copy.external_data if entry.key == "location")
         with (folder / location).open("rb") as file:
             file.seek(begin)

@@ -21,7 +21,8 @@ from act_export.graft.record import record_of, undo
 from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
 from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
-from act_export.graft.source import GENAI_CONFIG, ModelSource, read_source
+from act_export.graft.source import ModelSource, read_source
+from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import filecmp
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
-from act_export.export.write import COMPANIONS, check_free_space, check_output, is_file_output, staged
+from act_export.export.write import COMPANIONS, check_free_space, check_output, is_file_output, publish, staged
+from act_export.files import check_replaceable, copy_content, copy_folder, is_staging, path_inside
 from act_export.graft.errors import GraftError
-from act_export.graft.source import GENAI_CONFIG, ModelSource
+from act_export.graft.source import ModelSource
+from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops.library import NAMES
 
 Progress = Callable[[str], None]
@@ -63,6 +64,7 @@ def write(
     name = out.name if is_file_output(out) else source.path.name
     data = _data_to_copy(source, target)
     others = _companions(source) if source.folder is not None else []
+    weights = {source.path.parent / location for location in source.data}  # which are copied by themselves
     needed = sum(_size(path) for path in [*data.values(), *others]) + model.ByteSize() + _SPARE_BYTES
     check_free_space(target if target.is_dir() else target.parent, needed)
     with staged(out) as folder:
@@ -70,17 +72,17 @@ def write(
         for location, path in data.items():
             progress(f"copying {location} ({path.stat().st_size / 1e6:.0f} MB)")
             (folder / location).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, folder / location)
+            copy_content(path, folder / location)
         for path in others:
             if path.is_dir():
-                shutil.copytree(path, folder / path.name, symlinks=True, ignore=_weights_of(source), dirs_exist_ok=True)
+                copy_folder(path, folder / path.name, skip=lambda inner: inner in weights, error=GraftError)
             else:
-                shutil.copy2(path, folder / path.name)
+                copy_content(path, folder / path.name)
         if config is not None:
             (folder / GENAI_CONFIG).write_bytes(config.encode("utf-8"))
         if library is not None:
-            shutil.copy2(library, folder / library.name)
-        _publish(folder, target, name, whole=not is_file_output(out))
+            copy_content(library, folder / library.name)
+        publish(folder, target, stale=() if is_file_output(out) else (*COMPANIONS, GENAI_CONFIG))
     return target / name
 
 
@@ -93,6 +95,7 @@ def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
     copies = {}
     for location in source.data:
         path, there = folder / location, target / location
+        check_replaceable(there, error=GraftError)
         if there.exists() and source.folder is None:
             if not filecmp.cmp(there, path, shallow=False):
                 raise GraftError(f"{there} is in the way of the weights, which have that name too; pass another folder")
@@ -116,35 +119,15 @@ def _companions(source: ModelSource) -> list[Path]:
     """What else is in the folder: tokenizer, configuration and the like."""
     assert source.folder is not None
     skipped = {source.path.name, *NAMES, *source.data}
-    found = [path for path in sorted(source.folder.iterdir()) if path.name not in skipped]
-    places = (source.folder.resolve(), source.path.resolve().parent)  # of the hub's cache the model is a link, too
+    found = [path for path in sorted(source.folder.iterdir()) if path.name not in skipped and not is_staging(path)]
     for path in found:
-        real = path.resolve()
-        if not any(real.is_relative_to(place) for place in places):
-            raise GraftError(f"{path} is a link to {real}, out of the folder; copy the file, or remove the link")
+        path_inside(source.folder, path.name, f"the copy of {source.folder}", error=GraftError)
+        if not path.is_file() and (path.is_symlink() or not path.is_dir()):
+            raise GraftError(f"{path} is no file, and can't be copied; remove it from {source.folder}")
     return found
-
-
-def _weights_of(source: ModelSource) -> Callable[[str, list[str]], set[str]]:
-    """What `shutil.copytree` leaves out: the files of weights, which are copied by themselves."""
-    weights = {source.path.parent / location for location in source.data}
-    return lambda folder, names: {name for name in names if Path(folder) / name in weights}
 
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _publish(folder: Path, target: Path, name: str, *, whole: bool) -> None:
-    """Moves what was put together to its place; in a folder of its own, what an earlier output left there goes."""
-    target.mkdir(exist_ok=True)
-    (target / name).unlink(missing_ok=True)
-    if whole:
-        for stale in (COMPANIONS | {GENAI_CONFIG}) - {path.name for path in folder.iterdir()}:
-            (target / stale).unlink(missing_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == name):
-        if path.is_dir():
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        path.replace(target / path.name)

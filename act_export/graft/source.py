@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto, external_data_helper, helper
 
+from act_export.errors import shown
+from act_export.external_data import data_files
+from act_export.files import path_inside
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import describe, reads
-from act_export.onnx_file import load_without_weights
+from act_export.json_file import look_up, read_object
+from act_export.onnx_file import GENAI_CONFIG, load_without_weights
 
-GENAI_CONFIG = "genai_config.json"
 _CONFIGS = (GENAI_CONFIG, "config.json")
-_HALF_BYTES = (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1)
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,6 @@ class ModelSource:
         return {entry.key: entry.value for entry in self.model.metadata_props}
 
 
-def look_up(config: Mapping[str, Any], *names: str) -> Any:
-    """A field of JSON objects within each other; None where there is none."""
-    found: Any = config
-    for name in names:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
 def read_source(path: str | os.PathLike[str]) -> ModelSource:
     """Reads a file, or the model of a folder.
 
@@ -77,19 +67,14 @@ def read_source(path: str | os.PathLike[str]) -> ModelSource:
     file = _model_of(folder, config if config_name == GENAI_CONFIG else {}) if folder is not None else given
     model = load_without_weights(file, GraftError)
     _check_whole(file, model)
-    return ModelSource(file, folder, model, _check_data(file, model), config, config_name)
+    return ModelSource(file, folder, model, tuple(data_files(file, model, GraftError)), config, config_name)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str]:
     for name in _CONFIGS:
-        if (folder / name).is_file():
-            try:
-                found = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise GraftError(f"can't read {folder / name}: {error}") from error
-            if not isinstance(found, dict):
-                raise GraftError(f"{folder / name} holds a {type(found).__name__}; expected a JSON object")
-            return found, name
+        path = path_inside(folder, name, str(folder), error=GraftError)
+        if path.is_file():
+            return read_object(path, error=GraftError), name
     return {}, ""
 
 
@@ -98,14 +83,14 @@ def _model_of(folder: Path, genai: Mapping[str, Any]) -> Path:
         name = look_up(genai, "model", "decoder", "filename")
         if not isinstance(name, str) or Path(name).name != name:
             raise GraftError(
-                f"{folder / GENAI_CONFIG} has model.decoder.filename = {name!r}, which is no file of its folder; pass "
-                f"the .onnx file itself"
+                f"{folder / GENAI_CONFIG} has model.decoder.filename = {shown(name)}, which is no file of its folder; "
+                f"pass the .onnx file itself"
             )
-        return folder / name
+        return path_inside(folder, name, f"the model of {folder}", error=GraftError)
     files = sorted(folder.glob("*.onnx"))
     named = [file for file in files if file.name == "model.onnx"]
     if named or len(files) == 1:
-        return (named or files)[0]
+        return path_inside(folder, (named or files)[0].name, f"the model of {folder}", error=GraftError)
     if not files and any(folder.glob("*.safetensors")):
         raise GraftError(f"{folder} is a checkpoint, not an exported model; export it: act-export {folder} --out OUT")
     if not files:
@@ -141,73 +126,3 @@ def _check_whole(file: Path, model: onnx.ModelProto) -> None:
 
 def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
-
-
-def _check_data(file: Path, model: onnx.ModelProto) -> tuple[str, ...]:
-    """The files of the model's weights: all there, long enough, and inside its folder."""
-    sizes: dict[str, int] = {}
-    for tensor in _tensors([model.graph.node, *(each.node for each in model.functions)], model.graph.initializer):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        if location not in sizes:
-            sizes[location] = _size_of_data(file, location, tensor.name)
-        try:
-            begin, length = place_of_data(tensor)
-        except ValueError as error:
-            raise GraftError(f"{file}: where {tensor.name} lies in {location} can't be read: {error}") from error
-        if begin + length > sizes[location]:
-            raise GraftError(
-                f"{file.parent / location} has {sizes[location]} bytes, and {tensor.name} ends at byte "
-                f"{begin + length}; the file isn't whole"
-            )
-    return tuple(sizes)
-
-
-def place_of_data(tensor: onnx.TensorProto) -> tuple[int, int]:
-    """First byte and number of bytes of a tensor in the file that its numbers lie in.
-
-    Raises:
-        ValueError: If they are no numbers, or negative.
-    """
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    begin, length = int(place.get("offset", 0)), int(place.get("length", _bytes_of(tensor)))
-    if begin < 0 or length < 0:
-        raise ValueError(f"it has {length} bytes from byte {begin} on")
-    return begin, length
-
-
-def _bytes_of(tensor: onnx.TensorProto) -> int:
-    elements = int(math.prod(tensor.dims))
-    if tensor.data_type in _HALF_BYTES:
-        return (elements + 1) // 2
-    return elements * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-
-
-def _size_of_data(file: Path, location: str, tensor: str) -> int:
-    place = Path(location)
-    if not location or place.is_absolute() or ".." in place.parts:
-        raise GraftError(
-            f"{file} wants the weights of {tensor} from {location!r}; a model must not read files outside its folder"
-        )
-    target = file.parent / place
-    if not target.is_file():
-        raise GraftError(f"{file} needs its weights in {target}, which isn't there; put it beside the model")
-    # As ONNX Runtime has it: where the model is a link, as in the hub's cache, beside what it links to.
-    if not any(target.resolve().is_relative_to(each) for each in (file.parent.resolve(), file.resolve().parent)):
-        raise GraftError(
-            f"{target} is a link to {target.resolve()}; a model must not read files outside its folder: copy the file"
-        )
-    return target.stat().st_size
-
-
-def _tensors(
-    nodes: Iterable[Iterable[onnx.NodeProto]], initializers: Iterable[onnx.TensorProto]
-) -> Iterator[onnx.TensorProto]:
-    yield from initializers
-    for node in itertools.chain.from_iterable(nodes):
-        for given in node.attribute:
-            if given.type == onnx.AttributeProto.TENSOR:
-                yield given.t
-            elif given.type == onnx.AttributeProto.GRAPH:
-                yield from _tensors([given.g.node], given.g.initializer)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from act_export.errors import ActExportError
+from act_export.external_data import data_files
 from act_export.onnx_file import load_without_weights
 from act_export.ops import schema
 from act_export.runtime.session import model_file
@@ -78,7 +78,7 @@ def read_signature(path: str | os.PathLike[str]) -> Signature:
         path=file,
         inputs=tuple(_tensor(file, given, optional=given.name in defaults) for given in inputs),
         outputs=tuple(_tensor(file, output) for output in graph.output),
-        data=_data_files(file, model),
+        data=tuple(sorted(data_files(file, model, HostError))),
         uses_library=any(node.domain == schema.DOMAIN for node in _nodes(model)),
     )
 
@@ -104,28 +104,6 @@ def _tensor(file: Path, value: ValueInfoProto, *, optional: bool = False) -> Ten
     return Tensor(value.name, tensor.elem_type, shape, optional)
 
 
-def _data_files(file: Path, model: ModelProto) -> tuple[str, ...]:
-    """Names of the files that hold weights, each there and long enough."""
-    needed_bytes: dict[str, int] = {}
-    for tensor in _tensors(model):
-        if uses_external_data(tensor):
-            info = ExternalDataInfo(tensor)
-            end = (info.offset or 0) + (info.length or 0)
-            needed_bytes[info.location] = max(end, needed_bytes.get(info.location, 0))
-    for name, needed in needed_bytes.items():
-        place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts:
-            raise HostError(f"{file} keeps weights in {name!r}, which isn't beside it: save both in one folder")
-        if not (file.parent / name).is_file():
-            raise HostError(f"{file} keeps weights in {name!r}, which is missing from {file.parent}: copy it there too")
-        found = (file.parent / name).stat().st_size
-        if found < needed:
-            raise HostError(
-                f"{file.parent / name} has {found} bytes and {file} wants {needed}: it is cut off, or of another model"
-            )
-    return tuple(sorted(needed_bytes))
-
-
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     """A graph and those within its nodes."""
     yield graph
@@ -139,12 +117,3 @@ def _nodes(model: ModelProto) -> Iterator[NodeProto]:
     """The nodes of the graph and its subgraphs; those of functions are what stands in for the library."""
     for graph in _graphs(model.graph):
         yield from graph.node
-
-
-def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Weights and constants."""
-    for graph in _graphs(model.graph):
-        yield from graph.initializer
-        for node in graph.node:
-            for attribute in node.attribute:
-                yield from [attribute.t] if attribute.type == AttributeProto.TENSOR else attribute.tensors

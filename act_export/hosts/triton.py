@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from act_export.export.write import OutputError, check_free_space, check_writable, staged
+from act_export.export.write import OutputError, check_free_space, publish, staged
+from act_export.files import check_replaceable, check_writable, copy_content
 from act_export.hosts.signature import HostError, Signature, Tensor, read_signature
 from act_export.ops.library import LibraryNotFoundError, library_info, library_path
 from act_export.runtime.device import Device
@@ -85,19 +85,16 @@ def write_repository(
     sources = {f"{_VERSION}/{_MODEL}": signature.path}
     sources |= {f"{_VERSION}/{entry}": signature.path.parent / entry for entry in signature.data}
     sources |= {f"{_VERSION}/{_LIBRARY}": library} if library is not None else {}
-    _check_target(repository, name, {_CONFIG, f"{_VERSION}/{_LIBRARY}", *sources})
+    before = _check_target(repository, name, {_CONFIG, f"{_VERSION}/{_LIBRARY}", *sources})
     _make_folder(repository)
     check_free_space(repository, sum(source.stat().st_size for source in sources.values()) + _SPARE_BYTES)
     with staged(repository) as staging:
-        new, old = staging / "new", staging / "old"
-        new.mkdir()
+        new = staging / "new"
         for entry, source in sources.items():
             (new / entry).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, new / entry)
+            copy_content(source, new / entry)
         (new / _CONFIG).write_text(config, encoding="utf-8")
-        if (repository / name).exists():
-            (repository / name).rename(old)
-        new.rename(repository / name)
+        publish(new, repository / name, stale=before)
     return [repository / name / entry for entry in (_CONFIG, *sources)]
 
 
@@ -130,7 +127,8 @@ def model_config(name: str, signature: Signature, *, device: str = "cpu", librar
 def _io(field: str, tensor: Tensor) -> str:
     known = _TYPES.get(tensor.element_type)
     if known is None:
-        named = helper.tensor_dtype_to_string(tensor.element_type)
+        names = TensorProto.DataType
+        named = names.Name(tensor.element_type) if tensor.element_type in names.values() else tensor.element_type
         raise HostError(f"{tensor.name} is of type {named}, which Triton doesn't have; export the model without it")
     # Triton has no scalars and takes one element for them.
     dims = ", ".join("-1" if dim is None else str(dim) for dim in tensor.shape) or "1"
@@ -140,7 +138,12 @@ def _io(field: str, tensor: Tensor) -> str:
 
 def _quote(text: str) -> str:
     """A string of protobuf's text format."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    plain = "".join(sign if sign.isprintable() and sign not in '"\\' else _octal(sign) for sign in text)
+    return f'"{plain}"'
+
+
+def _octal(sign: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in sign.encode("utf-8", "replace"))
 
 
 def _checked_name(file: Path, name: str | None) -> str:
@@ -166,24 +169,31 @@ def _library(device: Device) -> Path:
     return path
 
 
-def _check_target(repository: Path, name: str, files: set[str]) -> None:
-    """Refuses to replace what isn't a model that was written here."""
+def _check_target(repository: Path, name: str, files: set[str]) -> set[str]:
+    """Refuses to replace what isn't a model that was written here; the files of one that is."""
     target = repository / name
-    if target.is_dir():
-        there = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-        others = sorted(there - files)
-        if others or (there and _CONFIG not in there):
-            raise HostError(
-                f"{target} holds other files, e.g. {(others or sorted(there))[0]}; pass another --name, or remove it"
-            )
-    elif target.exists():
-        raise HostError(f"{target} is a file; pass another --name, or remove it")
+    check_writable(repository, error=OutputError)
+    if not os.path.lexists(target):
+        return set()
+    if target.is_symlink() or not target.is_dir():
+        raise HostError(f"{target} is no folder; pass another --name, or remove it")
+    there = {
+        path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
+    others = sorted(there - files)
+    if others or (there and _CONFIG not in there):
+        raise HostError(
+            f"{target} holds other files, e.g. {(others or sorted(there))[0]}; pass another --name, or remove it"
+        )
+    for entry in there:
+        check_replaceable(target / entry, error=OutputError)
+    return there
 
 
 def _make_folder(repository: Path) -> None:
-    if repository.exists() and not repository.is_dir():
-        raise OutputError(f"{repository} is a file; pass --out with the repository's folder")
-    if not repository.is_dir():
-        check_writable(repository.parent)
-        repository.mkdir()
-    check_writable(repository)
+    if not repository.is_dir() and not repository.parent.is_dir():
+        raise OutputError(f"there is no folder {repository.parent}; create it, or pass another --out")
+    try:
+        repository.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"can't make the folder {repository}: {error.strerror}; pass another --out") from error

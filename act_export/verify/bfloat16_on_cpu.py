@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from act_export.errors import ActExportError
+from act_export.external_data import load_graph
+from act_export.files import staging_file
 
 _FLOAT, _BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 
@@ -79,16 +80,16 @@ def runnable_on_cpu(path: Path) -> Iterator[Path]:
     Raises:
         ActExportError: If it can't be written there.
     """
-    model = ir.load(path)
+    model = load_graph(path)
     RoundAfterOperatorsPass()(model)
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."))
-            ir.save(model, file.name)
+            file = stack.enter_context(staging_file(path.parent, path.name))
+            ir.save(model, file, format="protobuf")
         except OSError as error:
             raise ActExportError(
                 f"{path} is bfloat16, which ONNX Runtime runs on a CPU only with another graph beside the file, and "
                 f"there none can be written: {error.strerror}; copy the model to a folder that you can write to, or "
                 f"pass --device cuda"
             ) from error
-        yield Path(file.name)
+        yield file

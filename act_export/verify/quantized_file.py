@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
 from act_export.export.quantize import DOMAIN
+from act_export.external_data import load_graph
 
 PRODUCT, LOOKUP = "MatMulNBits", "GatherBlockQuantized"
 _BITS = (4, 8)
@@ -87,10 +89,7 @@ def quantized_weights(path: str | os.PathLike[str]) -> list[QuantizedWeight]:
     Raises:
         QuantizedFileError: If the file can't be read, or quantizes in a way that isn't known here.
     """
-    try:
-        graph = ir.load(path).graph
-    except Exception as error:  # protobuf's and the system's errors have no common base
-        raise QuantizedFileError(f"can't read {path} as an ONNX file: {error}") from error
+    graph = load_graph(Path(path), QuantizedFileError).graph
     return [weight for node in graph for weight in _weight(node)]
 
 

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from act_export.export.write import OutputError, check_output, publish, staged
+from act_export.export.write import COMPANIONS, OutputError, check_output, publish, staged
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "new_folder", "model-v1.0"])
@@ -82,7 +82,7 @@ def test_an_older_exports_companions_go(tmp_path):
         with staged(out) as folder:
             for name in [*written, "model.onnx.data"]:
                 (folder / name).write_text(name)
-            publish(folder, out)
+            publish(folder, out, stale=COMPANIONS)
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
 
 

@@ -123,18 +123,20 @@ def set_place(path: Path, key: str, value: str | None) -> None:
     edit(path, change)
 
 
-@pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "a/../../secret", ""])
+@pytest.mark.parametrize(
+    "location", ["/etc/passwd", "../secret", "a/../../secret", "", "a" * 100_000, "*/_ORT_MEM_ADDR_/*"]
+)
 def test_weights_from_elsewhere(location: str, external: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(bytes(1 << 20))
     set_place(external, "location", location)
-    refused(external, tmp_path / "out.onnx", "a model must not read files outside its folder")
+    refused(external, tmp_path / "out.onnx", "leads out of|no name of a file|isn't there")
 
 
 def test_weights_behind_a_link(external: Path, tmp_path: Path) -> None:
     data = external.parent / DATA
     data.rename(tmp_path / "elsewhere")
     data.symlink_to(tmp_path / "elsewhere")
-    refused(external, tmp_path / "out.onnx", r"is a link to .*elsewhere; .* copy the file")
+    refused(external, tmp_path / "out.onnx", r"is a link to .*elsewhere, out of .*; copy the file")
     data.unlink()
     shutil.move(tmp_path / "elsewhere", external.parent / "inside")
     data.symlink_to("inside")
@@ -144,11 +146,13 @@ def test_weights_behind_a_link(external: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_links_as_in_the_hubs_cache(external: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
+    cache = tmp_path / "models--any--model"
+    folder = cache / "snapshots" / "0"
+    folder.mkdir(parents=True)
+    (tmp_path / "in").rename(cache / "blobs")
     for name, hidden in (("model.onnx", "a"), (DATA, "b")):
-        (tmp_path / "in" / name).rename(tmp_path / "in" / hidden)
-        (folder / name).symlink_to(Path("..", "in", hidden))
+        (cache / "blobs" / name).rename(cache / "blobs" / hidden)
+        (folder / name).symlink_to(Path("..", "..", "blobs", hidden))
     refused(folder / "model.onnx", folder / "out.onnx", "is a link out of its folder, so that only model.onnx can")
     written = graft(folder, CALIBRATION, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
@@ -159,10 +163,14 @@ def test_a_folder_of_links_as_in_the_hubs_cache(external: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("offset", "many", "can't be read"),
-        ("length", "-1", "can't be read"),
-        ("offset", "-8", "can't be read"),
-        ("length", "99999999", "ends at byte"),
+        ("offset", "many", "which is no number of bytes"),
+        ("offset", "1_000", "which is no number of bytes"),
+        ("offset", "9" * 100_000, "which is no number of bytes"),
+        ("length", "-1", "which is no number of bytes"),
+        ("offset", "-8", "which is no number of bytes"),
+        ("offset", "99999999", "ends at byte"),
+        ("length", "99999999", "its type and shape make"),
+        ("length", "1", "its type and shape make"),
     ],
 )
 def test_places_that_make_no_sense(key: str, value: str, reason: str, external: Path, tmp_path: Path) -> None:
@@ -193,7 +201,7 @@ def test_weights_in_a_graph_within_the_graph(external: Path, tmp_path: Path) -> 
         model.graph.node.append(helper.make_node("If", ["true"], ["any"], then_branch=inner, else_branch=inner))
 
     edit(external, change)
-    refused(external, tmp_path / "out.onnx", r"'\.\./secret'; a model must not read files outside")
+    refused(external, tmp_path / "out.onnx", r"'\.\./secret' leads out of")
 
 
 def test_weights_in_a_function(external: Path, tmp_path: Path) -> None:
@@ -202,7 +210,7 @@ def test_weights_in_a_function(external: Path, tmp_path: Path) -> None:
     node = helper.make_node("Constant", [], ["values"], value=tensor)
     function = helper.make_function("other", "Weights", [], ["values"], [node], [helper.make_opsetid("", 22)])
     edit(external, lambda model: model.functions.append(function))
-    refused(external, tmp_path / "out.onnx", r"'\.\./secret'; a model must not read files outside")
+    refused(external, tmp_path / "out.onnx", r"'\.\./secret' leads out of")
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -380,7 +388,7 @@ def test_state_in_the_cache_needs_a_configuration(file: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("error", [OSError(28, "no space"), RuntimeError("any"), KeyboardInterrupt()])
-@pytest.mark.parametrize("at", ["save", "copy2", "publish"])
+@pytest.mark.parametrize("at", ["save", "copy_content", "publish"])
 def test_an_interrupted_write_leaves_nothing(
     at: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,8 +398,7 @@ def test_an_interrupted_write_leaves_nothing(
     folder = Decoder().save_folder(tmp_path / "in")
     before = hashes(tmp_path)
     module = import_module("act_export.graft.output")
-    targets = {"save": (onnx, "save"), "copy2": (shutil, "copy2"), "publish": (module, "_publish")}
-    monkeypatch.setattr(*targets[at], fails)
+    monkeypatch.setattr(onnx if at == "save" else module, at, fails)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
         graft(folder, CALIBRATION, tmp_path / "out")
     assert hashes(tmp_path) == before
@@ -464,7 +471,7 @@ def test_a_companion_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
     (tmp_path / "secret").write_text("mine")
     (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
-    refused(folder, tmp_path / "out", r"tokenizer\.json is a link to .*secret, out of the folder")
+    refused(folder, tmp_path / "out", r"tokenizer\.json is a link to .*secret, out of .*in; copy")
 
 
 def test_what_an_earlier_output_left_goes(tmp_path: Path) -> None:
