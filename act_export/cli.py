@@ -322,6 +322,8 @@ def search_command(
         computed, known = result.units
         if computed < known:
             note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")
+        if result.damaged:
+            note(f"{result.damaged} lines of the journal were damaged; what they had was computed again")
         files = save_result(result, target)
         print_search_result(result)
         for name, calibration in result.calibrations.items():

@@ -109,7 +109,12 @@ def check_replaceable(path: Path, *, error: type[ActExportError] = ActExportErro
     raise error(f"{path} is {kind}, which isn't replaced; pass the name of a file")
 
 
-def check_writable(folder: Path, *, error: type[ActExportError] = ActExportError) -> None:
+def check_writable(
+    folder: Path,
+    *,
+    error: type[ActExportError] = ActExportError,
+    advice: str = "pass another place with --out",
+) -> None:
     """Refuses, before any work, a folder for results, there or to be made, that can't be written to.
 
     Raises:
@@ -119,12 +124,12 @@ def check_writable(folder: Path, *, error: type[ActExportError] = ActExportError
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise error(f"{folder} is no folder; pass another place with --out")
+        raise error(f"{folder} is no folder; {advice}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as cause:
-        raise error(f"can't write to {folder}: {cause.strerror}; pass another place with --out") from cause
+        raise error(f"can't write to {folder}: {cause.strerror}; {advice}") from cause
 
 
 @contextmanager

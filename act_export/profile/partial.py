@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from act_export.files import write_whole
+from act_export.files import check_writable, sweep, write_whole
 from act_export.profile.profile import ProfileError
 from act_export.profile.tally import Tally
 
@@ -31,13 +31,16 @@ class PartialTally:
         """
         try:
             with safe_open(self.path, framework="pt") as file:
-                done = int((file.metadata() or {})["done"])
+                metadata = dict(file.metadata() or {})
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            done = int(metadata["done"])
+        except (OSError, SafetensorError, KeyError, ValueError):
             return 0  # there is none, or nothing that can be gone on from
-        wanted = {name: tensor.shape for name, tensor in self._sums().items()}
-        if {name: tensor.shape for name, tensor in sums.items()} != wanted:
+        wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in self._sums().items()}
+        if {name: (tensor.shape, tensor.dtype) for name, tensor in sums.items()} != wanted:
             return 0
+        if done < 0 or metadata.get("sha256") != _digest(sums, done) or not all(map(_is_finite, sums.values())):
+            return 0  # of another version, or damaged
         for name, tensor in self._sums().items():
             tensor.copy_(sums[name])
         return done
@@ -50,10 +53,10 @@ class PartialTally:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path.parent):
-                pass
         except OSError as error:
             raise self._unwritable(error) from error
+        check_writable(self.path.parent, error=ProfileError, advice="set XDG_CACHE_HOME to another folder")
+        sweep(self.path.parent)
 
     def save(self, done: int) -> None:
         """Writes the sums of the first `done` steps, whole or not at all.
@@ -62,7 +65,8 @@ class PartialTally:
             ProfileError: If they can't be written.
         """
         try:
-            write_whole(self.path, save(self._sums(), {"done": str(done)}))
+            sums = self._sums()
+            write_whole(self.path, save(sums, {"done": str(done), "sha256": _digest(sums, done)}), error=ProfileError)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -80,3 +84,16 @@ class PartialTally:
         return {
             f"{index}/{name}": sums for index, tally in enumerate(self.tallies) for name, sums in tally.sums.items()
         }
+
+
+def _digest(sums: Mapping[str, torch.Tensor], done: int) -> str:
+    """Different for other sums, or of other steps."""
+    found = hashlib.sha256(str(done).encode())
+    for name, tensor in sorted(sums.items()):
+        found.update(f" {name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from act_export.calibration import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.hooks import attention_hook
 from act_export.search.fast_attention import FastAttention
+from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, SearchTask
 from act_export.tasks import (
@@ -129,6 +131,7 @@ def answer(
         parts.append(list(batches(examples, None, options.batch_tokens)))
         for number, indices in enumerate(parts[-1]):
             batch = [examples[index] for index in indices]
+            counts = [1 if task.task.generation is not None else len(example.choices) for example in batch]
             units.append(
                 Unit(
                     f"answer {task.task.name} {split} {number} {_digest(calibration)}",
@@ -136,6 +139,7 @@ def answer(
                     lambda batch=batch, task=task, calibration=calibration: _answer_batch(  # type: ignore[misc]
                         checkpoint, task, batch, calibration
                     ),
+                    lambda value, counts=counts: _are_answers(value, counts),  # type: ignore[misc]
                 )
             )
     results = iter(workers.run(step, units))
@@ -148,6 +152,11 @@ def answer(
                 rows[index] = tuple(row)
         answers.append(_judge(task, examples, rows))
     return answers
+
+
+def _are_answers(value: Any, counts: Sequence[int]) -> bool:
+    """Whether a journal's value has a row of so many numbers for each example."""
+    return isinstance(value, list) and len(value) == len(counts) and all(map(are_numbers, value, counts))
 
 
 def cost_of(batch: Sequence[EncodedExample]) -> float:

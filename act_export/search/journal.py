@@ -1,13 +1,15 @@
 """What a search has computed so far, on disk: an interrupted search goes on where it stopped.
 
 A journal is a folder. `journal.json` says which search it belongs to; `units-PROCESS.jsonl` has a line for each
-finished unit of work, {"unit": key, "value": JSON}, written by one process and read by all. Numbers survive exactly
-(JSON holds Python floats to the last bit), so a resumed search gives the same answer. A line that was cut off by a
-crash counts as not written.
+finished unit of work, {"unit": key, "value": JSON, "check": sum}, written by one process and read by all. Numbers
+survive exactly (JSON holds Python floats to the last bit), so a resumed search gives the same answer. A line that was
+cut off by a crash, or that the sum doesn't fit, counts as not written: its unit is computed again. Where a unit has two
+lines the last one counts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from act_export.errors import ActExportError
-from act_export.files import write_whole
+from act_export.files import check_replaceable, sweep, write_whole
+from act_export.json_file import parse_object, read_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_DESCRIPTION = "journal.json"
 _LARGEST_SHOWN = 60
 
 
@@ -27,7 +31,13 @@ class JournalError(ActExportError):
 
 
 class Journal:
-    """The finished units of one search."""
+    """The finished units of one search.
+
+    Attributes:
+        folder: Where it is.
+        values: By unit.
+        damaged: Lines that were left out.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], search: Mapping[str, Any], *, process: int = 0) -> None:
         """Opens the folder's journal, or begins one.
@@ -43,8 +53,12 @@ class Journal:
         self.folder = Path(folder)
         self._path = self.folder / f"units-{process}.jsonl"
         self._file: TextIO | None = None
+        self.damaged = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+            for place in (self.folder / _DESCRIPTION, self._path, *self.folder.glob("units-*.jsonl")):
+                check_replaceable(place, error=JournalError)
             self._check_or_begin(json.loads(json.dumps(search)))
             self.values: dict[str, Any] = dict(self._read())
         except OSError as error:
@@ -56,7 +70,7 @@ class Journal:
         Raises:
             JournalError: If it can't be written.
         """
-        line = json.dumps({"unit": key, "value": value}) + "\n"
+        line = json.dumps({"unit": key, "value": value, "check": _sum_of(key, value)}) + "\n"
         try:
             if self._file is None:
                 self._file = self._open_at_a_line_start()
@@ -78,21 +92,20 @@ class Journal:
             self._file = None
 
     def _check_or_begin(self, search: dict[str, Any]) -> None:
-        path = self.folder / "journal.json"
+        path = self.folder / _DESCRIPTION
         if not path.exists():
             names = [file.name for file in self.folder.iterdir()]
-            if any(not name.startswith((".", "journal.json")) for name in names):
+            if any(not name.startswith(".") for name in names):
                 raise JournalError(
                     f"{self.folder} has no journal.json, so it is no journal, and it isn't empty; pass another folder "
                     f"with --journal"
                 )
             write_whole(path, json.dumps({"version": FORMAT_VERSION, "search": search}, indent=1) + "\n")
             return
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-            version, before = begun["version"], dict(begun["search"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise JournalError(f"{path} is not a search's description: {error!r}; pass another --journal") from error
+        begun = read_object(path, error=JournalError, advice="pass another folder with --journal")
+        version, before = begun.get("version"), begun.get("search")
+        if type(version) is not int or not isinstance(before, dict):
+            raise JournalError(f"{path} is no search's description; pass another folder with --journal")
         if version != FORMAT_VERSION:
             raise JournalError(
                 f"{path} has version {version}; this act-export writes {FORMAT_VERSION}. Pass another folder with "
@@ -106,16 +119,18 @@ class Journal:
 
     def _read(self) -> Iterator[tuple[str, Any]]:
         for path in sorted(self.folder.glob("units-*.jsonl")):
-            lines = path.read_bytes().split(b"\n")
-            for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end was cut off
-                try:
-                    entry = json.loads(line)
-                    yield entry["unit"], entry["value"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise JournalError(
-                        f"{path}, line {number}: not a finished unit: {error!r}; take the line out, and the unit is "
-                        f"done again, or pass another folder with --journal"
-                    ) from error
+            with path.open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        break  # it was cut off
+                    try:
+                        entry = parse_object(line, str(path))
+                        if type(entry["unit"]) is not str or entry["check"] != _sum_of(entry["unit"], entry["value"]):
+                            raise ValueError
+                    except (ActExportError, KeyError, ValueError):
+                        self.damaged += 1
+                    else:
+                        yield entry["unit"], entry["value"]
 
     def _open_at_a_line_start(self) -> TextIO:
         cut_off = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
@@ -124,6 +139,15 @@ class Journal:
             with self._path.open("rb+") as file:
                 file.truncate(len(whole[0]) + len(whole[1]))
         return self._path.open("a", encoding="utf-8")
+
+
+def are_numbers(value: Any, count: int) -> bool:
+    """Whether a value, as JSON has it, is a list of so many numbers."""
+    return isinstance(value, list) and len(value) == count and all(type(each) in (int, float) for each in value)
+
+
+def _sum_of(key: Any, value: Any) -> str:
+    return hashlib.sha256(json.dumps([key, value]).encode()).hexdigest()[:16]
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

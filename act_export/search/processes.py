@@ -37,11 +37,13 @@ class Unit:
         key: Names it in the journal; different for different work of one search.
         cost: About how long it takes, in any unit.
         compute: Gives its result, which JSON can hold.
+        fits: Whether a result that the journal has can be one; the unit is computed again where it can't.
     """
 
     key: str
     cost: float
     compute: Callable[[], Any]
+    fits: Callable[[Any], bool] = lambda _: True
 
 
 @contextmanager
@@ -121,7 +123,7 @@ class Workers:
         Raises:
             ProcessError: If another process ended.
         """
-        missing = list({unit.key: unit for unit in units if unit.key not in self.found}.values())
+        missing = list({unit.key: unit for unit in units if not self._has(unit)}.values())
         mine = _share(missing, process_index(), process_count())
         total, own = (sum(unit.cost for unit in part) for part in (units, mine))
         left = sum(unit.cost for unit in missing)
@@ -140,6 +142,9 @@ class Workers:
             self.cost_done += left
         self.found |= _merge(computed)
         return [self.found[unit.key] for unit in units]
+
+    def _has(self, unit: Unit) -> bool:
+        return unit.key in self.found and unit.fits(self.found[unit.key])
 
     def _report(self, step: str) -> None:
         if self.progress is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import RANK, EncodedTask, cost_of
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import gate_gradients
+from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample, batches
@@ -187,6 +189,7 @@ def _by_gates(
             f"gates {_name(task, threshold)} {number}",
             GRADIENT_COST * cost_of(batch),
             lambda task=task, threshold=threshold, batch=batch: compute(task, threshold, batch),  # type: ignore[misc]
+            lambda value: are_numbers(value, shape[0] * shape[1]),
         )
         for task, threshold, number, batch in plan
     ]
@@ -293,4 +296,12 @@ def _exact_unit(
     num_layers = runs.checkpoint.identity.num_layers
     share = (num_layers - layer) / num_layers
     key = f"exact {_name(task, threshold)} {beta} {number} {layer} {heads}"
-    return Unit(key, cost_of(batch) * len(heads) * share, compute)
+    num_heads = runs.checkpoint.identity.num_heads
+    return Unit(key, cost_of(batch) * len(heads) * share, compute, lambda value: _are_effects(value, num_heads))
+
+
+def _are_effects(value: Any, num_heads: int) -> bool:
+    """Whether a journal's value has gains and right answers by head, and passes."""
+    if not isinstance(value, list) or not all(map(are_numbers, value, (num_heads, num_heads, 1))):
+        return False
+    return len(value) == 3 and all(isinstance(right, int) for right in value[1])

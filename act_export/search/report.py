@@ -82,6 +82,7 @@ class SearchResult:
         average: Mean gain of the tasks' own sets over all tasks, 0 counting for those without; None for one task.
         joint_average: The same for the joint set.
         units: How many units of work this run computed, and how many there were.
+        damaged: Lines of the journal that were left out.
     """
 
     calibrations: Mapping[str, Calibration]
@@ -90,6 +91,7 @@ class SearchResult:
     average: Gain | None = None
     joint_average: Gain | None = None
     units: tuple[int, int] = field(default=(0, 0), compare=False)
+    damaged: int = field(default=0, compare=False)
 
 
 def gain_of(plain: Answers, calibrated: Answers) -> Gain:

@@ -25,7 +25,7 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
-from act_export.search.journal import Journal, JournalError
+from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Progress, Workers, process_index, same_everywhere
 from act_export.search.provenance import hub_model, package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
@@ -95,7 +95,7 @@ def search_heads(
     joint = joint and len(encoded) > 1
     same_everywhere({**description, **asdict(options), "joint": joint, "published": sorted(published or ())})
     if journal is None and journals is not None:
-        journal = Path(journals) / hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
+        journal = Path(journals) / hashlib.sha256(json.dumps([FORMAT_VERSION, description]).encode()).hexdigest()[:16]
         kept = _open_if_possible(journal, description)
     else:
         kept = Journal(journal, description, process=process_index()) if journal is not None else None
@@ -197,6 +197,7 @@ class _Search:
             average("own") if len(self.tasks) > 1 else None,
             average(JOINT) if together is not None else None,
             (self.workers.computed, len(self.workers.needed)),
+            self.workers.journal.damaged if self.workers.journal is not None else 0,
         )
 
     def _choose(self, tasks: Sequence[EncodedTask], effects: Sequence[Effects], plain: Sequence[Answers]) -> _Found:

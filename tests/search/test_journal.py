@@ -256,21 +256,105 @@ def test_processes_write_their_own_files_and_read_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"}{", b"", b"17", b'"unit"', b"[]", b'{"unit": "b"}', b'{"value": 1}', b"\xff\xfe", b"\0\0\0"],
+    [
+        b"}{",
+        b"",
+        b"17",
+        b'"unit"',
+        b"[]",
+        b'{"unit": "b"}',
+        b'{"value": 1}',
+        b'{"unit": "b", "value": 1}',
+        b'{"unit": "b", "value": 1, "check": "0"}',
+        b'{"unit": "b", "value": NaN, "check": "0"}',
+        b'{"unit": ["b"], "value": 1, "check": "e2ed31b6bca3a1e2"}',
+        b"[" * 10_000,
+        b"\xff\xfe",
+        b"\0\0\0",
+    ],
 )
-def test_a_damaged_line_is_named(tmp_path: Path, garbage: bytes) -> None:
+def test_a_damaged_line_is_left_out(tmp_path: Path, garbage: bytes) -> None:
     journal = Journal(tmp_path, SEARCH)
     journal.record("a", 1)
+    journal.record("c", 3)
     journal.close()
     path = tmp_path / "units-0.jsonl"
-    path.write_bytes(path.read_bytes() + garbage + b'\n{"unit": "c", "value": 3}\n')
+    first, second, _ = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([first, garbage, second, b""]))
     before = contents(tmp_path)
-    with pytest.raises(JournalError, match=r"units-0\.jsonl, line 2: not a finished unit: .* take the line out"):
-        Journal(tmp_path, SEARCH)
+    again = Journal(tmp_path, SEARCH)
+    assert (again.values, again.damaged) == ({"a": 1, "c": 3}, 1)
     assert contents(tmp_path) == before
+
+
+def test_no_flipped_bit_changes_a_value(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, SEARCH)
+    value = [0.125, -3.5e-7]
+    journal.record("exact 0 1", value)
+    journal.close()
+    path = tmp_path / "units-0.jsonl"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert Journal(tmp_path, SEARCH).values in ({}, {"exact 0 1": value})
+
+
+def test_a_unit_that_is_there_twice_counts_as_the_last(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, SEARCH)
+    for value in (1, 2):
+        journal.record("a", value)
+    journal.close()
+    assert Journal(tmp_path, SEARCH).values == journal.values == {"a": 2}
+
+
+@pytest.mark.parametrize("value", ["x", [1.0], [["1", "2"]]])
+def test_a_value_that_no_unit_can_have_is_computed_again(
+    checkpoint: Checkpoint, tasks: list[SearchTask], tmp_path: Path, computed: list[str], value: Any
+) -> None:
+    whole = search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path)
+    kinds = {key.split()[0]: key for key in reversed(keys_of(tmp_path))}
+    assert set(kinds) == {"gates", "exact", "answer"}
+    journal = Journal(tmp_path, described(tmp_path))
+    for key in kinds.values():
+        journal.record(key, value)
+    journal.close()
+    computed.clear()
+    assert search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path) == whole
+    assert sorted(computed) == sorted(kinds.values())
+
+
+def described(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "journal.json").read_text())["search"]
+    return found
+
+
+def test_damage_is_made_good_and_said(
+    checkpoint: Checkpoint, tasks: list[SearchTask], tmp_path: Path, computed: list[str]
+) -> None:
+    whole = search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path)
+    path = tmp_path / "units-0.jsonl"
     lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([lines[0], *lines[2:]]))
-    assert Journal(tmp_path, SEARCH).values == {"a": 1, "c": 3}
+    lines[3] = lines[3].replace(b"0.", b"1.", 1)
+    lines[5] = lines[5].replace(b"[", b"[NaN, ", 1)
+    path.write_bytes(b"\n".join(lines))
+    computed.clear()
+    again = search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path)
+    assert again == whole
+    assert (len(computed), again.damaged) == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["journal.json", "units-0.jsonl", "units-7.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_journal_is_of_files(tmp_path: Path, name: str, kind: str) -> None:
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    (tmp_path / "elsewhere").write_text("mine")
+    (folder / name).symlink_to("../elsewhere") if kind == "link" else os.mkfifo(folder / name)
+    with pytest.raises(JournalError, match=f"is a {kind}"):
+        Journal(folder, SEARCH).record("a", 1)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
 def test_a_folder_that_is_no_journal_is_refused(tmp_path: Path) -> None:
@@ -291,16 +375,18 @@ def test_units_without_their_search_are_not_taken(tmp_path: Path) -> None:
         Journal(tmp_path, SEARCH)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "search": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 2}', '{"version": 2, "search": 3}', '{"version": NaN, "search": {}}', "\xff"]
+)
 def test_a_damaged_description_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "journal.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(JournalError, match=r"journal\.json is not a search's description: .*--journal"):
+    with pytest.raises(JournalError, match=r"journal\.json (isn't JSON|is no|has NaN).*--journal"):
         Journal(tmp_path, SEARCH)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "journal.json").write_text(json.dumps({"version": 2, "search": SEARCH}))
-    with pytest.raises(JournalError, match=r"has version 2; this act-export writes 1.*--journal"):
+    (tmp_path / "journal.json").write_text(json.dumps({"version": 1, "search": SEARCH}))
+    with pytest.raises(JournalError, match=r"has version 1; this act-export writes 2.*--journal"):
         Journal(tmp_path, SEARCH)
 
 
