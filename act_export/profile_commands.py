@@ -29,7 +29,7 @@ from act_export.command_line import (
     status,
 )
 from act_export.errors import ActExportError
-from act_export.files import check_writable
+from act_export.files import check_replaceable, check_writable
 
 FORMATS = ("html", "png", "svg")
 
@@ -164,8 +164,11 @@ def report_command(
     target = out if out is not None else Path("report.html" if figures == "html" else "figures")
     if figures == "html" and target.is_dir():
         raise ActExportError(f"{target} is a folder; pass a file, e.g. --out {target / 'report.html'}")
+    if figures == "html" or not target.is_dir():
+        check_replaceable(target)
     if figures != "html" and target.is_file():
         raise ActExportError(f"{target} is a file, but {figures} figures are several; pass a folder with --out")
+    check_writable(target.absolute() if figures != "html" else target.absolute().parent)
     loaded = SinkProfile.load(profile)
     shown = named_calibration(calibration) if calibration is not None else loaded.calibration
     accuracies = [one for source in (shown, *(evaluation or ())) if source is not None for one in accuracies_of(source)]
@@ -188,13 +191,10 @@ def _check_profile_output(out: Path, *, report: bool) -> None:
 
     if out.suffix != ".safetensors" or out.is_dir():
         raise ActExportError(f"{out} isn't a file *.safetensors; pass e.g. --out {out.stem or 'profile'}.safetensors")
-    for beside in (out.with_suffix(".json"), *([out.with_suffix(".html")] if report else ())):
-        if beside.is_dir():
-            raise ActExportError(
-                f"{beside} is a folder, and would be written beside {out}; pass another name with --out"
-            )
+    for place in (out, out.with_suffix(".json"), *([out.with_suffix(".html")] if report else ())):
+        check_replaceable(place)
     document = out.with_suffix(".json")
-    if document.exists() and FORMAT not in document.read_text(encoding="utf-8", errors="replace")[:200]:
+    if document.exists() and FORMAT.encode() not in document.open("rb").read(200):
         raise ActExportError(
             f"{document} would be written beside {out}, but is there and no profile's; pass another name with --out"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from act_export.calibration import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
-from act_export.files import cache_folder, check_writable, write_whole
+from act_export.files import cache_folder, check_replaceable, check_writable, write_whole
 from act_export.recipes import PUBLISHED, find_recipes
 from act_export.search import Progress, SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.tasks import TaskExamples, TaskOptions, load_questions, split_examples
@@ -124,6 +124,9 @@ def check_output(out: Path, job: SearchJob) -> None:
         )
     if not several and out.is_dir():
         raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
+    for place in sorted(out.iterdir()) if several and out.is_dir() else [out]:
+        if place == out or place.suffix == ".json":
+            check_replaceable(place)
     if job.journal is not None and job.journal.resolve() == out.resolve():
         raise ActExportError(f"{out} can't be both the journal and what is written; pass another folder with --journal")
     check_writable(out if several and out.exists() else out.resolve().parent)

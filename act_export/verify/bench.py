@@ -30,6 +30,7 @@ from statistics import mean, median, quantiles
 from typing import Any
 
 from act_export.errors import ActExportError
+from act_export.files import write_whole
 from act_export.runtime.device import Device
 from act_export.runtime.graph_state import GROUP_QUERY_ATTENTION
 from act_export.runtime.node_placement import NodePlacement
@@ -214,17 +215,12 @@ class BenchReport:
         """Writes `to_json`, whole or not at all.
 
         Raises:
-            BenchError: If the folder can't be written to.
+            BenchError: If the folder can't be written to, or something other than a file is there.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            partial.write_text(self.to_json(), encoding="utf-8")
-            partial.replace(path)
+            write_whole(Path(path), self.to_json(), error=BenchError)
         except OSError as error:
             raise BenchError(f"can't write {path}: {error.strerror}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def bench_file(request: BenchRequest, *, progress: Progress = lambda _step, _done: None) -> BenchReport:
