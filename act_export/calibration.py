@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, shown
+from act_export.files import write_whole
+from act_export.json_fields import Fields
+from act_export.json_file import parse_json, read_bytes
 
 FORMAT = "act-export calibration"
 FORMAT_VERSION = 1
@@ -131,9 +133,11 @@ class Calibration:
         object.__setattr__(self, "heads", {layer: tuple(heads) for layer, heads in sorted(self.heads.items()) if heads})
         for layer, heads in self.heads.items():
             if layer < 0 or any(head < 0 for head in heads):
-                raise CalibrationError(f"layer {layer} has heads {list(heads)}; layers and heads count from 0")
+                raise CalibrationError(f"layer {layer} has heads {shown(list(heads))}; layers and heads count from 0")
             if list(heads) != sorted(set(heads)):
-                raise CalibrationError(f"layer {layer} has heads {list(heads)}; list each once, in ascending order")
+                raise CalibrationError(
+                    f"layer {layer} has heads {shown(list(heads))}; list each once, in ascending order"
+                )
         if isinstance(self.beta, Mapping):
             object.__setattr__(self, "beta", {layer: tuple(self.beta[layer]) for layer in sorted(self.beta)})
             counts = {layer: len(values) for layer, values in self.beta.items()}
@@ -243,21 +247,13 @@ class Calibration:
         """Writes the file, whole or not at all.
 
         Raises:
+            CalibrationError: If a link, a device or the like is there.
             OSError: If the folder can't be written to.
         """
-        path = Path(path)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        partial = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(Path(path), self.to_json(), error=CalibrationError)
 
     @classmethod
-    def from_json(cls, text: str, *, source: str = "calibration") -> Calibration:
+    def from_json(cls, text: str | bytes, *, source: str = "calibration") -> Calibration:
         """Parses a calibration file's text, or a bare `{"layer": [heads]}` mapping.
 
         Args:
@@ -267,47 +263,13 @@ class Calibration:
         Raises:
             CalibrationError: If it isn't JSON or not of that form.
         """
+        fields = Fields(parse_json(text, source, error=CalibrationError), source, error=CalibrationError)
+        bare = "format" not in fields.members and "heads" not in fields.members
+        given = {"heads": _heads(fields)} if bare else _whole(fields)
         try:
-            document = json.loads(text, object_pairs_hook=_without_duplicates)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{source} is not JSON: {error}") from error
+            return cls(**given)
         except CalibrationError as error:
             raise CalibrationError(f"{source}: {error}") from error
-        if not isinstance(document, dict):
-            raise CalibrationError(f"{source} holds a {type(document).__name__}; expected a JSON object")
-        try:
-            if "format" not in document and "heads" not in document:
-                return cls(heads=_heads_from_json(document))
-            return cls._from_document(document)
-        except CalibrationError as error:
-            raise CalibrationError(f"{source}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{source}: missing or malformed field: {error!r}") from error
-
-    @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> Calibration:
-        unknown = sorted(set(document) - _FIELDS)
-        if unknown:
-            raise CalibrationError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(_FIELDS))}")
-        if document.get("format", FORMAT) != FORMAT:
-            raise CalibrationError(f"format is {document['format']!r}; expected {FORMAT!r}")
-        version = document.get("version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise CalibrationError(f"version is {version!r}; this act-export reads version {FORMAT_VERSION}")
-        model = document.get("model")
-        provenance = document.get("provenance")
-        mode = document.get("threshold_mode", "absolute")
-        beta = document.get("beta", DEFAULT_BETA)
-        return cls(
-            heads=_heads_from_json(document["heads"], keep_order=isinstance(beta, dict)),
-            beta={int(k): tuple(map(float, v)) for k, v in beta.items()} if isinstance(beta, dict) else float(beta),
-            threshold=float(document.get("threshold", DEFAULT_THRESHOLD.get(mode, 0.0))),
-            threshold_mode=mode,
-            model=None if model is None else _model_from_json(model),
-            provenance=None
-            if provenance is None
-            else Provenance(**{**provenance, "tasks": tuple(provenance.get("tasks", ()))}),
-        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -316,44 +278,79 @@ class Calibration:
         Raises:
             CalibrationError: If it can't be read or isn't a calibration.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"can't read the calibration {path}: {error}") from error
-        return cls.from_json(text, source=str(path))
+        content = read_bytes(Path(path), f"the calibration {path}", error=CalibrationError)
+        return cls.from_json(content, source=str(path))
 
 
-def _model_from_json(model: dict[str, Any]) -> ModelIdentity:
-    unknown = sorted(set(model) - _MODEL_FIELDS)
-    if unknown:
-        raise CalibrationError(
-            f"model has an unknown field {unknown[0]!r}; known are {', '.join(sorted(_MODEL_FIELDS))}"
-        )
+def _whole(fields: Fields) -> dict[str, Any]:
+    """The fields of a `Calibration`, of a file that says more than heads."""
+    fields.only(_FIELDS)
+    for name, own in (("format", FORMAT), ("version", FORMAT_VERSION)):
+        if name in fields.members and (type(fields.members[name]), fields.members[name]) != (type(own), own):
+            raise fields.refused(f"has {name} = {shown(fields.members[name])}; this act-export reads {own!r}")
+    mode = fields.text("threshold_mode", 100) if "threshold_mode" in fields.members else "absolute"
+    per_head = isinstance(fields.members.get("beta"), dict)
+    beta: float | dict[int, tuple[float, ...]] = DEFAULT_BETA
+    if per_head:
+        by_layer = fields.inner("beta")
+        beta = {_layer(name, by_layer): by_layer.numbers(name) for name in by_layer.members}
+    elif "beta" in fields.members:
+        beta = fields.number("beta")
+    known = "threshold" in fields.members
+    return {
+        "heads": _heads(fields.inner("heads"), keep_order=per_head),
+        "beta": beta,
+        "threshold": fields.number("threshold") if known else DEFAULT_THRESHOLD.get(mode, 0.0),
+        "threshold_mode": mode,
+        "model": _model(fields.inner("model")) if fields.given("model") else None,
+        "provenance": _provenance(fields.inner("provenance")) if fields.given("provenance") else None,
+    }
+
+
+def _model(fields: Fields) -> ModelIdentity:
+    fields.only(_MODEL_FIELDS)
     return ModelIdentity(
-        model["architecture"], model["layers"], model["heads"], model.get("fingerprint"), model.get("name")
+        fields.text("architecture"),
+        fields.whole("layers", 1),
+        fields.whole("heads", 1),
+        fields.text("fingerprint") if fields.given("fingerprint") else None,
+        fields.text("name") if fields.given("name") else None,
     )
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise CalibrationError(f'"{twice}" occurs twice')
-    return dict(pairs)
+def _provenance(fields: Fields) -> Provenance:
+    fields.only(set(Provenance.__dataclass_fields__))
+
+    def accuracy(name: str) -> float | None:
+        return fields.number(name, 0, 1) if fields.given(name) else None
+
+    def members(name: str) -> Fields:
+        return fields.inner(name) if fields.given(name) else Fields({}, name)
+
+    samples, versions, source = members("samples"), members("versions"), members("source")
+    return Provenance(
+        fields.text("method"),
+        fields.texts("tasks") if fields.given("tasks") else (),
+        {name: samples.whole(name) for name in samples.members},
+        fields.whole("seed", -(2**63), 2**63) if fields.given("seed") else None,
+        accuracy("plain_accuracy"),
+        accuracy("calibrated_accuracy"),
+        {name: versions.text(name) for name in versions.members},
+        dict(members("notes").members),
+        {name: source.text(name) for name in source.members},
+    )
 
 
-def _heads_from_json(mapping: Any, *, keep_order: bool = False) -> dict[int, tuple[int, ...]]:
+def _heads(fields: Fields, *, keep_order: bool = False) -> dict[int, tuple[int, ...]]:
     """Heads by layer, ascending; with `keep_order` as they stand, because betas stand in the same order."""
-    if not isinstance(mapping, dict):
-        raise CalibrationError(f'heads are {mapping!r}; expected {{"layer": [heads]}}')
-    heads: dict[int, tuple[int, ...]] = {}
-    for layer, values in mapping.items():
-        if not layer.lstrip("-").isdigit() or str(int(layer)) != layer or not isinstance(values, list):
-            raise CalibrationError(f'found "{layer}": {values!r}; expected {{"layer": [heads]}}')
-        if not all(type(value) is int for value in values):
-            raise CalibrationError(f"layer {layer} has heads {values!r}; expected integers")
-        heads[int(layer)] = tuple(values if keep_order else sorted(values))
-    return heads
+    heads = {_layer(name, fields): fields.wholes(name) for name in fields.members}
+    return heads if keep_order else {layer: tuple(sorted(listed)) for layer, listed in heads.items()}
+
+
+def _layer(name: str, fields: Fields) -> int:
+    if not (name.isascii() and name.isdecimal() and len(name) < 10 and str(int(name)) == name):
+        raise fields.refused(f'has {shown(name)}, which is no layer; expected {{"layer": [heads]}}')
+    return int(name)
 
 
 def _indent_but_keep_number_lists_on_one_line(document: dict[str, Any]) -> str:

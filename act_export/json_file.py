@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ LARGEST_BYTES = 64 << 20
 MOST_VALUES = 2_000_000  # the index of a large mixture of experts names 100,000 tensors
 MOST_LEVELS = 64
 MOST_DIGITS = 400  # a float has 309 before the point
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(
@@ -93,6 +95,8 @@ def parse_json(
         raise refuse(f"is nested too deeply; at most {MOST_LEVELS} levels are read") from cause
     except ValueError as cause:
         raise error(f"{what} isn't JSON: {cause}{end}") from cause
+    if (isinstance(text, str) or _ESCAPED_SURROGATE.search(plain)) and not _is_text(found):
+        raise refuse('has half a surrogate pair, as in "\\ud800", which is no text')
     if _levels(found) > MOST_LEVELS:
         raise refuse(f"is nested too deeply; at most {MOST_LEVELS} levels are read")
     return found
@@ -117,12 +121,29 @@ def read_json(path: Path, what: str = "", **limits: Any) -> Any:
     """
     error, largest = limits.get("error", ActExportError), limits.get("largest_bytes", LARGEST_BYTES)
     what = what or str(path)
+    advice = limits.get("advice", "")
+    return parse_json(read_bytes(path, what, error=error, advice=advice, largest_bytes=largest), what, **limits)
+
+
+def read_bytes(
+    path: Path,
+    what: str = "",
+    *,
+    error: type[ActExportError] = ActExportError,
+    advice: str = "",
+    largest_bytes: int = LARGEST_BYTES,
+) -> bytes:
+    """A file's content, or where it has more than `largest_bytes` one more of them; arguments as of `read_json`.
+
+    Raises:
+        ActExportError: Or `error`, if it can't be read.
+    """
     try:
         with path.open("rb") as file:
-            text = file.read(largest + 1)
-    except OSError as cause:
-        raise error(f"can't read {what}: {cause.strerror or cause}") from cause
-    return parse_json(text, what, **limits)
+            return file.read(largest_bytes + 1)
+    except (OSError, ValueError) as cause:  # a name with a zero is a ValueError
+        end = f"; {advice}" if advice else ""
+        raise error(f"can't read {what or path}: {getattr(cause, 'strerror', None) or cause}{end}") from cause
 
 
 def read_object(path: Path, what: str = "", **limits: Any) -> dict[str, Any]:
@@ -145,6 +166,17 @@ def kind_of(value: Any) -> str:
     """What JSON calls a value's type."""
     kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
     return kinds.get(type(value), "null")
+
+
+def _is_text(found: Any) -> bool:
+    """Whether all strings can be written in UTF-8."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except RecursionError:  # which is refused for that
+        return True
+    return True
 
 
 def _levels(value: Any) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import onnx
@@ -12,14 +10,17 @@ from onnx import TensorProto
 
 from act_export import __version__
 from act_export.calibration import Calibration, ModelIdentity
-from act_export.export.write import METADATA_PREFIX
+from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph, attribute
-from act_export.graft.record import KEY, GraftRecord, digest
+from act_export.graft.record import digest
 from act_export.graft.rewrite import Rewritten
 from act_export.graft.site import AttentionSite
-from act_export.graft.source import GENAI_CONFIG, ModelSource
+from act_export.graft.source import ModelSource
+from act_export.json_fields import Fields
+from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops.library import NAMES
-from act_export.runtime.packed_state import PROPERTY, PackedState
+from act_export.runtime.packed_state import PackedState
+from act_export.runtime.record import GRAFT, PACKED, FileRecord, GraftRecord, Limits
 
 _CACHE_TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",
@@ -36,9 +37,9 @@ def identity_of(
 
     Weights may be quantised, so there is no fingerprint but that of act-export's own exports.
     """
-    text = source.properties.get(METADATA_PREFIX + "model")
-    if text is not None:
-        return ModelIdentity(**json.loads(text))
+    recorded = FileRecord.read(source.properties, str(source.path), error=GraftError).model
+    if recorded is not None:
+        return recorded
     heads = max((site.terms.num_heads for site in sites.values() if site.terms is not None), default=0)
     whole = _model_config(source)
     named = whole.get("type") or whole.get("model_type")
@@ -83,16 +84,15 @@ def add_metadata(
         packed: Where the sink state is in the cache, if it is.
     """
     before = source.model
-    texts = {
-        "version": __version__,
-        "source": source.properties.get("act_export.source", (source.folder or source.path).name),
-        "model": json.dumps(asdict(identity)),
-        "dtype": _precision(model, sites),
-        "limits": json.dumps(_limits(source)),
-        "calibration": calibration.to_json(),
-    }
-    known = source.properties
-    added = {METADATA_PREFIX + key: text for key, text in texts.items() if METADATA_PREFIX + key not in known}
+    texts = FileRecord(
+        version=__version__,
+        source=(source.folder or source.path).name,
+        model=identity,
+        dtype=_precision(model, sites),
+        limits=_limits(source),
+        calibration=calibration,
+    ).write()
+    added = {key: text for key, text in texts.items() if key not in source.properties}
     functions_before = {(each.domain, each.name) for each in before.functions}
     states = [layer.state for layer in rewritten.layers.values()]
     record = GraftRecord(
@@ -102,7 +102,7 @@ def add_metadata(
         outputs=packed.outputs if packed else tuple(name for each in states for name in each.present),
         functions=tuple(each.name for each in rewritten.functions if (each.domain, each.name) not in functions_before),
         opsets=tuple(rewritten.opsets),
-        metadata=(*added, KEY, METADATA_PREFIX + PROPERTY) if packed else (*added, KEY),
+        metadata=(*added, GRAFT, PACKED) if packed else (*added, GRAFT),
         shares_buffers=all(site.shares_buffers for site in sites.values()),
         pads_left=not any(node.op_type == _NO_PADDING_BEFORE for node in model.graph.node),
         layers=tuple(rewritten.layers),
@@ -111,7 +111,7 @@ def add_metadata(
         else None,
         had_library=source.folder is not None and any((source.folder / name).is_file() for name in NAMES),
     )
-    for key, text in {**added, KEY: record.to_json()}.items():
+    for key, text in {**added, GRAFT: record.to_json()}.items():
         model.metadata_props.add(key=key, value=text)
 
 
@@ -125,11 +125,18 @@ def _precision(model: onnx.ModelProto, sites: Mapping[int, AttentionSite]) -> st
     return _CACHE_TYPES.get(kind or 0, "float32")
 
 
-def _limits(source: ModelSource) -> dict[str, Any]:
+def _limits(source: ModelSource) -> Limits:
     whole = _model_config(source)
     stop = whole.get("eos_token_id")
-    return {
-        "vocabulary": whole.get("vocab_size"),
-        "context": whole.get("context_length") or whole.get("max_position_embeddings"),
-        "stop_tokens": stop if isinstance(stop, list) else [stop] if stop is not None else [],
+    given = {
+        "vocab_size": whole.get("vocab_size") or None,
+        "context": whole.get("context_length") or whole.get("max_position_embeddings") or None,
+        "eos_token_id": stop if isinstance(stop, list) else [stop] if stop is not None else [],
     }
+    advice = "correct it there, or take the file away"
+    fields = Fields(given, source.config_name or "the configuration", error=GraftError, advice=advice)
+    return Limits(
+        fields.whole("vocab_size", 1) if fields.given("vocab_size") else None,
+        fields.whole("context", 1) if fields.given("context") else None,
+        fields.wholes("eos_token_id"),
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -14,82 +11,7 @@ import onnx
 from act_export.graft.build import PREFIX
 from act_export.graft.errors import GraftError
 from act_export.ops import schema
-
-KEY = "act_export.graft"
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class GraftRecord:
-    """What was changed.
-
-    Attributes:
-        digest: sha256 of the model before, without the weights in other files.
-        removed: Index among the nodes, and the node, in ascending order.
-        inputs: Graph inputs that were added.
-        outputs: Graph outputs that were added.
-        functions: Functions that were added, by name.
-        opsets: Domains that were added.
-        metadata: Keys that were added.
-        shares_buffers: Whether past and present of every layer may be the same memory, longer than what is in it.
-        pads_left: Whether every layer can take padding before a sequence.
-        layers: Layers that were calibrated.
-        genai_config: Text of the folder's genai_config.json before; None where a file was grafted.
-        had_library: Whether the folder had a native library before.
-    """
-
-    digest: str
-    removed: tuple[tuple[int, onnx.NodeProto], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    functions: tuple[str, ...]
-    opsets: tuple[str, ...]
-    metadata: tuple[str, ...]
-    shares_buffers: bool
-    pads_left: bool
-    layers: tuple[int, ...]
-    genai_config: str | None = None
-    had_library: bool = False
-
-    def to_json(self) -> str:
-        """The text that travels in the file's metadata."""
-        fields: dict[str, Any] = {
-            key: value
-            for key, value in ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-            if key != "removed"
-        }
-        removed = [
-            [index, base64.b64encode(node.SerializeToString(deterministic=True)).decode()]
-            for index, node in self.removed
-        ]
-        return json.dumps({"format": _FORMAT, **fields, "removed": removed})
-
-    @classmethod
-    def from_json(cls, text: str) -> GraftRecord:
-        """Reads the text.
-
-        Raises:
-            GraftError: If it isn't such a record, or a later version's.
-        """
-        try:
-            fields = dict(json.loads(text))
-            if fields.pop("format") != _FORMAT:
-                raise GraftError("the file was grafted by another version of act-export, which has to undo it")
-            removed = tuple((index, _node(node)) for index, node in fields.pop("removed"))
-            lists: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
-            }
-            return cls(removed=removed, **lists)
-        except (KeyError, TypeError, ValueError) as error:
-            raise GraftError(f"the record of the graft can't be read: {error!r}") from error
-
-
-def _node(text: str) -> onnx.NodeProto:
-    try:
-        node: onnx.NodeProto = onnx.NodeProto.FromString(base64.b64decode(text))
-    except Exception as error:  # protobuf's errors have no base of their own
-        raise ValueError(f"{text[:40]!r} isn't a node: {error}") from error
-    return node
+from act_export.runtime.record import GRAFT, GraftRecord
 
 
 def digest(model: onnx.ModelProto) -> str:
@@ -99,8 +21,8 @@ def digest(model: onnx.ModelProto) -> str:
 
 def record_of(model: onnx.ModelProto) -> GraftRecord | None:
     """The record in a model; None if it wasn't grafted."""
-    text = next((entry.value for entry in model.metadata_props if entry.key == KEY), None)
-    return GraftRecord.from_json(text) if text is not None else None
+    text = next((entry.value for entry in model.metadata_props if entry.key == GRAFT), None)
+    return GraftRecord.from_json(text, error=GraftError) if text is not None else None
 
 
 def undo(model: onnx.ModelProto) -> GraftRecord:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.errors import others_errors, shortened, shown
 from act_export.files import write_whole
+from act_export.json_fields import Fields
+from act_export.json_file import read_bytes, read_object
 from act_export.profile.profile import (
     ALL,
     GRID,
@@ -37,6 +39,7 @@ from act_export.profile.profile import (
 
 FORMAT = "act-export sink profile"
 FORMAT_VERSION = 1
+_LARGEST_TENSORS = 4 << 30  # bytes
 _ROUNDING = 1e-4  # by which a share may lie beyond 0 or 1
 _INFINITY = float("inf")
 
@@ -121,37 +124,27 @@ def load_profile(path: str | os.PathLike[str]) -> SinkProfile:
     if not path.name or path.is_dir():
         raise ProfileError(f"{path} is a folder; pass a profile in it, e.g. {path / 'profile.safetensors'}")
     document_path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
-    try:
-        document = json.loads(document_path.read_text(encoding="utf-8"))
-        content = tensors_path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise ProfileError(
-            f"can't read the profile {path}: {error}; a profile has two files, {tensors_path.name} and "
-            f"{document_path.name}, which act-export profile writes"
-        ) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    advice = f"a profile has two files, {tensors_path.name} and {document_path.name}, which act-export profile writes"
+    found = read_object(document_path, error=ProfileError, advice=advice)
+    fields = Fields(found, str(document_path), error=ProfileError, advice="make the profile again")
+    if found.get("format") != FORMAT:
         raise ProfileError(f"{document_path} is not a sink profile's; act-export profile writes one")
-    if document.get("version") != FORMAT_VERSION:
-        raise ProfileError(
-            f"{document_path} has version {document.get('version')!r}; this act-export reads version {FORMAT_VERSION}. "
-            f"Make the profile again"
+    if found.get("version") != FORMAT_VERSION:
+        raise fields.refused(
+            f"has version {shown(found.get('version'))}; this act-export reads version {FORMAT_VERSION}"
         )
-    try:
-        if document["tensors"]["sha256"] != hashlib.sha256(content).hexdigest():
-            raise ProfileError(
-                f"{tensors_path} and {document_path} aren't of the same run; make the profile again, or put the right "
-                f"files side by side"
-            )
-        for what, own in (("grid", GRID), ("position_edges", list(POSITION_EDGES)), ("relative_bins", RELATIVE_BINS)):
-            if document[what] != own:
-                raise ProfileError(f"{document_path}: {what} is {document[what]}; this version has {own}")
-        return _Reader(load_tensors(content), document).profile()
-    except ProfileError as error:
-        raise ProfileError(f"{path}: {error}") from error
-    except SafetensorError as error:
-        raise ProfileError(f"{tensors_path} is not a safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError, CalibrationError) as error:
-        raise ProfileError(f"{document_path}: missing or malformed field: {error!r}; make the profile again") from error
+    content = read_bytes(tensors_path, error=ProfileError, advice=advice, largest_bytes=_LARGEST_TENSORS)
+    if fields.inner("tensors").text("sha256") != hashlib.sha256(content).hexdigest():
+        raise ProfileError(
+            f"{tensors_path} and {document_path} aren't of the same run; make the profile again, or put the right "
+            f"files side by side"
+        )
+    for what, own in (("grid", GRID), ("position_edges", list(POSITION_EDGES)), ("relative_bins", RELATIVE_BINS)):
+        if fields.value(what) != own:
+            raise fields.refused(f"has {what} = {shown(found[what])}; this version has {shown(own)}")
+    with others_errors(f"{tensors_path} is not a safetensors file", "make the profile again", error=ProfileError):
+        tensors = load_tensors(content)
+    return _Reader(tensors, fields).profile()
 
 
 _COUNTS = ("prompts", "tokens", "shortest", "longest", "effect_prompts")
@@ -160,12 +153,18 @@ _COUNTS = ("prompts", "tokens", "shortest", "longest", "effect_prompts")
 class _Reader:
     """Takes tensors out of a file, one after the other, each as it must be; in the end none is left."""
 
-    def __init__(self, tensors: dict[str, NDArray[Any]], document: Mapping[str, Any]) -> None:
+    def __init__(self, tensors: dict[str, NDArray[Any]], document: Fields) -> None:
         self.tensors = tensors
         self.document = document
-        model = dict(document["model"])
-        self.model_name = str(model.pop("asked_for"))
-        self.model = ModelIdentity(**model)
+        model = document.inner("model")
+        self.model_name = model.text("asked_for")
+        self.model = ModelIdentity(
+            model.text("architecture"),
+            model.whole("num_layers", 1),
+            model.whole("num_heads", 1),
+            model.text("fingerprint") if model.given("fingerprint") else None,
+            model.text("name") if model.given("name") else None,
+        )
         self.sizes = {
             "layers": self.model.num_layers,
             "heads": self.model.num_heads,
@@ -175,34 +174,46 @@ class _Reader:
         }
 
     def profile(self) -> SinkProfile:
-        overall, *sources = [self._statistics(source) for source in self.document["sources"]]
-        if overall.name != ALL or not sources:
-            raise ProfileError(f"its sources begin with {overall.name!r}; they must be {ALL!r} and at least one more")
-        calibration = self.document["calibration"]
+        document = self.document
+        found = [self._statistics(source) for source in document.objects("sources")]
+        names = [source.name for source in found]
+        if len(found) < 2 or names[0] != ALL or len(set(names)) < len(names):
+            raise document.refused(f"has the sources {shown(names)}; they must be {ALL!r} and one more, all different")
+        overall, *sources = found
         profile = SinkProfile(
             model=self.model,
             model_name=self.model_name,
             overall=overall,
             sources={source.name: source for source in sources},
-            examples=tuple(self._example(index, given) for index, given in enumerate(self.document["examples"])),
-            calibration=Calibration.from_json(json.dumps(calibration)) if calibration is not None else None,
-            options=dict(self.document["options"]),
-            versions=dict(self.document["versions"]),
+            examples=tuple(self._example(index, given) for index, given in enumerate(document.objects("examples"))),
+            calibration=self._calibration(),
+            options=dict(document.inner("options").members),
+            versions=dict(document.inner("versions").members),
         )
         if self.tensors:
-            raise ProfileError(f"there is a tensor {sorted(self.tensors)[0]!r} that doesn't belong to a profile")
+            raise document.refused(f"has a tensor {shown(sorted(self.tensors)[0])} that doesn't belong to a profile")
         return profile
 
-    def _statistics(self, given: Mapping[str, Any]) -> SinkStatistics:
-        name = given["name"]
+    def _calibration(self) -> Calibration | None:
+        if not self.document.given("calibration"):
+            return None
+        try:
+            text = json.dumps(self.document.value("calibration"))
+            return Calibration.from_json(text, source=f"{self.document.what}: calibration")
+        except CalibrationError as error:
+            raise ProfileError(str(error)) from error
+
+    def _statistics(self, given: Fields) -> SinkStatistics:
+        name = given.text("name")
         place = f"sources/{name}"
-        fields: dict[str, Any] = {what: int(given[what]) for what in _COUNTS}
+        fields: dict[str, Any] = {what: given.whole(what, 0, 2**53) for what in _COUNTS}
+        texts = given.inner("token_texts")
         fields |= {what: self._take(f"{place}/{what}", wanted) for what, wanted in _STATISTICS.items()}
         return SinkStatistics(
             name=name,
             **fields,
             effects=self._take(f"{place}/effects", _EFFECTS) if fields["effect_prompts"] else None,
-            by={mode: self._later(place, mode, tuple(given["token_texts"][mode])) for mode in MODES},
+            by={mode: self._later(place, mode, texts.texts(mode)) for mode in MODES},
         )
 
     def _later(self, place: str, mode: str, texts: tuple[str, ...]) -> LaterSinks:
@@ -210,17 +221,18 @@ class _Reader:
         tokens = {what: self._take(f"{place}/{mode}/tokens/{what}", wanted) for what, wanted in _TOKENS.items()}
         return LaterSinks(
             mode,
-            float(self.document["thresholds"][mode]),
+            self.document.inner("thresholds").number(mode, 0),
             **{what: self._take(f"{place}/{mode}/{what}", wanted) for what, wanted in _BY_MODE.items()},
             tokens=SinkTokens(texts=texts, **tokens),
         )
 
-    def _example(self, index: int, given: Mapping[str, Any]) -> ExamplePrompt:
-        self.sizes["tokens"] = len(given["texts"])
+    def _example(self, index: int, given: Fields) -> ExamplePrompt:
+        texts = given.texts("texts")
+        self.sizes["tokens"] = len(texts)
         place = f"examples/{index}"
         return ExamplePrompt(
-            given["source"],
-            texts=tuple(given["texts"]),
+            given.text("source"),
+            texts=texts,
             **{what: self._take(f"{place}/{what}", wanted) for what, wanted in _EXAMPLE.items()},
             calibrated_scores=self._take(f"{place}/calibrated_scores", _CALIBRATED)
             if f"{place}/calibrated_scores" in self.tensors
@@ -229,19 +241,20 @@ class _Reader:
 
     def _take(self, name: str, wanted: _Tensor) -> NDArray[Any]:
         if name not in self.tensors:
-            raise ProfileError(f"the tensor {name!r} is missing")
+            raise self.document.refused(f"lacks the tensor {shown(name)}")
         array = self.tensors.pop(name)
         shape = tuple(self.sizes[axis] for axis in wanted.axes)
         if array.shape != shape or array.dtype.name != wanted.dtype:
-            raise ProfileError(
-                f"{name} is {array.dtype.name} {array.shape}; it must be {wanted.dtype} {shape} "
+            raise self.document.refused(
+                f"has {shortened(name, 100)} as {array.dtype.name} {array.shape}; it must be {wanted.dtype} {shape} "
                 f"({', '.join(wanted.axes)})"
             )
         beyond = ~((array >= wanted.lowest - _ROUNDING) & (array <= wanted.highest + _ROUNDING))
         if not np.isfinite(array).all() or beyond.any():
             value = array[beyond | ~np.isfinite(array)].flat[0]
-            raise ProfileError(
-                f"{name} has the value {value}; it must lie from {wanted.lowest:g} to {wanted.highest:g}"
+            raise self.document.refused(
+                f"has the value {value} in {shortened(name, 100)}; it must lie from {wanted.lowest:g} to "
+                f"{wanted.highest:g}"
             )
         return array
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,13 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from act_export.errors import SessionError
+from act_export.errors import SessionError, shown
+from act_export.json_file import read_object
+from act_export.onnx_file import GENAI_CONFIG, load_without_weights
 from act_export.ops import schema
 from act_export.runtime.state import BFLOAT16, StateInput
 
+_MOST = 2**31
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 _BETWEEN_PROJECTION_AND_ATTENTION = ("Reshape", "RotaryEmbedding", "SimplifiedLayerNormalization", "Split")
 _STATE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
@@ -22,13 +24,13 @@ _STATE_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 
 def state_of_file(file: Path, name: str) -> StateInput:
     """A part of the state of a model that isn't loaded, by its input's name; errors as of `state_input`."""
-    graph = onnx.load(file, load_external_data=False).graph
+    graph = load_without_weights(file, SessionError).graph
     given = next(each for each in graph.input if each.name == name)
     return state_input(file, graph, given, configuration_beside(file))
 
 
 def state_input(
-    file: Path, graph: onnx.GraphProto, given: onnx.ValueInfoProto, configuration: Mapping[str, Any]
+    file: Path, graph: onnx.GraphProto, given: onnx.ValueInfoProto, configuration: Mapping[str, int | None]
 ) -> StateInput:
     """A part of the state.
 
@@ -48,6 +50,10 @@ def state_input(
             f"bfloat16, (batch, heads, past, head size)"
         )
     node = next((node for node in graph.node if given.name in node.input), None)
+    if any(size is not None and not 0 < size < _MOST for size in (shape[1], shape[3])):
+        raise SessionError(
+            f"{file}: {given.name} has the shape {shape}; heads and head size must be positive: write the file again"
+        )
     heads = shape[1] or _attribute(node, "kv_num_heads") or configuration.get("num_key_value_heads")
     size = shape[3] or configuration.get("head_size") or _head_size_of_weights(graph, node)
     if heads is None or size is None:
@@ -66,9 +72,13 @@ def _head_size_of_weights(graph: onnx.GraphProto, attention: onnx.NodeProto | No
     heads = _attribute(attention, "num_heads")
     kv_heads = _attribute(attention, "kv_num_heads")
     producers = {name: node for node in graph.node for name in node.output}
+    if len(attention.input) < 2:
+        return None
     packed = not attention.input[1]
     projection = producers.get(attention.input[0 if packed else 1])
-    while projection is not None and projection.op_type in _BETWEEN_PROJECTION_AND_ATTENTION:
+    for _ in range(len(graph.node)):  # a graph may go in a circle
+        if projection is None or not projection.input or projection.op_type not in _BETWEEN_PROJECTION_AND_ATTENTION:
+            break
         packed = packed or projection.op_type == "Split"
         projection = producers.get(projection.input[0])
     if projection is None or heads is None or kv_heads is None or _attribute(projection, "transB"):
@@ -79,25 +89,35 @@ def _head_size_of_weights(graph: onnx.GraphProto, attention: onnx.NodeProto | No
     return width // parts if width is not None and width % parts == 0 else None
 
 
-def configuration_beside(file: Path) -> dict[str, Any]:
-    """What genai_config.json, or else config.json, beside a model says of heads, context and vocabulary."""
-    for name in ("genai_config.json", "config.json"):
-        try:
-            found = json.loads((file.parent / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        whole = found.get("model", found)
-        decoder = whole.get("decoder", whole)
-        size = decoder.get("head_size") or decoder.get("head_dim")
-        if size is None and {"hidden_size", "num_attention_heads"} <= decoder.keys():
-            size = decoder["hidden_size"] // decoder["num_attention_heads"]
-        return {
-            "head_size": size,
-            "num_key_value_heads": decoder.get("num_key_value_heads"),
-            "vocab_size": whole.get("vocab_size"),
-            "context": whole.get("context_length") or whole.get("max_position_embeddings"),
-        }
-    return {}
+def configuration_beside(file: Path) -> dict[str, int | None]:
+    """What genai_config.json, or else config.json, beside a model says of heads, context and vocabulary.
+
+    None stands for what it doesn't say, or not with a positive number.
+
+    Raises:
+        SessionError: If it is there and isn't a JSON object.
+    """
+    place = next((file.parent / name for name in (GENAI_CONFIG, "config.json") if (file.parent / name).is_file()), None)
+    if place is None:
+        return {}
+    found = read_object(place, error=SessionError, infinite=True, repeats=True)
+    whole = found["model"] if isinstance(found.get("model"), dict) else found
+    decoder = whole["decoder"] if isinstance(whole.get("decoder"), dict) else whole
+
+    def number(fields: Mapping[str, Any], *names: str) -> int | None:
+        found = [fields.get(name) for name in names]
+        return next((each for each in found if type(each) is int and 0 < each < _MOST), None)
+
+    size = number(decoder, "head_size", "head_dim")
+    width, heads = number(decoder, "hidden_size"), number(decoder, "num_attention_heads")
+    if size is None and width is not None and heads is not None:
+        size = width // heads
+    return {
+        "head_size": size,
+        "num_key_value_heads": number(decoder, "num_key_value_heads"),
+        "vocab_size": number(whole, "vocab_size"),
+        "context": number(whole, "context_length", "max_position_embeddings"),
+    }
 
 
 def present_name(state: onnx.ValueInfoProto) -> str:
@@ -111,10 +131,14 @@ def declared_shape(value: onnx.ValueInfoProto) -> list[int | None]:
 
 
 def declared_dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
-    """numpy's type."""
-    return np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+    """numpy's type; an error where ONNX has none of that number."""
+    kind = value.type.tensor_type.elem_type
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    except KeyError as error:
+        raise SessionError(f"{shown(value.name)} has the type {kind}, which isn't one of ONNX's") from error
 
 
 def _attribute(node: onnx.NodeProto | None, name: str) -> int | None:
     found = next((given for given in node.attribute if given.name == name), None) if node is not None else None
-    return found.i if found is not None else None
+    return found.i if found is not None and 0 < found.i < _MOST else None

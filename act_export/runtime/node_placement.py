@@ -86,7 +86,7 @@ def profile_run(
 def read_profile(text: str, device: str) -> NodePlacement:
     """Reads the JSON that ONNX Runtime's profiler writes."""
     nodes: dict[str, tuple[str, str]] = {}
-    for event in json.loads(text):
+    for event in json.loads(text):  # which ONNX Runtime just wrote
         arguments = event.get("args", {})
         if event.get("cat") == "Node" and event["name"].endswith(_END_OF_NAME) and "provider" in arguments:
             nodes[event["name"].removesuffix(_END_OF_NAME)] = (arguments["op_name"], arguments["provider"])

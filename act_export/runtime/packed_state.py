@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from act_export.errors import shown
+from act_export.json_fields import Fields
+
 PROPERTY = "packed_sink_state"
 """Key of the file's metadata, without act-export's prefix."""
 
 SCALE = 32.0
 """Sums are divided by it in a half type, so that those of 65,000 tokens and more fit into float16."""
+
+_MOST = 100_000  # layers, and heads of a layer
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,17 @@ class PackedState:
         return {"inputs": self.inputs, "heads": self.heads, "parts": self.parts}
 
     @classmethod
-    def from_json(cls, text: str) -> PackedState:
-        """Reads a file's record."""
-        fields = json.loads(text)
-        return cls(
-            tuple(fields["inputs"]), {int(layer): count for layer, count in fields["heads"].items()}, fields["parts"]
-        )
+    def of(cls, fields: Fields) -> PackedState:
+        """That of a file's record; errors as of `Fields`."""
+        heads = fields.inner("heads")
+        layers = {name: heads.whole(name, 1, _MOST) for name in heads.members}
+        wrong = next((name for name in layers if not (name.isdecimal() and int(name) < _MOST)), None)
+        if wrong is not None or not layers:
+            raise heads.refused(f"has {shown(wrong)}, which is no layer" if layers else "has no layer")
+        inputs = fields.texts("inputs")
+        if not inputs:
+            raise fields.refused("names no inputs")
+        return cls(inputs, {int(name): count for name, count in layers.items()}, fields.whole("parts", 1, 3))
 
     def unpack(self, state: Mapping[str, NDArray[Any]]) -> dict[int, NDArray[np.float32]]:
         """Running column sums (batch, calibrated heads, tokens, 1), by layer."""

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from act_export.calibration import Calibration, ModelIdentity
-from act_export.errors import SessionError
+from act_export.errors import SessionError, others_errors, shown
+from act_export.external_data import check_before_opening
+from act_export.files import path_inside
+from act_export.json_file import look_up, read_json
+from act_export.onnx_file import GENAI_CONFIG, load_without_weights
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
 from act_export.runtime.device import Device, Provider
 from act_export.runtime.graph_state import state_of_file
 from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
 from act_export.runtime.node_placement import NodePlacement, profile_run
-from act_export.runtime.packed_state import PROPERTY, PackedState
+from act_export.runtime.packed_state import PackedState
 from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.record import PREFIX, FileRecord, Limits
 from act_export.runtime.state import BFLOAT16, DTYPES, State, element_type, state_inputs
-from act_export.runtime.token_input import POSITIONS, TokenInput
+from act_export.runtime.token_input import POSITIONS, TokenInput, checked_mask
 
 if TYPE_CHECKING:
     from act_export.runtime.device_memory import DeviceMemory
@@ -48,34 +50,6 @@ class RunOutputs(NamedTuple):
     state: State
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the model can take, and where generation ends.
-
-    Attributes:
-        vocabulary: Number of token ids; None if it isn't recorded.
-        context: Largest number of tokens of a sequence; None if there is none.
-        stop_tokens: Generation ends after one of these.
-        placeholders: Tokens that stand for images, videos or sound.
-    """
-
-    vocabulary: int | None = None
-    context: int | None = None
-    stop_tokens: tuple[int, ...] = ()
-    placeholders: tuple[int, ...] = ()
-
-    @classmethod
-    def from_json(cls, text: str) -> Limits:
-        """Reads the file's record."""
-        fields = json.loads(text)
-        return cls(
-            fields.get("vocabulary"),
-            fields.get("context"),
-            tuple(fields.get("stop_tokens", ())),
-            tuple(fields.get("placeholders", ())),
-        )
-
-
 class Session:
     """An exported model, ready to run.
 
@@ -83,11 +57,11 @@ class Session:
         path: The ONNX file.
         native: Whether the native library runs the attention, rather than the portable functions.
         device: Where it runs; caches are there too.
-        properties: The file's act-export metadata, without its prefix.
+        properties: The file's act-export metadata, without its prefix, as it stands.
+        record: What it says, checked.
         token_input: What new tokens are given as: ids, or embeddings.
         state_inputs: The parts of the state, in the graph's order.
-        logits_size: Logits of a position.
-        logits_dtype: Their type.
+        logits_dtype: Type of the logits.
         keeps_logits: Whether the file can compute the logits of the last positions alone; of others, such as models
             that somebody else exported, all are computed and the last are returned.
         takes_positions: Whether the file wants `position_ids`; others count the tokens themselves.
@@ -105,27 +79,32 @@ class Session:
         self._shared_threads = shared_threads
         self._inner = inner
         self._memory: DeviceMemory | None = None
+        with others_errors(f"can't read the metadata of {path}", error=SessionError):  # it may be no UTF-8
+            metadata = dict(inner.get_modelmeta().custom_metadata_map)
         self.properties: dict[str, str] = {
-            key.removeprefix("act_export."): value
-            for key, value in inner.get_modelmeta().custom_metadata_map.items()
-            if key.startswith("act_export.")
+            key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)
         }
-        self._limits = Limits.from_json(self.properties.get("limits", "{}"))
-        limits = self._limits
+        self.record = FileRecord.read(metadata, str(path), error=SessionError)
+        limits = self.record.limits
         self.token_input = TokenInput.of(inner, path, vocabulary=limits.vocabulary, placeholders=limits.placeholders)
         self.token_input.shared_threads = shared_threads
         self.state_inputs = state_inputs(inner, partial(state_of_file, path))
         logits = next((output for output in inner.get_outputs() if output.name == "logits"), None)
         if not self.state_inputs or logits is None:
             raise SessionError(f"{path} has no logits or no past_key_values; is it a model that act-export wrote?")
-        self.logits_size = logits.shape[-1]
+        if logits.type not in DTYPES or len(logits.shape) != 3:
+            raise SessionError(
+                f"the logits of {path} are {logits.type} {shown(logits.shape)}; they must be float32, float16 or "
+                f"bfloat16, (batch, sequence, vocabulary)"
+            )
+        self._declared_logits = logits.shape[-1]
         self.logits_dtype = DTYPES[logits.type]
         self.keeps_logits = any(given.name == _LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
         self.takes_positions = self.token_input.position_axes > 0
-        ours = "version" in self.properties
-        graft = json.loads(self.properties.get("graft", "{}"))
-        self.pads_left: bool = graft["pads_left"] if graft else ours or not _counts_tokens(path)
-        self._shares_buffers: bool = graft.get("shares_buffers", ours)
+        graft, ours = self.record.graft, self.record.ours
+        self.pads_left: bool = graft.pads_left if graft else ours or not _counts_tokens(path)
+        self._shares_buffers: bool = graft.shares_buffers if graft else ours
+        self._check_sinks()
 
     @classmethod
     def open(
@@ -167,9 +146,22 @@ class Session:
         return cls(file, inner, native=native, device=place, shared_threads=shared_threads)
 
     @property
+    def logits_size(self) -> int:
+        """Logits of a position.
+
+        Raises:
+            SessionError: If neither the graph nor the record says.
+        """
+        declared = self._declared_logits
+        known = declared if isinstance(declared, int) and declared > 0 else self.record.limits.vocabulary
+        if known is None:
+            raise SessionError(f"{self.path} doesn't say how many logits a position has; export it with shapes")
+        return known
+
+    @property
     def limits(self) -> Limits:
         """Vocabulary, context length and stop tokens, as recorded in the file."""
-        return self._limits
+        return self.record.limits
 
     def close(self) -> None:
         """Ends the session; it can't run any more, and is freed when its caches are."""
@@ -186,14 +178,12 @@ class Session:
     @property
     def calibration(self) -> Calibration | None:
         """The calibration baked into the file; None for a plain export."""
-        text = self.properties.get("calibration")
-        return Calibration.from_json(text, source=str(self.path)) if text else None
+        return self.record.calibration
 
     @property
     def model_identity(self) -> ModelIdentity | None:
         """The model that the file was exported from."""
-        text = self.properties.get("model")
-        return ModelIdentity(**json.loads(text)) if text else None
+        return self.record.model
 
     @property
     def sink_state(self) -> dict[int, tuple[str, ...]]:
@@ -205,19 +195,18 @@ class Session:
         """
         if self.packed_sinks is not None:
             return {}
-        graft = json.loads(self.properties.get("graft", "{}"))
-        names: list[str] = graft.get("inputs") or [
-            part.name for part in self.state_inputs if part.name.startswith(_SINK_SCORES)
-        ]
-        layers: list[int] = graft.get("layers") or [int(name.removeprefix(_SINK_SCORES)) for name in names]
+        graft = self.record.graft
+        names = graft.inputs if graft else ()
+        names = names or tuple(part.name for part in self.state_inputs if part.name.startswith(_SINK_SCORES))
+        layers = graft.layers if graft else ()
+        layers = layers or tuple(int(name.removeprefix(_SINK_SCORES)) for name in names)
         size = len(names) // max(len(layers), 1)
-        return {layer: tuple(names[size * i : size * (i + 1)]) for i, layer in enumerate(layers)}
+        return {layer: names[size * i : size * (i + 1)] for i, layer in enumerate(layers)}
 
     @property
     def packed_sinks(self) -> PackedState | None:
         """Where the sinks are in a cache that holds them too; None where they have inputs of their own."""
-        text = self.properties.get(PROPERTY)
-        return PackedState.from_json(text) if text else None
+        return self.record.packed
 
     def embed(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
         """Of a file that takes embeddings: those of token ids, as `TokenInput.embed` says."""
@@ -249,8 +238,8 @@ class Session:
         """
         if batch < 1 or capacity < 1:
             raise SessionError(f"a cache for {batch} sequences of {capacity} positions; give at least one of each")
-        if self._limits.context is not None:
-            capacity = min(capacity, self._limits.context)
+        if self.record.limits.context is not None:
+            capacity = min(capacity, self.record.limits.context)
         in_place = self.native and self._shares_buffers  # others join the cache by operators of their own
         if not self.device.is_cuda:
             return (InPlaceCache if in_place else CopiedCache)(self, batch, capacity)
@@ -293,8 +282,8 @@ class Session:
             logits_to_keep: Number of last positions to return logits of; 0 for all.
 
         Raises:
-            SessionError: If shapes don't fit, a token isn't in the vocabulary, a sequence is longer than the model's
-                context, or ONNX Runtime fails.
+            SessionError: If shapes don't fit, the mask has other numbers than 0 and 1, a token isn't in the vocabulary,
+                a sequence is longer than the model's context, or ONNX Runtime fails.
         """
         inner = self.onnxruntime_session
         tokens = self.token_input.tokens(input_ids)
@@ -302,6 +291,7 @@ class Session:
         if state is None:
             state = self.empty_state(batch)
         past = next(iter(state.values())).shape[2]
+        attention_mask = checked_mask(attention_mask, "attention_mask")
         if attention_mask.shape != (batch, past + sequence):
             raise SessionError(
                 f"attention_mask has shape {attention_mask.shape}; {batch} sequences with {past} cached and {sequence} "
@@ -311,7 +301,7 @@ class Session:
         self.check_padding(attention_mask)
         feeds = {
             self.token_input.name: tokens,
-            "attention_mask": attention_mask.astype(np.int64, copy=False),
+            "attention_mask": attention_mask,
             **state,
         }
         if self.takes_positions:
@@ -356,12 +346,12 @@ class Session:
             logits_to_keep: As `run` takes it.
 
         Raises:
-            SessionError: If the session was closed, a sequence is too long, or `logits_to_keep` is negative.
+            SessionError: If the session was closed, a sequence is too long, or `logits_to_keep` is no such number.
         """
         self._check_open()
-        if logits_to_keep < 0:
+        if not isinstance(logits_to_keep, int | np.integer) or logits_to_keep < 0:
             raise SessionError(f"logits_to_keep is {logits_to_keep}; give a number of positions, or 0 for all")
-        context = self._limits.context
+        context = self.record.limits.context
         longest = int(tokens.max())
         if context is not None and longest > context:
             raise SessionError(f"a sequence has {longest} tokens; the model's context holds {context}")
@@ -407,6 +397,21 @@ class Session:
             self._memory = DeviceMemory(self.device, shared_threads=self._shared_threads)
         return self._memory
 
+    def _check_sinks(self) -> None:
+        """Refuses a record of sinks that the graph doesn't have."""
+        packed, graft = self.record.packed, self.record.graft
+        known = {part.name for part in self.state_inputs}
+        named = (*(packed.inputs if packed else ()), *(graft.inputs if graft else ()))
+        missing = next((name for name in named if name not in known), None)
+        if missing is not None:
+            raise SessionError(
+                f"{self.path} says that the sinks are in {shown(missing)}, which isn't an input of its graph; the file "
+                f"was changed after it was written: write it again"
+            )
+        odd = next((name for name in known if name.startswith(_SINK_SCORES) and not _has_number(name)), None)
+        if odd is not None:
+            raise SessionError(f"{self.path} has an input {shown(odd)}; {_SINK_SCORES} must be followed by a layer")
+
     def _check_open(self) -> None:
         if self._inner is None:
             raise SessionError(f"the session over {self.path} was closed")
@@ -424,11 +429,9 @@ def model_file(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if not file.is_dir():
         return file
-    try:
-        config = json.loads((file / "genai_config.json").read_text(encoding="utf-8"))
-        return file / str(config["model"]["decoder"]["filename"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return file / "model.onnx"
+    genai = file / GENAI_CONFIG
+    name = look_up(read_json(genai, error=SessionError), "model", "decoder", "filename") if genai.is_file() else None
+    return path_inside(file, "model.onnx" if name is None else name, f"the model of {file}", error=SessionError)
 
 
 def placement_of(path: Path, *, native: bool, device: str, shared_threads: bool = False) -> NodePlacement:
@@ -449,6 +452,7 @@ def load_inner(
 ) -> Any:
     """An `onnxruntime.InferenceSession`; errors as of `Session.open`."""
     onnxruntime = import_onnxruntime()
+    check_before_opening(file, SessionError)
     options.log_severity_level = 3
     if native and _version_of(onnxruntime) < _OLDEST:
         raise SessionError(
@@ -478,9 +482,13 @@ def load_inner(
     return inner
 
 
+def _has_number(name: str) -> bool:
+    return name.removeprefix(_SINK_SCORES).isdecimal()
+
+
 def _counts_tokens(path: Path) -> bool:
     """Whether a model has GroupQueryAttention, which takes the first tokens of a row for real."""
-    model = onnx.load(path, load_external_data=False)
+    model = load_without_weights(path, SessionError)
     return any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(bfloat16)": BFLOAT16,
 }
 _ONNX_BFLOAT16 = 16
+_MOST = 2**31
 
 
 def element_type(dtype: np.dtype[Any]) -> Any:
@@ -70,11 +71,15 @@ def state_inputs(inner: Any, look_up: Callable[[str], StateInput]) -> tuple[Stat
             if given.name.startswith(prefix):
                 name = present + given.name.removeprefix(prefix)
                 _, heads, _, size = given.shape if len(given.shape) == 4 else (None,) * 4
-                if isinstance(heads, int) and isinstance(size, int) and given.type in DTYPES:
+                if _in_range(heads) and _in_range(size) and given.type in DTYPES:
                     found.append(StateInput(given.name, name, heads, size, DTYPES[given.type]))
                 else:
                     found.append(look_up(given.name))
     return tuple(found)
+
+
+def _in_range(size: Any) -> TypeGuard[int]:
+    return isinstance(size, int) and 0 < size < _MOST
 
 
 def select(state: State, rows: Sequence[int]) -> State:

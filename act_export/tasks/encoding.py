@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from act_export.chat import render_chat
+from act_export.errors import others_errors, shown
 from act_export.tasks.examples import Example, TaskError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_REPAIR = "put the model's own tokenizer files into its folder"
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,14 @@ def encode_examples(
     """
     if tokenizer is None:
         raise TaskError("the model has no tokenizer, so prompts can't be read; put tokenizer.json into its folder")
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise TaskError(
-            "the model's tokenizer has no chat template, so prompts can't be put as messages; leave out the chat "
-            "format, or put chat_template.jinja into the model's folder"
-        )
+    if not chat:
+        _check_ends_open(tokenizer)
     encode = _encode_message if chat else _encode_plain
     limit = max_length if truncate else None
     encoded = []
     for example in examples:
-        ready = encode(tokenizer, example, limit)
+        with others_errors(f"the model's tokenizer can't read {_named(example)}", _REPAIR, error=TaskError):
+            ready = encode(tokenizer, example, limit)
         _check(ready, example, max_length)
         encoded.append(ready)
     if not encoded:
@@ -78,9 +81,23 @@ def encode_examples(
 def sequence_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The special tokens that the tokenizer begins every sequence with."""
     special = set(getattr(tokenizer, "all_special_ids", ()))
-    ids = tokenizer("a").input_ids
+    with others_errors("the model's tokenizer can't read 'a'", _REPAIR, error=TaskError):
+        ids = tokenizer("a").input_ids
     plain = next((index for index, token in enumerate(ids) if token not in special), 0)
     return tuple(int(token) for token in ids[:plain])
+
+
+def _check_ends_open(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that ends every text with a special token: nothing can follow a prompt then."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    with others_errors("the model's tokenizer can't read 'a'", _REPAIR, error=TaskError):
+        ids = tokenizer("a").input_ids
+        if len(ids) > 1 and ids[-1] in special:
+            raise TaskError(
+                f"the model's tokenizer ends every text with {shown(tokenizer.decode(ids[-1:]))}, so no choice and no "
+                f'answer can follow a prompt; switch that off: "add_eos_token": false in tokenizer_config.json, or the '
+                f"post_processor of tokenizer.json"
+            )
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
@@ -100,11 +117,9 @@ def _encode_message(tokenizer: PreTrainedTokenizerBase, example: Example, limit:
     choices = tuple(choice.lstrip() for choice in example.choices)
 
     def encoded(message: str) -> EncodedExample:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
+        text = render_chat(tokenizer, [{"role": "user", "content": message}], error=TaskError)
         # The template's text has the special tokens already.
-        return _encode(example, str(text), choices, lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+        return _encode(example, text, choices, lambda text: tokenizer(text, add_special_tokens=False).input_ids)
 
     message = example.prompt
     ready = encoded(message)
@@ -139,10 +154,11 @@ def _encode(
 
 
 def _check(encoded: EncodedExample, example: Example, max_length: int | None) -> None:
+    first: dict[tuple[int, ...], int] = {}
     for index, (choice, tokens) in enumerate(zip(example.choices, encoded.choices, strict=True)):
         if not tokens:
             raise TaskError(f"the choice {choice!r} of {_named(example)} has no tokens")
-        other = encoded.choices.index(tokens)
+        other = first.setdefault(tokens, index)
         if other < index:
             raise TaskError(
                 f"the choices {example.choices[other]!r} and {choice!r} of {_named(example)} have the same tokens; the "

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, others_errors, shown
+from act_export.json_file import parse_object
 
 FORM = (
     'a line is {"prompt": text, "choices": [text, ...], "answer": index from 0 or one of the choices}, or, where the '
     'model writes the answer itself, {"prompt": text, "answers": [text, ...]}'
 )
+
+
+MOST_CHOICES = 1000  # of a question
+_LONGEST_LINE = 16 << 20  # bytes
 
 
 class TaskError(ActExportError):
@@ -116,23 +121,19 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file, each with its line number.
 
     Raises:
-        TaskError: If the file can't be read, or naming the line that isn't a JSON object.
+        TaskError: If the file can't be read, or naming the line that isn't a JSON object, or is too long.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"can't read {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise TaskError(f"{path}, line {number}: a {type(row).__name__}; expected a JSON object")
-        rows.append((number, row))
+    rows, lines = [], 0
+    with others_errors(f"can't read {path}", error=TaskError), Path(path).open("rb") as file:
+        while line := file.readline(_LONGEST_LINE + 1):
+            lines += 1
+            if lines == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                row = parse_object(
+                    line, f"{path}, line {lines}:", error=TaskError, largest_bytes=_LONGEST_LINE, repeats=True
+                )
+                rows.append((lines, row))
     return rows
 
 
@@ -154,26 +155,29 @@ def _example(row: dict[str, Any], where: str) -> Example:
         raise ValueError(f"lacks {' and '.join(map(repr, missing))}")
     prompt = row["prompt"]
     if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"prompt is {prompt!r}; it must be a text that is not empty")
+        raise ValueError(f"prompt is {shown(prompt)}; it must be a text that is not empty")
     for name in ("key", "content_free"):
         if not isinstance(row.get(name, ""), str):
-            raise ValueError(f"{name} is {row[name]!r}; it must be a text")
+            raise ValueError(f"{name} is {shown(row[name])}; it must be a text")
     more = {"key": row.get("key", ""), "content_free": row.get("content_free", ""), "where": where}
     if "answers" in wanted:
         references = _texts(row["answers"], "answers")
         if not references or not all(map(str.strip, references)):
-            raise ValueError(f"answers are {row['answers']!r}; there must be at least one, and none of spaces only")
+            raise ValueError(
+                f"answers are {shown(row['answers'])}; there must be at least one, and none of spaces only"
+            )
         first = references[0]
         return Example(prompt, (first if first[0].isspace() else f" {first}",), 0, references=references, **more)
     choices = _texts(row["choices"], "choices")
-    if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise ValueError(f"choices are {row['choices']!r}; there must be two or more, all different")
+    if not 2 <= len(choices) <= MOST_CHOICES or len(set(choices)) < len(choices):
+        given = f"{shown(row['choices'])} ({len(choices)})"
+        raise ValueError(f"choices are {given}; there must be 2 to {MOST_CHOICES}, all different")
     return Example(prompt, choices, _answer_index(row["answer"], choices), **more)
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise ValueError(f"{name} are {value!r}; they must be texts that are not empty")
+        raise ValueError(f"{name} are {shown(value)}; they must be texts that are not empty")
     return tuple(value)
 
 
@@ -181,10 +185,10 @@ def _answer_index(answer: Any, choices: Sequence[str]) -> int:
     if isinstance(answer, str):
         named = choice_named(answer, choices)
         if named is None:
-            raise ValueError(f"answer is {answer!r}, which is none of the choices {list(choices)!r}")
+            raise ValueError(f"answer is {shown(answer)}, which is none of the choices {shown(list(choices))}")
         return named
     if type(answer) is not int:
-        raise ValueError(f"answer is {answer!r}; it must be an index or one of the choices")
+        raise ValueError(f"answer is {shown(answer)}; it must be an index or one of the choices")
     if not 0 <= answer < len(choices):
-        raise ValueError(f"answer is {answer}; the {len(choices)} choices have indices 0 to {len(choices) - 1}")
+        raise ValueError(f"answer is {shown(answer)}; the {len(choices)} choices have indices 0 to {len(choices) - 1}")
     return answer

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from act_export.errors import shortened, shown
+from act_export.limits import time_limit
+from act_export.tasks.examples import TaskError
+
+_SECONDS = 2.0  # that a pattern may take for a row
+
 
 @dataclass(frozen=True)
 class RowForm:
@@ -36,15 +42,22 @@ class RowForm:
         if self.pattern is not None:
             name, regex = self.pattern
             text = _field(source, name)
-            match = re.fullmatch(regex, str(text), re.DOTALL)
+            with time_limit(
+                _SECONDS, f"the pattern {shown(regex)} on {shown(text)}", "pass a simpler one", error=TaskError
+            ):
+                match = re.fullmatch(regex, str(text), re.DOTALL)
             if match is None:
-                raise ValueError(f"{name} is {text!r}, which doesn't fit the pattern {regex!r}")
+                raise ValueError(f"{name} is {shown(text)}, which doesn't fit the pattern {shown(regex)}")
             source = {**source, **match.groupdict()}
         row = {mine: _field(source, theirs) for mine, theirs in self.fields.items()}
         if self.labels:
-            names = [str(name) for name in _field(source, self.labels)]
+            given = _field(source, self.labels)
+            if not isinstance(given, list | tuple):
+                raise ValueError(f"{self.labels} is {shown(given)}; it must be a list of the choices' names")
+            names = [str(name) for name in given]
             if str(row[self.answer]) not in names:
-                raise ValueError(f"{self.fields[self.answer]} is {row[self.answer]!r}, which is none of {names}")
+                answer = shown(row[self.answer])
+                raise ValueError(f"{self.fields[self.answer]} is {answer}, which is none of {shown(names)}")
             row[self.answer] = names.index(str(row[self.answer]))
         return row
 
@@ -53,6 +66,6 @@ def _field(source: Mapping[str, Any], path: str) -> Any:
     value: Any = source
     for part in path.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(f"there is no field {path!r}; there is {', '.join(map(repr, source))}")
+            raise ValueError(f"there is no field {path!r}; there is {shortened(', '.join(map(repr, source)), 300)}")
         value = value[part]
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from act_export.files import cache_folder, write_whole
+from act_export.json_file import MOST_VALUES, kind_of, parse_json, read_bytes
 from act_export.tasks.examples import TaskError, read_rows
 from act_export.tasks.row_form import RowForm
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_LARGEST_JSON = 1 << 30
 SHOT_ROWS = 512  # of a training split, drawn from all of it
 _LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 
@@ -172,11 +175,20 @@ def _file(path: Path, form: RowForm) -> tuple[Row, ...]:
             raise TaskError(f"can't read {path}: {type(error).__name__}: {error}") from error
         return _formed(table.to_list(), form, path.name)
     if path.suffix == ".json":
-        try:
-            whole = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-            whole = None  # JSON Lines, or nothing; below says which
-        if isinstance(whole, list) and all(isinstance(row, dict) for row in whole):
+        content = read_bytes(path, error=TaskError, largest_bytes=_LARGEST_JSON)
+        if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):  # else it is JSON Lines
+            whole = parse_json(
+                content,
+                str(path),
+                error=TaskError,
+                largest_bytes=_LARGEST_JSON,
+                most_values=10 * MOST_VALUES,
+                repeats=True,
+                infinite=True,
+            )
+            odd = next((row for row in whole if not isinstance(row, dict)), None)
+            if odd is not None:
+                raise TaskError(f"{path} lists a {kind_of(odd)}; each row must be a JSON object")
             return _formed(whole, form, path.name)
     rows = [(f"line {number} of {path.name}", row) for number, row in read_rows(path)]
     return tuple(_form(row, form, where) for where, row in rows)

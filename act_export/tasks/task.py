@@ -10,6 +10,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from act_export.json_file import read_bytes
 from act_export.tasks.examples import Generation, TaskError, TaskExamples, read_examples
 from act_export.tasks.shots import with_shots
 from act_export.tasks.sources import FileSource, HubError, Row, Rows, cached_rows, file_rows, hub_rows, rows_path
@@ -64,10 +65,7 @@ def load_task(name: str) -> Task:
         file = _specs().joinpath(f"{name}.json")
         return read_task(file.read_text(encoding="utf-8"), Path(file.name))
     if name.endswith(".json"):
-        try:
-            return read_task(Path(name).read_text(encoding="utf-8-sig"), Path(name))
-        except (OSError, UnicodeDecodeError) as error:
-            raise TaskError(f"can't read the task file {name}: {error}") from error
+        return read_task(read_bytes(Path(name), f"the task file {name}", error=TaskError), Path(name))
     near = difflib.get_close_matches(name, task_names(), cutoff=0.4) or task_names()
     raise TaskError(
         f"there is no task {name!r}; did you mean {' or '.join(near)}? For data of your own use --data FILE.jsonl, or "

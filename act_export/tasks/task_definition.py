@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from act_export.errors import shortened, shown
 from act_export.tasks.examples import Example, Generation, TaskError, choice_named
 from act_export.tasks.sources import FileSource, HubSource
 from act_export.tasks.template import CONTENT_FREE, Template
@@ -165,9 +166,8 @@ class Task:
         for name, derived in self.derived.items():
             value = values.get(derived.field, "")
             if value not in derived.values:
-                raise ValueError(
-                    f"{derived.field} is {value!r}; the task has words for {', '.join(map(repr, derived.values))}"
-                )
+                known = shortened(", ".join(map(repr, derived.values)), 300)
+                raise ValueError(f"{derived.field} is {shown(value)}; the task has words for {known}")
             values[name] = derived.values[value]
         if options:
             values["options"] = _lettered(options)
@@ -186,10 +186,10 @@ class Task:
         names = self.options
         value = _given(row, names) if isinstance(names, str) else [_given(row, name) for name in names]
         if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{self.options} is {value!r}; it must be a list of texts")
+            raise ValueError(f"{self.options} is {shown(value)}; it must be a list of texts")
         options = tuple(text.strip() for text in value)
         if len(options) < 2 or len(options) > len(string.ascii_uppercase) or not all(options):
-            raise ValueError(f"the options are {list(options)!r}; there must be 2 to 26, none of them empty")
+            raise ValueError(f"the options are {shown(list(options))}; there must be 2 to 26, none of them empty")
         return options
 
     def _choices(self, form: Format, values: Mapping[str, str], options: Sequence[str]) -> tuple[str, ...]:
@@ -209,12 +209,12 @@ class Task:
             text = value.strip()
             if index is None and len(text) == 1 and text in string.ascii_uppercase:
                 index = string.ascii_uppercase.index(text)
-            elif index is None and text.isdecimal():
+            elif index is None and text.isdecimal() and len(text) < 10:
                 index = int(text)
         if index is None or not 0 <= index < len(choices):
             raise ValueError(
-                f"the answer, {self.answer}, is {value!r}; it must be one of {list(choices)!r}, its index from 0 to "
-                f"{len(choices) - 1}, or its letter"
+                f"the answer, {self.answer}, is {shown(value)}; it must be one of {shown(list(choices))}, its index "
+                f"from 0 to {len(choices) - 1}, or its letter"
             )
         return index
 
@@ -222,7 +222,7 @@ class Task:
         value = _given(row, self.references)
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{self.references} is {value!r}; it must be a list of texts")
+            raise ValueError(f"{self.references} is {shown(value)}; it must be a list of texts")
         references = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
         if not references and not self.no_reference:
             raise ValueError(f"{self.references} has no text that counts as right")
@@ -231,7 +231,7 @@ class Task:
 
 def _given(row: Mapping[str, Any], name: str) -> Any:
     if name not in row:
-        raise ValueError(f"there is no field {name!r}; there is {', '.join(map(repr, row))}")
+        raise ValueError(f"there is no field {name!r}; there is {shortened(', '.join(map(repr, row)), 300)}")
     return row[name]
 
 

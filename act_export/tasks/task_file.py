@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from act_export.tasks.examples import Generation, TaskError
+from act_export.errors import others_errors, shown
+from act_export.json_file import parse_object
+from act_export.limits import time_limit
+from act_export.tasks.examples import MOST_CHOICES, Generation, TaskError
 from act_export.tasks.row_form import RowForm
 from act_export.tasks.sources import FileSource, HubSource
 from act_export.tasks.task_definition import GENERATION, LETTER, LIKELIHOOD, Derived, Format, Task
 from act_export.tasks.template import Template
 
 METRICS = ("exact", "f1")
+_MOST_NEW_TOKENS = 1_000_000
 
 _EVERY = {"name", "description", "scoring", "shot", "shots_alike", "key", "unique", "derived", "hub", "path", "package"}
 _KINDS = {
@@ -27,7 +30,7 @@ _HUB = {"dataset", "config", "revision", "split", "shots"} | _FORM
 _PATH = {"file", "split", "shots"} | _FORM
 
 
-def read_task(text: str, origin: Path) -> Task:
+def read_task(text: str | bytes, origin: Path) -> Task:
     """The task of a task file.
 
     Args:
@@ -37,19 +40,14 @@ def read_task(text: str, origin: Path) -> Task:
     Raises:
         TaskError: If it isn't a task, naming the file and the place.
     """
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{origin} is no task: not JSON: {error}") from error
+    document = parse_object(text, f"the task file {origin}", error=TaskError)
     try:
         return _task(document, origin)
-    except ValueError as error:
+    except (TaskError, ValueError) as error:
         raise TaskError(f"{origin} is no task: {error}") from error
 
 
-def _task(document: Any, origin: Path) -> Task:
-    if not isinstance(document, dict):
-        raise ValueError(f"a {type(document).__name__}; expected a JSON object")
+def _task(document: Mapping[str, Any], origin: Path) -> Task:
     kinds = [name for name in _KINDS if name in document]
     if len(kinds) != 1:
         raise ValueError(f"it has {' and '.join(kinds) or 'none'} of {', '.join(_KINDS)}; it must have one of them")
@@ -59,8 +57,8 @@ def _task(document: Any, origin: Path) -> Task:
     formats = _formats(document, kind)
     derived = {name: _derived(value, name) for name, value in _object(document, "derived", {}).items()}
     labels = tuple(_texts(document, "labels")) if kind == "labels" else ()
-    if kind == "labels" and (len(labels) < 2 or len(set(labels)) < len(labels)):
-        raise ValueError(f"labels are {list(labels)!r}; there must be two or more, all different")
+    if kind == "labels" and (not 2 <= len(labels) <= MOST_CHOICES or len(set(labels)) < len(labels)):
+        raise ValueError(f"labels are {shown(list(labels))}; there must be 2 to {MOST_CHOICES}, all different")
     if kind == "options" and len(formats) > 1 and "key" not in document:
         raise ValueError('it lacks "key", a template of the question that is the same in every format')
     task = Task(
@@ -83,9 +81,9 @@ def _task(document: Any, origin: Path) -> Task:
         package=_text(_object(document, "package", {}), "requirement", ""),
     )
     if task.scoring not in task.scorings:
-        raise ValueError(f"scoring is {task.scoring!r}; it must be one of {', '.join(task.scorings)}")
+        raise ValueError(f"scoring is {shown(task.scoring)}; it must be one of {', '.join(task.scorings)}")
     if task.shot.fields != {"prompt", "answer"}:
-        raise ValueError(f"shot is {task.shot.text!r}; it must have a place for each of {{prompt}} and {{answer}}")
+        raise ValueError(f"shot is {shown(task.shot.text)}; it must have a place for each of {{prompt}} and {{answer}}")
     return task
 
 
@@ -97,9 +95,9 @@ def _formats(document: Mapping[str, Any], kind: str) -> dict[str, Format]:
         formats = {}
         for name, part in _object(document, "formats").items():
             if name not in (LETTER, LIKELIHOOD):
-                raise ValueError(f"formats has {name!r}; it may have {LETTER!r} and {LIKELIHOOD!r}")
+                raise ValueError(f"formats has {shown(name)}; it may have {LETTER!r} and {LIKELIHOOD!r}")
             if not isinstance(part, dict):
-                raise ValueError(f"the format {name!r} is {part!r}; it must be an object")
+                raise ValueError(f"the format {name!r} is {shown(part)}; it must be an object")
             _known(
                 part, {"instruction", "template"} | ({"choice"} if name == LIKELIHOOD else set()), f"format {name!r}"
             )
@@ -114,7 +112,7 @@ def _formats(document: Mapping[str, Any], kind: str) -> dict[str, Format]:
     for form in formats.values():
         if not form.template.text or form.template.text[-1].isspace():
             raise ValueError(
-                f"the template {form.template.text!r} must be a text that doesn't end with a space; choices begin "
+                f"the template {shown(form.template.text)} must be a text that doesn't end with a space; choices begin "
                 f"with theirs"
             )
     return formats
@@ -152,42 +150,41 @@ def row_form(part: Mapping[str, Any], answer: str) -> RowForm:
     """
     fields = _object(part, "fields", {})
     if not all(isinstance(theirs, str) for theirs in fields.values()):
-        raise ValueError(f"fields is {fields!r}; it must have the name of a field for each")
+        raise ValueError(f"fields is {shown(fields)}; it must have the name of a field for each")
     for name in ("labels", "pattern"):
         if name in part and not fields:
             raise ValueError(f'"{name}" needs "fields"')
     if "labels" in part and answer not in fields:
-        raise ValueError(f'"labels" says how {answer!r} is named, which is none of fields: {", ".join(fields)}')
+        raise ValueError(f'"labels" says how {answer!r} is named, which is none of fields: {shown(list(fields))}')
     pattern = None
     if "pattern" in part:
         given = _object(part, "pattern")
         _known(given, {"field", "regex"}, "pattern")
         pattern = (_text(given, "field"), _text(given, "regex"))
-        try:
+        what = f"the regex {shown(pattern[1])}"
+        with others_errors(f"{what} can't be read", error=TaskError), time_limit(2, what, error=TaskError):
             re.compile(pattern[1])
-        except re.error as error:
-            raise ValueError(f"the regex {pattern[1]!r}: {error}") from error
     return RowForm(fields, answer, _text(part, "labels", ""), pattern)
 
 
 def _generation(part: Mapping[str, Any]) -> Generation:
     _known(part, {"max_new_tokens", "stop", "metric"}, "generation")
     count = part.get("max_new_tokens", 50)
-    if type(count) is not int or count < 1:
-        raise ValueError(f"max_new_tokens is {count!r}; it must be a number from 1")
+    if type(count) is not int or not 1 <= count <= _MOST_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens is {shown(count)}; it must be a number from 1 to {_MOST_NEW_TOKENS}")
     metric = _text(part, "metric", "f1")
     if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}; it must be {' or '.join(METRICS)}")
+        raise ValueError(f"metric is {shown(metric)}; it must be {' or '.join(METRICS)}")
     return Generation(count, tuple(_texts(part, "stop")) if "stop" in part else ("\n",), metric)
 
 
 def _derived(part: Any, name: str) -> Derived:
     if not isinstance(part, dict):
-        raise ValueError(f"derived {name!r} is {part!r}; it must be an object")
+        raise ValueError(f"derived {name!r} is {shown(part)}; it must be an object")
     _known(part, {"field", "values"}, f"derived {name!r}")
     values = _object(part, "values")
     if not all(isinstance(value, str) for value in values.values()):
-        raise ValueError(f"values of derived {name!r} are {values!r}; they must be texts")
+        raise ValueError(f"values of derived {shown(name)} are {shown(values)}; they must be texts")
     return Derived(_text(part, "field"), values)
 
 
@@ -202,7 +199,7 @@ def _template(document: Mapping[str, Any], name: str) -> Template | None:
 def _known(part: Mapping[str, Any], names: set[str], what: str) -> None:
     unknown = [name for name in part if name not in names]
     if unknown:
-        raise ValueError(f"{what} has no {', '.join(map(repr, unknown))}; it may have {', '.join(sorted(names))}")
+        raise ValueError(f"{what} has no {shown(unknown[0])}; it may have {', '.join(sorted(names))}")
 
 
 def _text(part: Mapping[str, Any], name: str, default: str | None = None) -> str:
@@ -210,14 +207,14 @@ def _text(part: Mapping[str, Any], name: str, default: str | None = None) -> str
     if value is None:
         raise ValueError(f"it lacks {name!r}")
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; it must be a text")
+        raise ValueError(f"{name} is {shown(value)}; it must be a text")
     return value
 
 
 def _texts(part: Mapping[str, Any], name: str) -> list[str]:
     value = part.get(name)
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
-        raise ValueError(f"{name} is {value!r}; it must be a list of texts that are not empty")
+        raise ValueError(f"{name} is {shown(value)}; it must be a list of texts that are not empty")
     return value
 
 
@@ -226,5 +223,5 @@ def _object(part: Mapping[str, Any], name: str, default: Mapping[str, Any] | Non
     if value is None:
         raise ValueError(f"it lacks {name!r}")
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}; it must be an object")
+        raise ValueError(f"{name} is {shown(value)}; it must be an object")
     return value

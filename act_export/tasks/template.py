@@ -6,6 +6,8 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from act_export.errors import shortened, shown
+
 CONTENT_FREE = "N/A"
 
 FILTERS: Mapping[str, Callable[[str], str]] = {
@@ -38,10 +40,12 @@ class Template:
         parts = []
         for literal, name, filter_name, conversion in _parsed(self.text):
             if name is not None and (not name.isidentifier() or conversion):
-                raise ValueError(f"{{{name}}} in the template {self.text!r} isn't the name of a field")
+                raise ValueError(
+                    f"{{{shortened(name, 100)}}} in the template {shown(self.text)} isn't the name of a field"
+                )
             if filter_name and filter_name not in FILTERS:
                 raise ValueError(
-                    f"{{{name}:{filter_name}}} in the template {self.text!r} has no filter of that name; there is "
+                    f"{shown(name)} in the template {shown(self.text)} has the filter {shown(filter_name)}; there is "
                     f"{', '.join(FILTERS)}"
                 )
             parts.append((literal, name or "", filter_name or ""))
@@ -60,8 +64,8 @@ class Template:
             if name:
                 if name not in values:
                     raise ValueError(
-                        f"there is no field {name!r}, which the template {self.text!r} uses; there is "
-                        f"{', '.join(map(repr, values))}"
+                        f"there is no field {name!r}, which the template {shown(self.text)} uses; there is "
+                        f"{shortened(', '.join(map(repr, values)), 300)}"
                     )
                 value = values[name]
                 pieces.append(FILTERS[filter_name](value) if filter_name and value != CONTENT_FREE else value)
@@ -72,4 +76,4 @@ def _parsed(text: str) -> list[tuple[str, str | None, str | None, str | None]]:
     try:
         return list(string.Formatter().parse(text))
     except ValueError as error:
-        raise ValueError(f"the template {text!r}: {error}") from error
+        raise ValueError(f"the template {shown(text)}: {error}") from error

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.calibration import Calibration
 from act_export.errors import ActExportError, SessionError
 from act_export.runtime.device import Device
 from act_export.runtime.device_memory import DeviceMemory
@@ -267,7 +266,6 @@ def _running_pytorch(contender: Contender, threads: int) -> Iterator[Running]:
             f"{file.path} was exported from another model: {file.identity}, and {contender.source} is "
             f"{checkpoint.identity}"
         )
-    text = file.properties.get("calibration")
-    attention = ReferenceAttention(Calibration.from_json(text, source=str(file.path)) if text else None)
+    attention = ReferenceAttention(file.record.calibration)
     with attention_hook(checkpoint.model, attention) as hooked:
         yield RunningPyTorch(hooked)

@@ -124,8 +124,7 @@ def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
 
 
 def _calibration(file: ModelFile) -> Calibration | None:
-    text = file.properties.get("calibration")
-    return Calibration.from_json(text, source=str(file.path)) if text else None
+    return file.record.calibration
 
 
 def _is_plain(calibration: Calibration | None) -> bool:

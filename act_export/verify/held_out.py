@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from act_export.calibration import Calibration, Provenance
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, shown
 from act_export.tasks import Example, Splits, TaskError, question_digests, split_examples, unused
 
 SPLITS = ("report", "held-out", "all")
@@ -83,7 +83,9 @@ def _drawing(searches: Sequence[Provenance], seed: int | None) -> Provenance:
 
 
 def _recorded(search: Provenance) -> Collection[str] | None:
-    found: Collection[str] | None = search.notes.get("used")
+    found = search.notes.get("used")
+    if found is not None and not (isinstance(found, list | tuple) and all(isinstance(each, str) for each in found)):
+        raise EvaluationError(f"the calibration's notes have used = {shown(found)}; it must be a list of digests")
     return found
 
 

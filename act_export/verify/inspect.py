@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ import onnx
 
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.errors import ActExportError
-from act_export.onnx_file import load_without_weights
+from act_export.external_data import data_files
+from act_export.onnx_file import load_without_weights, properties_of
 from act_export.runtime.graph_state import declared_shape
-from act_export.runtime.packed_state import PROPERTY, PackedState
+from act_export.runtime.record import FileRecord
 from act_export.runtime.session import model_file
 from act_export.runtime.token_input import EMBEDDINGS, POSITIONS
 
@@ -86,49 +86,39 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     if not file.is_file():
         raise ActExportError(f"there is no model {file}")
     model = load_without_weights(file)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    if "act_export.version" not in properties:
+    record = FileRecord.read(properties_of(model, file), str(file))
+    if not record.ours:
         raise ActExportError(f"{file} has no act-export metadata; it wasn't written by act-export")
-    identity = json.loads(properties["act_export.model"])
-    text = properties.get("act_export.calibration")
-    locations = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    data = [file.parent / location for location in locations]
+    if record.model is None:
+        raise ActExportError(f"{file} doesn't say of which model it is; the file is damaged: write it again")
     shapes = {given.name: declared_shape(given) for given in model.graph.input}
     return Inspection(
         path=file,
-        version=properties["act_export.version"],
-        source=properties["act_export.source"],
-        architecture=identity["architecture"],
-        num_layers=identity["num_layers"],
-        num_heads=identity["num_heads"],
-        identity=ModelIdentity(**identity),
-        precision=properties.get("act_export.dtype", "float32"),  # files of earlier versions don't say
-        opset=next(opset.version for opset in model.opset_import if opset.domain == ""),
+        version=record.version,
+        source=record.source,
+        architecture=record.model.architecture,
+        num_layers=record.model.num_layers,
+        num_heads=record.model.num_heads,
+        identity=record.model,
+        precision=record.dtype,
+        opset=next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0),
         nodes=len(model.graph.node),
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
-        weights_bytes=sum(place.stat().st_size for place in data if place.is_file()),
-        calibration=Calibration.from_json(text, source=str(file)) if text else None,
-        accuracy_level=_number(properties, "accuracy_level"),
-        block_size=_number(properties, "block_size"),
-        pads_left=json.loads(properties.get("act_export.graft", "{}")).get("pads_left", True),
-        sink_state=_sink_state(properties, model.graph),
-        revision=properties.get("act_export.revision", ""),
-        family=properties.get("act_export.family", ""),
+        weights_bytes=sum(data_files(file, model, missing=True).values()),
+        calibration=record.calibration,
+        accuracy_level=record.accuracy_level,
+        block_size=record.block_size,
+        pads_left=record.graft.pads_left if record.graft is not None else True,
+        sink_state=_sink_state(record, model.graph),
+        revision=record.revision,
+        family=record.family,
         embedding_size=shapes[EMBEDDINGS][-1] if EMBEDDINGS in shapes else None,
         position_axes=shapes[POSITIONS][0] or 1 if len(shapes.get(POSITIONS, ())) == 3 else 1,
     )
 
 
-def _number(properties: Mapping[str, str], name: str) -> int | None:
-    text = properties.get(f"act_export.{name}")
-    return int(text) if text is not None else None
-
-
-def _sink_state(properties: Mapping[str, str], graph: onnx.GraphProto) -> tuple[str, ...]:
-    packed = properties.get(f"act_export.{PROPERTY}")
-    if packed is not None:
-        return PackedState.from_json(packed).inputs
-    grafted: list[str] = json.loads(properties.get("act_export.graft", "{}")).get("inputs", [])
-    return tuple(grafted or (given.name for given in graph.input if given.name.startswith("past_sink_scores.")))
+def _sink_state(record: FileRecord, graph: onnx.GraphProto) -> tuple[str, ...]:
+    if record.packed is not None:
+        return record.packed.inputs
+    grafted = record.graft.inputs if record.graft is not None else ()
+    return grafted or tuple(given.name for given in graph.input if given.name.startswith("past_sink_scores."))

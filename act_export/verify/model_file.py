@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from act_export.calibration import ModelIdentity
 from act_export.errors import ActExportError, SessionError
-from act_export.onnx_file import load_without_weights
+from act_export.external_data import data_files
+from act_export.onnx_file import load_without_weights, properties_of
 from act_export.runtime.graph_state import (
     GROUP_QUERY_ATTENTION,
     configuration_beside,
@@ -24,7 +24,8 @@ from act_export.runtime.graph_state import (
     present_name,
     state_input,
 )
-from act_export.runtime.session import Limits, model_file
+from act_export.runtime.record import FileRecord, Limits
+from act_export.runtime.session import model_file
 from act_export.runtime.state import StateInput
 
 _STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -52,7 +53,7 @@ class ModelFile:
         limits: Context and vocabulary, as recorded in the file or in the configuration beside it.
         attention: Number of nodes of each attention operator, by name.
         weights_bytes: Size of the file and of its external data.
-        properties: The file's act-export metadata, without its prefix.
+        record: What the file says of itself.
     """
 
     path: Path
@@ -65,7 +66,7 @@ class ModelFile:
     limits: Limits
     attention: Mapping[str, int]
     weights_bytes: int
-    properties: Mapping[str, str]
+    record: FileRecord
 
     @property
     def shares_buffers(self) -> bool:
@@ -85,8 +86,7 @@ class ModelFile:
     @property
     def identity(self) -> ModelIdentity | None:
         """The model that a file of act-export was exported from."""
-        text = self.properties.get("model")
-        return ModelIdentity(**json.loads(text)) if text else None
+        return self.record.model
 
 
 def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
@@ -100,11 +100,8 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
         raise ModelFileError(f"there is no model {file}")
     model = load_without_weights(file, ModelFileError)
     graph = model.graph
-    prefix = "act_export."
-    properties = {
-        entry.key.removeprefix(prefix): entry.value for entry in model.metadata_props if entry.key.startswith(prefix)
-    }
-    ours = "version" in properties
+    record = FileRecord.read(properties_of(model, file), str(file), error=ModelFileError)
+    ours = record.ours
     initializers = {tensor.name for tensor in graph.initializer}
     required = [given for given in graph.input if given.name not in initializers]
     known = [given for given in required if given.name in _IDS or _STATE.fullmatch(given.name)]
@@ -115,7 +112,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     ]
     logits = next((output for output in graph.output if output.name == "logits"), None)
     outputs = {output.name for output in graph.output}
-    sink_state = set(json.loads(properties.get("graft", "{}")).get("inputs", ()))  # may be layers of the cache
+    sink_state = set(record.graft.inputs if record.graft is not None else ())  # may be layers of the cache
     states = [given for given in known if given.name not in _IDS and given.name not in sink_state]
     tokens = _EMBEDDINGS if ours and any(given.name == _EMBEDDINGS for given in required) else "input_ids"
     missing = [name for name in (tokens, "attention_mask") if name not in {given.name for given in required}]
@@ -127,7 +124,11 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
             f"{problem if missing or others else 'it has no past_key_values'}; the inputs must be input_ids, "
             f"attention_mask, past_key_values.N.key and .value, the outputs logits, present.N.key and .value"
         )
-    configuration = configuration_beside(file)
+    with _as_model_file_error():
+        configuration = configuration_beside(file)
+        inputs = {given.name: declared_dtype(given) for given in known if given.name in _IDS}
+        logits_dtype = declared_dtype(logits)
+        parts = tuple(state_input(file, graph, given, configuration) for given in states)
     attention = [node for node in graph.node if node.op_type.endswith("Attention")]
     vocabulary = declared_shape(logits)[-1] or configuration.get("vocab_size")
     if vocabulary is None:
@@ -135,40 +136,28 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
             f"can't tell the vocabulary of {file}: the shape of its logits doesn't say, and there is no "
             f"genai_config.json or config.json with vocab_size beside it"
         )
-    limits = Limits.from_json(properties["limits"]) if "limits" in properties else _limits(configuration)
     return ModelFile(
         path=file,
         ours=ours,
-        inputs={given.name: declared_dtype(given) for given in known if given.name in _IDS},
-        state_inputs=_state_inputs(file, graph, states, configuration),
+        inputs=inputs,
+        state_inputs=parts,
         vocabulary=int(vocabulary),
-        logits_dtype=declared_dtype(logits),
+        logits_dtype=logits_dtype,
         last_logits=ours and any(given.name == "logits_to_keep" for given in graph.input),
-        limits=limits,
+        limits=record.limits
+        if record.limits != Limits()
+        else Limits(configuration.get("vocab_size"), configuration.get("context")),
         attention={
             name: sum(node.op_type == name for node in attention) for name in sorted({n.op_type for n in attention})
         },
-        weights_bytes=_weights_bytes(file, graph),
-        properties=properties,
+        weights_bytes=file.stat().st_size + sum(data_files(file, model, missing=True).values()),
+        record=record,
     )
 
 
-def _state_inputs(
-    file: Path, graph: onnx.GraphProto, states: list[onnx.ValueInfoProto], configuration: Mapping[str, Any]
-) -> tuple[StateInput, ...]:
+@contextmanager
+def _as_model_file_error() -> Iterator[None]:
     try:
-        return tuple(state_input(file, graph, given, configuration) for given in states)
+        yield
     except SessionError as error:
         raise ModelFileError(str(error)) from error
-
-
-def _limits(configuration: Mapping[str, Any]) -> Limits:
-    return Limits(configuration.get("vocab_size"), configuration.get("context"))
-
-
-def _weights_bytes(file: Path, graph: onnx.GraphProto) -> int:
-    locations = {
-        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    places = [file, *(file.parent / location for location in locations)]
-    return sum(place.stat().st_size for place in places if place.is_file())

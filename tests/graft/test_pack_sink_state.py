@@ -16,7 +16,7 @@ from tiny import CALIBRATION, tiny_checkpoint
 from act_export.convert import export_model, verify_file
 from act_export.graft.pack_sink_state import pack_file, pack_sink_state
 from act_export.runtime import Session, generate
-from act_export.runtime.packed_state import PROPERTY, PackedState
+from act_export.runtime.record import PACKED, FileRecord
 from act_export.verify.inspect import inspect_file
 
 _TYPES = {TensorProto.FLOAT: (1, 0.0), TensorProto.FLOAT16: (2, 2.0**-20)}
@@ -147,14 +147,14 @@ def test_export_verifies_and_inspect_tells(dtype, tmp_path):
     found = inspect_file(tmp_path / "packed.onnx")
     assert found.sink_state == ("past_key_values.2.key",)
     properties = {entry.key: entry.value for entry in onnx.load(tmp_path / "packed.onnx").metadata_props}
-    assert PackedState.from_json(properties[f"act_export.{PROPERTY}"]).heads == {0: 1, 1: 2}
+    assert FileRecord.read(properties, "the file").packed.heads == {0: 1, 1: 2}
 
 
 def test_verify_compares_the_sums(tiny, tiny_file, tmp_path):
     path = packed_copy(tiny_file, tmp_path)
     assert verify_file(path, tiny, CALIBRATION).passed
     model = onnx.load(path, load_external_data=False)
-    entry = next(entry for entry in model.metadata_props if entry.key == f"act_export.{PROPERTY}")
+    entry = next(entry for entry in model.metadata_props if entry.key == PACKED)
     right, mixed_up = '{"0": 1, "1": 2}', '{"1": 2, "0": 1}'
     assert right in entry.value
     entry.value = entry.value.replace(right, mixed_up)

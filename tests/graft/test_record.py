@@ -16,8 +16,9 @@ from onnx import helper
 
 from act_export.calibration import Calibration
 from act_export.graft import GraftError, StateLayout, graft, remove_graft
-from act_export.graft.record import KEY, GraftRecord, digest, record_of
+from act_export.graft.record import digest, record_of
 from act_export.ops.library import library_path
+from act_export.runtime.record import GRAFT, GraftRecord
 from models import CALIBRATION, DATA, Decoder, hashes
 
 DECODERS = {
@@ -126,7 +127,7 @@ def change_removed_node(model: onnx.ModelProto) -> None:
     (index, node), *rest = record.removed
     node.attribute.append(helper.make_attribute("causal", 1))
     changed = replace(record, removed=((index, node), *rest)).to_json()
-    next(entry for entry in model.metadata_props if entry.key == KEY).value = changed
+    next(entry for entry in model.metadata_props if entry.key == GRAFT).value = changed
 
 
 @pytest.mark.parametrize(
@@ -161,20 +162,21 @@ def test_nothing_to_remove(tiny_file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "can't be read"),
-        ("3", "can't be read"),
-        ("[]", "can't be read"),
-        ("{}", "can't be read"),
+        ("", "the record of the graft isn't JSON"),
+        ("3", "is 3; it must be an object"),
+        ("[]", "it must be an object"),
+        ("{}", "has no field 'format'"),
         ('{"format": 2}', "grafted by another version of act-export"),
-        ('{"format": 1}', "can't be read"),
-        ('{"format": 1, "removed": [[0, "AAAA"]]}', "can't be read"),
-        ('{"format": 1, "removed": [[0, "no base64"]]}', "can't be read"),
-        ('{"format": 1, "removed": [], "of_next_year": 1}', "can't be read"),
+        ('{"format": 1}', "has no field 'digest'"),
+        ('{"format": 1, "digest": "", "removed": [[0, "AAAA"]]}', "a node in removed can't be read"),
+        ('{"format": 1, "digest": "", "removed": [[0, "no base64"]]}', "a node in removed can't be read"),
+        ('{"format": 1, "digest": "", "removed": [[0.5, "AAAA"]]}', "has index = 0.5; it must be a whole number"),
+        ('{"format": 1, "removed": [], "of_next_year": 1}', "has an unknown field 'of_next_year'"),
     ],
 )
 def test_a_record_that_cant_be_read(text: str, reason: str) -> None:
     with pytest.raises(GraftError, match=reason):
-        GraftRecord.from_json(text)
+        GraftRecord.from_json(text, error=GraftError)
 
 
 def test_what_the_record_says(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_missing_field_is_named_with_those_there_are() -> None:
         ("{0}", "isn't the name of a field"),
         ("{}", "isn't the name of a field"),
         ("{a!r}", "isn't the name of a field"),
-        ("{a:upper}", "no filter of that name; there is lower_first, no_period, spaced"),
+        ("{a:upper}", "has the filter .upper.; there is lower_first, no_period, spaced"),
         ("{a", "the template '{a'"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from act_export.calibration import Calibration
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, first_line, shown
+from act_export.json_file import read_object
 from act_export.tasks.statistics import accuracy_interval
 
 PYTORCH, ONNX_RUNTIME = "PyTorch", "ONNX Runtime"
@@ -69,27 +69,19 @@ def accuracies_of(source: Calibration | str | os.PathLike[str]) -> tuple[TaskAcc
     if isinstance(source, Calibration):
         return _of_calibration(source, "the calibration")
     path = Path(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text)
-    except OSError as error:
-        raise ActExportError(f"can't read {path}: {error.strerror}; {_WANTED}") from error
-    except ValueError as error:
-        raise ActExportError(f"{path} is not JSON: {error}; {_WANTED}") from error
-    if not isinstance(document, dict):
-        raise ActExportError(f"{path} holds a {type(document).__name__}, not an object; {_WANTED}")
+    document = read_object(path, advice=_WANTED)
     if document.get("format") == _EVALUATION:
         read = _of_evaluation
     elif isinstance(document.get("tasks"), dict):
         read = _of_search
     elif "heads" in document:
-        return _of_calibration(Calibration.from_json(text, source=str(path)), str(path))
+        return _of_calibration(Calibration.load(path), str(path))
     else:
         raise ActExportError(f"{path} has no accuracies; {_WANTED}")
     try:
         return read(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
+        what = f"has no {first_line(error)}" if isinstance(error, KeyError) else f"is malformed: {first_line(error)}"
         raise ActExportError(f"{path} {what}; {_WANTED}") from error
 
 
@@ -111,7 +103,7 @@ def _of_evaluated_task(task: Mapping[str, Any]) -> TaskAccuracy:
         plain_interval=_interval(before["interval"]),
         calibrated=_share(after["mean"]),
         calibrated_interval=_interval(after["interval"]),
-        gain=float(comparison["gain"]),
+        gain=_share(comparison["gain"], -1.0),
         gain_interval=_interval(comparison["interval"], -1.0),
         measured_with=ONNX_RUNTIME,
         metric=metric.replace("_", " "),
@@ -177,11 +169,13 @@ def _measured_in_pytorch(
 
 def _share(value: Any, least: float = 0.0) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1:
-        raise ValueError(f"{value!r} is not a number from {least:g} to 1")
+        raise ValueError(f"{shown(value)} is not a number from {least:g} to 1")
     return float(value)
 
 
 def _interval(value: Any, least: float = 0.0) -> Interval:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{shown(value)} is not an interval, two numbers")
     low, high = (_share(bound, least) for bound in value)
     if low > high:
         raise ValueError(f"an interval goes from {low:g} to {high:g}")
@@ -189,6 +183,6 @@ def _interval(value: Any, least: float = 0.0) -> Interval:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is not a number of questions")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(f"{shown(value)} is not a number of questions")
     return value

@@ -119,8 +119,8 @@ def changed(document: str, *path: str | int, to: Any) -> Any:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ("{", "is not JSON"),
-        ("[1]", "holds a list"),
+        ("{", "isn't JSON"),
+        ("[1]", "is no JSON object but a list"),
         ({"tasks": [1]}, "has no accuracies"),
         (evaluation(plain=None), "was not run with a plain model"),
         (changed(evaluation(), "tasks", 0, "comparison", to=None), "has no 'accuracy'"),
@@ -135,7 +135,10 @@ def changed(document: str, *path: str | int, to: Any) -> Any:
         (changed(search(sst2=(None, None)), "tasks", "sst2", "plain_accuracy", to="much"), "'much' is not a number"),
         (changed(search(sst2=(None, None)), "tasks", "sst2", to=3), "is malformed"),
         (Calibration({0: (0,)}, provenance=replace(MEASURED, samples={})).to_json(), "has no 'report'"),
-        (Calibration({0: (0,)}, provenance=replace(MEASURED, plain_accuracy=3.0)).to_json(), "3.0 is not a number"),
+        (
+            Calibration({0: (0,)}, provenance=replace(MEASURED, plain_accuracy=3.0)).to_json(),
+            "plain_accuracy = 3.0; it must",
+        ),
         ({"heads": {"0": ["x"]}}, "found.json"),
     ],
 )
