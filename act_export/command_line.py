@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from act_export.checkpoint.hub import is_on_hub
 from act_export.errors import ActExportError, VerificationError
+from act_export.printing import PlainConsole, printable, readers_ended
 
 if TYPE_CHECKING:
     from act_export.calibration import Calibration
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 EXIT_FAILED_PARITY = 1
 EXIT_UNUSABLE = 2
 EXIT_DEFECT = 3
+EXIT_NOBODY_READS = 128 + signal.SIGPIPE
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-console = Console(stderr=True, highlight=False)
+console = PlainConsole(stderr=True)
 
 
 class InterruptedByUser(BaseException):
@@ -70,7 +72,10 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
                     f"bfloat16, a search also with --gradient-checkpointing",
                     EXIT_UNUSABLE,
                 )
-            console.print_exception()
+            if isinstance(error, BrokenPipeError):
+                readers_ended()
+                raise typer.Exit(EXIT_NOBODY_READS) from error
+            console.say(traceback.format_exc())
             fail(f"this is a defect of act-export, please report it: {type(error).__name__}: {error}", EXIT_DEFECT)
 
     return wrapped
@@ -79,7 +84,7 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with a message and an exit code."""
     console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False, soft_wrap=True)
+    console.say(message)
     raise typer.Exit(code)
 
 
@@ -202,7 +207,7 @@ def numbers_of(option: str, given: str | None, *, whole: bool = False) -> tuple[
 
 def note(message: str) -> None:
     """Prints a line to standard error."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.say(message)
 
 
 @contextmanager
@@ -219,10 +224,10 @@ def status() -> Iterator[Callable[[str], None]]:
 
         yield say_once
         return
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda step: progress.update(task, description=step)
+        yield lambda step: progress.update(task, description=printable(step, lines=False))
 
 
 @contextmanager
@@ -240,7 +245,7 @@ def progress_bar(what: str) -> Iterator[Callable[[str, float], None]]:
         yield report
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
@@ -249,7 +254,7 @@ def progress_bar(what: str) -> Iterator[Callable[[str, float], None]]:
         task = progress.add_task("", total=1.0, visible=False)
 
         def update(step: str, done: float) -> None:
-            progress.update(task, description=f"{what}: {step}", completed=done, visible=True)
+            progress.update(task, description=printable(f"{what}: {step}", lines=False), completed=done, visible=True)
 
         yield update
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
+from act_export.printing import PlainConsole, PlainTable
 from act_export.search import SearchResult
 from act_export.search.report import Gain
 
@@ -13,7 +11,7 @@ _FILE_WIDTH = 160  # where the output is no terminal
 
 def print_search_result(result: SearchResult) -> None:
     """Prints a row for each task, on standard output: accuracies on questions that took no part in the search."""
-    table = Table(title="accuracy on questions that took no part in the search")
+    table = PlainTable(title="accuracy on questions that took no part in the search")
     for column in ("task", "questions", "plain", "calibrated", "heads", "gain, 95% interval", "random heads"):
         table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
     table.add_column("plain without label prior", justify="right")
@@ -39,13 +37,13 @@ def print_search_result(result: SearchResult) -> None:
         table.add_section()
         joint = result.joint_average if result.joint is not None and result.joint.heads else None
         table.add_row(*row, *([_gain(joint)] if result.joint is not None else []))
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
+        console = PlainConsole(width=_FILE_WIDTH)
     console.print(table)
     for name, report in result.reports.items():
         for published, accuracy in report.published.items():
-            console.print(f"{name}: {accuracy:.1%} with the published heads {published}", highlight=False)
+            console.say(f"{name}: {accuracy:.1%} with the published heads {published}")
 
 
 def _gain(gain: Gain | None) -> str:

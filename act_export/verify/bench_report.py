@@ -7,8 +7,8 @@ from statistics import mean
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from act_export.printing import PlainConsole, PlainTable, printable
 from act_export.verify.bench import BenchReport, Measured, Ratio, Ratios
 
 _STEADY = 1.5  # slowest by fastest round
@@ -18,30 +18,31 @@ _WIDTH_OF_COLUMN = 24  # a terminal that is narrower breaks the lines; numbers a
 
 def print_bench_report(report: BenchReport, console: Console | None = None) -> None:
     """Prints a report on standard output, or on another console."""
-    console = console or Console(highlight=False, markup=False)
+    console = console or PlainConsole()
     console.width = max(console.width, _LEAST_WIDTH, _WIDTH_OF_COLUMN * 2 * len(report.contenders))
     console.print(_table(report))
     file, *others = report.contenders
     if others:
+        name = printable(file.contender.name)
         console.print(
-            f"Each ratio is of time or memory, {file.contender.name} / the other: below 1, {file.contender.name} takes "
-            f"less. +- is half the\ndistance between the quartiles of the rounds' ratios. Other numbers are medians."
+            f"Each ratio is of time or memory, {name} / the other: below 1, {name} takes less. +- is half the\n"
+            f"distance between the quartiles of the rounds' ratios. Other numbers are medians."
         )
     for note in _notes(report):
-        console.print(note, soft_wrap=True)
+        console.print(printable(note), soft_wrap=True)
     console.print()
     for line in _machine(report):
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
 
 
-def _table(report: BenchReport) -> Table:
+def _table(report: BenchReport) -> PlainTable:
     request = report.request
     title = (
         f"{request.prompt_tokens} prompt tokens, {request.new_tokens} new tokens, batch {request.batch}, "
         f"{report.threads} thread{'s' if report.threads > 1 else ''}, {request.rounds} "
         f"round{'s' if request.rounds > 1 else ''}"
     )
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    table = PlainTable(title=title, box=box.SIMPLE, title_justify="left")
     table.add_column("")
     file, *others = report.contenders
     table.add_column(file.contender.name, justify="right", no_wrap=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from act_export import __version__
+from act_export.printing import PlainConsole, PlainTable, printable
 from act_export.verify.evaluate import AnswerEvaluation, Comparison, Evaluation, metric_interval
 from act_export.verify.evaluation_results import Average, EvaluationReport, TaskResult
 
@@ -47,13 +47,13 @@ def report_json(report: EvaluationReport) -> str:
 
 def print_evaluation_report(report: EvaluationReport, console: Console | None = None) -> None:
     """Prints a report on standard output, or on another console."""
-    console = console or Console(highlight=False, markup=False)
+    console = console or PlainConsole()
     table = _table(report)
     # A terminal that is narrower breaks the lines; numbers are never cut.
     console.width = max(console.width, console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum)
     console.print(table)
     for line in _notes(report):
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
 
 
 def _task_document(result: TaskResult) -> dict[str, Any]:
@@ -78,10 +78,10 @@ def _evaluation_document(evaluation: Evaluation | AnswerEvaluation | None) -> di
     return {"main_metric": evaluation.main_metric, "metrics": metrics, **asdict(evaluation)}
 
 
-def _table(report: EvaluationReport) -> Table:
+def _table(report: EvaluationReport) -> PlainTable:
     compared = report.request.against is not None
     controlled = any(result.control is not None for result in report.tasks)
-    table = Table(box=box.SIMPLE)
+    table = PlainTable(box=box.SIMPLE)
     for heading in ("task", "questions", "metric"):
         table.add_column(heading, justify="right" if heading == "questions" else "left", no_wrap=True)
     headings = ["plain", "calibrated", "gain, points", "p"] if compared else ["value"]
