@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from act_export import __version__
 from act_export.checkpoint.hub import is_on_hub
 from act_export.command_line import (
+    EXIT_NOBODY_READS,
     EXIT_UNUSABLE,
     AccuracyLevelOption,
     BatchTokensOption,
@@ -62,6 +63,7 @@ from act_export.command_line import (
 )
 from act_export.errors import ActExportError, VerificationError
 from act_export.graft_command import graft_command
+from act_export.printing import PlainConsole, PlainTable, printable, readers_ended
 from act_export.profile_commands import profile_command, report_command
 
 if TYPE_CHECKING:
@@ -106,7 +108,11 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app()
+    try:
+        app()
+    finally:
+        if readers_ended():
+            sys.exit(EXIT_NOBODY_READS)
 
 
 @app.callback(invoke_without_command=True)
@@ -404,7 +410,7 @@ def generate_command(
         for piece in stream_text(
             session, text_tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=sampling
         ):
-            print(piece, end="", flush=True)
+            print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print()
 
 
@@ -559,26 +565,30 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(asdict(found), indent=2, default=str))
         return
-    table = Table(show_header=False)
-    table.add_row("file", str(found.path))
+    table = PlainTable(show_header=False)
+
+    def row(name: str, text: str) -> None:
+        table.add_row(printable(name, lines=False), printable(text, lines=False))
+
+    row("file", str(found.path))
     commit = f" at {found.revision}" if found.revision else ""
-    table.add_row("made by", f"act-export {found.version} from {found.source}{commit}")
-    table.add_row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
+    row("made by", f"act-export {found.version} from {found.source}{commit}")
+    row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
     if found.family:
-        table.add_row("tower", f"for the text of a {found.family} model")
+        row("tower", f"for the text of a {found.family} model")
     if found.takes_embeddings:
         axes = "time, height and width" if found.position_axes > 1 else "one each"
-        table.add_row("takes", f"embeddings of width {found.embedding_size} instead of token ids; positions: {axes}")
-    table.add_row("precision", found.precision)
+        row("takes", f"embeddings of width {found.embedding_size} instead of token ids; positions: {axes}")
+    row("precision", found.precision)
     if found.accuracy_level is not None:
-        table.add_row("quantization", f"blocks of {found.block_size}, accuracy level {found.accuracy_level}")
-    table.add_row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
+        row("quantization", f"blocks of {found.block_size}, accuracy level {found.accuracy_level}")
+    row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
-        table.add_row(operator, f"{count} nodes")
-    table.add_row("calibration", describe_calibration(found.calibration) if found.calibration else "none (plain)")
+        row(operator, f"{count} nodes")
+    row("calibration", describe_calibration(found.calibration) if found.calibration else "none (plain)")
     if found.sink_state:
-        table.add_row("sink state", ", ".join(found.sink_state))
-    Console().print(table)
+        row("sink state", ", ".join(found.sink_state))
+    PlainConsole().print(table)
 
 
 @app.command("triton")
@@ -626,8 +636,8 @@ def _check_device(device: str | None) -> None:
         prepare_cuda(onnxruntime, place.index, native=True)
 
 
-def _parity_table(report: ParityReport) -> Table:
-    table = Table(title=f"parity with PyTorch, {report.precision}")
+def _parity_table(report: ParityReport) -> PlainTable:
+    table = PlainTable(title=Text(printable(f"parity with PyTorch, {report.precision}", lines=False), style="italic"))
     for column in ("engine", "case", "positions", "max diff", "mean diff", "argmax", "top 10", "flips", "passed"):
         table.add_column(column, justify="left" if column in ("engine", "case") else "right")
     hook = report.hook
