@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from close import assert_logits_close
 from hooked import assert_same_model, padded_batch
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint, tiny_model
 
@@ -26,7 +27,7 @@ def test_a_padded_row_is_calibrated_as_if_alone(architecture):
     with torch.no_grad(), attention_hook(model, ReferenceAttention(CALIBRATION)) as hooked:
         together = hooked(ids, mask)
         alone = hooked(ids[:1, 9:], mask[:1, 9:])
-    torch.testing.assert_close(together.logits[0, 9:], alone.logits[0], atol=2e-5, rtol=0)
+    assert_logits_close(together.logits[0, 9:], alone.logits[0], 2e-5)
     with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
         plain = hooked(ids, mask)
     assert (plain.logits - together.logits).abs().max() > 1e-2  # the calibration does something here
@@ -65,7 +66,7 @@ def test_an_architecture_is_either_refused_or_the_same_model(architecture):
                 refusal = str(error)
             else:
                 refusal = ""
-                torch.testing.assert_close(ours[1], own[1], atol=2e-5, rtol=0)
+                assert_logits_close(ours[1], own[1], 2e-5)
     assert refusal == "" or f"attention of {architecture}" in refusal
 
 
@@ -102,7 +103,7 @@ def model_with_sinks(architecture):
 def test_learned_sinks_are_kept(architecture):
     model = model_with_sinks(architecture)
     ids, mask = padded_batch()
-    tolerance = {"atol": 2e-5 if model.dtype == torch.float64 else 1e-4, "rtol": 0}
+    tolerance = 2e-5 if model.dtype == torch.float64 else 1e-4
     reference = ReferenceAttention(None)
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
@@ -115,8 +116,8 @@ def test_learned_sinks_are_kept(architecture):
         for layer in model.model.layers:
             layer.self_attn.sinks.fill_(-1e9)
         without = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).logits
-    torch.testing.assert_close(third.logits, own[:, 13:], **tolerance)
-    torch.testing.assert_close(at_once.logits, own[:, 13:], **tolerance)
+    assert_logits_close(third.logits, own[:, 13:], tolerance)
+    assert_logits_close(at_once.logits, own[:, 13:], tolerance)
     assert (without - own)[:, 13:].abs().max() > 0.1
     assert recorded == {0: [2.0, -1.0, 0.5, 3.0], 1: [1.0, -2.0, -0.5, 2.0]}
 
@@ -178,13 +179,13 @@ def test_a_window_that_only_the_mask_has_is_kept(monkeypatch):
         return lambda *a, sliding_window=None, **k: inner(*a, **k)
 
     monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
-    torch.testing.assert_close(*own_and_hooked(tiny_model("mistral")), atol=2e-5, rtol=0)
+    assert_logits_close(*own_and_hooked(tiny_model("mistral")), 2e-5)
 
 
 def test_a_window_that_only_the_layers_ask_for_is_ignored():
     """OLMoE's layers ask for one; its masks, which decide, are full."""
     model = tiny_model("olmoe", sliding_window=7, num_experts=4, num_experts_per_tok=2)
-    torch.testing.assert_close(*own_and_hooked(model), atol=2e-5, rtol=0)
+    assert_logits_close(*own_and_hooked(model), 2e-5)
 
 
 def test_a_mask_made_anew_is_refused_where_there_is_a_window(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from close import assert_logits_close
 from tiny import CALIBRATION, tiny_tokenizer
 from tiny_vision import CONFIGURATIONS, IMAGE_TOKEN, compare_with_whole, tiny_whole, tower_checkpoint
 from transformers import Qwen2VLConfig
@@ -77,7 +78,7 @@ def test_the_text_tower_computes_what_the_whole_does(family):
     with torch.no_grad():
         expected = whole(input_ids=ids, attention_mask=mask).logits
         with attention_hook(tower, ReferenceAttention(None)) as hooked:
-            torch.testing.assert_close(hooked(ids, mask).logits, expected, atol=2e-5, rtol=0)
+            assert_logits_close(hooked(ids, mask).logits, expected, 2e-5)
 
 
 def check_images(whole, session) -> None:
@@ -172,7 +173,7 @@ def test_positions_go_on_after_the_largest(folder):
         second = session.run(embeddings[:, 3:], mask, first.state, places[..., 3:])
         whole_mask = np.concatenate([mask, np.ones((2, 2), np.int64)], 1)
         theirs = session.run(following, whole_mask, second.state, largest + np.array([1, 2]))
-        np.testing.assert_allclose(ours, theirs.logits, atol=1e-5)
+        assert_logits_close(ours, theirs.logits, 1e-5)
         assert np.abs(ours - session.run(following, whole_mask, second.state).logits).max() > 0.1
         assert cache.next_positions.tolist() == (largest[:, 0] + 3).tolist()
         cache.reset()
@@ -279,7 +280,7 @@ def test_a_plain_language_model_takes_embeddings_too(tiny, tiny_file, tmp_path):
         embeddings = tiny.model.get_input_embeddings()(torch.from_numpy(ids)).numpy()
     with Session.open(tiny_file) as takes_ids, Session.open(tmp_path) as session:
         expected = takes_ids.run(ids, mask).logits
-        np.testing.assert_allclose(session.run(embeddings, mask).logits, expected, atol=1e-5)
+        assert_logits_close(session.run(embeddings, mask).logits, expected, 1e-5)
 
 
 def test_a_checkpoint_of_a_text_tower_alone(tmp_path):
@@ -299,7 +300,7 @@ def test_bench_and_graft_take_such_files(whole, folder, tmp_path):
     assert result.exit_code == 0, result.output
     ids, mask = np.array([[5, 6, 7]]), np.ones((1, 3), np.int64)
     with Session.open(tmp_path / "graft") as graft, Session.open(folder) as session:
-        np.testing.assert_allclose(graft.run(ids, mask).logits, session.run(ids, mask).logits, atol=1e-5)
+        assert_logits_close(graft.run(ids, mask).logits, session.run(ids, mask).logits, 1e-5)
 
 
 def test_the_program_of_the_page(checkpoint_folder_with_vision, folder, tmp_path):

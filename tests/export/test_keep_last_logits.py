@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from close import assert_logits_close
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint
 
 from act_export.export import build_model
@@ -78,7 +79,7 @@ def test_the_last_logits_are_the_last_of_all(tail, count):
     (everything,) = run(language_model(tail))
     model = KeepLastLogitsPass()(language_model(tail)).model
     (logits,) = run(model) if count is None else run(model, logits_to_keep=count)
-    np.testing.assert_allclose(logits, everything[:, -count:] if count else everything, rtol=1e-5, atol=1e-6)
+    assert_logits_close(logits, everything[:, -count:] if count else everything, 5e-6)
     assert model.graph.outputs[0].name == "logits"
     assert model.graph.outputs[0].shape[1] == "logits_length"
 
@@ -103,7 +104,7 @@ def test_results_with_other_uses_stay_whole():
     everything, whole = run(model, ("logits", "n"))
     logits, hidden = run(KeepLastLogitsPass()(model).model, ("logits", "n"), logits_to_keep=1)
     np.testing.assert_array_equal(hidden, whole)
-    np.testing.assert_allclose(logits, everything[:, -1:], rtol=1e-6)
+    assert_logits_close(logits, everything[:, -1:], 1e-6)
 
 
 def test_the_input_need_not_be_given():
@@ -157,7 +158,7 @@ def test_no_optimization_takes_the_default_for_a_constant(tiny_file, native, lev
     assert everything.shape[1] == 7
     for count in (1, 3, 9):
         (logits,) = session.run(["logits"], feeds | {"logits_to_keep": np.array(count)})
-        np.testing.assert_allclose(logits, everything[:, -count:], atol=1e-5)
+        assert_logits_close(logits, everything[:, -count:], 1e-5)
 
 
 @pytest.mark.slow

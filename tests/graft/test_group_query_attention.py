@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from close import assert_logits_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -87,6 +88,11 @@ def reference_logits(reference: Reference, made: list[tuple[np.ndarray, np.ndarr
     return [reference.run(ids, mask)[mask[:, -ids.shape[1] :] != 0] for ids, mask in made]
 
 
+def assert_all_close(found: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> None:
+    for logits, wanted in zip(found, expected, strict=True):
+        assert_logits_close(logits, wanted, tolerance)
+
+
 def largest_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
 
@@ -103,7 +109,7 @@ def test_calibrated_as_the_reference(kind: str, ragged: bool, native: bool, tmp_
         found = session_logits(session, made)
     if decoder.element_type == TensorProto.FLOAT16 and reference.smallest_margin < 5e-4:
         pytest.fail("rounding decides what is a sink; take another seed")
-    assert largest_difference(found, expected) < TOLERANCE[decoder.element_type]
+    assert_all_close(found, expected, TOLERANCE[decoder.element_type])
     assert largest_difference(found, reference_logits(Reference(decoder), made)) > 0.5
 
 
@@ -113,7 +119,7 @@ def test_windows_as_the_reference(native: bool, tmp_path: Path) -> None:
     path = grafted(WINDOWS, CALIBRATION, tmp_path)
     with Session.open(path, native=native, threads=1) as session:
         found = session_logits(session, made)
-    assert largest_difference(found, reference_logits(Reference(WINDOWS, CALIBRATION), made)) < 2e-5
+    assert_all_close(found, reference_logits(Reference(WINDOWS, CALIBRATION), made), 2e-5)
     unlimited = replace(WINDOWS, windows=(-1,))
     assert largest_difference(found, reference_logits(Reference(unlimited, CALIBRATION), made)) > 0.1
 
@@ -126,7 +132,7 @@ def test_beta_of_one_changes_nothing(kind: str, ragged: bool, tmp_path: Path) ->
     before = original_logits(tmp_path / "in.onnx", decoder, made)
     with Session.open(path, threads=1) as session:
         after = session_logits(session, made)
-    assert largest_difference(after, before) < TOLERANCE[decoder.element_type]
+    assert_all_close(after, before, TOLERANCE[decoder.element_type])
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "portable"])
@@ -145,7 +151,7 @@ def test_a_ragged_batch_is_its_sequences_alone(native: bool, tmp_path: Path) -> 
                 tokens = ids[row][real[-ids.shape[1] :]]
                 logits, state = session.run(tokens[None], np.ones((1, real.sum()), np.int64), state)
                 alone.append(logits[0])
-            assert largest_difference([each[row] for each in together], alone) < 2e-5
+            assert_all_close([each[row] for each in together], alone, 2e-5)
 
 
 decoders = st.builds(
@@ -197,7 +203,7 @@ def test_any_attention(
     assume(reference.smallest_margin > 1e-5)  # else rounding decides what is a sink
     path = grafted(decoder, calibration, tmp_path_factory.mktemp("any"))
     with Session.open(path, native=native, threads=1) as session:
-        assert largest_difference(session_logits(session, made), expected) < 5e-5
+        assert_all_close(session_logits(session, made), expected, 5e-5)
 
 
 def attention(model: onnx.ModelProto, layer: int = 1) -> onnx.NodeProto:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -80,7 +81,7 @@ def test_all_that_repeats_heads_goes() -> None:
     assert all("/0/" in name for name in gone), "the other layer and the mask that it shares stay"
     ids, mask = batch([6, 2])
     wanted, found = (np.concatenate(run(model, ids, mask, [6, 2]), 1) for model in (operator.model, after))
-    np.testing.assert_allclose(found[mask != 0], wanted[mask != 0], atol=2e-5)
+    assert_close(found[mask != 0], wanted[mask != 0], 2e-5)
 
 
 def _with_input(model: onnx.ModelProto, position: int, name: str) -> onnx.ModelProto:

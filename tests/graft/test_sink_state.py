@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from close import assert_logits_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -241,7 +242,7 @@ def test_a_run_keeps_the_sums_of_a_state_of_its_own(dtype: str, native: bool, tm
             logits, state = layers.run(ids, mask, state)
             wanted, expected = scores.run(ids, mask, expected)
             end += length
-            np.testing.assert_allclose(logits.astype(float), wanted.astype(float), atol=2e-5)
+            assert_logits_close(logits, wanted, 2e-5)
     for layer, window, index in ((0, -1, 2), (1, 9, 3)):
         parts = state[f"past_key_values.{index}.key"], state[f"past_key_values.{index}.value"]
         means = sum(part.astype(np.float32) for part in parts)

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from close import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -130,7 +131,7 @@ def test_equals_the_reference(case):
     assume(not undecided(inputs, attributes, expected))
     outputs = session(schema.CALIBRATED, attributes).run(None, inputs)
     for output, wanted in zip(outputs, expected, strict=True):
-        np.testing.assert_allclose(output, wanted.numpy(), atol=1e-5)
+        assert_close(output, wanted, 1e-5)
 
 
 ATTRIBUTES = {
@@ -181,7 +182,7 @@ def test_learned_sinks_in_models_of_other_opsets(operator, opset):
     engine = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     outputs = engine.run(None, {i.name: inputs[i.name] for i in engine.get_inputs()})
     for output, wanted in zip(outputs, reference(inputs, attributes), strict=False):
-        np.testing.assert_allclose(output, wanted.numpy(), atol=1e-5)
+        assert_close(output, wanted, 1e-5)
 
 
 def test_plain_operator_equals_the_reference():
@@ -191,7 +192,7 @@ def test_plain_operator_equals_the_reference():
     without_sums = {name: value for name, value in inputs.items() if name != "past_sink_scores"}
     outputs = session(schema.PLAIN, attributes).run(None, without_sums)
     for output, wanted in zip(outputs, expected[:3], strict=True):
-        np.testing.assert_allclose(output, wanted.numpy(), atol=1e-5)
+        assert_close(output, wanted, 1e-5)
 
 
 def test_preallocated_buffers_keep_their_length():
@@ -214,7 +215,7 @@ def test_float16_computes_in_float32():
     outputs = session(schema.CALIBRATED, ATTRIBUTES, "float16").run(None, inputs)
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.dtype == wanted.numpy().dtype
-        np.testing.assert_allclose(output.astype(np.float32), wanted.float().numpy(), atol=2e-3)
+        assert_close(output, wanted, 2e-3)
 
 
 def with_float32_inputs_and_outputs(model):
@@ -248,7 +249,7 @@ def test_bfloat16_computes_in_float32():
         for name, tensor in tensors.items()
     }
     for output, wanted in zip(engine.run(None, feeds), expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(output), wanted.float(), atol=2e-2, rtol=0)
+        assert_close(output, wanted, 2e-2)
 
 
 @pytest.mark.parametrize("operator", [schema.CALIBRATED, schema.PLAIN])

@@ -128,7 +128,7 @@ _BY_MODE = ("initial_rate", "rate", "count", "mass", "absolute_positions", "rela
 
 
 def differences(found: SinkStatistics, model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[str, float]:
-    """Largest difference of each statistic of a profile from brute force, by name."""
+    """Largest difference of each statistic of a profile from brute force, by name: of numbers above 1 by the number."""
     wanted = brute_force(model, prompts)
     largest = {field: _largest(getattr(found, field), wanted[field]) for field in _FIELDS}
     for mode in THRESHOLDS:
@@ -151,4 +151,4 @@ def differences(found: SinkStatistics, model: PreTrainedModel, prompts: list[tup
 def _largest(found: np.ndarray, wanted: object) -> float:
     wanted = np.asarray(wanted)
     assert found.shape == wanted.shape
-    return float(np.abs(found - wanted).max(initial=0))
+    return float((np.abs(found - wanted) / np.maximum(np.abs(wanted), 1)).max(initial=0))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from close import assert_close
 from test_profile_file import assert_same
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
 from tokenizers import decoders, models
@@ -236,7 +237,7 @@ def test_entropy_of_large_logits_does_not_cancel():
     maps = attention_probabilities(query.double(), key.double(), mask != 0, scale=1.0)
     wanted = torch.special.entr(maps).sum(-1).mean(-1)
     assert query.abs().max() > 2000
-    torch.testing.assert_close(found.entropy.double(), wanted, atol=1e-5, rtol=0)
+    assert_close(found.entropy, wanted, 1e-5)
     assert (found.entropy >= 0).all()
 
 
@@ -260,7 +261,7 @@ def test_a_calibrated_prompt_is_the_same_in_a_padded_batch(architecture):
     for prompt, found, uncalibrated in zip(given, together, plain, strict=True):
         (alone,) = profiling.profile_batch(model, [prompt], CALIBRATION)
         for one, other in zip(found, alone, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+            assert_close(one, other, 2e-5)
         assert (found.scores - uncalibrated.scores).abs().max() > 1e-3
 
 

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+from close import assert_close, assert_logits_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint
@@ -86,9 +87,9 @@ def test_any_steps_equal_runs_by_value(tiny_file, chunks, batch, capacity, seed)
             keep = int(random.integers(0, length + 2))
             logits = cache.step(ids[:, start:end], mask[:, start:end], logits_to_keep=keep)
             everything, state = session.run(ids[:, start:end], mask[:, :end], state)
-            np.testing.assert_allclose(logits, everything[:, -keep:] if keep else everything, atol=1e-5)
+            assert_logits_close(logits, everything[:, -keep:] if keep else everything, 1e-5)
             for name, array in cache.state().items():
-                np.testing.assert_allclose(array, state[name], atol=1e-6)
+                assert_close(array, state[name], 1e-6, what=name)
             start = end
         assert cache.tokens.tolist() == mask.sum(-1).tolist()
         assert cache.length == mask.shape[1]
@@ -260,7 +261,7 @@ def test_a_cached_prompt_continues_by_value(tiny_session):
     state = cache.state()
     ours = cache.step(ids[:, 11:])
     theirs = tiny_session.run(ids[:, 11:], np.ones_like(ids), state).logits
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert_logits_close(ours, theirs, 1e-6)
 
 
 def test_a_closed_session(tiny_session):
@@ -299,9 +300,9 @@ def test_a_file_that_computes_all_logits(tiny_file, tmp_path, native):
         assert (old.keeps_logits, new.keeps_logits) == (False, True)
         for keep in (0, 1, 3, 20):
             ours, theirs = (s.run(ids, mask, logits_to_keep=keep).logits for s in (old, new))
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+            assert_logits_close(ours, theirs, 1e-5)
             ours, theirs = (s.allocate(2).step(ids, logits_to_keep=keep) for s in (old, new))
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+            assert_logits_close(ours, theirs, 1e-5)
         assert generate(old, PROMPTS, max_new_tokens=8) == generate(new, PROMPTS, max_new_tokens=8)
 
 

@@ -8,6 +8,7 @@ from importlib import metadata
 import numpy as np
 import onnxruntime
 import pytest
+from close import assert_close, assert_logits_close
 from tiny import CALIBRATION, VOCABULARY
 
 from act_export.errors import SessionError
@@ -40,9 +41,9 @@ def test_native_and_portable_agree(tiny_file):
     mask[1, :13] = 0
     with Session.open(tiny_file) as native, Session.open(tiny_file, native=False) as portable:
         ours, theirs = native.run(ids, mask), portable.run(ids, mask)
-    np.testing.assert_allclose(ours.logits[mask == 1], theirs.logits[mask == 1], atol=1e-4)
+    assert_logits_close(ours.logits[mask == 1], theirs.logits[mask == 1], 1e-4)
     real_sums = ours.state["past_sink_scores.1"], theirs.state["past_sink_scores.1"]
-    np.testing.assert_allclose(*real_sums, atol=1e-5)
+    assert_close(*real_sums, 1e-5)
 
 
 def test_state_of_selected_rows(tiny_session):
@@ -52,7 +53,7 @@ def test_state_of_selected_rows(tiny_session):
     longer = np.ones((2, 10), np.int64)
     picked = tiny_session.run(step, longer, select(state, [2, 2])).logits
     alone = tiny_session.run(step[:1], longer[:1], tiny_session.run(ids[2:], mask[2:]).state).logits
-    np.testing.assert_allclose(picked[:1], alone, atol=1e-5)
+    assert_logits_close(picked[:1], alone, 1e-5)
 
 
 def test_a_mask_that_does_not_fit(tiny_session):

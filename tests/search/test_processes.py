@@ -203,7 +203,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     together = {**parts[0], **parts[1]}
     assert set(together) == set(single)
     for key, value in single.items():
-        assert flat(together[key]) == pytest.approx(flat(value), abs=1e-5), key
+        assert flat(together[key]) == pytest.approx(flat(value), abs=1e-5, rel=1e-5), key
 
     for _, errors in outputs:
         assert "the processes do different searches" in errors

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from close import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from planted import planted_task, reference_scores, words_checkpoint, written_by
@@ -59,7 +60,7 @@ def test_exhaustive_effects_are_those_of_each_head_alone(checkpoint: Checkpoint,
     assert set(effects.log_likelihood) == set(effects.correct) == {0.2, 1.5}
     for beta in OPTIONS.betas:
         expected, correct = naive_effects(checkpoint, task, beta)
-        torch.testing.assert_close(effects.log_likelihood[beta], expected, atol=1e-5, rtol=0)
+        assert_close(effects.log_likelihood[beta], expected, 1e-5)
         assert torch.equal(effects.correct[beta], correct)
         assert expected.abs().max() > 0.005
     count = len(task.splits[RANK])

@@ -96,7 +96,7 @@ def test_scores_are_those_of_every_choice_alone(examples: list[EncodedExample], 
         assert row == pytest.approx(brute, abs=1e-9)
     by_session = score_choices(SessionLanguageModel(RecurrentSession()), examples, batch_size=batch_size)
     for row, brute in zip(by_session, expected, strict=True):
-        assert row == pytest.approx(brute, abs=1e-4)
+        assert row == pytest.approx(brute, abs=1e-4, rel=1e-4)
 
 
 @given(example=an_example())
@@ -225,7 +225,7 @@ def test_a_calibrated_answer_is_decoded_as_generation_would(
                     mask = torch.ones(1, len(example.prompt) + position).long()
                     logits, state = hooked(torch.tensor([[choice[position - 1]]]), mask, state)
                     total += logits[0, -1].log_softmax(-1)[choice[position]].item()
-                assert score == pytest.approx(total, abs=1e-4)
+                assert score == pytest.approx(total, abs=1e-4, rel=1e-4)
 
 
 def test_the_calibrated_answer_differs_from_one_calibrated_with_its_prompt(llama: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ import attention_on_gpu as on_gpu
 import numpy as np
 import pytest
 from attention_workloads import Shape, Workload, make_data
+from close import assert_close
 
 from act_export.ops.library import library_path
 from act_export.runtime.device import Device
@@ -170,7 +171,7 @@ def test_contenders_of_a_gpu_give_what_the_reference_gives():
     contender = on_gpu.GpuContender("calibrated", inputs, library_path(), Device(), cuda_graph=False)
     contender.run()
     contender.synchronize()
-    np.testing.assert_allclose(contender.output.read(), reference_output(workload, make_data(workload)), atol=1e-5)
+    assert_close(contender.output.read(), reference_output(workload, make_data(workload)), 1e-5)
     once = contender.sink_scores()
     contender.run()
     assert not np.array_equal(contender.sink_scores(), once)

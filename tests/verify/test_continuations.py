@@ -31,7 +31,7 @@ def test_log_likelihoods_are_those_of_choices(
     found = score_continuations(model, asked, batch_tokens=batch_tokens)
     for (log_likelihood, _), one in zip(found, asked, strict=True):
         ((alone,),) = score_choices(model, [EncodedExample(one.context, (one.tokens,), 0)])
-        assert log_likelihood == pytest.approx(alone, abs=1e-5)
+        assert log_likelihood == pytest.approx(alone, abs=1e-5, rel=1e-5)
 
 
 @given(context=tokens, wrong=st.integers(0, 4))

@@ -117,7 +117,7 @@ def test_a_session_and_the_model_it_was_exported_from_agree() -> None:
         by_session = evaluate(SessionLanguageModel(Session()), Letters(), QUESTIONS, batch_size=3)
     assert by_torch.predictions == by_session.predictions
     for mine, theirs in zip(by_torch.log_likelihoods, by_session.log_likelihoods, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-5)
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
     assert len(set(by_torch.log_likelihoods)) == len(QUESTIONS)
 
 

@@ -84,7 +84,7 @@ def test_choices_are_those_of_each_file_alone(report, files, choosing, native) -
             alone = evaluate(session, TOKENIZER, examples)
         assert found.predictions == alone.predictions
         for mine, theirs in zip(found.log_likelihoods, alone.log_likelihoods, strict=True):
-            assert mine == pytest.approx(theirs, abs=1e-4)
+            assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-5)
     assert report.tasks[0].calibrated != report.tasks[0].plain
 
 
@@ -95,7 +95,7 @@ def test_the_control_takes_the_plain_models_prior_off(report, files, choosing) -
         (prior,) = evaluate(session, TOKENIZER, [prompt]).log_likelihoods
     result = report.tasks[0]
     for row, plain in zip(result.control.log_likelihoods, result.plain.log_likelihoods, strict=True):
-        assert row == pytest.approx([score - off for score, off in zip(plain, prior, strict=True)], abs=1e-4)
+        assert row == pytest.approx([score - off for score, off in zip(plain, prior, strict=True)], abs=1e-4, rel=1e-5)
     assert result.beyond_control == compare(result.control, result.calibrated)
     assert [one.control for one in report.tasks[1:]] == [None, None]
     assert report.average.control is None
