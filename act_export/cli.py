@@ -62,6 +62,7 @@ from act_export.command_line import (
     terminate,
 )
 from act_export.errors import ActExportError, VerificationError
+from act_export.files import check_replaceable, check_writable
 from act_export.graft_command import graft_command
 from act_export.printing import PlainConsole, PlainTable, printable, readers_ended
 from act_export.profile_commands import profile_command, report_command
@@ -520,10 +521,11 @@ def bench_command(
     from act_export.verify.bench import BenchRequest, bench_file
     from act_export.verify.bench_report import print_bench_report
 
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
-        folder = json_file if json_file.is_dir() else json_file.parent
-        problem = f"{folder} is a folder; pass a file" if folder.is_dir() else f"there is no folder {folder}; create it"
-        raise ActExportError(f"{problem}, e.g. --json {folder / 'bench.json'}")
+    if json_file is not None:
+        check_replaceable(json_file)
+        if not json_file.parent.is_dir():
+            raise ActExportError(f"there is no folder {json_file.parent}; create it, e.g. --json bench.json")
+        check_writable(json_file.parent, advice="pass another place with --json")
     if revision is not None and pytorch is None:
         raise ActExportError(
             f"--revision {revision} is of --pytorch MODEL, which isn't given; add it, or leave --revision out"
