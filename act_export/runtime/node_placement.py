@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from act_export.files import scratch_folder
 from act_export.runtime.device import CPU_PROVIDER, CUDA_PROVIDER
 from act_export.runtime.providers import import_onnxruntime
 
@@ -70,11 +70,11 @@ def profile_run(
         device: "cpu" or "cuda:N".
         shared_threads: As of `act_export.runtime.Session.open`.
     """
-    with tempfile.TemporaryDirectory(prefix="act-export-") as folder:
+    with scratch_folder() as folder:
         options = import_onnxruntime().SessionOptions()
         options.enable_profiling = True
         options.use_per_session_threads = not shared_threads
-        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.profile_file_prefix = str(folder / "profile")
         inner = load(options)
         try:
             run(inner)
