@@ -356,7 +356,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
             ["bench", folder, "--prompt-tokens=-5"],
             "prompt tokens is -5; give 1 or more",
         ),
-        "bench into a folder": (["bench", folder, "--json", tmp], "is a folder; pass a file"),
+        "bench into a folder": (["bench", folder, "--json", tmp], "is a folder, which isn't replaced"),
         "bench into a missing folder": (["bench", folder, "--json", tmp / "none" / "b.json"], "there is no folder"),
     }
 

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Kills jobs at random times, and checks that doing them again gives what an undisturbed run gives, and leaves nothing.
+
+    tools/kill_jobs.py [--job export|graft|search|conversion ...] [--times 10] [--seed 0]
+
+A job is a command on a tiny model. Its process gets SIGKILL at times spread over those that it takes, each time in
+folders of its own: for the output, the cache and temporary files. Every second time there is an older output already.
+The same command then runs to its end. What is there afterwards must be what an undisturbed run left: the same files
+with the same bytes in the output, and nothing else in the three folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "graft", "checkpoint")]  # where the tiny models are
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from act_export import convert, search_job  # noqa: E402, F401  imported here so that a fork begins with the work
+from act_export.cli import main as act_export  # noqa: E402
+from act_export.graft import graft  # noqa: E402, F401
+
+OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended: its exit code, negative for a signal, and the seconds it took."""
+
+    code: int
+    seconds: float
+
+
+def export_command(inputs: Path) -> list[str]:
+    from tiny import CALIBRATION, save_checkpoint
+
+    CALIBRATION.save(inputs / "calibration.json")
+    checkpoint = save_checkpoint(inputs / "checkpoint")
+    return ["export", str(checkpoint), "--calibration", str(inputs / "calibration.json"), "--out", f"{OUTPUT}/model"]
+
+
+def graft_command(inputs: Path) -> list[str]:
+    from models import CALIBRATION, Decoder
+
+    CALIBRATION.save(inputs / "calibration.json")
+    folder = Decoder().save_folder(inputs / "model")
+    return ["graft", str(folder), "--calibration", str(inputs / "calibration.json"), "--out", f"{OUTPUT}/grafted"]
+
+
+def search_command(inputs: Path) -> list[str]:
+    from planted import save_planted
+
+    checkpoint, rows = save_planted(inputs)
+    sizes = ["--rank", "40", "--choose", "50", "--report", "40", "--batch-tokens", "200", "--heads", "1,2"]
+    return ["search", str(checkpoint), "--data", str(rows), "--out", f"{OUTPUT}/found.json", *sizes]
+
+
+def conversion_command(inputs: Path) -> list[str]:
+    from gguf_files import write
+    from tiny import tiny_model
+
+    file = write(inputs / "model.gguf", tiny_model())
+    return ["export", str(file), "--plain", "--no-verify", "--out", f"{OUTPUT}/model"]
+
+
+JOBS: dict[str, Callable[[Path], list[str]]] = {
+    "export": export_command,
+    "graft": graft_command,
+    "search": search_command,
+    "conversion": conversion_command,
+}
+
+
+def run(command: list[str], place: Path, *, kill_after_s: float | None = None) -> Run:
+    """Runs a command of act-export in a fork of this process, with its folders in `place`."""
+    for name in (OUTPUT, "cache", "temporary"):
+        (place / name).mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setsid()
+            os.chdir(place)
+            log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ |= {"XDG_CACHE_HOME": str(place / "cache"), "TMPDIR": str(place / "temporary")}
+            tempfile.tempdir = None
+            sys.argv = ["act-export", *command]
+            act_export()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)  # or it ended before, and waits to be asked how
+    _, status = os.waitpid(child, 0)
+    return Run(os.waitstatus_to_exitcode(status), time.monotonic() - started)
+
+
+def contents(place: Path) -> dict[str, str]:
+    """What a run left: by name the digest of an output, and of all else just that it is there."""
+    found = {}
+    for folder in (OUTPUT, "cache", "temporary"):
+        for path in sorted((place / folder).rglob("*")):
+            name = str(path.relative_to(place))
+            is_output = folder == OUTPUT and path.is_file()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if is_output else "there"
+    return found
+
+
+def check(job: str, times: int, seed: int, folder: Path) -> int:
+    """Number of kills after which something was wrong."""
+    inputs = folder / "inputs"
+    inputs.mkdir(parents=True)
+    command = JOBS[job](inputs)
+    whole = run(command, folder / "whole")
+    if whole.code != 0:
+        sys.exit(f"{job} ends with code {whole.code} when nobody kills it:\n{(folder / 'whole' / 'log').read_text()}")
+    expected, drawn, wrong, killed = contents(folder / "whole"), random.Random(seed), 0, 0
+    for number in range(times):
+        place = folder / str(number)
+        if number % 2:
+            shutil.copytree(folder / "whole" / OUTPUT, place / OUTPUT)
+        after_s = (number + drawn.random()) / times * whole.seconds
+        first = run(command, place, kill_after_s=after_s)
+        left = sorted(set(contents(place)) - set(expected))
+        again = run(command, place)
+        found = contents(place)
+        differences = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        killed += first.code == -signal.SIGKILL
+        wrong += bool(differences or again.code)
+        ended = f"killed after {after_s:.2f} s" if first.code == -signal.SIGKILL else f"ended with code {first.code}"
+        older = ", over an older output" if number % 2 else ""
+        result = ", ".join(differences) or "the same, and nothing left"
+        print(
+            f"{job} {number + 1}: {ended}{older}; {len(left)} paths more; again: code {again.code}, {result}",
+            flush=True,
+        )
+    print(
+        f"{job}: {whole.seconds:.2f} s undisturbed; killed {killed} of {times} times, wrong {wrong} times", flush=True
+    )
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--job", action="append", choices=JOBS, help="repeatable; default: all")
+    parser.add_argument("--times", type=int, default=10, help="kills of each job")
+    parser.add_argument("--seed", type=int, default=0, help="of the times")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kill-jobs-") as folder:
+        wrong = [check(job, arguments.times, arguments.seed, Path(folder) / job) for job in arguments.job or JOBS]
+    return min(sum(wrong), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
