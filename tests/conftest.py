@@ -19,16 +19,31 @@ from act_export.runtime import Session
 
 ROOT = Path(__file__).parent.parent
 
-# A slow machine is no failure; a failing example prints what runs it again.
-settings.register_profile("act-export", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
-settings.load_profile("act-export")
+# A slow machine is no failure; a failing example prints what runs it again. Every run draws the same examples, so that
+# it fails for what was changed; `--hypothesis-profile search` draws others, and SEARCH_FACTOR times as many.
+SEARCH, SEARCH_FACTOR = "search", 20
+settings.register_profile(
+    "repeatable", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, derandomize=True
+)
+settings.register_profile(SEARCH, settings.get_profile("repeatable"), derandomize=False)
+settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In several processes a file stays in one of them, for the models that it shares; the architectures share none."""
+    if config.getoption("--hypothesis-profile") == SEARCH:
+        _draw_more_examples(items)
     for item in items:
         group = item.nodeid if item.path.name == "test_architectures.py" else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _draw_more_examples(items: list[pytest.Item]) -> None:
+    """Also of tests that have a number of their own, where hypothesis's plugin for pytest finds and sets it too."""
+    name = "_hypothesis_internal_use_settings"
+    for function in {item.obj for item in items if isinstance(item, pytest.Function) and hasattr(item.obj, name)}:
+        own = getattr(function, name)
+        setattr(function, name, settings(own, max_examples=SEARCH_FACTOR * own.max_examples, derandomize=False))
 
 
 @pytest.fixture(scope="session")
