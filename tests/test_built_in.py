@@ -59,10 +59,11 @@ def test_parts_are_joined_once(cache, packages, monkeypatch):
     assert not [name for name in sys.modules if name.startswith("parted_")]
 
 
-def test_a_file_of_another_size_is_joined_anew(cache, packages):
+@pytest.mark.parametrize("content", [b"", WHOLE[:-1], WHOLE.swapcase()])
+def test_a_damaged_file_is_joined_anew(cache, packages, content):
     path = cache / "weights" / "parted.gguf"
     path.parent.mkdir(parents=True)
-    path.write_bytes(WHOLE[:-1])
+    path.write_bytes(content)
     assert built_in_gguf("parted").read_bytes() == WHOLE
 
 

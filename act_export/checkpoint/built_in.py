@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from act_export.checkpoint.gguf_entry import sha256_of
 from act_export.errors import CheckpointError
 from act_export.files import cache_folder, join_whole
 
@@ -72,9 +73,9 @@ def built_in_gguf(name: str) -> Path:
     if len(parts) == 1:
         return parts[0]
     joined = cache_folder() / "weights" / model.file
-    if joined.is_file() and joined.stat().st_size == sum(part.stat().st_size for part in parts):
-        return joined
     try:
+        if joined.is_file() and sha256_of(joined) == model.sha256:
+            return joined
         found = join_whole(joined, parts, sha256=model.sha256)
     except OSError as error:
         raise CheckpointError(f"can't join the weights of {name} in {joined.parent}: {error.strerror}") from error

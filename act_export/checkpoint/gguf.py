@@ -1,48 +1,106 @@
-"""GGUF files as checkpoint folders: converted once, and kept in the user's cache folder by their content."""
+"""GGUF files as checkpoint folders: converted once, compared with the file, and kept in the user's cache folder.
+
+transformers converts the weights; the configuration comes from the file's keys, and `gguf_witness` compares the result
+with the file before anybody uses it. What can't be verified is refused.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
-from importlib import metadata
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from act_export.checkpoint import gguf_entry
+from act_export.checkpoint.gguf_header import GgufFile
+from act_export.checkpoint.gguf_keys import Keys
+from act_export.checkpoint.gguf_plan import configuration, hollow_shapes, pairs_of
+from act_export.checkpoint.gguf_settings import Settings, read_settings
+from act_export.checkpoint.gguf_shards import read_gguf, write_joined
+from act_export.checkpoint.gguf_tokenizer import stop_tokens, tokenizer_by
+from act_export.checkpoint.gguf_witness import compare
 from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
 from act_export.errors import CheckpointError
-from act_export.files import cache_folder
+from act_export.files import cache_folder, staging_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def converted(gguf: Path) -> Path:
-    """Folder with the GGUF file's weights as safetensors, converted now unless that was done before."""
-    with gguf.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    reader = metadata.version("transformers")
-    folder = cache_folder() / "checkpoints" / f"{gguf.stem}-{key}-{reader}"
-    if (folder / "config.json").is_file():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    """Folder with a GGUF file's model as a checkpoint, converted now unless that was done before.
 
+    Args:
+        gguf: The file, or any of its shards.
+
+    Raises:
+        CheckpointError: If the file is damaged, can't be converted to the same model, or can't be written.
+    """
+    header, paths = read_gguf(gguf)
+    place = cache_folder() / "checkpoints"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        folder = place / gguf_entry.entry_name(paths)
     except OSError as error:
-        raise CheckpointError(f"can't write the converted checkpoint to {folder.parent}: {error.strerror}") from error
-    with readable_errors(str(gguf)), quiet_transformers():
-        try:
-            place: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-            model = AutoModelForCausalLM.from_pretrained(
-                **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
-            tokenizer.save_pretrained(partial)
-            model.save_pretrained(partial)
-            if not (folder / "config.json").is_file():  # another process may have been faster
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"can't read {gguf}: {error.strerror or error}") from error
+    try:
+        if gguf_entry.is_whole(folder):
+            return folder
+        place.mkdir(parents=True, exist_ok=True)
+        with staging_folder(place, folder.name) as own:
+            made = own / "entry"
+            made.mkdir()
+            remarks = _convert(gguf, header, len(paths) > 1, own, made)
+            report = compare(gguf, made)
+            gguf_entry.write_record(made, remarks=remarks, report=asdict(report))
+            gguf_entry.publish(made, folder, own)
+    except OSError as error:
+        raise CheckpointError(
+            f"can't write the converted checkpoint to {place}: {error.strerror or error}; set XDG_CACHE_HOME to "
+            f"another place"
+        ) from error
     return folder
+
+
+def remarks_of(folder: Path) -> tuple[str, ...]:
+    """What a user should know of a conversion, in sentences: what the file says that was left out or replaced.
+
+    Args:
+        folder: As `converted` gives it; of other folders there is nothing to say.
+    """
+    return gguf_entry.remarks_in(folder)
+
+
+def _convert(gguf: Path, header: GgufFile, in_shards: bool, own: Path, made: Path) -> list[str]:
+    """Writes the checkpoint to the folder `made`, with `own` for what is needed meanwhile; returns remarks."""
+    keys = Keys(header)
+    settings = read_settings(keys)
+    with readable_errors(str(gguf)), quiet_transformers():
+        config = configuration(settings)
+        pairs_of(header, keys.architecture, settings, hollow_shapes(config))
+    whole = own / "model.gguf"  # transformers knows such files by this ending
+    if in_shards:
+        write_joined(header, whole)
+    else:
+        whole.symlink_to(gguf.resolve())
+    with readable_errors(str(gguf)), quiet_transformers():
+        tokenizer, remarks = tokenizer_by(header, whole)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        _save_model(whole, config, settings, stop_tokens(keys, settings.values["vocab_size"]), made)
+    return [*settings.remarks, *remarks]
+
+
+def _save_model(whole: Path, config: PreTrainedConfig, settings: Settings, stops: list[int], made: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(whole.parent), "gguf_file": whole.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **place, config=config, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    ends = stops[0] if len(stops) == 1 else stops
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=settings.values["bos_token_id"],
+        eos_token_id=ends or None,
+        pad_token_id=settings.values["pad_token_id"],
+    )
+    model.save_pretrained(made)

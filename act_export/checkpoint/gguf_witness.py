@@ -1,0 +1,191 @@
+"""An independent witness of a converted GGUF file: the model is compared with what the file itself holds.
+
+Every stored tensor is dequantised by the package gguf and compared with the loaded model's parameter, by tables of our
+own; every parameter has to be there, every key to be accounted for; the configuration has to say what the keys say, and
+the model's rotary positions to be those of the file. No code of transformers' own GGUF loader takes part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from act_export.checkpoint.gguf_header import GgufFile
+from act_export.checkpoint.gguf_keys import Keys
+from act_export.checkpoint.gguf_plan import Pair, kinds_of, pairs_of
+from act_export.checkpoint.gguf_rope import Rotary
+from act_export.checkpoint.gguf_settings import Settings, is_close, read_settings
+from act_export.checkpoint.gguf_shards import read_gguf
+from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
+from act_export.errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+TOLERANCE = 1e-6  # of the largest number of the tensor, or of 1; a conversion that is right differs by nothing
+ROTARY_TOLERANCE = 1e-5  # relative; the model's frequencies are float32
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and how well it agrees.
+
+    Attributes:
+        architecture: As the file calls it.
+        kinds: How many tensors there are of each quantisation.
+        tensors: Of the file that parameters were compared with.
+        parameters: Of the model, each once.
+        tied: Whether the output's weights are those of the embedding, so that the file has none.
+        keys: Of the file, each accounted for.
+        settings: Of the configuration that were compared with the keys.
+        largest_difference: Between a number of the file and the model's.
+        where: The tensor that has it.
+        rotary_difference: The largest relative difference of a rotary frequency.
+    """
+
+    architecture: str
+    kinds: dict[str, int]
+    tensors: int
+    parameters: int
+    tied: bool
+    keys: int
+    settings: int
+    largest_difference: float
+    where: str
+    rotary_difference: float
+
+
+def compare(gguf_path: Path, folder: Path) -> Report:
+    """Compares a checkpoint folder with the GGUF file that it is of.
+
+    Args:
+        gguf_path: The file, or any of its shards.
+        folder: The checkpoint.
+
+    Raises:
+        CheckpointError: If they aren't the same model, or that can't be told, with what differs.
+    """
+    gguf, _ = read_gguf(gguf_path)
+    keys = Keys(gguf)
+    settings = read_settings(keys)
+    model = _load(folder, gguf_path)
+    _check_configuration(model, settings, gguf)
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    pairs = pairs_of(gguf, keys.architecture, settings, shapes)
+    largest, where = 0.0, ""
+    for pair in pairs:
+        difference = _difference(pair, parameters[pair.target.parameter].detach().numpy(), settings, gguf)
+        if difference > largest or not where:
+            largest, where = difference, pair.tensor.name
+    return Report(
+        architecture=keys.architecture,
+        kinds=dict(kinds_of(pairs)),
+        tensors=len(pairs),
+        parameters=len(parameters),
+        tied=bool(settings.values["tie_word_embeddings"]),
+        keys=len(gguf.keys),
+        settings=len(settings.values),
+        largest_difference=largest,
+        where=where,
+        rotary_difference=_check_rotary(model, settings, gguf),
+    )
+
+
+def _load(folder: Path, gguf_path: Path) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with readable_errors(str(gguf_path)), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise _differs(gguf_path, f"{kind.replace('_', ' ')} in {folder}: {shown(sorted(map(str, info[kind])))}")
+    return model  # type: ignore[no-any-return]
+
+
+def _check_configuration(model: PreTrainedModel, settings: Settings, gguf: GgufFile) -> None:
+    config: Any = model.config
+    if config.model_type != settings.model_type:
+        raise _differs(gguf.path, f"it was loaded as {config.model_type}, not {settings.model_type}")
+    for name, expected in settings.values.items():
+        if name == "rope_parameters":
+            continue  # their effect is compared instead
+        found = getattr(config, name, None)
+        if not is_close(found, expected):
+            raise _differs(
+                gguf.path, f"{name} is {shown(found)} in the loaded model, and {shown(expected)} by the keys"
+            )
+
+
+def _difference(pair: Pair, parameter: np.ndarray, settings: Settings, gguf: GgufFile) -> float:
+    expected = pair.values(settings)
+    name = pair.tensor.name
+    if not np.isfinite(expected).all():
+        raise CheckpointError(
+            f"can't load {gguf.path}: tensor {name} has weights that are infinite or no numbers; get the file again"
+        )
+    found = pair.target.slice_of(parameter)
+    if found.shape != expected.shape:
+        raise _differs(gguf.path, f"{pair.target.parameter} has shape {found.shape}, tensor {name} {expected.shape}")
+    difference = float(np.abs(found - expected).max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+        raise _differs(gguf.path, f"{pair.target.parameter} differs from tensor {name} by {difference:.3g}")
+    return difference
+
+
+def _check_rotary(model: PreTrainedModel, settings: Settings, gguf: GgufFile) -> float:
+    modules = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    if bool(modules) != bool(settings.rotary):
+        raise _differs(gguf.path, f"the loaded model has {len(modules)} modules of rotary positions")
+    largest = 0.0
+    for module in modules:
+        for kind, rotary in settings.rotary.items():
+            if kind and kind not in model.config.layer_types:
+                continue
+            for beyond in (False, True):
+                difference = _rotary_difference(module, kind, rotary, beyond=beyond)
+                if not difference <= ROTARY_TOLERANCE:
+                    raise _differs(
+                        gguf.path,
+                        f"rotary frequencies {'beyond the original context ' if beyond else ''}differ by "
+                        f"{difference:.3g} (relative) from those of the keys rope.*",
+                    )
+                largest = max(largest, difference)
+    return largest
+
+
+def _rotary_difference(module: nn.Module, kind: str, rotary: Rotary, *, beyond: bool) -> float:
+    """How much a module's frequencies, and cosines and sines at position 1, differ from those of the keys."""
+    import torch
+
+    states = torch.zeros(1, 1, 1)
+    layer = {"layer_type": kind} if kind else {}
+    last = rotary.original if beyond and rotary.original else 1
+    with torch.no_grad():
+        cosines, sines = module(states, torch.tensor([[1, last]]), **layer)
+    prefix = f"{kind}_" if kind else ""
+    found = getattr(module, f"{prefix}inv_freq").double().numpy()
+    expected = rotary.frequencies(beyond=beyond)
+    if found.shape != expected.shape:
+        return float("inf")
+    half = len(expected)
+    turned = [
+        np.abs(values[0, 0, :half].double().numpy() - rotary.attention_factor * function(expected)).max()
+        for values, function in ((cosines, np.cos), (sines, np.sin))
+    ]
+    return float(max(np.abs(found / expected - 1).max(), *turned))
+
+
+def _differs(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"can't load {path}: the loaded model isn't what the file holds: {what}; convert the original checkpoint to "
+        f"safetensors and pass that"
+    )
