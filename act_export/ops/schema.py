@@ -21,7 +21,7 @@ _INPUTS = {
     "past_key": ("T", "(batch, kv_num_heads, past, head_size); longer than past if preallocated"),
     "past_value": ("T", "as past_key"),
     "past_sink_scores": ("F", "(batch, calibrated heads, past, 1), running column sums"),
-    "attention_mask": ("M", "(batch, past + sequence), 1 for real tokens"),
+    "attention_mask": ("M", "(batch, past + sequence), 0 for padding, 1 or any other number for real tokens"),
 }
 _OUTPUTS = {
     "output": ("T", "(batch, sequence, num_heads * head_size)"),

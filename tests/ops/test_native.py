@@ -1,7 +1,10 @@
 """The native library in ONNX Runtime against a float64 loop over the definition."""
 
+import multiprocessing
+import resource
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,13 +14,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import act_export.ops
+from act_export.ops import functions
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.ops.schema import NO_SINK_LOGIT
+from act_export.reference import calibrated_attention
 
 STORAGE = {
     "float32": (TensorProto.FLOAT, np.float32, 1e-5),
@@ -331,6 +337,77 @@ def test_what_is_masked_or_unwritten_does_not_leak():
     np.testing.assert_array_equal(run(layer, feeds)["output"][:, 1:], clean)
 
 
+@pytest.mark.parametrize("number", [-1, 2, 256, 2**32, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("sequence", [3, 20])
+def test_whatever_is_not_zero_in_the_mask_is_real(number, sequence):
+    layer = Layer(threshold=0.05, sliding_window=9)
+    mask = ones(2, 20)
+    mask[0, :7] = 0
+    mask[1, [3, 4, 19]] = 0
+    feeds = make_feeds(layer, mask, sequence, seed=15)
+    expected = run(layer, feeds)
+    feeds["attention_mask"] = mask * number
+    for name, output in run(layer, feeds).items():
+        np.testing.assert_array_equal(output, expected[name])
+    tensors = [torch.from_numpy(feeds[name]) for name in layer.input_names]
+    reference = calibrated_attention(*tensors, **layer.attributes)
+    np.testing.assert_allclose(expected["output"], reference.output, rtol=1e-5, atol=1e-5)
+    portable = helper.make_model(
+        onnx.load_from_string(make_model(layer)).graph,
+        opset_imports=[helper.make_opsetid("", functions.OPSET), helper.make_opsetid("act", 1)],
+        functions=[functions.function_body(layer.operator)],
+        ir_version=10,
+    )
+    session = onnxruntime.InferenceSession(portable.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(expected["output"], session.run(None, feeds)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [20, 2**31, 2**32 + 1, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("sequence", [1, 20])
+def test_windows_beyond_the_tokens_are_none(window, sequence):
+    layer = Layer(threshold=0.05)
+    feeds = make_feeds(layer, ones(1, 20), sequence, seed=16)
+    for name, output in run(replace(layer, sliding_window=window), feeds).items():
+        np.testing.assert_allclose(output, run(layer, feeds)[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sequence", [2, 20])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scale": 1e-20, "sink_logits": (3.0,)},
+        {"scale": -1e-40, "sink_logits": (3.0,)},
+        {"scale": 1e-45},
+        {"scale": 1e10},
+        {"scale": 3e38},
+        {"scale": -3e38, "sink_logits": (1e30,)},
+        {"softcap": 1e-45},
+        {"softcap": 1e-30, "scale": 1e20},
+        {"softcap": 3e38},
+        {"softcap": 30.0, "scale": 1e36},
+        {"softcap": 30.0, "scale": 3e38},
+        {"sink_logits": (3.4e38, -1e30, 1e-40, -3.4e38)},
+    ],
+    ids=str,
+)
+def test_factors_at_the_edges_of_float32(changes, sequence):
+    layer = replace(Layer(calibrated_heads=(), scale=0.3), **changes)
+    feeds = make_feeds(layer, ones(2, 20), sequence, seed=17)
+    feeds["query"][:, :, :8] = 0.0  # whose logits are 0, whatever they are multiplied by
+    check(layer, feeds)
+
+
+def test_logits_beyond_float32_are_capped():
+    layer = Layer(softcap=2.0, scale=1.0, calibrated_heads=())
+    for sequence in (1, 20):
+        feeds = make_feeds(layer, ones(1, 20), sequence, seed=18)
+        rng = np.random.default_rng(19)
+        for name in ("query", "key", "past_key"):
+            feeds[name] = 1e25 * rng.choice(np.array([-1, 1], np.float32), feeds[name].shape)
+            feeds[name][..., 1:8] = feeds[name][..., 9:16] = feeds[name][..., 17:24] = feeds[name][..., 25:] = 0
+        check(layer, feeds)
+
+
 @st.composite
 def cases(draw):
     kv_num_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 3), (1, 8)]))
@@ -438,12 +515,13 @@ def test_values_may_have_another_head_size():
     check(layer, make_feeds(layer, ones(2, 21), 13, seed=10, spare=3, value_size=12))
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-@pytest.mark.parametrize("past", [0, 3])
-def test_empty(shape, past):
+@pytest.mark.parametrize("shape", [(0, 4), (0, 1), (2, 0), (0, 0)])
+@pytest.mark.parametrize(("past", "spare"), [(0, 0), (3, 0), (0, 5), (3, 5)])
+@pytest.mark.parametrize("calibrated_heads", [(), (0, 3)])
+def test_empty(shape, past, spare, calibrated_heads):
     batch, sequence = shape
-    layer = Layer()
-    check(layer, make_feeds(layer, ones(batch, past + sequence), sequence))
+    layer = Layer(calibrated_heads=calibrated_heads)
+    check(layer, make_feeds(layer, ones(batch, past + sequence), sequence, spare=spare))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,11 +662,25 @@ BAD_ATTRIBUTES = [
     ({"softcap": 30}, "attribute softcap has another type than expected: it has to be a float"),
     ({"num_heads": 0}, "num_heads is 0 and kv_num_heads is 2, expected both to be positive"),
     ({"kv_num_heads": 3}, "num_heads is 4, expected a multiple of kv_num_heads, 3"),
+    ({"kv_num_heads": -2}, "num_heads is 4 and kv_num_heads is -2, expected both to be positive"),
+    ({"num_heads": -(2**63), "kv_num_heads": -1}, "expected both to be positive"),
+    ({"kv_num_heads": 2**63 - 1}, "num_heads is 4, expected a multiple of kv_num_heads, 9223372036854775807"),
+    ({"num_heads": 4098}, "num_heads is 4098, expected at most 4096"),
+    ({"num_heads": 2**28}, "num_heads is 268435456, expected at most 4096"),
+    ({"num_heads": 2**62, "kv_num_heads": 2**62}, "num_heads is 4611686018427387904, expected at most 4096"),
+    ({"num_heads": 2**40, "calibrated_heads": [2**39]}, "num_heads is 1099511627776, expected at most 4096"),
+    ({"sliding_window": -(2**63)}, "sliding_window is -9223372036854775808, expected -1 (none) or a positive number"),
     ({"scale": float("inf")}, "scale is inf, expected a finite number"),
+    ({"scale": float("nan")}, "scale is nan, expected a finite number"),
+    ({"softcap": float("nan")}, "softcap is nan, expected 0 (none) or a positive number"),
+    ({"softcap": float("inf")}, "softcap is inf, expected 0 (none) or a positive number"),
+    ({"threshold": float("nan")}, "threshold is nan, expected 0 or more"),
     ({"softcap": -1.5}, "softcap is -1.5, expected 0 (none) or a positive number"),
     ({"sliding_window": 0}, "sliding_window is 0, expected -1 (none) or a positive number"),
     ({"calibrated_heads": [0, 4]}, "calibrated_heads has head 4, expected 0 to 3"),
     ({"calibrated_heads": [-1]}, "calibrated_heads has head -1, expected 0 to 3"),
+    ({"calibrated_heads": [-(2**63)]}, "calibrated_heads has head -9223372036854775808, expected 0 to 3"),
+    ({"calibrated_heads": [0] * 100_000}, "calibrated_heads has head 0 twice"),
     ({"calibrated_heads": [3, 3]}, "calibrated_heads has head 3 twice"),
     ({"beta": [0.1, 0.2, 0.3]}, "beta has 3 values, expected 1 or 2"),
     ({"beta": [2.5]}, "beta has 2.5, expected 0 to 2"),
@@ -676,6 +768,20 @@ BAD_INPUTS = [
     ({"attention_mask": (1, 8)}, "attention_mask has shape (1, 8), expected (2, 8)"),
     ({"attention_mask": (2, 2)}, "attention_mask has 2 positions, expected at least the 3 of query"),
     ({"attention_mask": (2, 9)}, "past_key has room for 5 tokens, but attention_mask (9 positions) and query (3) say"),
+    ({"attention_mask": (2, 0)}, "attention_mask has 0 positions, expected at least the 3 of query"),
+    (
+        {"query": (2**31, 0, 32)},
+        "query has shape (2147483648, 0, 32): its batch is 2147483648, expected at most 2147483647",
+    ),
+    (
+        {"query": (0, 2**40, 32)},
+        "query has shape (0, 1099511627776, 32): its sequence is 1099511627776, expected at most",
+    ),
+    ({"query": (0, 3, 4 * 65537)}, "query has shape (0, 3, 262148): its head size is 65537, expected at most 65536"),
+    ({"query": (0, 3, 2**50)}, "query has shape (0, 3, 1125899906842624): its head size is 281474976710656"),
+    ({"value": (0, 3, 2**50)}, "value has shape (0, 3, 1125899906842624): its head size is 562949953421312"),
+    ({"past_key": (0, 2, 2**40, 8)}, "past_key has shape (0, 2, 1099511627776, 8): its past is 1099511627776"),
+    ({"attention_mask": (0, 2**40)}, "attention_mask has shape (0, 1099511627776): its length is 1099511627776"),
 ]
 
 
@@ -691,6 +797,58 @@ def test_bad_inputs(shapes, message):
     check(layer, make_feeds(layer, ones(2, 8), 3))  # the session goes on working
 
 
+def test_heads_that_are_wide_together_are_refused():
+    layer = Layer(64, 1, 16384, calibrated_heads=())
+    with pytest.raises(Exception, match=r"its head size times num_heads is 1048640, expected at most 1048576"):
+        run(layer, make_feeds(layer, ones(1, 1), 1, value_size=16385))
+
+
+# What a hostile node or input may make the library ask for, or take: each is a few bytes large.
+GREEDY = {
+    "heads": (Layer(2**28, 2**28, calibrated_heads=(3,)), {}),
+    "sinks of heads": (Layer(2**28, 2**28, calibrated_heads=(), sink_logits=(1.0,)), {}),
+    "sequences without tokens": (Layer(), {"batch": 10_000_000, "sequence": 0}),
+    "sequences that are too many to count": (Layer(), {"batch": 2**40, "sequence": 0}),
+}
+
+
+def greedy_call(name):
+    """One call of a layer of `GREEDY`, and the megabytes and seconds that it took."""
+    layer, sizes = GREEDY[name]
+    batch, sequence = sizes.get("batch", 1), sizes.get("sequence", 1)
+    feeds = {
+        "query": (batch, sequence, 32),
+        "key": (batch, sequence, 16),
+        "value": (batch, sequence, 16),
+        "past_key": (batch, 2, 0, 8),
+        "past_value": (batch, 2, 0, 8),
+        "past_sink_scores": (batch, 2, 0, 1),
+        "attention_mask": (batch, sequence),
+    }
+    feeds = {n: np.ones(feeds[n], np.int64 if n == "attention_mask" else np.float32) for n in layer.input_names}
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    message = ""
+    try:
+        make_session(make_model(layer)).run(None, feeds)
+    except Exception as error:
+        message = str(error)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.process_time() - began, message
+
+
+@pytest.fixture(scope="module")
+def another_process():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_small_call_takes_little(name, another_process):
+    megabytes, seconds, message = another_process.submit(greedy_call, name).result()
+    assert message == "" or "expected at most" in message
+    assert megabytes < 200
+    assert seconds < 2
+
+
 def test_errors_name_the_operator_that_failed():
     layer = Layer(calibrated_heads=())
     feeds = make_feeds(layer, ones(2, 9), 3)
@@ -703,6 +861,78 @@ def test_errors_name_the_operator_that_failed():
 def test_an_omitted_input_is_refused(name):
     with pytest.raises(Exception, match=r"CalibratedAttention|Input"):
         make_session(make_model(Layer(), omit=name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory that is shared.
+
+
+def buffers_of(layer, sequence, past, room):
+    """Inputs of a call, and garbage for its outputs, all in memory of their own."""
+    feeds = make_feeds(layer, ones(2, past + sequence), sequence, seed=14, spare=room - past)
+    outputs = {name: np.full_like(feeds[name.replace("present", "past")], 7) for name in layer.output_names[1:]}
+    return feeds, {"output": np.full((2, sequence, layer.num_heads * layer.head_size), 7, np.float32)} | outputs
+
+
+def run_in(session, inputs, outputs):
+    """Runs on these arrays, which may share memory in any way."""
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    for name, array in outputs.items():
+        binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    session.run_with_iobinding(binding)
+
+
+def place(first, second, offset):
+    """Copies in one piece of memory: `second` begins `offset` bytes after the first one."""
+    begin = max(0, -offset)
+    memory = np.zeros(begin + abs(offset) + first.nbytes + second.nbytes, np.uint8)
+
+    def copy(array, at):
+        place = memory[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+        place[...] = array
+        return place
+
+    return copy(first, begin), copy(second, begin + offset)
+
+
+PAIRS = [(output, other) for output in Layer().output_names for other in Layer().input_names]
+PAIRS += [(output, other) for output in Layer().output_names for other in Layer().output_names if output < other]
+
+
+@pytest.mark.parametrize(("output", "other"), PAIRS)
+def test_outputs_in_memory_that_is_read_or_written_are_refused(output, other):
+    layer = Layer()
+    session = session_of(layer)
+    inputs, outputs = buffers_of(layer, 3, 5, 9)
+    owner = inputs if other in inputs else outputs
+    size, output_size, is_past = owner[other].nbytes, outputs[output].nbytes, other == output.replace("present", "past")
+    # By whole tokens, as a caller would that moves a window over one buffer; by a number; in the middle; at the edges.
+    for offset in (8, -8, 64, size // 16 * 8, size - 8, 8 - output_size, *([] if is_past else [0])):
+        placed, moved = place(owner[other], outputs[output], offset)
+        bound = (inputs | {other: placed}, outputs) if other in inputs else (inputs, outputs | {other: placed})
+        with pytest.raises(
+            Exception, match=f"the memory of ({other} and {output}|{output} and {other}) overlaps: bind"
+        ):
+            run_in(session, bound[0], bound[1] | {output: moved})
+    expected = run(layer, inputs)[output]
+    for offset in (size, -output_size):
+        placed, moved = place(owner[other], outputs[output], offset)
+        bound = (inputs | {other: placed}, outputs) if other in inputs else (inputs, outputs | {other: placed})
+        run_in(session, bound[0], bound[1] | {output: moved})
+        np.testing.assert_array_equal(moved, expected)
+
+
+def test_a_past_that_has_to_grow_is_not_extended_in_place():
+    layer = Layer()
+    inputs, outputs = buffers_of(layer, 3, 5, 5)
+    outputs["present_key"] = np.zeros((2, 2, 8, 8), np.float32)
+    inputs["past_key"] = outputs["present_key"].reshape(-1)[: 2 * 2 * 5 * 8].reshape(2, 2, 5, 8)
+    for name, size in (("present_value", 8), ("present_sink_scores", 1)):
+        outputs[name] = np.zeros((2, 2, 8, size), np.float32)
+    with pytest.raises(Exception, match="past and present keys are the same memory, which has room for 5 tokens"):
+        run_in(session_of(layer), inputs, outputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -745,6 +975,21 @@ def test_declared_output_shapes_win_over_inferred_ones():
         "present_key": ["batch", 2, "cache", 8],
     }
     assert inferred_shapes(Layer(), shapes)["present_key"] == ["batch", 2, "cache", 8]
+
+
+def test_names_of_dimensions_do_not_grow_along_a_chain_of_nodes():
+    layer = Layer(calibrated_heads=())
+    model = onnx.load_from_string(make_model(layer, shapes={"past_key": ["batch", 2, "past", 8]}))
+    first = model.graph.node[0]
+    for i in range(60):
+        node = model.graph.node.add()
+        node.CopyFrom(first)
+        node.input[3] = model.graph.node[-2].output[1]
+        node.output[:] = [f"{name}_{i}" for name in layer.output_names]
+        model.graph.input[5].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.INT64, ["batch", f"total_{i}"]))
+    model.graph.output[1].name = model.graph.node[-1].output[1]
+    length = make_session(model.SerializeToString()).get_outputs()[1].shape
+    assert all(len(str(dimension)) < 250 for dimension in length)
 
 
 def test_sessions_side_by_side():

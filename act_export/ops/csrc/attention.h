@@ -43,7 +43,7 @@ struct AttentionArguments {
   const T* past_key = nullptr;              // (batch, kv_num_heads, past_capacity, head_size)
   const T* past_value = nullptr;            // (batch, kv_num_heads, past_capacity, value_head_size)
   const float* past_sink_scores = nullptr;  // (batch, calibrated_count, past_capacity)
-  const int64_t* attention_mask = nullptr;  // (batch, total), 0 = padding
+  const int64_t* attention_mask = nullptr;  // (batch, total), 0 = padding, all else real
   T* output = nullptr;                      // (batch, sequence, num_heads, value_head_size)
   T* present_key = nullptr;                 // (batch, kv_num_heads, present_capacity, head_size)
   T* present_value = nullptr;               // (batch, kv_num_heads, present_capacity, value_head_size)
@@ -85,11 +85,16 @@ bool IsSupported(InstructionSet instruction_set);
 // The widest that is supported.
 InstructionSet Best();
 
+// Beyond this, about, the sequences of a call are taken in parts, one after the other.
+constexpr int64_t kMostScratchBytes = int64_t{1} << 30;
+
 // Memory from `host`. Prompts: 48 * total floats for each thread, about 20 * sequence + 8 * total for each calibrated
-// head, in half types value_head_size * sequence more. A few tokens: total floats for each row of each head. Results do
-// not depend on the number of threads.
+// head, in half types value_head_size * sequence more. A few tokens: total floats for each row of each head, as long as
+// these of a sequence take no more than `most_bytes` or than its cache; otherwise as a prompt. Results do not depend on
+// the number of threads.
 template <typename T>
-void Attention(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set = Best());
+void Attention(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set = Best(),
+               int64_t most_bytes = kMostScratchBytes);
 
 }  // namespace fast
 

@@ -23,7 +23,8 @@ constexpr int64_t kDecodeColumns = 64;
 constexpr int64_t kMaxSections = 64;
 constexpr int64_t kSmallRows = 16;
 constexpr int64_t kBounds = 4;
-constexpr int64_t kSizeMultiple = 16;  // of head sizes that general kernels read in vectors
+constexpr int64_t kMostBlocks = 65535;  // in the second and third dimension of a grid
+constexpr int64_t kSizeMultiple = 16;   // of head sizes that general kernels read in vectors
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr int64_t kAlignment = 256;
@@ -115,9 +116,12 @@ class Sequence {
     }
     const int64_t most = std::numeric_limits<int32_t>::max();
     const int64_t elements = std::max(a_.sequence * a_.num_heads, a_.present_capacity) * largest;
-    const int64_t programs =
-        a_.present_capacity / kPositions * a_.batch * std::max(a_.kv_num_heads, a_.calibrated_count);
-    if (std::max(elements, programs) > most) {
+    // Of `prepare`, the only kernel whose grid has the batch in its first dimension.
+    const int64_t programs = (BlocksOf(a_.present_capacity, kPositions) * (a_.kv_num_heads + a_.calibrated_count) +
+                              BlocksOf(a_.total, kChunk)) *
+                             a_.batch;
+    const bool too_many = a_.sequence > 0 && a_.batch > kMostBlocks;
+    if (std::max(elements, programs) > most || too_many) {
       throw std::invalid_argument(std::to_string(a_.sequence) + " new tokens in a cache for " +
                                   std::to_string(a_.present_capacity) + ", in a batch of " + std::to_string(a_.batch) +
                                   ", are more than the CUDA kernels count");
@@ -278,7 +282,7 @@ std::vector<float> SinkLogitsOfKernels(const float* sink_logits, int64_t num_hea
 
 template <typename T>
 void Attention(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call) {
-  if (arguments.batch == 0 || arguments.total == 0) return;
+  if (arguments.batch == 0 || arguments.present_capacity == 0) return;
   Sequence<T>(arguments, calibration, call).Run();
 }
 

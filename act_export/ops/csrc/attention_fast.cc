@@ -32,6 +32,10 @@ constexpr int64_t kWaveFloats = 8 << 20;  // scratch for the heads of a prompt t
 constexpr float kCancellation = 0.125f;   // of a row's sum: with less outside the later sinks, o - oK loses digits
 constexpr float kSavedShare = 0.5f;       // of the threshold: mean of a column over a block from which it is saved
 constexpr int64_t kUnlimited = INT64_MAX / 4;
+constexpr float kTinySoftcap = 1e-10f;  // logits that are capped lower are all the same
+constexpr float kNoSoftcap = 1e30f;     // no logit comes near caps from here on
+constexpr float kMostFactor = 1e30f;    // of queries, under a soft cap: logits are at it, or 0
+constexpr float kTinyScale = 1e-18f;    // smaller scales go into the queries: scores of learned sinks stay finite
 
 template <typename T>
 const TypedKernels<T>& Select(InstructionSet instruction_set) {
@@ -88,10 +92,15 @@ class Layer {
   int64_t Window() const { return a_.sliding_window > 0 ? a_.sliding_window : kUnlimited; }
   int64_t CalibratedIndex(int64_t h) const { return a_.calibrated_count > 0 ? a_.calibrated_index[h] : -1; }
 
+  // No factor, and no query times it, is infinite: 0 times that is not a number.
   Scores ScoresOfLayer() const {
-    if (a_.softcap > 0.0f) return {a_.scale / a_.softcap, a_.softcap, kLog2E};
-    if (a_.scale == 0.0f) return {0.0f, 0.0f, kLog2E};
-    return {a_.scale > 0.0f ? 1.0f : -1.0f, 0.0f, std::abs(a_.scale) * kLog2E};
+    if (a_.softcap > 0.0f && a_.softcap < kTinySoftcap) return {0.0f, 0.0f, kLog2E};
+    if (a_.softcap > 0.0f && a_.softcap < kNoSoftcap) {
+      return {std::clamp(a_.scale / a_.softcap, -kMostFactor, kMostFactor), a_.softcap, kLog2E};
+    }
+    const float magnitude = std::abs(a_.scale);
+    if (magnitude < kTinyScale) return {a_.scale, 0.0f, kLog2E};
+    return {a_.scale > 0.0f ? 1.0f : -1.0f, 0.0f, std::min(magnitude * kLog2E, std::numeric_limits<float>::max())};
   }
 
   // Score of the learned sink of a head; -infinity for none.
@@ -489,22 +498,25 @@ class Decode : Layer<T> {
         rows_(Base::Group() * a_.sequence),
         padded_key_(PaddedSize(a_.head_size)),
         padded_value_(PaddedSize(a_.value_head_size)),
-        slices_(std::max<int64_t>(1, (a_.total + kDecodeSlice - 1) / kDecodeSlice)),
+        slices_(Slices(a_)),
         padded_total_(PaddedSize(a_.total)),
         heads_(a_.batch * a_.kv_num_heads) {}
 
+  // Floats for each key-value head: queries, probabilities, what comes of each slice, and what joins them.
+  static int64_t ScratchOfHead(const AttentionArguments<T>& a) {
+    const int64_t rows = a.num_heads / a.kv_num_heads * a.sequence;
+    const int64_t of_slices = Slices(a) * rows * (2 + PaddedSize(a.value_head_size));
+    return rows * (PaddedSize(a.head_size) + PaddedSize(a.total)) + of_slices + FinishScratch(a);
+  }
+
   void Attend() {
-    if (a_.sequence == 0) return KeepState();
     // One allocation: threads that all asked for memory would wait for each other as long as the work takes.
-    const int64_t of_slices = slices_ * rows_ * (2 + padded_value_);
-    const int64_t of_finish = FinishScratch();
-    const int64_t of_head = rows_ * (padded_key_ + padded_total_) + of_slices + of_finish;
-    Scratch<float> memory(host_, heads_ * of_head);
+    Scratch<float> memory(host_, heads_ * ScratchOfHead(a_));
     queries_ = memory.Data();
     probabilities_ = queries_ + heads_ * rows_ * padded_key_;
     outputs_ = probabilities_ + heads_ * rows_ * padded_total_;
     finish_ = outputs_ + heads_ * slices_ * rows_ * padded_value_;
-    maxima_ = finish_ + heads_ * of_finish;
+    maxima_ = finish_ + heads_ * FinishScratch(a_);
     sums_ = maxima_ + heads_ * slices_ * rows_;
     Scratch<int64_t> visible(host_, 2 * a_.batch * rows_);
     visible_ = visible.Data();
@@ -519,6 +531,14 @@ class Decode : Layer<T> {
   }
 
  private:
+  static int64_t Slices(const AttentionArguments<T>& a) { return (a.total + kDecodeSlice - 1) / kDecodeSlice; }
+
+  // Of a key-value head: its rows' outputs, two more, factors by slice, and sums of the probabilities.
+  static int64_t FinishScratch(const AttentionArguments<T>& a) {
+    const int64_t rows = a.num_heads / a.kv_num_heads * a.sequence;
+    return (rows + 2) * PaddedSize(a.value_head_size) + PaddedSize(rows * (Slices(a) + 1));
+  }
+
   // Rows of a key-value head: those of its first query head, then of the next.
   int64_t QueryHead(int64_t head, int64_t row) const {
     return head % a_.kv_num_heads * Base::Group() + row / a_.sequence;
@@ -532,25 +552,8 @@ class Decode : Layer<T> {
     return outputs_ + (head * slices_ + slice) * rows_ * padded_value_;
   }
 
-  // Of a key-value head: its rows' outputs, two more, factors by slice, and sums of the probabilities.
-  int64_t FinishScratch() const { return (rows_ + 2) * padded_value_ + PaddedSize(rows_ * (slices_ + 1)); }
-
   // See DecodeSlice.
   float Shift() const { return std::ceil(std::log2(static_cast<float>(a_.total))); }
-
-  // Nothing is new.
-  void KeepState() const {
-    for (int64_t head = 0; head < heads_; ++head) {
-      AppendKeysAndValues(a_, head / a_.kv_num_heads, head % a_.kv_num_heads, 0, a_.present_capacity);
-    }
-    for (int64_t i = 0; i < a_.batch * a_.calibrated_count; ++i) {
-      const int64_t b = i / a_.calibrated_count;
-      const int64_t index = i % a_.calibrated_count;
-      const float* past = Base::PastSums(b, index);
-      if (past != Base::PresentSums(b, index)) std::copy(past, past + past_, Base::PresentSums(b, index));
-      Base::KeepSinkScores(b, index);
-    }
-  }
 
   void AttendSlice(int64_t head, int64_t slice) const {
     const int64_t b = head / a_.kv_num_heads;
@@ -617,7 +620,7 @@ class Decode : Layer<T> {
   // All slices of this head have been attended to.
   void Finish(int64_t head) const {
     const int64_t b = head / a_.kv_num_heads;
-    float* attended = finish_ + head * FinishScratch();
+    float* attended = finish_ + head * FinishScratch(a_);
     float* factors = attended + (rows_ + 2) * padded_value_;
     float* row_sums = factors + rows_ * slices_;
     for (int64_t row = 0; row < rows_; ++row) {
@@ -766,17 +769,60 @@ InstructionSet Best() {
   return best;
 }
 
+namespace {
+
+// Sequences [begin, begin + count) of a call.
 template <typename T>
-void Attention(const AttentionArguments<T>& a, Host& host, InstructionSet instruction_set) {
-  if (a.sequence <= kDecodeRows) {
-    Decode<T>(a, host, instruction_set).Attend();
-  } else {
-    Prompt<T>(a, host, instruction_set).Attend();
+AttentionArguments<T> Part(const AttentionArguments<T>& a, int64_t begin, int64_t count) {
+  AttentionArguments<T> part = a;
+  const int64_t tokens = begin * a.sequence;
+  const int64_t key_width = a.kv_num_heads * a.head_size;
+  const int64_t value_width = a.kv_num_heads * a.value_head_size;
+  part.batch = count;
+  part.query += tokens * a.num_heads * a.head_size;
+  part.key += tokens * key_width;
+  part.value += tokens * value_width;
+  part.past_key += begin * a.past_capacity * key_width;
+  part.past_value += begin * a.past_capacity * value_width;
+  part.past_sink_scores += begin * a.past_capacity * a.calibrated_count;
+  part.attention_mask += begin * a.total;
+  part.output += tokens * a.num_heads * a.value_head_size;
+  part.present_key += begin * a.present_capacity * key_width;
+  part.present_value += begin * a.present_capacity * value_width;
+  part.present_sink_scores += begin * a.present_capacity * a.calibrated_count;
+  return part;
+}
+
+// What the tables of a sequence take, about: sums of its mask, rows that see each position, what is hidden.
+int64_t TableBytes(int64_t total) { return 20 * total + 512; }
+
+}  // namespace
+
+template <typename T>
+void Attention(const AttentionArguments<T>& a, Host& host, InstructionSet instruction_set, int64_t most_bytes) {
+  if (a.batch == 0 || a.present_capacity == 0) return;
+  if (a.sequence == 0) return KeepCache(a);
+  const int64_t cache = a.present_capacity * a.kv_num_heads * (a.head_size + a.value_head_size);
+  int64_t bytes_each = TableBytes(a.total);
+  bool decode = a.sequence <= kDecodeRows;
+  if (decode) {
+    const int64_t bytes = Decode<T>::ScratchOfHead(a) * a.kv_num_heads * static_cast<int64_t>(sizeof(float));
+    decode = bytes <= std::max(most_bytes, cache * static_cast<int64_t>(sizeof(T)));
+    if (decode) bytes_each += bytes;
+  }
+  const int64_t count = std::clamp<int64_t>(most_bytes / bytes_each, 1, a.batch);
+  for (int64_t begin = 0; begin < a.batch; begin += count) {
+    const AttentionArguments<T> part = Part(a, begin, std::min(count, a.batch - begin));
+    if (decode) {
+      Decode<T>(part, host, instruction_set).Attend();
+    } else {
+      Prompt<T>(part, host, instruction_set).Attend();
+    }
   }
 }
 
-template void Attention(const AttentionArguments<float>&, Host&, InstructionSet);
-template void Attention(const AttentionArguments<Float16>&, Host&, InstructionSet);
-template void Attention(const AttentionArguments<BFloat16>&, Host&, InstructionSet);
+template void Attention(const AttentionArguments<float>&, Host&, InstructionSet, int64_t);
+template void Attention(const AttentionArguments<Float16>&, Host&, InstructionSet, int64_t);
+template void Attention(const AttentionArguments<BFloat16>&, Host&, InstructionSet, int64_t);
 
 }  // namespace act::fast

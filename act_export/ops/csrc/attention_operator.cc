@@ -3,30 +3,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "argument_checks.h"
 #include "float16.h"
 
 namespace act {
 namespace {
 
-using ort::Concatenate;
-using ort::InvalidArgument;
-using ort::Shape;
 using ort::Tensor;
 using ort::ToString;
-
-// Throws the message unless `condition`.
-template <typename... Parts>
-void Expect(bool condition, const Parts&... message) {
-  if (!condition) throw InvalidArgument(Concatenate(message...));
-}
-
-void ExpectRank(const char* name, const Shape& shape, size_t rank, const char* dimensions) {
-  Expect(shape.size() == rank, name, " has shape ", ToString(shape), ", expected ", rank, " dimensions: ", dimensions);
-}
-
-void ExpectShape(const char* name, const Shape& shape, const Shape& expected, const char* dimensions) {
-  Expect(shape == expected, name, " has shape ", ToString(shape), ", expected ", ToString(expected), " = ", dimensions);
-}
 
 // In place where past and present are the same memory: then nothing may move.
 void ExpectSameLayout(const char* name, const void* past, const void* present, int64_t past_capacity,
@@ -69,6 +53,7 @@ AttentionAttributes::AttentionAttributes(const ort::Attributes& attributes, bool
          ", expected both to be positive");
   Expect(num_heads % kv_num_heads == 0, "num_heads is ", num_heads, ", expected a multiple of kv_num_heads, ",
          kv_num_heads);
+  Expect(num_heads <= kMostHeads, "num_heads is ", num_heads, ", expected at most ", kMostHeads);
   Expect(std::isfinite(scale), "scale is ", scale, ", expected a finite number");
   Expect(std::isfinite(softcap) && softcap >= 0.0f, "softcap is ", softcap, ", expected 0 (none) or a positive number");
   Expect(sliding_window == -1 || sliding_window > 0, "sliding_window is ", sliding_window,
@@ -135,21 +120,21 @@ AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const
   ExpectRank("past_key", past_key.shape, 4, "(batch, kv_num_heads, past, head_size)");
   ExpectRank("attention_mask", attention_mask.shape, 2, "(batch, past + sequence)");
 
+  ExpectCountable("query", query.shape, 0, 1, "sequence");
+  ExpectCountable("attention_mask", attention_mask.shape, 0, 1, "length");
+  ExpectCountable("past_key", past_key.shape, 0, 2, "past");
+
   AttentionArguments<T> a;
   a.batch = query.shape[0];
   a.sequence = query.shape[1];
   a.total = attention_mask.shape[1];
   a.num_heads = attributes.num_heads;
   a.kv_num_heads = attributes.kv_num_heads;
-  a.head_size = query.shape[2] / a.num_heads;
-  a.value_head_size = value.shape[2] / a.kv_num_heads;
+  a.head_size = HeadSize("query", query.shape, "num_heads", a.num_heads, a.num_heads);
+  a.value_head_size = HeadSize("value", value.shape, "kv_num_heads", a.kv_num_heads, a.num_heads);
   a.past_capacity = past_key.shape[2];
   a.present_capacity = std::max(a.past_capacity, a.total);
 
-  Expect(a.head_size > 0 && query.shape[2] % a.num_heads == 0, "query has shape ", ToString(query.shape),
-         ", expected a last dimension that is a multiple of num_heads, ", a.num_heads);
-  Expect(a.value_head_size > 0 && value.shape[2] % a.kv_num_heads == 0, "value has shape ", ToString(value.shape),
-         ", expected a last dimension that is a multiple of kv_num_heads, ", a.kv_num_heads);
   ExpectShape("key", key.shape, {a.batch, a.sequence, a.kv_num_heads * a.head_size},
               "(batch, sequence, kv_num_heads * head_size)");
   ExpectShape("value", value.shape, {a.batch, a.sequence, a.kv_num_heads * a.value_head_size},
@@ -187,10 +172,12 @@ AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const
     ExpectSameLayout("sink scores", a.past_sink_scores, a.present_sink_scores, a.past_capacity, a.present_capacity);
   }
 
+  a.calibrated_count = attributes.calibrated_count;
+  ExpectApart(a);
+
   a.scale = attributes.scale;
   a.softcap = attributes.softcap;
   a.sliding_window = attributes.sliding_window;
-  a.calibrated_count = attributes.calibrated_count;
   a.threshold = attributes.threshold;
   a.relative_threshold = attributes.relative_threshold;
   return a;

@@ -298,6 +298,8 @@ class Head {
 
 template <typename T>
 void Attention(const AttentionArguments<T>& a, Host& host) {
+  if (a.batch == 0 || a.present_capacity == 0) return;
+  if (a.sequence == 0) return KeepCache(a);
   std::vector<RealTokens> real;
   for (int64_t b = 0; b < a.batch; ++b) real.emplace_back(a.attention_mask + b * a.total, a.total);
   host.ParallelFor(a.batch * a.kv_num_heads, [&](int64_t i) {

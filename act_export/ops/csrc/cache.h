@@ -40,4 +40,15 @@ void AppendKeysAndValues(const AttentionArguments<T>& a, int64_t b, int64_t kv_h
   append(a.past_value, a.value, a.present_value, a.value_head_size);
 }
 
+// The present buffers of a call without new tokens: what the past buffers hold.
+template <typename T>
+void KeepCache(const AttentionArguments<T>& a) {
+  const auto keep = [&](const auto* past, auto* present, int64_t heads, int64_t width) {
+    if (past != present) std::copy_n(past, a.batch * heads * a.past_capacity * width, present);
+  };
+  keep(a.past_key, a.present_key, a.kv_num_heads, a.head_size);
+  keep(a.past_value, a.present_value, a.kv_num_heads, a.value_head_size);
+  keep(a.past_sink_scores, a.present_sink_scores, a.calibrated_count, 1);
+}
+
 }  // namespace act

@@ -250,7 +250,9 @@ class Call final : public Host, public Tensors {
     } catch (...) {
       // ONNX Runtime's own exception, of its own C++ runtime: it goes no further.
     }
-    if (memory == nullptr) throw std::bad_alloc();
+    if (memory == nullptr) {
+      throw std::runtime_error(Concatenate("out of memory: this call needs ", bytes, " bytes more beside its outputs"));
+    }
     return memory;
   }
   void Free(void* memory) noexcept override { allocator_->Free(allocator_, memory); }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "argument_checks.h"
 #include "attention_operator.h"
 #include "float16.h"
 #include "node.h"
@@ -138,11 +139,15 @@ void SetOutputShape(const ort::Api& api, ort::ShapeInferContext* context, size_t
   ort::Check(api, status);
 }
 
+constexpr size_t kLongestName = 200;  // of a dimension
+
 // The longer of the past buffer and the mask.
 Dimension PresentLength(const Dimension& past, const Dimension& total) {
   if (past.value >= 0 && total.value >= 0) return {std::max(past.value, total.value), ""};
   if (past.value == 0) return total;
   if (past.value >= 0 || total.value >= 0 || !past.Known() || !total.Known()) return {};
+  // In a long chain of nodes, or of long names, these would take more memory than the model.
+  if (past.name.size() + total.name.size() > kLongestName) return {};
   return {-1, "max(" + past.name + ", " + total.name + ")"};
 }
 
@@ -161,7 +166,10 @@ void InferShapes(const Operator& op, ort::ShapeInferContext* context) {
     const int64_t key_size = past_key[3].value;
     const int64_t value_size = past_value[3].value;
     Dimension width;  // num_heads * value_head_size
-    if (key_size > 0 && value_size > 0 && query[2].value >= 0) width.value = query[2].value / key_size * value_size;
+    const auto is_size = [](int64_t size) { return size > 0 && size <= kMostHeadSize; };
+    if (is_size(key_size) && is_size(value_size) && query[2].value >= 0 && query[2].value / key_size <= kMostHeads) {
+      width.value = query[2].value / key_size * value_size;
+    }
     SetOutputShape(api, context, 0, type, {query[0], query[1], width});
   }
   const auto infer_present = [&](size_t output, ort::ElementType type, SymbolicShape past) {

@@ -1,4 +1,5 @@
 // Threads, callers side by side, and hosts that fail.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -52,6 +53,50 @@ void CheckThreads(const Problem& problem, Tally&) {
     TestHost reversed(1, true);
     check(reversed, "bodies in reverse order");
   });
+}
+
+// With room for one sequence at a time, or for less than that, the answer is the same, and no allocation grows with the
+// batch, or with the heads that share a cache.
+template <typename T>
+void CheckParts(const Problem& problem, Tally& tally) {
+  const Inputs<T> inputs = Draw<T>(problem);
+  const Outputs<T> expected = AnswerAlone(inputs);
+  ForEachInstructionSet([&](fast::InstructionSet instruction_set) {
+    for (const int64_t most_bytes : {int64_t{1}, int64_t{1} << 20}) {
+      TestHost host;
+      Compare(inputs, expected, Answer(inputs, host, instruction_set, most_bytes), tally);
+      const auto cache = static_cast<size_t>(problem.PresentCapacity() * problem.kv_num_heads *
+                                             (problem.head_size + problem.value_head_size)) *
+                         sizeof(T);
+      const size_t for_blocks = 64 * static_cast<size_t>(problem.Total() + 512) * sizeof(float);
+      if (host.MostBytes() > std::max(static_cast<size_t>(most_bytes), cache) + for_blocks) {
+        throw Failure("an allocation of " + std::to_string(host.MostBytes()) + " bytes");
+      }
+      if (host.LiveAllocations() != 0) throw Failure("not all memory is freed");
+    }
+  });
+}
+
+std::vector<Problem> ProblemsInParts() {
+  std::vector<Problem> problems;
+  for (const int64_t sequence : {1, 8, 30}) {
+    for (const int64_t head_size : {2, 64}) {
+      Problem problem;
+      problem.seed = 6000 + static_cast<uint64_t>(sequence + head_size);
+      problem.batch = 7;
+      problem.sequence = sequence;
+      problem.past = 1000;
+      problem.spare = sequence;
+      problem.cache_in_place = problem.sinks_in_place = sequence == 8;
+      problem.kv_num_heads = head_size == 2 ? 1 : 4;
+      problem.group = head_size == 2 ? 64 : 2;
+      problem.head_size = problem.value_head_size = head_size;
+      problem.padding = Padding::kMixed;
+      problem.calibrated = Heads::kSome;
+      problems.push_back(problem);
+    }
+  }
+  return problems;
 }
 
 // Eight callers at once, of one host with two threads for each.
@@ -127,6 +172,11 @@ void AddHostCases(Cases& cases) {
       add("failing/body", [problem](Tally&) { CheckFailures<T, BodyFailure>(problem, &TestHost::FailBody); });
     }
     cases.push_back({std::string("threads/of eight callers/") + type_name, 701, CheckCallers<T>});
+    for (const Problem& problem : ProblemsInParts()) {
+      const std::string shape = "sequence=" + std::to_string(problem.sequence) +
+                                ",head_size=" + std::to_string(problem.head_size) + '/' + type_name;
+      cases.push_back({"parts/" + shape, problem.Total(), [problem](Tally& tally) { CheckParts<T>(problem, tally); }});
+    }
   });
 }
 

@@ -187,7 +187,8 @@ Inputs<T> Poisoned(Inputs<T> inputs) {
 }
 
 template <typename T>
-Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::InstructionSet> instruction_set) {
+Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::InstructionSet> instruction_set,
+                  int64_t most_bytes) {
   const Problem& p = inputs.problem;
   const bool cache_in_place = p.cache_in_place && p.HasRoom();
   const bool sinks_in_place = p.sinks_in_place && p.HasRoom();
@@ -230,7 +231,7 @@ Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::Instr
   a.threshold = p.threshold;
   a.relative_threshold = p.relative_threshold;
   if (instruction_set.has_value()) {
-    fast::Attention(a, host, *instruction_set);
+    fast::Attention(a, host, *instruction_set, most_bytes);
   } else {
     plain::Attention(a, host);
   }
@@ -243,7 +244,7 @@ Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::Instr
   template Inputs<T> Poisoned(Inputs<T>);                            \
   template void PoisonKeys(Random&, Inputs<T>&, int64_t, int64_t);   \
   template void PoisonValues(Random&, Inputs<T>&, int64_t, int64_t); \
-  template Outputs<T> Answer(const Inputs<T>&, Host&, std::optional<fast::InstructionSet>);
+  template Outputs<T> Answer(const Inputs<T>&, Host&, std::optional<fast::InstructionSet>, int64_t);
 
 ACT_INSTANTIATE(float)
 ACT_INSTANTIATE(Float16)

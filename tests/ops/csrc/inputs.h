@@ -92,8 +92,10 @@ void PoisonKeys(Random& random, Inputs<T>& inputs, int64_t b, int64_t row);
 template <typename T>
 void PoisonValues(Random& random, Inputs<T>& inputs, int64_t b, int64_t row);
 
-// The answer of the plain kernel, or of the fast one for an instruction set. Throws what the kernel throws.
+// The answer of the plain kernel, or of the fast one for an instruction set, in parts of about `most_bytes`. Throws
+// what the kernel throws.
 template <typename T>
-Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::InstructionSet> instruction_set = {});
+Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::InstructionSet> instruction_set = {},
+                  int64_t most_bytes = fast::kMostScratchBytes);
 
 }  // namespace act::test

@@ -34,6 +34,8 @@ class TestHost : public Host {
   bool HasFailed() const { return allocations_left_ < 0 || bodies_left_ < 0; }
 
   int64_t LiveAllocations() const { return live_; }
+  // Of one allocation.
+  size_t MostBytes() const { return most_bytes_; }
 
   void ParallelFor(int64_t count, const std::function<void(int64_t)>& body) override {
     std::atomic<int64_t> next{0};
@@ -65,6 +67,8 @@ class TestHost : public Host {
     void* memory = static_cast<char*>(block) + kOffset;
     std::memset(memory, 0xff, bytes);
     live_.fetch_add(1, std::memory_order_relaxed);
+    for (size_t most = most_bytes_; most < bytes && !most_bytes_.compare_exchange_weak(most, bytes);) {
+    }
     return memory;
   }
 
@@ -88,6 +92,7 @@ class TestHost : public Host {
   std::atomic<int64_t> allocations_left_{INT64_MAX};
   std::atomic<int64_t> bodies_left_{INT64_MAX};
   std::atomic<int64_t> live_{0};
+  std::atomic<size_t> most_bytes_{0};
 };
 
 }  // namespace act::test
