@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from act_export.checkpoint.built_in import BUILT_IN, built_in_gguf
-from act_export.checkpoint.folder import check_configuration, read_json, weight_files
+from act_export.checkpoint.configuration import read_configuration
+from act_export.checkpoint.folder import check_configuration, weight_files
 from act_export.checkpoint.gguf import converted
+from act_export.checkpoint.gguf_header import has_magic
 from act_export.checkpoint.hub import HubAccess, HubId, commit_of, fetch_small_files, fetch_weights, is_on_hub
-from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
+from act_export.checkpoint.small_files import check_small_files, read_settings
 from act_export.checkpoint.support import why_unsupported
 from act_export.errors import CheckpointError
 
@@ -69,6 +70,7 @@ def fetch_checkpoint(
         access = HubAccess(token, cache_dir)
         hub_id = hub_id.at(revision)
         fetched = Fetched(hub_id.name, fetch_small_files(hub_id, access, code=trust_remote_code), trust_remote_code)
+        check_small_files(fetched.folder, str(hub_id))
         if weights:
             check_configuration(fetched.folder, str(hub_id), trust_remote_code=trust_remote_code)
             configuration_of(fetched)
@@ -82,6 +84,7 @@ def fetch_checkpoint(
     if is_gguf(source):
         return Fetched(source, converted(built_in_gguf(source) if source in BUILT_IN else path))
     if path.is_dir():
+        check_small_files(path, source)
         if weights:
             check_configuration(path, source, trust_remote_code=trust_remote_code)
             weight_files([file.name for file in path.iterdir()], path, source)
@@ -97,7 +100,7 @@ def fetch_checkpoint(
 def is_gguf(source: str) -> bool:
     """Whether MODEL is a GGUF file, or a built-in name of one."""
     path = Path(source).expanduser()
-    return source in BUILT_IN or (path.is_file() and path.suffix == ".gguf")
+    return source in BUILT_IN or (path.is_file() and (path.suffix.lower() == ".gguf" or has_magic(path)))
 
 
 def public_name(name: str) -> str:
@@ -110,7 +113,7 @@ def names_of(source: str, place: str) -> tuple[str, ...]:
     recorded: object = None
     config = Path(place) / "config.json"
     if config.is_file():  # the loaded configuration says where it was loaded from instead
-        recorded = json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
+        recorded = read_settings(config, source).get("_name_or_path")
     found = [source] if source in BUILT_IN else list(names_of_place(source))
     if isinstance(recorded, str) and recorded:
         found += names_of_place(recorded)
@@ -132,15 +135,10 @@ def names_of_place(place: str) -> Iterator[str]:
 
 def configuration_of(fetched: Fetched) -> PreTrainedConfig:
     """The configuration, of a causal language model."""
-    from transformers import AutoConfig
-
     from act_export.checkpoint.text_tower import check_vision_configuration, has_text_tower, loader_of
 
     name = fetched.name
-    with readable_errors(name), quiet_transformers():
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(fetched.folder), trust_remote_code=fetched.trust_remote_code
-        )
+    config = read_configuration(fetched.folder, name, trust_remote_code=fetched.trust_remote_code)
     if (reason := why_unsupported(config)) is not None:
         raise CheckpointError(f"{name}: {reason}")
     has_own_code = fetched.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -149,5 +147,5 @@ def configuration_of(fetched: Fetched) -> PreTrainedConfig:
             f"{name} is a {config.model_type} model, which transformers doesn't know as a causal language model"
         )
     if has_text_tower(config):
-        check_vision_configuration(read_json(fetched.folder / "config.json", name), name)
+        check_vision_configuration(read_settings(fetched.folder / "config.json", name), name)
     return config

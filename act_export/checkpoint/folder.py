@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from act_export.checkpoint.small_files import read_settings
+from act_export.checkpoint.weight_index import WHOLE_WEIGHTS, weights_in
 from act_export.errors import CheckpointError
 
-WEIGHT_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OTHER_TASKS = re.compile(
     r"For(MaskedLM|PreTraining|SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice"
     r"|NextSentencePrediction)$"
 )
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers them to others
 _MODEL_CLASSES = ("AutoConfig", "AutoModelForCausalLM")  # of a checkpoint's own code
 _DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # transformers can undo these
 _OTHER_FORMATS = {
@@ -46,7 +46,7 @@ def check_configuration(folder: Path, name: str, *, trust_remote_code: bool = Fa
         raise CheckpointError(_adapter_message(folder, name))
     if not (folder / "config.json").is_file():
         raise CheckpointError(_missing_configuration_message(folder, name))
-    config = read_json(folder / "config.json", name)
+    config = read_settings(folder / "config.json", name)
     if not trust_remote_code:
         _refuse_code(config, name)
     _check_model_type(config, name)
@@ -57,21 +57,6 @@ def check_configuration(folder: Path, name: str, *, trust_remote_code: bool = Fa
             f"{name} is a {architectures[0]}, which is no causal language model: it doesn't generate text, so there is "
             f"nothing to calibrate"
         )
-
-
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        CheckpointError: If the file isn't one.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name} of {name} isn't JSON: {error}; get the file anew: {path}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} of {name} is no JSON object but a {type(content).__name__}: {path}")
-    return content
 
 
 def weight_files(names: Iterable[str], folder: Path, name: str) -> tuple[str, ...]:
@@ -86,12 +71,16 @@ def weight_files(names: Iterable[str], folder: Path, name: str) -> tuple[str, ..
         CheckpointError: If there are none that transformers reads, with what to do with what there is.
     """
     there = set(names)
-    for whole, index in zip(_WHOLE_WEIGHTS, WEIGHT_INDICES, strict=True):
-        if whole in there:
-            return (whole,)
-        if index in there:
-            return (index, *_shards(folder / index, name))
-    raise CheckpointError(_missing_weights_message(there, name))
+    distributed = min((each for each in there if _DISTRIBUTED.fullmatch(each)), default=None)
+    if distributed is not None:
+        raise CheckpointError(
+            f"{name} holds {distributed}, a part of a checkpoint of several processes, which would be loaded in place "
+            f"of other weights; load it where it was trained and save it with save_pretrained"
+        )
+    found = weights_in(there, folder, name)
+    if not found:
+        raise CheckpointError(_missing_weights_message(there, name))
+    return found
 
 
 def code_files(config: Mapping[str, Any], classes: Iterable[str] = _MODEL_CLASSES) -> tuple[str, ...]:
@@ -168,7 +157,7 @@ def _refuse_quantized(config: Mapping[str, Any], name: str) -> None:
 
 
 def _adapter_message(folder: Path, name: str) -> str:
-    adapter = read_json(folder / "adapter_config.json", name)
+    adapter = read_settings(folder / "adapter_config.json", name)
     base = adapter.get("base_model_name_or_path") or "BASE"
     kind = adapter.get("peft_type") or "PEFT"
     return (
@@ -200,13 +189,4 @@ def _missing_weights_message(names: Iterable[str], name: str) -> str:
         kinds.setdefault(each.rpartition(".")[2], []).append(each)
     found = [f"{kinds[kind][0]}: {advice}" for kind, advice in _OTHER_FORMATS.items() if kind in kinds]
     hint = f"; there is {'; and '.join(found)}" if found else "; get model.safetensors from where it came from"
-    return f"{name} has a config.json but no weights ({' or '.join(_WHOLE_WEIGHTS)}, whole or in shards){hint}"
-
-
-def _shards(index: Path, name: str) -> tuple[str, ...]:
-    shards = read_json(index, name).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(
-            f"{index.name} of {name} has no weight_map of tensors to files; get the file anew: {index}"
-        )
-    return tuple(sorted(set(shards.values())))
+    return f"{name} has a config.json but no weights ({' or '.join(WHOLE_WEIGHTS)}, whole or in shards){hint}"

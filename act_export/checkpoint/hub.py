@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.checkpoint.folder import WEIGHT_INDICES, weight_files
+from act_export.checkpoint.folder import weight_files
+from act_export.checkpoint.weight_index import WEIGHT_INDICES
 from act_export.errors import CheckpointError
 
 _SMALL_FILES = (

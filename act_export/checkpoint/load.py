@@ -17,14 +17,16 @@ import torch
 from act_export.calibration import ModelIdentity
 from act_export.checkpoint.fetch import Fetched, configuration_of, fetch_checkpoint, is_gguf, names_of
 from act_export.checkpoint.identity import identify
-from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
+from act_export.checkpoint.loader_errors import MEMORY_ADVICE, quiet_transformers, readable_errors
 from act_export.checkpoint.placement import Placement
 from act_export.checkpoint.tokenizer import tokenizer_of
 from act_export.errors import CheckpointError
+from act_export.low_memory import low_memory_told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from act_export.checkpoint.completeness import Contents
     from act_export.checkpoint.streamed.weights import StreamedWeights
 
 
@@ -114,60 +116,86 @@ def load_fetched(
 
 
 def _load(fetched: Fetched, placement: Placement, stream: bool | None = False) -> Checkpoint:
+    from act_export.checkpoint.completeness import contents_of
+    from act_export.checkpoint.dry_run import empty_model
     from act_export.checkpoint.streamed.decide import is_to_be_streamed
+    from act_export.checkpoint.streamed.shards import tensors_of
     from act_export.checkpoint.text_tower import has_text_tower, loader_of, text_tower
 
     name = fetched.name
     config = configuration_of(fetched)
-    _check_files(fetched)
+    with low_memory_told(f"load {name}", MEMORY_ADVICE):
+        try:
+            tensors = tensors_of(fetched.folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"can't load {name}: {error}") from error
     has_tokenizer = any(
         (fetched.folder / file).is_file()
         for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     )
     tokenizer = tokenizer_of(fetched) if has_tokenizer else None
-    if is_to_be_streamed(fetched.folder, config, name, stream):
-        return _load_streamed(fetched, config, tokenizer)
-    with readable_errors(name), quiet_transformers():
-        loaded: Any = loader_of(config).from_pretrained(
-            str(fetched.folder),
-            dtype=placement.stored_dtype,
-            device_map=placement.device_map,
-            output_loading_info=True,
-            trust_remote_code=fetched.trust_remote_code,
-        )
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{name} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; is it a causal language model?"
-        )
-    placement.check_complete(model, name)
-    model.eval().requires_grad_(False)
+    empty = empty_model(config, loader_of(config), tensors, name, trust_remote_code=fetched.trust_remote_code)
+    contents = contents_of(empty, tensors, name, config)
+    if is_to_be_streamed(fetched.folder, config, name, stream, tensors):
+        return _load_streamed(fetched, config, contents, tokenizer)
+    model = _load_whole(fetched, config, type(empty), contents, placement)
     if has_text_tower(config):
-        model = text_tower(model, name)
+        with low_memory_told(f"run {name}", MEMORY_ADVICE):
+            model = text_tower(model, name)
     identity = identify(model)
     placement.apply(model, name)
     names = names_of(name, str(fetched.folder))
     return Checkpoint(name, model, tokenizer, identity, names, revision=fetched.revision)
 
 
-def _check_files(fetched: Fetched) -> None:
-    """Raises CheckpointError if weights in .safetensors files are missing or broken, by the files' headers."""
-    from act_export.checkpoint.streamed.shards import is_streamable, tensors_of
+def _load_whole(
+    fetched: Fetched,
+    config: PreTrainedConfig,
+    kind: type[PreTrainedModel],
+    contents: Contents,
+    placement: Placement,
+) -> PreTrainedModel:
+    """The model, of that class, with all its weights, which are compared with those of the files."""
+    from act_export.checkpoint.completeness import check_report
+    from act_export.checkpoint.streamed.weights import set_generation
+    from act_export.checkpoint.text_tower import loader_of
+    from act_export.checkpoint.witness import check_against_files
 
-    if is_streamable(fetched.folder):
-        try:
-            tensors_of(fetched.folder)
-        except CheckpointError as error:
-            raise CheckpointError(f"can't load {fetched.name}: {error}") from error
+    name, folder = fetched.name, str(fetched.folder)
+    unwrapped = {each: tensor.read() for each, tensor in contents.tensors.items()} if contents.wrapped else None
+    loader: Any = loader_of(config) if unwrapped is None else kind
+    with readable_errors(name), quiet_transformers():
+        loaded: Any = loader.from_pretrained(
+            folder if unwrapped is None else None,
+            config=config,
+            attn_implementation=None,  # transformers' own choice, whatever the files say
+            experts_implementation=None,
+            state_dict=unwrapped,
+            dtype=placement.stored_dtype,
+            device_map=placement.device_map,
+            output_loading_info=True,
+            trust_remote_code=fetched.trust_remote_code,
+        )
+    model, report = loaded
+    if unwrapped is not None:
+        set_generation(model, fetched.folder)
+    check_report(report, model, contents, name)
+    placement.check_complete(model, name)
+    model.eval().requires_grad_(False)
+    with low_memory_told(f"compare {name} with its files", MEMORY_ADVICE):
+        check_against_files(model, contents, name)
+    loaded_model: PreTrainedModel = model
+    return loaded_model
 
 
-def _load_streamed(fetched: Fetched, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Checkpoint:
+def _load_streamed(
+    fetched: Fetched, config: PreTrainedConfig, contents: Contents, tokenizer: PreTrainedTokenizerBase | None
+) -> Checkpoint:
     from act_export.checkpoint.streamed.weights import hollow_model
 
     name, folder = fetched.name, fetched.folder
     with readable_errors(name), quiet_transformers():
-        model, streamed = hollow_model(folder, config, name, trust_remote_code=fetched.trust_remote_code)
+        model, streamed = hollow_model(folder, config, name, contents, trust_remote_code=fetched.trust_remote_code)
     identity = identify(model, streamed)
     names = names_of(name, str(folder))
     return Checkpoint(name, model, tokenizer, identity, names, revision=fetched.revision, streamed=streamed)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from act_export.errors import ActExportError
+from act_export.checkpoint.numbers import check_fits
+from act_export.errors import ActExportError, first_line
+from act_export.low_memory import is_low_memory, low_memory_told
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
@@ -79,17 +81,24 @@ class Placement:
 
         Raises:
             PlacementError: If the device's memory doesn't hold it.
+            CheckpointError: If float16 has no room for one of its numbers.
         """
         if self.dtype == "float16":
-            for parameter in model.parameters():  # buffers, such as rotary frequencies, keep their precision
-                parameter.data = parameter.data.to(torch.float16)
+            # Buffers, such as rotary frequencies, keep their precision.
+            with low_memory_told(f"load {name} in float16", "take dtype bfloat16, which needs no second copy"):
+                for weight, parameter in model.named_parameters():
+                    rounded = parameter.data.to(torch.float16)
+                    check_fits(weight, parameter.data, rounded, f"of {name}")
+                    parameter.data = rounded
         if self.device is not None:
             try:
                 model.to(self.device)
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_low_memory(error):
+                    raise
                 raise PlacementError(
-                    f"{name} doesn't fit on {self.device}: {str(error).splitlines()[0]}; take a smaller dtype, or "
-                    f"device_map 'auto' to use several GPUs"
+                    f"{name} doesn't fit on {self.device}: {first_line(error)}; take a smaller dtype, or device_map "
+                    f"'auto' to use several GPUs"
                 ) from error
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, first_line
+from act_export.low_memory import is_low_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -171,14 +172,16 @@ def text_tower(whole: PreTrainedModel, name: str) -> TextTower:
         with torch.no_grad():
             expected = whole(input_ids=ids, attention_mask=mask, use_cache=False).logits
             found = tower(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if is_low_memory(error):
+            raise
         raise TowerError(
-            f"the text tower of {name}, a {tower.family} model, doesn't run alone: {first_line}"
+            f"the text tower of {name}, a {tower.family} model, doesn't run alone: {first_line(error)}"
         ) from error
-    difference = float((found.to(expected.device) - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
+    found = found.to(expected.device)
+    finite = expected[expected.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    difference = float(torch.where(found == expected, 0, found - expected).abs().max()) / max(largest, 1e-30)
     if not difference <= _TOLERANCE[tower.dtype]:
         raise TowerError(
             f"the text tower of {name}, a {tower.family} model, computes other logits than the whole model does, by "

@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from act_export.checkpoint.fetch import Fetched, fetch_checkpoint, names_of_place
-from act_export.checkpoint.folder import code_files, code_message, read_json
+from act_export.checkpoint.folder import code_files, code_message
 from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
+from act_export.checkpoint.small_files import read_settings
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def tokenizer_of(fetched: Fetched) -> PreTrainedTokenizerBase:
                 place, config=config, padding_side="left", trust_remote_code=fetched.trust_remote_code
             )
         except ValueError as error:
-            needed = code_files(read_json(settings, fetched.name), ["AutoTokenizer"]) if settings.is_file() else ()
+            needed = code_files(read_settings(settings, fetched.name), ["AutoTokenizer"]) if settings.is_file() else ()
             if fetched.trust_remote_code or not needed:
                 raise
             raise CheckpointError(code_message(fetched.name, needed, settings.name)) from error

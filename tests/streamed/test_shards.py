@@ -60,7 +60,7 @@ def test_an_index_that_names_a_tensor_twice(folder, stream):
     path = folder / INDEX
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace('"weight_map": {', f'"weight_map": {{"{NORM}": "x.safetensors", ', 1), "utf-8")
-    refuses(folder, stream, rf"names {NORM} twice")
+    refuses(folder, stream, rf"names '{NORM}' twice")
 
 
 def test_an_index_of_other_files(folder, stream):
@@ -72,7 +72,7 @@ def test_an_index_of_other_files(folder, stream):
 
 def test_an_index_that_leaves_its_folder(folder):
     change_index(folder, lambda places: places.update({NORM: "../model.safetensors"}))
-    with pytest.raises(CheckpointError, match=r"outside of its folder|lacks"):
+    with pytest.raises(CheckpointError, match=r"'\.\./model\.safetensors' leads out of"):
         tensors_of(folder)
 
 

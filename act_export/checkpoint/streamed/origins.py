@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from act_export.checkpoint.configuration import sizes_of
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from act_export.checkpoint.streamed.stored_tensor import StoredTensor
+    from act_export.checkpoint.streamed.stored_tensor import Stored
 
 
 class Origin(Protocol):
@@ -39,7 +41,7 @@ class Origin(Protocol):
 class AsStored:
     """A parameter that is one stored tensor as it is."""
 
-    tensor: StoredTensor
+    tensor: Stored
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,9 +64,14 @@ class _Conversion:
     rule: Any
     name: str
     model: PreTrainedModel
-    sources: dict[str, list[tuple[str, StoredTensor]]] = field(default_factory=dict)
+    sources: dict[str, list[tuple[str, Stored]]] = field(default_factory=dict)
 
-    def run(self, read: Callable[[StoredTensor], Tensor]) -> dict[str, Tensor]:
+    @property
+    def first(self) -> Stored:
+        """One of the tensors that it takes."""
+        return next(iter(self.sources.values()))[0][1]
+
+    def run(self, read: Callable[[Stored], Tensor]) -> dict[str, Tensor]:
         """What it makes, by the parameters' names."""
         rule = copy.deepcopy(self.rule)
         for pattern, tensors in self.sources.items():
@@ -79,8 +86,8 @@ class _Conversion:
 class _Later:
     """Reads a tensor when it is called, as transformers' own loader has it."""
 
-    read: Callable[[StoredTensor], Tensor]
-    tensor: StoredTensor
+    read: Callable[[Stored], Tensor]
+    tensor: Stored
 
     def __call__(self) -> Tensor:
         return self.read(self.tensor)
@@ -103,55 +110,89 @@ class Converted:
         return self.read().flatten()[picks]
 
 
-def origins_of(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], name: str) -> dict[str, Origin]:
-    """Where parameters and stored buffers come from, by their names.
+class RulesError(CheckpointError):
+    """transformers' rules for a model can't be followed outside of its own loader."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Stored tensors and a model's parameters.
+
+    Attributes:
+        origins: Where parameters and stored buffers come from, by their names; tied parameters may be there under one
+            of their names alone.
+        unused: Stored tensors that the model has no place for, and what they would be called in it.
+    """
+
+    origins: dict[str, Origin]
+    unused: dict[str, str]
+
+
+def match(model: PreTrainedModel, tensors: Mapping[str, Stored], name: str, config: PreTrainedConfig) -> Matched:
+    """Finds where a model's parameters come from.
 
     Args:
         model: Its parameters may be without values.
         tensors: Of the checkpoint.
         name: What the user calls the checkpoint.
-
-    Returns:
-        Those that the checkpoint has; tied parameters may be there under one of their names alone.
+        config: Its configuration.
 
     Raises:
-        CheckpointError: If a stored tensor hasn't the shape of the model's, or transformers' rules can't be followed.
+        CheckpointError: If a stored tensor hasn't the shape of the model's, or two are for one parameter.
+        RulesError: If transformers' rules can't be followed.
     """
     state = model.state_dict()
     found: dict[str, Origin] = {}
+    unused: dict[str, str] = {}
     conversions: dict[str, _Conversion] = {}
-    try:
-        rules = _Rules(model, state)
+    with _followed(name):
+        rules = Rules(model)
         for key in sorted(tensors, key=rules.order):
             target, pattern = rules.target_of(key)
             if target not in state:
-                continue  # of a part that isn't loaded
-            if pattern is None:
-                found[target] = AsStored(tensors[key])
-            else:
+                unused[key] = target
+            elif pattern is not None:
                 conversion = conversions.setdefault(target, _Conversion(rules.rule_of(pattern), target, model))
                 conversion.sources.setdefault(pattern, []).append((key, tensors[key]))
+            elif target in found:
+                raise CheckpointError(_twice_message(target, found[target], tensors[key], name))
+            else:
+                found[target] = AsStored(tensors[key])
         for conversion in conversions.values():
-            found |= _outcome(conversion)
-    except CheckpointError:
+            made = _outcome(conversion)
+            twice = next((each for each in made if each in found), None)
+            if twice is not None:
+                raise CheckpointError(_twice_message(twice, found[twice], conversion.first, name))
+            found |= made
+    parameters = {each for each, _ in model.named_parameters(remove_duplicate=False)}
+    for target, origin in found.items():
+        if isinstance(origin, AsStored) and target in parameters:
+            _ = origin.tensor.dtype  # refuses what isn't a float
+        if target in state and origin.shape != tuple(state[target].shape):
+            raise CheckpointError(_shape_message(target, origin, tuple(state[target].shape), name, config))
+    return Matched({target: origin for target, origin in found.items() if target in state}, unused)
+
+
+@contextmanager
+def _followed(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # of transformers' rules, which are not its public interface
         import transformers
 
-        raise CheckpointError(
+        raise RulesError(
             f"transformers {transformers.__version__} loads {name} by rules that act-export can't follow one weight at "
             f"a time ({type(error).__name__}: {error}); load it whole, on a machine with enough memory: --no-stream"
         ) from error
-    for target, origin in found.items():
-        if origin.shape != tuple(state[target].shape):
-            raise CheckpointError(_shape_message(target, origin, tuple(state[target].shape), name))
-    return found
 
 
-class _Rules:
+class Rules:
     """transformers' renamings and conversions for a model."""
 
-    def __init__(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Takes a model, whose parameters may be without values."""
         from transformers import conversion_mapping, core_model_loading
 
         self._loading: Any = core_model_loading
@@ -161,7 +202,7 @@ class _Rules:
         self._conversions = conversions
         self._by_pattern = {pattern: rule for rule in conversions for pattern in rule.source_patterns}
         self._prefix = model.base_model_prefix
-        self._state = state
+        self._state = model.state_dict()
         self.order: Callable[[str], Any] = core_model_loading.dot_natural_key
 
     def target_of(self, key: str) -> tuple[str, str | None]:
@@ -171,7 +212,12 @@ class _Rules:
             target, pattern = self._rename(key, [], [])
         return target, pattern
 
+    def knows(self, key: str) -> bool:
+        """Whether the model has a place for a stored tensor of this name."""
+        return self.target_of(key)[0] in self._state
+
     def rule_of(self, pattern: str) -> Any:
+        """The conversion that a pattern is of."""
         return self._by_pattern[pattern]
 
     def _rename(self, key: str, renamings: list[Any], conversions: list[Any]) -> tuple[str, str | None]:
@@ -190,9 +236,19 @@ def _outcome(conversion: _Conversion) -> dict[str, Origin]:
     return {name: Converted(conversion, name, tuple(tensor.shape)) for name, tensor in made.items()}
 
 
-def _shape_message(target: str, origin: Origin, expected: tuple[int, ...], name: str) -> str:
+def _shape_message(target: str, origin: Origin, expected: tuple[int, ...], name: str, config: PreTrainedConfig) -> str:
     where = f"{origin.tensor.name} in {origin.tensor.file}" if isinstance(origin, AsStored) else f"{target} of {name}"
+    differing = {size for size in expected if size not in origin.shape}
     return (
-        f"{where} has shape {list(origin.shape)}, but by config.json {target} has {list(expected)}; the configuration "
-        f"and the weights don't belong together"
+        f"{where} has shape {list(origin.shape)}, but by config.json {target} has {list(expected)}"
+        f"{sizes_of(config, differing)}; the configuration and the weights don't belong together: get the config.json "
+        f"that came with the weights"
+    )
+
+
+def _twice_message(target: str, origin: Origin, other: Stored, name: str) -> str:
+    first = f"{origin.tensor.name} in {origin.tensor.file}" if isinstance(origin, AsStored) else "what is joined for it"
+    return (
+        f"{name} holds {target} twice, as {first} and as {other.name} in {other.file}, so it can't be told which "
+        f"counts; get the files anew"
     )

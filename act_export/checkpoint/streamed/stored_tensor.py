@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from act_export.errors import CheckpointError
+from act_export.errors import CheckpointError, shown
+from act_export.json_file import parse_object
 
 _LENGTH = struct.Struct("<Q")
 _MOST_HEADER_BYTES = 100_000_000  # by the format's definition
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MOST_SIZES = 16  # that a tensor's shape has
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {
     **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32},
     **{"F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8},
     **{"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
 _ADVICE = "the download may have broken off: get the file again"
+
+
+class Stored(Protocol):
+    """A tensor in a checkpoint's file, of either format."""
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the file calls it."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Its type as the format calls it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type; anything but a float type of 16 bits or more raises CheckpointError."""
+        ...
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        ...
+
+    def sample(self, picks: Tensor) -> Tensor:
+        """Some of its numbers, by their places in the flattened tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,11 +91,11 @@ class StoredTensor:
         Raises:
             CheckpointError: If that is no float type of 16 bits or more.
         """
-        if self.kind not in _FLOATS:
+        if self.kind not in FLOATS:
             raise CheckpointError(
                 f"{self.name} in {self.file} is stored as {self.kind}; weights must be float32, bfloat16 or float16"
             )
-        return _FLOATS[self.kind]
+        return FLOATS[self.kind]
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own: the file isn't mapped, so that none of it stays resident.
@@ -64,7 +103,7 @@ class StoredTensor:
         Raises:
             CheckpointError: If the file can't be read, or has become shorter.
         """
-        return self._numbers(0, math.prod(self.shape)).view(self.shape)
+        return self._runs([(0, math.prod(self.shape))]).view(self.shape)
 
     def sample(self, picks: Tensor) -> Tensor:
         """Some of its numbers, by their places in the flattened tensor.
@@ -74,22 +113,24 @@ class StoredTensor:
         """
         if 8 * len(picks) > math.prod(self.shape):
             return self.read().flatten()[picks]
-        return torch.cat([self._numbers(place, 1) for place in picks.tolist()])
+        return self._runs((place, 1) for place in picks.tolist())
 
-    def _numbers(self, first: int, count: int) -> Tensor:
-        numbers = torch.empty(count, dtype=self.dtype)
-        if not count:
-            return numbers
-        view = numbers.view(torch.uint8).numpy().data
+    def _runs(self, runs: Iterable[tuple[int, int]]) -> Tensor:
+        """Runs of numbers, by the place of their first and their count, joined."""
+        runs = list(runs)
+        numbers = torch.empty(sum(count for _, count in runs), dtype=self.dtype)
+        view, size = numbers.view(torch.uint8).numpy().data, numbers.itemsize
         try:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset + first * numbers.itemsize)
-                while view and (got := file.readinto(view)):
-                    view = view[got:]
+                for first, count in runs:
+                    file.seek(self.offset + first * size)
+                    part, view = view[: count * size], view[count * size :]
+                    while part and (got := file.readinto(part)):
+                        part = part[got:]
+                    if part:
+                        raise CheckpointError(f"{self.file} ends inside {self.name}; {_ADVICE}")
         except OSError as error:
             raise CheckpointError(f"can't read {self.file}: {error.strerror}") from error
-        if view:
-            raise CheckpointError(f"{self.file} ends inside {self.name}; {_ADVICE}")
         return numbers
 
 
@@ -97,19 +138,24 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """What a .safetensors file holds, by its header; https://github.com/huggingface/safetensors#format.
 
     Raises:
-        CheckpointError: If the file isn't there, isn't of that format, or is shorter than its header says.
+        CheckpointError: If the file isn't there, isn't of that format, or its tensors aren't what its bytes hold, one
+            after another.
     """
     header, start, size = _header(file)
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            tensor = _stored_tensor(file, name, entry, start)
-            if tensor.offset + tensor.length > size:
-                raise CheckpointError(
-                    f"{file} is cut short: it has {size} bytes, and {name} ends at {tensor.offset + tensor.length}; "
-                    f"{_ADVICE}"
-                )
-            found[name] = tensor
+    found = {name: _stored_tensor(file, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    end = start
+    for tensor in sorted(found.values(), key=lambda each: (each.offset, each.length)):
+        if tensor.offset + tensor.length > size:
+            raise CheckpointError(
+                f"{file} is cut short: it has {size} bytes, and {tensor.name} ends at {tensor.offset + tensor.length}; "
+                f"{_ADVICE}"
+            )
+        if tensor.offset != end:
+            what = "in the bytes of another tensor" if tensor.offset < end else "after bytes of no tensor"
+            raise CheckpointError(f"{file} has a broken header: {shown(tensor.name)} begins {what}; {_ADVICE}")
+        end = tensor.offset + tensor.length
+    if end != size:
+        raise CheckpointError(f"{file} has {size - end} bytes after its last tensor; {_ADVICE}")
     return found
 
 
@@ -125,12 +171,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             text = opened.read(length)
     except OSError as error:
         raise CheckpointError(f"can't read {file}: {error.strerror}") from error
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file} has a broken header: {error}; {_ADVICE}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} has a broken header: it is no JSON object; {_ADVICE}")
+    header = parse_object(
+        text, f"{file} has a broken header: it", error=CheckpointError, advice=_ADVICE, largest_bytes=_MOST_HEADER_BYTES
+    )
     return header, _LENGTH.size + length, size
 
 
@@ -138,13 +181,14 @@ def _stored_tensor(file: Path, name: str, entry: Any, start: int) -> StoredTenso
     try:
         kind, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        right = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+        right = len(shape) <= _MOST_SIZES
+        right = right and all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, begin, end))
         right = right and (end - begin) * 8 == math.prod(shape) * _BITS[kind]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} has a broken header: {name} is {entry}; {_ADVICE}") from error
+        raise CheckpointError(f"{file} has a broken header: {shown(name)} is {shown(entry)}; {_ADVICE}") from error
     if not right:
         raise CheckpointError(
-            f"{file} has a broken header: {name}, {kind} of shape {list(shape)}, takes bytes {begin} to {end}; "
-            f"{_ADVICE}"
+            f"{file} has a broken header: {shown(name)}, {kind} of shape {shown(list(shape))}, takes bytes {begin} to "
+            f"{end}; {_ADVICE}"
         )
     return StoredTensor(file, name, kind, shape, start + begin, end - begin)

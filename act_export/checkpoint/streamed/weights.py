@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from act_export.checkpoint.streamed.hollow_tensors import hollow_tensors, is_large
-from act_export.checkpoint.streamed.origins import Origin, origins_of
-from act_export.checkpoint.streamed.shards import tensors_of
-from act_export.errors import CheckpointError
+from act_export.checkpoint.streamed.origins import Origin, match
+from act_export.checkpoint.witness import check_loaded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from act_export.checkpoint.completeness import Contents
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class StreamedWeights:
         """A parameter in float32.
 
         Raises:
-            CheckpointError: If its file can't be read any more.
+            CheckpointError: If its file can't be read any more, or it has NaN or infinities.
         """
-        return self.origins[name].read()
+        origin = self.origins[name]
+        values = origin.read()
+        check_loaded(name, values, origin, str(self.folder))
+        return values
 
     def sample(self, name: str, picks: Tensor) -> Tensor:
         """Some numbers of a parameter, in float32, by their places in the flattened parameter.
@@ -50,7 +54,7 @@ class StreamedWeights:
 
 
 def hollow_model(
-    folder: Path, config: PreTrainedConfig, name: str, *, trust_remote_code: bool = False
+    folder: Path, config: PreTrainedConfig, name: str, contents: Contents, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, StreamedWeights]:
     """A checkpoint's model in float32 with zeros, which take no memory, for large weights; the rest is real.
 
@@ -58,32 +62,45 @@ def hollow_model(
         folder: Of the checkpoint.
         config: Its configuration.
         name: What the user calls it.
+        contents: Of its files, matched with the model.
         trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
-        CheckpointError: If the files are broken, or don't fit the configuration.
+        CheckpointError: If the files are broken, or hold no numbers.
+        RulesError: If transformers' rules can't be followed.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
-    tensors = tensors_of(folder)
     auto: Any = AutoModelForCausalLM
-    model = _without_values(lambda: auto.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code))
-    model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    origins = origins_of(model, tensors, name)
-    weights = StreamedWeights(folder, _by_every_name(model, origins))
-    missing = sorted(each for each, _ in model.named_parameters() if each not in weights.origins)
-    if missing:
-        raise CheckpointError(
-            f"{name} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; is it a causal language model?"
+    model = _without_values(
+        lambda: auto.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=None,  # transformers' own choice, whatever the files say
+            experts_implementation=None,
+            trust_remote_code=trust_remote_code,
         )
+    )
+    set_generation(model, folder)
+    origins = contents.origins
+    if origins is None:  # says why
+        origins = match(model, contents.tensors, name, config).origins
+    weights = StreamedWeights(folder, _by_every_name(model, origins))
     large = [each for each, parameter in model.named_parameters() if is_large(parameter.shape)]
     zeros = hollow_tensors(weights.origins[each].shape for each in large)
     small = {each: weights.read(each) for each, _ in model.named_parameters() if each not in large}
     _set_values(model, dict(zip(large, zeros, strict=True)) | small, weights)
     model.requires_grad_(False)
     return model, weights
+
+
+def set_generation(model: PreTrainedModel, folder: Path) -> None:
+    """What `from_pretrained` adds to a model: where it is from, and how it generates."""
+    from transformers import GenerationConfig
+
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def model_with_weights(config: PreTrainedConfig, weights: StreamedWeights, like: PreTrainedModel) -> PreTrainedModel:
