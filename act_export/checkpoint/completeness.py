@@ -198,8 +198,8 @@ def _superfluous_message(
     many = f"{len(names)} weight{'s' if len(names) > 1 else ''}"
     return (
         f"{name} holds {many} that the model of its config.json has no place for: {_named(names)}; without them it "
-        f"would be another model: get the config.json that belongs to the weights{hint}, or save the weights without them "
-        f"if they are none of the language model's"
+        f"would be another model: get the config.json that belongs to the weights{hint}, or save the weights without "
+        f"them if they are none of the language model's"
     )
 
 

@@ -18,8 +18,9 @@ from act_export.export.passes.quantize_weights import QuantizeWeightsPass
 from act_export.export.precision import element_type
 from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
-from act_export.export.trace import trace
+from act_export.export.trace import EXPORTING, trace
 from act_export.export.write import WriteProgress, check_model, finish_model, metadata, save_model
+from act_export.low_memory import low_memory_told
 from act_export.runtime.providers import import_onnxruntime
 
 
@@ -73,16 +74,17 @@ def build_model(
         )
     if inputs_embeds:
         check_takes_embeddings(checkpoint.model)
-    read_weight = checkpoint.streamed.read if checkpoint.streamed is not None else None
-    traced = trace(checkpoint.model, calibration, inputs_embeds=inputs_embeds, read_weight=read_weight)
-    model = slim(traced, weight_prefix="model.")
-    if stored != ir.DataType.FLOAT:
-        ir.passes.Sequential(ShapeInferencePass(), ConvertPrecisionPass(stored))(model)
-    if quantization is not None:
-        QuantizeWeightsPass(quantization)(model)
-    finish_model(model, metadata(calibration, checkpoint, source, dtype, quantization))
-    try:
-        save_model(model, path, progress)
-    finally:
-        forget_weights(model)
+    with low_memory_told(*EXPORTING):
+        read_weight = checkpoint.streamed.read if checkpoint.streamed is not None else None
+        traced = trace(checkpoint.model, calibration, inputs_embeds=inputs_embeds, read_weight=read_weight)
+        model = slim(traced, weight_prefix="model.")
+        if stored != ir.DataType.FLOAT:
+            ir.passes.Sequential(ShapeInferencePass(), ConvertPrecisionPass(stored))(model)
+        if quantization is not None:
+            QuantizeWeightsPass(quantization)(model)
+        finish_model(model, metadata(calibration, checkpoint, source, dtype, quantization))
+        try:
+            save_model(model, path, progress)
+        finally:
+            forget_weights(model)
     check_model(path)

@@ -30,6 +30,7 @@ from act_export.hooks import (
     as_unsupported,
     attention_hook,
 )
+from act_export.low_memory import low_memory_told
 from act_export.ops import functions, schema
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class GraphNames:
         )
 
 
+EXPORTING = (
+    "export the model",
+    "close what else takes memory, take a machine with more, or pass --stream, which holds one weight at a time",
+)
 _WEIGHT_PREFIX = "model."  # by `_GraphModule`
 
 
@@ -143,6 +148,7 @@ def trace(
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),
+        low_memory_told(*EXPORTING),
         attention_hook(model, OperatorAttention(calibration, sink_logits)) as hooked,
         experts.exportable_experts(model),
         one_rotation(model),
@@ -171,7 +177,7 @@ def trace(
         raise ActExportError("torch's exporter returned nothing")
     attach_weights(program.model, own_weights, read_weight or own_weights.__getitem__, prefix=_WEIGHT_PREFIX)
     TransposeWeightsPass()(program.model)
-    with as_unsupported(model.config.model_type), _quiet_exporter():
+    with as_unsupported(model.config.model_type), low_memory_told(*EXPORTING), _quiet_exporter():
         program.optimize()
     exported = program.model
     UnrollExpertsPass()(exported)
@@ -212,6 +218,11 @@ def _probe(model: PreTrainedModel, calibration: Calibration | None) -> tuple[lis
     """
     ids = torch.zeros(2, 5, dtype=torch.long)
     reference = ReferenceAttention(calibration)
-    with torch.no_grad(), as_unsupported(model.config.model_type), attention_hook(model, reference) as hooked:
+    with (
+        torch.no_grad(),
+        as_unsupported(model.config.model_type),
+        low_memory_told(*EXPORTING),
+        attention_hook(model, reference) as hooked,
+    ):
         state = hooked(ids, torch.ones_like(ids), logits_to_keep=1).state
     return state, {layer: logits.tolist() for layer, logits in reference.sink_logits.items()}
