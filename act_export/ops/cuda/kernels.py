@@ -509,10 +509,11 @@ def correct(
     growth = (1.0 + tl.abs(1.0 - strength) * sink_mass / tl.maximum(rest_mass, SMALLEST_REST)) * sink_mass
     loses_digits = (sink_mass > 0) & (rest_mass < tl.maximum(0.125 * row_sum, LEAST_DIFFERENCE))
     if not WIDE:
-        loses_digits = loses_digits | (growth > 1.0)
+        loses_digits = loses_digits | (growth > row_sum)
     if tl.max(loses_digits.to(tl.int32), 0) > 0:
         start, _, _, stop = _row_limits(bounds, b, past_length, sequence, window, row, ROWS, COLUMNS)
         rest_mass = tl.zeros([ROWS], tl.float32)
+        rounded_mass = tl.zeros([ROWS], tl.float32)
         from_rest = tl.zeros([ROWS, D], tl.float32)
         for column in range(start, stop, COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
@@ -527,8 +528,11 @@ def correct(
             rest_mass += tl.sum(p, 1)
             v = _load_rows(value, columns, value_size, counts, value_size, D, EXACT)
             # All of them may be tiny, and float16 has no small numbers.
-            from_rest += _dot((p * 16384.0).to(v.dtype), v, WIDE)
-        from_rest *= 1.0 / 16384.0
+            rounded = (p * 16384.0).to(v.dtype)
+            rounded_mass += tl.sum(rounded.to(tl.float32), 1)
+            from_rest += _dot(rounded, v, WIDE)
+        # A mean weighted by rounded probabilities, times their exact sum: one key's value keeps all its digits.
+        from_rest *= (rest_mass / tl.where(rounded_mass > 0, rounded_mass, 1.0))[:, None]
 
     on_sinks, on_rest = _factors(strength, sink_mass, rest_mass)
     result = on_sinks[:, None] * from_sinks + on_rest[:, None] * from_rest

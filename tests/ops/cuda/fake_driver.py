@@ -32,14 +32,19 @@ from act_export.ops.cuda.specs import PTX_TARGET, TARGETS, KernelSpec, specs
 
 
 def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *__: Any) -> TensorHandle:
-    """The interpreter's matrix product; its own takes the bits of bfloat16 for integers (Triton 3.9)."""
+    """The interpreter's matrix product; its own takes the bits of bfloat16 for integers (Triton 3.9).
+
+    Summed in float64 and rounded once: float32 sums have an order of their own on each processor and for each shape, so
+    that two kernels which compute a logit in tiles of two shapes would not agree on it.
+    """
 
     def numbers(handle: TensorHandle) -> np.ndarray:
         if handle.dtype.scalar != tl.bfloat16:
             return handle.data
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
 
-    return TensorHandle(np.matmul(numbers(a), numbers(b), dtype=c.data.dtype) + c.data, c.dtype.scalar)
+    product = np.matmul(numbers(a).astype(np.float64), numbers(b).astype(np.float64))
+    return TensorHandle((product + c.data).astype(c.data.dtype), c.dtype.scalar)
 
 
 def _round(self: InterpreterBuilder, source: TensorHandle, kind: tl.dtype) -> TensorHandle:

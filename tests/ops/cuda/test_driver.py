@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import onnxruntime
 import pytest
+from close import assert_close
 from fake_driver import LARGE_SHARED_BYTES, THREADS_OF_TEST_KERNEL, AttentionCall, address, aligned, has_driver
 from onnx import TensorProto, helper
 
@@ -185,8 +186,8 @@ def test_a_call_runs_in_the_interpreter(driver):
     weights, keys, values, output = attention_of(arrays)
     np.testing.assert_array_equal(arrays["present_key"], keys)
     np.testing.assert_array_equal(arrays["present_value"], values)
-    np.testing.assert_allclose(arrays["output"][0, 0], output, atol=1e-5)
-    np.testing.assert_allclose(arrays["present_sink_scores"][0, 0], weights[1] + [1, 1, 1, 0], atol=1e-5)
+    assert_close(arrays["output"][0, 0], output, 1e-5)
+    assert_close(arrays["present_sink_scores"][0, 0], weights[1] + [1, 1, 1, 0], 1e-5)
 
 
 def test_a_call_without_memory_frees_what_it_has(driver):
@@ -260,4 +261,4 @@ def test_a_session_on_the_cpu_takes_the_kernels_of_the_cpu(libraries):
     options.register_custom_ops_library(str(libraries.act_ops))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     output, *_ = session.run(None, feeds)
-    np.testing.assert_allclose(output.reshape(2, 64), attention_of(arrays)[-1], atol=1e-5)
+    assert_close(output.reshape(2, 64), attention_of(arrays)[-1], 1e-5)
