@@ -5,15 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
+from no_file import KINDS, is_untouched, make
 
 from act_export.errors import ActExportError
-from act_export.files import check_replaceable, copy_content, path_inside, staging_folder, sweep, write_whole
+from act_export.files import (
+    check_replaceable,
+    copy_content,
+    copy_folder,
+    path_inside,
+    staging_file,
+    staging_folder,
+    sweep,
+    write_whole,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,35 +79,16 @@ def test_links_of_the_hubs_cache_are_taken(tmp_path):
         path_inside(snapshot, "out", "the weights")
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling link", "device", "pipe", "socket", "folder"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_plain_file_is_not_replaced(tmp_path, kind):
     place = tmp_path / "out.json"
-    if kind == "link":
-        (tmp_path / "real").write_text("kept")
-        place.symlink_to("real")
-    elif kind == "dangling link":
-        place.symlink_to("nowhere")
-    elif kind == "device":
-        try:
-            os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3))
-        except PermissionError:
-            pytest.skip("only root may make a device file")
-    elif kind == "pipe":
-        os.mkfifo(place)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(str(place))
-    else:
-        place.mkdir()
-    before = place.lstat()
+    before = make(place, kind)
+    names = sorted(path.name for path in tmp_path.iterdir())
     for attempt in (check_replaceable, lambda path: write_whole(path, "new")):
         with pytest.raises(ActExportError, match=f"is a {kind.split()[-1]}"):
             attempt(place)
-    after = place.lstat()
-    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        {"out.json"} | ({"real"} if kind == "link" else set())
-    )
+    assert is_untouched(place, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_permissions_are_those_of_new_files(tmp_path):
@@ -133,3 +124,74 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(tm
     with staging_folder(tmp_path, "other"):
         assert not os.path.isdir(folder)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("staging", [staging_folder, staging_file])
+def test_a_fork_neither_removes_nor_gives_up_what_is_put_together(tmp_path, staging):
+    """Not when it leaves the block itself, and not while it lives on where its parent was killed."""
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if not parent:
+        with staging(tmp_path, "a"):
+            if not os.fork():
+                os.read(reader, 1)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(parent, 0)
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    os.write(writer, b"x")
+    for _ in range(1000):
+        sweep(tmp_path)
+        if not list(tmp_path.iterdir()):
+            break
+        time.sleep(0.01)
+    assert not list(tmp_path.iterdir())
+    with staging(tmp_path, "a") as place:
+        child = os.fork()
+        if not child:
+            try:
+                raise SystemExit
+            finally:
+                os._exit(0) if place.exists() else os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert place.exists()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_what_others_own_or_only_looks_alike_is_not_swept(tmp_path):
+    mine = tmp_path / ".a.act-export-link"
+    (tmp_path / "kept").mkdir()
+    mine.symlink_to("kept")
+    (tmp_path / "act-export-x").mkdir()
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.act-export-link", "act-export-x", "kept"]
+
+
+def test_folders_are_copied_without_their_modes(tmp_path):
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True, mode=0o700)
+    (source / "inner" / "a").write_text("a")
+    (source / "inner" / "a").chmod(0o4777)
+    (source / "link").symlink_to("inner/a")
+    (source / "left out").write_text("")
+    copy_folder(source, tmp_path / "copy", skip=lambda path: path.name == "left out")
+    copied = {path.name: path for path in (tmp_path / "copy").rglob("*")}
+    assert set(copied) == {"inner", "a", "link"}
+    assert copied["link"].read_text() == "a"
+    assert not copied["link"].is_symlink()
+    assert stat.S_IMODE(copied["a"].stat().st_mode) & 0o7111 == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
+def test_nothing_but_files_is_copied(tmp_path, kind):
+    source = tmp_path / "source"
+    source.mkdir()
+    place = source / "a"
+    make(tmp_path / "b" if "link" in kind else place, kind)
+    if "link" in kind:
+        place.symlink_to("../b")
+    with pytest.raises(ActExportError, match=r"is a link to|is no file"):
+        copy_folder(source, tmp_path / "copy")

@@ -3,8 +3,9 @@
 
     tools/kill_jobs.py [--job export|graft|search|conversion ...] [--times 10] [--seed 0]
 
-A job is a command on a tiny model. Its process gets SIGKILL at times spread over those that it takes, each time in
-folders of its own: for the output, the cache and temporary files. Every second time there is an older output already.
+A job is a command on a tiny model. Its process gets SIGKILL at times spread over those that it takes, and every third
+time while a result is put together; each time in folders of its own: for the output, the cache and temporary files.
+Every second time there is an older output already.
 The same command then runs to its end. What is there afterwards must be what an undisturbed run left: the same files
 with the same bytes in the output, and nothing else in the three folders.
 """
@@ -31,9 +32,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from act_export import convert, search_job  # noqa: E402, F401  imported here so that a fork begins with the work
 from act_export.cli import main as act_export  # noqa: E402
+from act_export.files import is_staging  # noqa: E402
 from act_export.graft import graft  # noqa: E402, F401
 
 OUTPUT = "output"
+_WRITING_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,15 @@ JOBS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def run(command: list[str], place: Path, *, kill_after_s: float | None = None) -> Run:
-    """Runs a command of act-export in a fork of this process, with its folders in `place`."""
+def run(command: list[str], place: Path, *, kill_after_s: float | None = None, writing: bool = False) -> Run:
+    """Runs a command of act-export in a fork of this process, with its folders in `place`.
+
+    Args:
+        command: Its arguments.
+        place: Where the folders are.
+        kill_after_s: When to kill it; None to let it end.
+        writing: Count from when a result is begun to be put together.
+    """
     for name in (OUTPUT, "cache", "temporary"):
         (place / name).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -108,10 +118,17 @@ def run(command: list[str], place: Path, *, kill_after_s: float | None = None) -
             sys.stdout.flush()
             os._exit(code)
     if kill_after_s is not None:
+        while writing and not any(map(is_staging, place.rglob("*"))) and not has_ended(child):
+            time.sleep(0.001)
         time.sleep(kill_after_s)
         os.kill(child, signal.SIGKILL)  # or it ended before, and waits to be asked how
     _, status = os.waitpid(child, 0)
     return Run(os.waitstatus_to_exitcode(status), time.monotonic() - started)
+
+
+def has_ended(child: int) -> bool:
+    """Whether a process has ended; it can be waited for all the same."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def contents(place: Path) -> dict[str, str]:
@@ -138,15 +155,20 @@ def check(job: str, times: int, seed: int, folder: Path) -> int:
         place = folder / str(number)
         if number % 2:
             shutil.copytree(folder / "whole" / OUTPUT, place / OUTPUT)
-        after_s = (number + drawn.random()) / times * whole.seconds
-        first = run(command, place, kill_after_s=after_s)
+        writing = number % 3 == 0
+        after_s = drawn.uniform(0, _WRITING_S) if writing else (number + drawn.random()) / times * whole.seconds
+        first = run(command, place, kill_after_s=after_s, writing=writing)
         left = sorted(set(contents(place)) - set(expected))
         again = run(command, place)
         found = contents(place)
         differences = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         killed += first.code == -signal.SIGKILL
         wrong += bool(differences or again.code)
-        ended = f"killed after {after_s:.2f} s" if first.code == -signal.SIGKILL else f"ended with code {first.code}"
+        ended = (
+            f"killed after {after_s:.3f} s{' of writing' if writing else ''}"
+            if first.code == -signal.SIGKILL
+            else f"ended with code {first.code}"
+        )
         older = ", over an older output" if number % 2 else ""
         result = ", ".join(differences) or "the same, and nothing left"
         print(

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 
 import pytest
+from no_file import KINDS, is_untouched, make
 
 from act_export.export.write import COMPANIONS, OutputError, check_output, publish, staged
+
+
+def written(out, names, **options):
+    """Stages and publishes files of these names."""
+    with staged(out) as folder:
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("new")
+        return publish(folder, out.parent if out.suffix == ".onnx" else out, **options)
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "new_folder", "model-v1.0"])
@@ -110,3 +122,91 @@ def test_a_folder_with_other_files(tmp_path):
     (tmp_path / "notes.md").touch()
     with pytest.raises(OutputError, match=r"holds other files, e\.g\. notes\.md"):
         check_output(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["a.onnx", "a.onnx.data", "folder"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind, name):
+    out = tmp_path / name.removesuffix(".data")
+    before = make(tmp_path / name, kind)
+    if (kind, name) == ("folder", "folder"):
+        check_output(out)
+        return
+    with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+        check_output(out)
+    if name == "folder":
+        return
+    with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+        written(out, [name])
+    assert is_untouched(tmp_path / name, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_file_in_an_output_folder_is_neither_followed_nor_replaced(tmp_path, kind):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.onnx").write_text("an older export")
+    before = make(out / "tokenizer.json", kind)
+    for names in (["model.onnx", "tokenizer.json"], ["model.onnx"]):
+        with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+            written(out, names, stale=COMPANIONS)
+    with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+        check_output(out)
+    assert is_untouched(out / "tokenizer.json", before)
+    assert (out / "model.onnx").read_text() == "an older export"
+
+
+def test_a_link_to_a_folder_is_that_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    check_output(tmp_path / "out")
+    written(tmp_path / "out", ["model.onnx"])
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["model.onnx"]
+
+
+def test_a_folder_within_an_output_that_leads_out_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights").symlink_to("../elsewhere")
+    with pytest.raises(OutputError, match="is a link to"):
+        written(tmp_path / "out", ["weights/all.bin"])
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_output_that_was_being_published_when_its_process_was_killed_is_taken_again(tmp_path):
+    """The old graph is gone then, and the new one isn't there."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds other files"):
+        check_output(out)
+    child = os.fork()
+    if not child:
+        with staged(out):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    check_output(out)
+    written(out, ["model.onnx"])
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.onnx"]
+
+
+@pytest.mark.parametrize("name", ["a.onnx", "folder"])
+def test_of_exports_at_the_same_time_the_last_one_wins_with_all_of_its_files(tmp_path, name):
+    out = tmp_path / name
+    graph = "a.onnx" if name == "a.onnx" else "model.onnx"
+    children = []
+    for number in range(4):
+        child = os.fork()
+        if not child:
+            for turn in range(15):
+                with staged(out) as folder:
+                    for file in (graph, f"{graph}.data"):
+                        (folder / file).write_text(f"{number} {turn}")
+                    publish(folder, tmp_path if name == "a.onnx" else out, stale=COMPANIONS if name == "folder" else ())
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    folder = tmp_path if name == "a.onnx" else out
+    assert sorted(path.name for path in folder.iterdir()) == [graph, f"{graph}.data"]
+    assert (folder / graph).read_text() == (folder / f"{graph}.data").read_text()

@@ -18,6 +18,7 @@ from close import assert_logits_close
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
+from no_file import KINDS, is_untouched, make
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
@@ -298,3 +299,38 @@ def test_every_option_is_on_the_page():
     options = {name for option in typer.main.get_command(app).commands["triton"].params for name in option.opts}
     named = set(re.findall(r"`(--[a-z-]+)", table)) | {"--out"}  # which the example has
     assert named == {name for name in options if name.startswith("--")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["models", "models/m", "models/m/config.pbtxt", "models/m/1/model.onnx"])
+def test_what_is_no_file_is_neither_followed_nor_replaced(place, kind, tmp_path):
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "any", [value], [value])
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    before = make(tmp_path / place, kind)
+    if kind == "folder" and place.count("/") < 2:
+        assert write_repository(tmp_path / "m.onnx", tmp_path / "models")
+        return
+    with pytest.raises(ActExportError):
+        write_repository(tmp_path / "m.onnx", tmp_path / "models")
+    assert is_untouched(tmp_path / place, before)
+
+
+def test_weights_behind_links_are_copied_or_refused(tiny_file, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for suffix in ("", ".data"):
+        shutil.copy(f"{tiny_file}{suffix}", folder / f"model.onnx{suffix}")
+    (folder / "model.onnx.data").rename(folder / "weights")
+    (folder / "model.onnx.data").symlink_to("weights")
+    write_repository(folder, tmp_path / "models", name="m", native=False)
+    copied = tmp_path / "models" / "m" / "1" / "model.onnx.data"
+    assert copied.is_file()
+    assert not copied.is_symlink()
+    (folder / "weights").rename(tmp_path / "elsewhere")
+    (folder / "model.onnx.data").unlink()
+    (folder / "model.onnx.data").symlink_to("../elsewhere")
+    with pytest.raises(HostError, match="is a link to"):
+        write_repository(folder, tmp_path / "models", name="n")
+    assert not (tmp_path / "models" / "n").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+from safetensors.torch import save
 from test_profile_file import assert_same
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
 from tokenizers import decoders, models
@@ -27,6 +28,7 @@ from act_export.profile import (
     run,
     unreachable,
 )
+from act_export.profile.partial import PartialTally
 from act_export.profile.tally import Tally
 from act_export.reference import attention_probabilities, calibrate_with_state
 from act_export.tasks import EncodedExample
@@ -374,3 +376,25 @@ def test_a_profile_prints_in_a_line(checkpoint):
     profile = profiled(checkpoint)
     assert repr(profile) == "<SinkProfile of tiny llama, 2 layers of 4 heads: plain, asked>"
     assert repr(profile["asked"]) == "<SinkStatistics of asked: 6 prompts, 158 tokens>"
+
+
+@pytest.mark.parametrize("damage", ["bit", "NaN", "cut", "older"])
+def test_damaged_unfinished_work_is_done_again(tmp_path, damage):
+    tallies = [Tally(((1, 2, 3),), 2, 2, OPTIONS.thresholds)]
+    kept = PartialTally(tmp_path, "a", tallies)
+    tallies[0].sums["occurrences"] += 3.0
+    kept.save(7)
+    assert PartialTally(tmp_path, "a", [Tally(((1, 2, 3),), 2, 2, OPTIONS.thresholds)]).resume() == 7
+    content = kept.path.read_bytes()
+    if damage == "bit":
+        kept.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "NaN":
+        tallies[0].sums["occurrences"] *= float("nan")
+        kept.save(7)
+    elif damage == "cut":
+        kept.path.write_bytes(content[: len(content) // 2])
+    else:
+        kept.path.write_bytes(save(kept._sums(), {"done": "7"}))
+    fresh = Tally(((1, 2, 3),), 2, 2, OPTIONS.thresholds)
+    assert PartialTally(tmp_path, "a", [fresh]).resume() == 0
+    assert not fresh.sums["occurrences"].any()
