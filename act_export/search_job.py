@@ -14,6 +14,7 @@ from act_export.files import cache_folder, check_replaceable, check_writable, wr
 from act_export.recipes import PUBLISHED, find_recipes
 from act_export.search import Progress, SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.tasks import TaskExamples, TaskOptions, load_questions, split_examples
+from act_export.tasks.splits import check_sizes
 
 JOINT_FILE, REPORT_FILE = "joint.json", "search.json"
 
@@ -47,9 +48,10 @@ class SearchJob:
     journal: Path | None = None
 
     def __post_init__(self) -> None:
-        """What is named twice counts once."""
+        """What is named twice counts once; raises TaskError for a split of less than one question."""
         object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         object.__setattr__(self, "data", tuple(dict.fromkeys(self.data)))
+        check_sizes(rank=self.rank, choose=self.choose, report=self.report)
 
     def load(self) -> list[SearchTask]:
         """The questions, drawn into splits.

@@ -22,6 +22,7 @@ from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supp
 from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import ModelSource, read_source
+from act_export.graft.well_formed import check_nodes
 from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
@@ -102,6 +103,7 @@ def graft(
     _refuse_calibrated(source)
     library = _library() if native and source.folder is not None else None
     before = source.model
+    check_nodes(before.graph, str(source.path))
     after = onnx.ModelProto.FromString(before.SerializeToString())
     graph = Graph(after.graph, after.opset_import)
     sites = find_sites(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import external_data_helper, helper, numpy_helper
 
+from act_export.errors import others_errors, shortened, shown
 from act_export.graft.errors import GraftError
 
 _LARGEST_CONSTANT = 4096  # elements: scalars, shapes and permutations; weights aren't read
@@ -77,17 +79,18 @@ class Graph:
         """A small constant's value, of an initializer or a Constant node; None for anything else."""
         tensor = self.initializers.get(value)
         node = self.producer(value)
-        if tensor is None and node is not None and node.op_type == "Constant":
+        if tensor is None and node is not None and node.op_type == "Constant" and node.attribute:
             given = node.attribute[0]
             if given.name == "value":
                 tensor = given.t
             elif given.name in ("value_int", "value_float", "value_ints", "value_floats"):
-                return np.asarray(helper.get_attribute_value(given))
+                return np.asarray(attribute(node, given.name))
         if tensor is None or external_data_helper.uses_external_data(tensor):
             return None
-        if np.prod(tensor.dims, dtype=np.int64) > _LARGEST_CONSTANT:
+        if math.prod(tensor.dims) > _LARGEST_CONSTANT:
             return None
-        return numpy_helper.to_array(tensor)
+        with others_errors(f"the constant {shown(value)} can't be read", "export the model again", error=GraftError):
+            return numpy_helper.to_array(tensor)
 
     def between(self, outputs: Sequence[str], cuts: Sequence[str]) -> tuple[list[onnx.NodeProto], list[str]]:
         """The nodes that compute values from others, in the graph's order, and what else they need.
@@ -119,14 +122,16 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     found = next((given for given in node.attribute if given.name == name), None)
     if found is None:
         return default
-    value = helper.get_attribute_value(found)
-    return value.decode("utf-8") if isinstance(value, bytes) else value
+    what = f"{describe(node)} has an attribute {shown(name)} that can't be read"
+    with others_errors(what, "export the model again", error=GraftError):
+        value = helper.get_attribute_value(found)
+        return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
 def describe(node: onnx.NodeProto) -> str:
     """A node as errors name it."""
-    kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    return f"{kind} {node.name!r}" if node.name else f"{kind} that makes {node.output[0]!r}"
+    kind = shortened(f"{node.domain}.{node.op_type}" if node.domain else node.op_type, 100)
+    return f"{kind} {shown(node.name)}" if node.name else f"{kind} that makes {shown(next(iter(node.output), ''))}"
 
 
 def reads(node: onnx.NodeProto) -> list[str]:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from act_export.calibration import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, shown
 from act_export.tasks import Generation, Splits
 
 METHODS = ("gates", "gates+confirm", "exhaustive")
 HEAD_COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60)
 BATCH_TOKENS = 2048
+_MOST_HEADS = 1_000_000
+_RANGES = (("confirm", 1, _MOST_HEADS), ("batch_tokens", 1, 2**40), ("random_draws", 0, 10_000), ("seed", 0, 2**63 - 1))
 
 
 class SearchError(ActExportError):
@@ -129,8 +131,10 @@ class SearchOptions:
                 )
         for threshold in self.thresholds:
             Calibration({}, threshold=threshold.value, threshold_mode=threshold.mode)
-        for name, least in (("confirm", 1), ("batch_tokens", 1), ("random_draws", 0)):
-            if getattr(self, name) < least:
-                raise SearchError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if min(self.head_counts) < 1:
-            raise SearchError(f"the numbers of heads are {self.head_counts}; each must be at least 1")
+        for name, least, most in _RANGES:
+            if not least <= getattr(self, name) <= most:
+                raise SearchError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
+        if not all(1 <= count <= _MOST_HEADS for count in self.head_counts):
+            raise SearchError(
+                f"the numbers of heads are {shown(self.head_counts)}; each must be from 1 to {_MOST_HEADS}"
+            )

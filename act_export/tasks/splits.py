@@ -56,6 +56,7 @@ def split_examples(
     Raises:
         TaskError: If there are too few different questions, or too few with one of the answers, with the counts.
     """
+    check_sizes(rank=rank, choose=choose, report=report)
     given = list(examples)
     different = drawn(given, seed)
     sizes = _sizes(len(different), {"rank": rank, "choose": choose, "report": report})
@@ -64,6 +65,13 @@ def split_examples(
         splits = _stratified(different, sizes)
     ranking, choosing, reporting = map(tuple, splits)
     return Splits(ranking, choosing, reporting, len(given) - len(different))
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raises TaskError for a split of less than one example; None stands for the usual size."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise TaskError(f"the {name} split has {size} examples; it needs at least 1")
 
 
 def prompt_digest(question: str) -> str:
@@ -90,9 +98,6 @@ def _digest(text: str) -> str:
 
 
 def _sizes(available: int, asked: dict[str, int | None]) -> list[int]:
-    for name, size in asked.items():
-        if size is not None and size < 1:
-            raise TaskError(f"the {name} split has {size} examples; it needs at least 1")
     usual = {"rank": RANK, "choose": CHOOSE, "report": REPORT}
     open_names = [name for name, size in asked.items() if size is None]
     if open_names and available < MINIMUM:

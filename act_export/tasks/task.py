@@ -29,6 +29,9 @@ __all__ = [
     "task_names",
 ]
 
+_MOST_SHOTS = 10_000
+_SEEDS = 2**63
+
 
 @dataclass(frozen=True)
 class TaskOptions:
@@ -45,9 +48,11 @@ class TaskOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises TaskError for a number of shots below 0."""
-        if self.shots < 0:
-            raise TaskError(f"the number of few-shot examples is {self.shots}; it must be 0 or more")
+        """Raises TaskError for a number of shots or a seed below 0, or far too large."""
+        if not 0 <= self.shots <= _MOST_SHOTS:
+            raise TaskError(f"the number of few-shot examples is {self.shots}; it must be 0 to {_MOST_SHOTS}")
+        if not 0 <= self.seed < _SEEDS:
+            raise TaskError(f"the seed is {self.seed}; it must be from 0 to {_SEEDS - 1}")
 
 
 def task_names() -> list[str]:

@@ -128,7 +128,6 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
         configuration = configuration_beside(file)
         inputs = {given.name: declared_dtype(given) for given in known if given.name in _IDS}
         logits_dtype = declared_dtype(logits)
-        parts = tuple(state_input(file, graph, given, configuration) for given in states)
     attention = [node for node in graph.node if node.op_type.endswith("Attention")]
     vocabulary = declared_shape(logits)[-1] or configuration.get("vocab_size")
     if vocabulary is None:
@@ -136,6 +135,8 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
             f"can't tell the vocabulary of {file}: the shape of its logits doesn't say, and there is no "
             f"genai_config.json or config.json with vocab_size beside it"
         )
+    with _as_model_file_error():
+        parts = tuple(state_input(file, graph, given, configuration) for given in states)
     return ModelFile(
         path=file,
         ours=ours,
