@@ -22,6 +22,7 @@ from act_export.export.hollow import ReadWeight, attach_weights, hollowed
 from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
+from act_export.export.rope import traceable_rotation
 from act_export.hooks import (
     HookedModel,
     LayerState,
@@ -152,6 +153,7 @@ def trace(
         attention_hook(model, OperatorAttention(calibration, sink_logits)) as hooked,
         experts.exportable_experts(model),
         one_rotation(model),
+        traceable_rotation(model),
         hollowed(model) as own_weights,
         _quiet_exporter(),
     ):

@@ -20,6 +20,7 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import family_of, placeholders_of
 from act_export.errors import ActExportError
 from act_export.export.quantize import Quantization
+from act_export.export.rope import context_of, recomputed_beyond
 from act_export.files import (
     check_replaceable,
     check_writable,
@@ -33,6 +34,7 @@ from act_export.files import (
 )
 from act_export.ops import functions, schema
 from act_export.ops.library import NAMES
+from act_export.runtime.generation_settings import GENERATION, RECOMPUTED_BEYOND, end_tokens, fields_of
 
 METADATA_PREFIX = "act_export."
 COMPANIONS = {
@@ -74,6 +76,7 @@ def metadata(
 ) -> dict[str, str]:
     """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
     config = checkpoint.model.config
+    recomputed = recomputed_beyond(checkpoint.model)
     family, placeholders = family_of(checkpoint.model), placeholders_of(checkpoint.model)
     properties = {
         "version": __version__,
@@ -83,12 +86,15 @@ def metadata(
         "limits": json.dumps(
             {
                 "vocabulary": config.vocab_size,
-                "context": getattr(config, "max_position_embeddings", None),
+                "context": context_of(config),
                 "stop_tokens": stop_tokens(checkpoint),
                 **({"placeholders": placeholders} if placeholders else {}),
             }
         ),
     }
+    properties[GENERATION] = json.dumps(fields_of(checkpoint.model.generation_config))
+    if recomputed is not None:
+        properties[RECOMPUTED_BEYOND] = str(recomputed)
     if family:
         properties["family"] = family
     if checkpoint.revision:
@@ -102,15 +108,24 @@ def metadata(
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    """Tokens after which generation ends, by tokenizer, generation configuration and configuration."""
-    generation = checkpoint.model.generation_config
-    given = [
-        checkpoint.tokenizer.eos_token_id if checkpoint.tokenizer is not None else None,
-        generation.eos_token_id if generation is not None else None,
-        checkpoint.model.config.eos_token_id,
-    ]
-    lists = [tokens if isinstance(tokens, list) else [tokens] for tokens in given]
-    return sorted({int(token) for tokens in lists for token in tokens if token is not None})
+    """Tokens after which generation ends, by tokenizer, generation configuration and configuration.
+
+    Raises:
+        ActExportError: If one of them names something that is no token of the model's.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    given = {
+        "the tokenizer": tokenizer.eos_token_id if tokenizer is not None else None,
+        "generation_config.json": model.generation_config.eos_token_id if model.generation_config is not None else None,
+        "config.json": model.config.eos_token_id,
+    }
+    return sorted(
+        {
+            token
+            for place, tokens in given.items()
+            for token in end_tokens(tokens, f"eos_token_id of {place} of {checkpoint.name}", model.config.vocab_size)
+        }
+    )
 
 
 def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:

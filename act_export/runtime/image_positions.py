@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
+from act_export.runtime.token_input import checked_mask
 
 
 def image_positions(
@@ -36,7 +37,7 @@ def image_positions(
     """
     positions = np.zeros((3, *input_ids.shape), np.int64)
     left = iter([tuple(int(side) for side in grid) for grid in grids])
-    for row, (ids, mask) in enumerate(zip(input_ids, attention_mask != 0, strict=True)):
+    for row, (ids, mask) in enumerate(zip(input_ids, checked_mask(attention_mask, "attention_mask") != 0, strict=True)):
         parts = list(_parts(ids[mask] == image_token, left, merge))
         positions[:, row, mask] = np.concatenate(parts, 1) if parts else np.zeros((3, 0), np.int64)
     others = len(list(left))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from act_export.errors import SessionError
 from act_export.runtime.state import State, StateInput, element_type
+from act_export.runtime.token_input import checked_mask
 
 if TYPE_CHECKING:
     from act_export.runtime.session import Session
@@ -76,14 +77,13 @@ class Cache(ABC):
             Logits (batch, positions, vocabulary).
 
         Raises:
-            SessionError: If shapes don't fit, a token isn't in the vocabulary, a sequence is longer than the model's
-                context, ONNX Runtime fails, or the step before was interrupted.
+            SessionError: If shapes don't fit, the mask has other numbers, a token isn't in the vocabulary, a sequence
+                is longer than the model's context, ONNX Runtime fails, or the step before was interrupted.
         """
         self._check_whole()
         tokens = self.session.token_input.tokens(input_ids)
         shape = (self.batch, tokens.shape[1])
-        if token_mask is None:
-            token_mask = np.ones(shape, np.int64)
+        token_mask = np.ones(shape, np.int64) if token_mask is None else checked_mask(token_mask, "token_mask")
         if not tokens.shape[:2] == token_mask.shape == shape:
             raise SessionError(
                 f"{self.session.token_input.name} has shape {tokens.shape}, token_mask {token_mask.shape}; the cache "
@@ -94,8 +94,8 @@ class Cache(ABC):
         self.session.check(counts[:, -1:], logits_to_keep)
         if position_ids is None:
             position_ids = np.maximum(self.next_positions[:, None] + real.cumsum(-1) - 1, 0)
-        elif position_ids.shape[-2:] != shape:
-            raise SessionError(f"position_ids has shape {position_ids.shape}; its last two must be {shape}")
+        elif np.shape(position_ids)[-2:] != shape:
+            raise SessionError(f"position_ids has shape {np.shape(position_ids)}; its last two must be {shape}")
         position_ids = self.session.token_input.positions(position_ids)
         total = self.length + shape[1]
         with self._in_between():

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
+from act_export.external_data import check_before_opening
+from act_export.files import path_inside
 from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.state import DTYPES, element_type
 
@@ -18,6 +20,25 @@ EMBEDDING_FILE = "embedding.onnx"
 IDS, EMBEDDINGS, POSITIONS = "input_ids", "inputs_embeds", "position_ids"
 Lookup = Callable[[NDArray[np.int64]], NDArray[Any]]
 """Token ids (batch, sequence) -> embeddings (batch, sequence, hidden size)."""
+
+
+def checked_mask(mask: Any, name: str) -> NDArray[np.int64]:
+    """A mask of tokens, 1 for real ones and 0 for padding.
+
+    Args:
+        mask: Whole numbers or booleans, of any shape; floats that are 0 and 1 will do.
+        name: What it is called, for errors.
+
+    Raises:
+        SessionError: If there is anything else in it: it isn't clear whether that stands for a token.
+    """
+    found = np.asarray(mask)
+    if found.dtype.kind not in "biuf":
+        raise SessionError(f"{name} is of {found.dtype}; it must be of 1 for real tokens and 0 for padding")
+    other = found[(found != 0) & (found != 1)]
+    if other.size:
+        raise SessionError(f"{name} has {other[0]} in it; it must be 1 for real tokens and 0 for padding")
+    return found.astype(np.int64, copy=False)
 
 
 @dataclass
@@ -79,6 +100,7 @@ class TokenInput:
             SessionError: If there is no token or an unknown one, these are ids and the file takes embeddings, or the
                 other way round, or one of several ids stands for an image. (A single one the model may have drawn.)
         """
+        given = np.asarray(given)
         if given.ndim == 2 and np.issubdtype(given.dtype, np.integer):
             self._check_ids(given)
             self._check_placeholders(given)
@@ -102,6 +124,9 @@ class TokenInput:
             raise SessionError(
                 f"{self.path} takes token ids; a file that takes embeddings is exported with --inputs-embeds"
             )
+        input_ids = np.asarray(input_ids)
+        if not np.issubdtype(input_ids.dtype, np.integer):
+            raise SessionError(f"the token ids to look up are {input_ids.dtype}; they must be whole numbers")
         self._check_ids(input_ids)
         return self._looked_up(input_ids)
 
@@ -112,9 +137,11 @@ class TokenInput:
             given: Those, or (batch, sequence) that hold for all three.
 
         Raises:
-            SessionError: If they have another shape.
+            SessionError: If they have another shape, or are no whole numbers.
         """
-        axes = self.position_axes
+        axes, given = self.position_axes, np.asarray(given)
+        if given.dtype.kind not in "iu":
+            raise SessionError(f"position_ids are {given.dtype}; they must be whole numbers")
         if given.ndim == 2 and axes > 1:
             given = np.broadcast_to(given, (axes, *given.shape))
         if given.ndim != (3 if axes > 1 else 2) or (axes > 1 and len(given) != axes):
@@ -124,7 +151,7 @@ class TokenInput:
 
     def _looked_up(self, input_ids: NDArray[np.int64]) -> NDArray[Any]:
         if self.lookup is None:
-            place = self.path.parent / EMBEDDING_FILE
+            place = path_inside(self.path.parent, EMBEDDING_FILE, f"the embeddings of {self.path}", error=SessionError)
             if not place.is_file():
                 raise SessionError(
                     f"{self.path} takes embeddings (batch, sequence, {self.size}), and these are token ids; there is "
@@ -170,6 +197,7 @@ class EmbeddingFile:
             SessionError: If ONNX Runtime refuses it.
         """
         onnxruntime = import_onnxruntime()
+        check_before_opening(path, SessionError)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
