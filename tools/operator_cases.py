@@ -25,6 +25,7 @@ STORAGE: dict[str, tuple[int, Any]] = {
 ANSWER, ERROR, EITHER = "answer", "error", "either"
 FED, BOUND, IN_PLACE = "fed", "bound", "in place"
 MOST_WORK = 3e7  # of a case: products of a query's element with a key's
+PASTS = (0, 1, 5, 31, 64, 255, 256, 257, 600)
 INT64 = np.iinfo(np.int64)
 
 
@@ -128,14 +129,12 @@ def output_shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 def _ordinary(random: Random) -> Case:
     """Any shape and attribute that models have, and some that none has."""
-    batch, sequence, past = random.pick([1, 1, 2, 3]), random.pick([1, 1, 2, 3, 8, 9, 17, 48, 49, 100]), 0
+    batch, sequence = random.pick([1, 1, 2, 3]), random.pick([1, 1, 2, 3, 8, 9, 17, 48, 49, 100])
     kv_heads, group = random.pick([1, 1, 2, 3]), random.pick([1, 2, 3, 8])
     size = random.pick([1, 3, 8, 16, 20, 64, 130])
     value_size = size if random.chance(0.8) else random.pick([1, 5, 16, 70])
-    for candidate in random.generator.permutation([0, 1, 5, 31, 64, 255, 256, 257, 600]):
-        past = int(candidate)
-        if batch * kv_heads * group * sequence * (past + sequence) * size <= MOST_WORK:
-            break
+    work = batch * kv_heads * group * sequence * size
+    past = random.pick([past for past in PASTS if past == 0 or work * (past + sequence) <= MOST_WORK])
     spare = random.pick([0, 0, 1, sequence, sequence + 9])
     heads = kv_heads * group
     calibrated = [int(h) for h in random.generator.permutation(heads)[: random.pick([0, 1, 1, 3, heads])]]
