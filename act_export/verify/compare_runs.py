@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from act_export.verify.metrics import Gate, Metrics, compare_parts
+from act_export.verify.metrics import Gate, Metrics, compare_parts, differences
 from act_export.verify.parity_report import CaseResult
 from act_export.verify.recording import Step
 
@@ -51,8 +51,8 @@ class _Flips:
                 clean = ~flipped
                 judged = clean if gate.error_ratio is not None else torch.ones_like(flipped)
                 wrong += int((differs & ~by_rounding)[judged].sum())
-                distances = (mine.margins[layer] - other.margins[layer]).abs()[clean]
-                score_difference = max(score_difference, float(distances.max()) if distances.numel() else 0.0)
+                distances = differences(mine.margins[layer][clean].numpy(), other.margins[layer][clean].numpy())
+                score_difference = max(score_difference, float(distances.max(initial=0)))
                 counts[index] += differs.sum((1, 2)).numpy()
                 flipped |= differs.any(2).any(1)
         return cls(counts, wrong, score_difference)

@@ -112,7 +112,11 @@ class Metrics:
 
 
 def compare_logits(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Metrics:
-    """Compares logits of shape (positions, vocabulary); NaN counts as an infinite difference."""
+    """Compares logits of shape (positions, vocabulary).
+
+    Where both are the same infinity, as of a token that a bias rules out, or both are NaN, they agree; where one alone
+    is, the difference is infinite.
+    """
     return compare_parts([(logits, reference)])
 
 
@@ -122,12 +126,12 @@ def compare_parts(parts: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]
     margins: list[NDArray[np.float32]] = []
     same: list[NDArray[np.bool_]] = []
     for ours, theirs in _blocks(parts):
-        difference = np.abs(ours - theirs)
-        difference[np.isnan(difference)] = np.inf
+        difference = differences(ours, theirs)
+        ours, theirs = np.nan_to_num(ours), np.nan_to_num(theirs)  # to be ranked
         largest = max(largest, float(difference.max()))
         total += float(difference.sum(dtype=np.float64))
         size += difference.size
-        best, our_best = _top(theirs), _top(np.nan_to_num(ours))
+        best, our_best = _top(theirs), _top(ours)
         overlap += sum(len(np.intersect1d(a, b)) / best.shape[-1] for a, b in zip(best, our_best, strict=True))
         ranked = np.sort(np.take_along_axis(theirs, best, -1), -1)
         margins.append(ranked[:, -1] - ranked[:, -2] if ranked.shape[-1] > 1 else np.full(len(ranked), np.inf))
@@ -145,6 +149,17 @@ def compare_parts(parts: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]
         top10_agreement=overlap / len(near_tie),
         near_ties=int(near_tie.sum()),
     )
+
+
+def differences(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Absolute differences: 0 where both are the same infinity or both are NaN, infinite where one alone is."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found: NDArray[np.float32] = np.abs(ours - theirs)
+    odd = ~np.isfinite(found)
+    if odd.any():
+        same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+        found[odd] = np.where(same[odd], np.float32(0), np.float32(np.inf))
+    return found
 
 
 def _blocks(

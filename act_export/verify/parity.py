@@ -59,7 +59,7 @@ def verify_sessions(
         progress: Called with what is being compared.
 
     Raises:
-        ActExportError: If PyTorch gets infinite logits in that type.
+        ActExportError: If PyTorch gets NaN, or logits in that type that are infinite where they shouldn't be.
     """
     model = checkpoint.model
     cases = parity_cases(model, checkpoint.tokenizer)
@@ -77,6 +77,7 @@ def verify_sessions(
             for case in cases:
                 progress(f"verifying, PyTorch: {case.name}")
                 expected.append(record(case, pytorch_engine(hooked), rule, follow=None))
+                _check_numbers(expected[-1], checkpoint, case)
         half = None
         if GATES[precision].error_ratio is not None:
             rounded = half_model(model, precision) if rounding is None else rounding(model)
@@ -146,8 +147,19 @@ def _rounding_pytorch(
     return EngineReport(engine, tuple(results), passed=True)
 
 
+def _check_numbers(steps: Sequence[Step], checkpoint: Checkpoint, case: Case) -> None:
+    """Raises ActExportError if PyTorch gets NaN: what computes nothing can't be compared."""
+    for step in steps:
+        for row, real in enumerate(step.real):
+            if np.isnan(step.logits[row][real]).any():
+                raise ActExportError(
+                    f"{checkpoint.name} computes NaN in PyTorch in float32 ({case.name}), so there is nothing to "
+                    f"export: some of its weights are too large, or its configuration isn't the one it was trained with"
+                )
+
+
 def _check_finite(report: EngineReport, checkpoint: Checkpoint, precision: str) -> None:
-    """Raises ActExportError if PyTorch in a half type gets infinite logits."""
+    """Raises ActExportError if PyTorch in a half type gets infinite logits where they are finite in float32."""
     largest = [max(each.metrics.max_difference, each.flipped_metrics.max_difference) for each in report.results]
     if not np.isfinite(largest).all():
         raise ActExportError(

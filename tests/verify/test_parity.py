@@ -352,3 +352,46 @@ def test_attention_that_fell_back_to_the_cpu_fails():
     assert dataclasses.replace(
         report, placement=dataclasses.replace(placed, attention={"attention_1": "CUDAExecutionProvider"})
     ).passed
+
+
+ODD = (np.inf, -np.inf, np.nan)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_equal_infinities_agree(odd):
+    """A token that a bias rules out is one in both; what differs beside it counts."""
+    reference = np.random.default_rng(0).standard_normal((9, 20)).astype(np.float32)
+    reference[2:4, 5] = odd
+    assert compare_logits(reference.copy(), reference) == compare_logits(reference, reference)
+    assert compare_logits(reference.copy(), reference).passes(Gate(0, 1.0, 0, 0, mean_difference=0))
+    ours = reference.copy()
+    ours[0, 0] += 0.5
+    assert compare_logits(ours, reference).max_difference == 0.5
+
+
+@pytest.mark.parametrize("ours", [0.0, *ODD])
+@pytest.mark.parametrize("theirs", [0.0, *ODD])
+def test_other_infinities_differ(ours, theirs):
+    logits = [np.zeros((3, 4), np.float32) for _ in range(2)]
+    logits[0][1, 2], logits[1][1, 2] = ours, theirs
+    same = ours == theirs or np.isnan([ours, theirs]).all()
+    assert compare_logits(*logits).max_difference == (0.0 if same else np.inf)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_export_with_a_token_that_is_ruled_out(tmp_path, dtype):
+    checkpoint = tiny_checkpoint("phi")
+    checkpoint.model.lm_head.bias.data[[5, 77]] = -torch.inf
+    build_model(checkpoint, CALIBRATION, tmp_path / "a.onnx", dtype=dtype)
+    report = verify(checkpoint, CALIBRATION, tmp_path / "a.onnx", precision=dtype)
+    assert report.passed
+    assert report.hook.max_difference < 1e-3
+    checkpoint.model.lm_head.bias.data[77] = 0
+    assert not verify(checkpoint, CALIBRATION, tmp_path / "a.onnx", precision=dtype).passed
+
+
+def test_a_model_that_computes_nothing(tiny_file):
+    checkpoint = tiny_checkpoint()
+    checkpoint.model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ActExportError, match="computes NaN in PyTorch"):
+        verify(checkpoint, CALIBRATION, tiny_file)
