@@ -26,6 +26,7 @@ from act_export.calibration import Calibration
 from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.support import why_unsupported_model
 from act_export.errors import ActExportError
+from act_export.low_memory import is_low_memory
 from act_export.reference import calibrated_attention
 
 if TYPE_CHECKING:
@@ -278,6 +279,8 @@ def as_unsupported(architecture: str) -> Iterator[None]:
     except (ActExportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if is_low_memory(error):
+            raise MemoryError(str(error)) from error
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise UnsupportedModelError(
             f"{architecture} models can't be exported yet: {type(error).__name__}: {first_line[:300]}"
