@@ -91,7 +91,7 @@ class Keys:
         return self.gguf.keys.get(self.full(name))
 
     def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number; a list of one for each layer will do where they are all the same.
+        """A whole number, the same for all layers.
 
         Args:
             name: Of the key, without the architecture.
@@ -104,10 +104,13 @@ class Keys:
         value = self.take(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, list) and value:
-            if any(each != value[0] for each in value):
-                raise self.refused(self.full(name), value, "only models whose layers are all alike are verified")
-            value = value[0]
+        if isinstance(value, list):
+            raise self.refused(
+                self.full(name),
+                value,
+                "models are verified whose layers are all alike, with one number for all; convert "
+                "the original checkpoint to safetensors and pass that",
+            )
         if type(value) is not int or not least <= value <= LARGEST_COUNT:
             raise self.refused(self.full(name), value, f"a whole number from {least} to {LARGEST_COUNT} is needed")
         return value
