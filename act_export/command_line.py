@@ -171,7 +171,7 @@ def load_model(
 
         if fetched is not None:
             return load_fetched(fetched, dtype=dtype, device=device, device_map=device_map, stream=stream)
-        return load_checkpoint(
+        loaded = load_checkpoint(
             model,
             dtype=dtype,
             device=device,
@@ -180,6 +180,11 @@ def load_model(
             trust_remote_code=trust_remote_code,
             stream=stream,
         )
+    from act_export.checkpoint.gguf import remarks_of
+
+    for remark in remarks_of(Path(loaded.model.name_or_path)):
+        note(f"note: {remark}")
+    return loaded
 
 
 def fetch_model(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Fetched:
