@@ -178,3 +178,8 @@ def test_options_of_a_search(arguments: tuple[str, str], tmp_path: Path) -> None
     assert "there is no" not in said
     assert arguments[1].split(",")[-1] in said or arguments[0] in said
     assert os.listdir(tmp_path) == [rows.name]
+
+
+def test_a_name_that_leads_nowhere(tmp_path: Path) -> None:
+    said = refused("export", tmp_path / "none", "--out", tmp_path / "a..b.onnx", "--plain")
+    assert "a..b.onnx has '..' in its name" in said

@@ -191,6 +191,8 @@ def check_output(out: Path) -> None:
     if is_file_output(out):
         if out.is_dir():
             raise OutputError(f"{out} is a folder; pass --out {out / 'model.onnx'}, or a name without .onnx")
+        if ".." in out.name:  # onnx and ONNX Runtime read no weights from a file called so
+            raise OutputError(f"{out} has '..' in its name, which ONNX takes for a way out of the folder; pass another")
         for file in (out, out.with_name(f"{out.name}.data")):
             check_replaceable(file, error=OutputError)
     elif out.is_dir():
