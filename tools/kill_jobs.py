@@ -75,7 +75,7 @@ def conversion_command(inputs: Path) -> list[str]:
     from gguf_files import write
     from tiny import tiny_model
 
-    file = write(inputs / "model.gguf", tiny_model())
+    file = write(inputs / "model.gguf", tiny_model(vocab_size=260))  # as many as the tokens of the tokenizer
     return ["export", str(file), "--plain", "--no-verify", "--out", f"{OUTPUT}/model"]
 
 
