@@ -22,6 +22,7 @@ def render_chat(
     messages: Sequence[Mapping[str, str]],
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     error: type[ActExportError] = ActExportError,
 ) -> str:
     """The text of messages in the chat format of a tokenizer's model; it has the special tokens already.
@@ -30,6 +31,7 @@ def render_chat(
         tokenizer: Has a chat template.
         messages: Each with "role" and "content".
         add_generation_prompt: Whether the text ends where the model's reply begins.
+        continue_final_message: Whether it ends with the last message, which goes on.
         error: What is raised.
 
     Raises:
@@ -48,7 +50,10 @@ def render_chat(
         memory_limit(_MORE_BYTES, what, _ADVICE, error=error),
     ):
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
     if not isinstance(text, str):
         raise error(f"{what} makes a {type(text).__name__} of messages, no text; {_ADVICE}")

@@ -69,8 +69,7 @@ def encode_examples(
     limit = max_length if truncate else None
     encoded = []
     for example in examples:
-        with others_errors(f"the model's tokenizer can't read {_named(example)}", _REPAIR, error=TaskError):
-            ready = encode(tokenizer, example, limit)
+        ready = encode(tokenizer, example, limit)
         _check(ready, example, max_length)
         encoded.append(ready)
     if not encoded:
@@ -101,7 +100,7 @@ def _check_ends_open(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
-    encoded = _encode(example, example.prompt, example.choices, lambda text: tokenizer(text).input_ids)
+    encoded = _encode(example, example.prompt, example.choices, lambda text: _tokens(tokenizer, text, example))
     over = _over(encoded, limit)
     if over == 0:
         return encoded
@@ -119,12 +118,12 @@ def _encode_message(tokenizer: PreTrainedTokenizerBase, example: Example, limit:
     def encoded(message: str) -> EncodedExample:
         text = render_chat(tokenizer, [{"role": "user", "content": message}], error=TaskError)
         # The template's text has the special tokens already.
-        return _encode(example, text, choices, lambda text: tokenizer(text, add_special_tokens=False).input_ids)
+        return _encode(example, text, choices, lambda text: _tokens(tokenizer, text, example, special=False))
 
     message = example.prompt
     ready = encoded(message)
     while over := _over(ready, limit):
-        tokens = tokenizer(message, add_special_tokens=False).input_ids
+        tokens = _tokens(tokenizer, message, example, special=False)
         if over >= len(tokens):
             raise TaskError(
                 f"{_named(example)} can't be shortened to {limit} tokens: chat template and longest choice leave none"
@@ -133,6 +132,12 @@ def _encode_message(tokenizer: PreTrainedTokenizerBase, example: Example, limit:
         message = kept if len(kept) < len(message) else message[1:]
         ready = encoded(message)
     return ready
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, example: Example, *, special: bool = True) -> list[int]:
+    options = {} if special else {"add_special_tokens": False}
+    with others_errors(f"the model's tokenizer can't read {_named(example)}", _REPAIR, error=TaskError):
+        return list(tokenizer(text, **options).input_ids)
 
 
 def _encode(

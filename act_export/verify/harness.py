@@ -23,6 +23,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from act_export.chat import render_chat
 from act_export.errors import ActExportError
 from act_export.runtime import Sampling, Session
 from act_export.runtime.text import load_tokenizer
@@ -139,17 +140,16 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """The messages in the tokenizer's chat template.
 
         Raises:
-            HarnessError: If it has none.
+            HarnessError: If it has none, or that fails.
         """
         if not self.tokenizer.chat_template:
             raise HarnessError("the tokenizer has no chat template; leave out --apply_chat_template")
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        return render_chat(
+            self.tokenizer,
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            error=HarnessError,
         )
 
     def get_model_info(self) -> dict[str, Any]:

@@ -147,3 +147,21 @@ def test_a_template_that_leaves_no_room_is_refused() -> None:
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
     with pytest.raises(TaskError, match="has no chat template"):
         encode_examples(real_tokenizer(), [Example("a", (" a", " b"), 0)], chat=True)
+
+
+def test_a_tokenizer_that_ends_every_text() -> None:
+    tokenizer = real_tokenizer()
+    ends = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    with pytest.raises(TaskError, match=r"ends every text with '</s>', so no choice .*add_eos_token.* false"):
+        encode_examples(tokenizer, [Example("a", (" b", " c"), 0)])
+
+
+def test_what_a_tokenizer_raises_is_said_of_the_prompt() -> None:
+    def broken(text: str) -> Any:
+        if text != "a":
+            raise Exception("no such piece")
+        return SimpleNamespace(input_ids=[1])
+
+    with pytest.raises(TaskError, match="tokenizer can't read the prompt 'b': no such piece; put the model's own"):
+        encode_examples(broken, [Example("b", (" b", " c"), 0)])  # type: ignore[arg-type]
