@@ -182,7 +182,7 @@ def load_model(
         )
     from act_export.checkpoint.gguf import remarks_of
 
-    for remark in remarks_of(Path(loaded.model.name_or_path)):
+    for remark in remarks_of(Path(loaded.model.name_or_path or model)):
         note(f"note: {remark}")
     return loaded
 

@@ -17,7 +17,7 @@ from typing import Any
 from act_export.errors import ActExportError
 from act_export.json_file import look_up, read_json
 
-CONVERTER = 2  # raised whenever the same file would be converted to something else
+CONVERTER = 3  # raised whenever the same file would be converted to something else
 RECORD = "conversion.json"
 
 
