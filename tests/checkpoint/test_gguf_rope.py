@@ -98,6 +98,8 @@ APPLIED = {
     "base": ("starcoder2", {"rope_type": "default", "rope_theta": 500.0}, {"rope.freq_base": 500.0}, {}),
 }
 
+EXPORTED_TOO = ("factors of its own", "yarn", "linear", "longrope")
+
 
 def case(tmp_path, name):
     architecture, rotary, keys, tensors = APPLIED[name]
@@ -117,7 +119,9 @@ def test_scaling_is_applied(tmp_path, name):
         torch.testing.assert_close(logits_of(found, length), logits_of(model, length), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama3", "factors of its own", "yarn", "longrope of llama"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "longrope of llama", *(pytest.param(name, marks=pytest.mark.slow) for name in EXPORTED_TOO)]
+)
 def test_scaling_is_in_what_is_exported(tmp_path, name):
     model, path = case(tmp_path, name)
     exported = tmp_path / "model.onnx"
