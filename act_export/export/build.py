@@ -19,7 +19,7 @@ from act_export.export.precision import element_type
 from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
 from act_export.export.trace import EXPORTING, trace
-from act_export.export.write import WriteProgress, check_model, finish_model, metadata, save_model
+from act_export.export.write import WriteProgress, check_model, finish_model, metadata, save_model, stop_tokens
 from act_export.low_memory import low_memory_told
 from act_export.runtime.providers import import_onnxruntime
 
@@ -75,6 +75,7 @@ def build_model(
     if inputs_embeds:
         check_takes_embeddings(checkpoint.model)
     with low_memory_told(*EXPORTING):
+        stop_tokens(checkpoint)  # what is wrong with them is told before the long work, too
         read_weight = checkpoint.streamed.read if checkpoint.streamed is not None else None
         traced = trace(checkpoint.model, calibration, inputs_embeds=inputs_embeds, read_weight=read_weight)
         model = slim(traced, weight_prefix="model.")

@@ -72,13 +72,13 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token: int = 0) -> tuple[NDAr
 
 def _checked_ids(prompt: Sequence[int]) -> NDArray[np.integer[Any]]:
     found = np.asarray(prompt)
-    wrong: Any = None
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        wrong = next((token for token in prompt if not _is_whole(token)), prompt)
-    elif isinstance(prompt, list | tuple):  # of a list with whole numbers too, numpy makes whole numbers of booleans
-        wrong = next((token for token in prompt if isinstance(token, bool | np.bool_)), None)
-    if wrong is not None:
-        raise ActExportError(f"a prompt has {shown(wrong)} in it; token ids are whole numbers")
+    whole = found.ndim == 1 and found.dtype.kind in "iu"
+    # Of a list with whole numbers too, numpy makes whole numbers of booleans.
+    wrong: list[Any] = []
+    if not whole or isinstance(prompt, list | tuple):
+        wrong = [token for token in prompt if not _is_whole(token)]
+    if wrong or not whole:
+        raise ActExportError(f"a prompt has {shown(wrong[0] if wrong else prompt)} in it; token ids are whole numbers")
     return found
 
 

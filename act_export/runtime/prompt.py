@@ -71,14 +71,20 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) ->
     if not special:
         return plain, len(plain)
     ids = [int(token) for token in tokenizer(text).input_ids]
-    if not plain:  # what begins a text can't be told from what ends it
-        others, end = _encoded(tokenizer, "a", special=True) if text != "a" else (ids, len(ids))
-        return ids, max(len(ids) - (len(others) - end), 0)
-    for end in range(len(ids), len(plain) - 1, -1):
-        if ids[end - len(plain) : end] == plain:
-            return ids, end
+    before, after = _added(tokenizer)
+    if len(ids) - len(plain) == before + after:
+        return ids, len(ids) - after
     ends = ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]
     return ids, len(ids) - int(ends)
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """How many tokens a tokenizer adds before and after a text."""
+    plain, ids = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (False, True))
+    for before in range(len(ids) - len(plain) + 1):
+        if ids[before : before + len(plain)] == plain:
+            return before, len(ids) - len(plain) - before
+    return 0, 0
 
 
 def _check_tokens(session: Session, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_checkpoint, tiny_config, tiny_model
+from tiny import tiny_checkpoint, tiny_model
+from tiny_models import tiny_config
 
 from act_export.export import build_model
 from act_export.export.rope import context_of, recomputed_beyond, traceable_rotation
