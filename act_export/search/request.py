@@ -132,9 +132,11 @@ class SearchOptions:
         for threshold in self.thresholds:
             Calibration({}, threshold=threshold.value, threshold_mode=threshold.mode)
         for name, least, most in _RANGES:
-            if not least <= getattr(self, name) <= most:
-                raise SearchError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
+            value = getattr(self, name)
+            if not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most}"
+                raise SearchError(f"{name} is {value}; it must be {bound}")
         if not all(1 <= count <= _MOST_HEADS for count in self.head_counts):
             raise SearchError(
-                f"the numbers of heads are {shown(self.head_counts)}; each must be from 1 to {_MOST_HEADS}"
+                f"the numbers of heads are {shown(self.head_counts)}; each must be at least 1 and at most {_MOST_HEADS}"
             )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from act_export.chat import render_chat
-from act_export.errors import others_errors, shown
+from act_export.errors import others_errors
 from act_export.tasks.examples import Example, TaskError
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ def encode_examples(
     """
     if tokenizer is None:
         raise TaskError("the model has no tokenizer, so prompts can't be read; put tokenizer.json into its folder")
-    if not chat:
-        _check_ends_open(tokenizer)
     encode = _encode_message if chat else _encode_plain
     limit = max_length if truncate else None
     encoded = []
@@ -86,25 +84,12 @@ def sequence_beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(int(token) for token in ids[:plain])
 
 
-def _check_ends_open(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer that ends every text with a special token: nothing can follow a prompt then."""
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    with others_errors("the model's tokenizer can't read 'a'", _REPAIR, error=TaskError):
-        ids = tokenizer("a").input_ids
-        if len(ids) > 1 and ids[-1] in special:
-            raise TaskError(
-                f"the model's tokenizer ends every text with {shown(tokenizer.decode(ids[-1:]))}, so no choice and no "
-                f'answer can follow a prompt; switch that off: "add_eos_token": false in tokenizer_config.json, or the '
-                f"post_processor of tokenizer.json"
-            )
-
-
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
-    encoded = _encode(example, example.prompt, example.choices, lambda text: _tokens(tokenizer, text, example))
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    encoded = _encode(example, example.prompt, example.choices, lambda text: _tokens(tokenizer, text, example), special)
     over = _over(encoded, limit)
     if over == 0:
         return encoded
-    special = set(getattr(tokenizer, "all_special_ids", ()))
     first = next((index for index, token in enumerate(encoded.prompt) if token not in special), 0)
     kept = encoded.prompt[:first] + encoded.prompt[first + over :]
     if over >= len(encoded.prompt) - first:
@@ -141,7 +126,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, example: Example, *, 
 
 
 def _encode(
-    example: Example, text: str, choices: tuple[str, ...], tokens_of: Callable[[str], list[int]]
+    example: Example,
+    text: str,
+    choices: tuple[str, ...],
+    tokens_of: Callable[[str], list[int]],
+    special: Collection[int] = (),
 ) -> EncodedExample:
     prompt = tuple(tokens_of(text))
     if not prompt:
@@ -150,6 +139,12 @@ def _encode(
     for choice in choices:
         whole = tuple(tokens_of(text + choice))
         if whole[: len(prompt)] != prompt:
+            if prompt[-1] in special and whole[-1] == prompt[-1]:
+                raise TaskError(
+                    f"the model's tokenizer ends every text with the token {prompt[-1]}, so no choice or answer can "
+                    f'follow a prompt; switch that off: "add_eos_token": false in tokenizer_config.json, or the '
+                    f"post_processor of tokenizer.json"
+                )
             raise TaskError(
                 f"the tokens of {_named(example)} change when {choice!r} follows it, so the choice can't be scored "
                 f"alone; end the prompt without a space and begin each choice with one"

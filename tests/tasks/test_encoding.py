@@ -153,7 +153,7 @@ def test_a_tokenizer_that_ends_every_text() -> None:
     tokenizer = real_tokenizer()
     ends = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     tokenizer.backend_tokenizer.post_processor = ends
-    with pytest.raises(TaskError, match=r"ends every text with '</s>', so no choice .*add_eos_token.* false"):
+    with pytest.raises(TaskError, match=r"ends every text with the token 2, so no choice .*add_eos_token.* false"):
         encode_examples(tokenizer, [Example("a", (" b", " c"), 0)])
 
 
