@@ -85,5 +85,5 @@ def smallest_number(dtype: torch.dtype) -> float:
 def spacing(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between a type's numbers at the magnitude of each of `numbers`, in float64."""
     exponents = torch.frexp(numbers.double()).exponent - 1
-    steps = torch.ldexp(torch.tensor(torch.finfo(dtype).eps, dtype=torch.float64), exponents)
-    return steps.clamp(min=smallest_number(dtype))
+    steps = torch.finfo(dtype).eps * torch.exp2(exponents.double())
+    return steps.masked_fill(numbers == 0, 0).clamp(min=smallest_number(dtype))
