@@ -41,11 +41,13 @@ class Kind:
         file: The one that is damaged, in the folder of a case.
         mutate: How.
         commands: Of which one is run; "{}" stands for the folder.
+        same: A file of the set that the command's output must be equal to, whatever was damaged; empty for none.
     """
 
     file: str
     mutate: str
     commands: tuple[tuple[str, ...], ...]
+    same: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ _TRITON = ("triton", "{}/model.onnx", "--out", "{}/new", "--name", "m")
 _REPORT = ("report", "{}/profile.safetensors", "--out", "{}/new.html")
 _EVAL = ("eval", "{}/model.onnx", "--limit", "2", "--split", "all", "--json")
 _EXPORT = ("export", "{}", "--out", "{}/new.onnx", "--plain", "--no-verify")
+_SEARCH = ("search", "{}", "--data", "{}/rows.jsonl", "--journal", "{}/journal", "--out", "{}/new.json")
 _GRAFT_FOLDER = ("graft", "{}", "--calibration", "{}/heads.json", "--out", "{}-new")
 
 KINDS: dict[str, Kind] = {
@@ -116,9 +119,14 @@ KINDS: dict[str, Kind] = {
     "external data": Kind("plain.onnx.data", "damaged_bytes", (_GRAFT,)),
     "config.json": Kind("config.json", "damaged_json", (_EXPORT,)),
     "weights": Kind("model.safetensors", "damaged_safetensors", (_EXPORT,)),
+    "journal": Kind("journal/units-0.jsonl", "damaged_lines", (_SEARCH,), same="found.json"),
     "gguf": Kind("model.gguf", "damaged_bytes", (("export", "{}/model.gguf", *_EXPORT[2:]),)),
 }
-_ONLY: dict[str, tuple[str, ...]] = {"genai_config": ("genai_config.json",), "gguf": ("model.gguf",)}
+_ONLY: dict[str, tuple[str, ...]] = {
+    "genai_config": ("genai_config.json",),
+    "gguf": ("model.gguf",),
+    "journal": ("journal",),
+}
 """Files that only the cases of some kinds have: they change what others read."""
 
 
@@ -157,6 +165,7 @@ def prepare(folder: Path) -> None:
     )
     _must(("export", str(folder), "--out", f"{folder}/plain.onnx", "--plain", "--no-verify"))
     _must(tuple(word.format(folder) for word in (*_UNCHECKED[:-2], "{}/grafted.onnx", "--no-check")))
+    _must(tuple(word.format(folder) for word in (*_SEARCH[:-1], "{}/found.json")))
     genai = {
         "model": {
             "type": "llama",
@@ -218,11 +227,11 @@ def _case(base: Path, scratch: Path, kind: Kind, name: str, seed: int) -> dict[s
     folder.mkdir()
     for file in base.iterdir():
         if (
-            file.name == kind.file
+            file.name == kind.file.partition("/")[0]
             or all(file.name not in only for only in _ONLY.values())
             or file.name in _ONLY.get(name, ())
         ):
-            shutil.copyfile(file, folder / file.name)
+            (shutil.copytree if file.is_dir() else shutil.copyfile)(file, folder / file.name)
     content = (folder / kind.file).read_bytes()
     mutate = getattr(damage, kind.mutate)
     given = content.decode() if kind.mutate in ("damaged_json", "damaged_lines") else content
@@ -233,7 +242,8 @@ def _case(base: Path, scratch: Path, kind: Kind, name: str, seed: int) -> dict[s
     code, said = _invoke(words)
     seconds = time.process_time() - begun
     after = _listing(scratch)
-    changed = [place for place, stamp in before.items() if after.get(place) != stamp]
+    continued = {f"case/{kind.file}"} if kind.same else set()  # a journal, which the command goes on with
+    changed = [place for place, stamp in before.items() if after.get(place) != stamp and place not in continued]
     new = [place for place in after if place not in before]
     reason = ""
     if code not in (0, 1, 2) or _DEFECT in said:
@@ -242,6 +252,8 @@ def _case(base: Path, scratch: Path, kind: Kind, name: str, seed: int) -> dict[s
         reason = f"{seconds:.0f} seconds"
     elif changed or (code and new):
         reason = f"exit code {code}, changed {changed}, left {new}"
+    elif kind.same and not code and (folder / "new.json").read_bytes() != (base / kind.same).read_bytes():
+        reason = f"another result than that of {kind.same}"
     elif code and not said.strip():
         reason = f"exit code {code} without a message"
     shutil.rmtree(scratch / "case-new", ignore_errors=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import onnx
@@ -34,9 +32,9 @@ from act_export.files import (
 )
 from act_export.ops import functions, schema
 from act_export.ops.library import NAMES
-from act_export.runtime.generation_settings import GENERATION, RECOMPUTED_BEYOND, end_tokens, fields_of
+from act_export.runtime.generation_settings import end_tokens, fields_of
+from act_export.runtime.record import FileRecord, Limits
 
-METADATA_PREFIX = "act_export."
 COMPANIONS = {
     "added_tokens.json",
     "calibration.json",
@@ -76,35 +74,25 @@ def metadata(
 ) -> dict[str, str]:
     """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
     config = checkpoint.model.config
-    recomputed = recomputed_beyond(checkpoint.model)
-    family, placeholders = family_of(checkpoint.model), placeholders_of(checkpoint.model)
-    properties = {
-        "version": __version__,
-        "model": json.dumps(asdict(checkpoint.identity)),
-        "source": source,
-        "dtype": dtype,
-        "limits": json.dumps(
-            {
-                "vocabulary": config.vocab_size,
-                "context": context_of(config),
-                "stop_tokens": stop_tokens(checkpoint),
-                **({"placeholders": placeholders} if placeholders else {}),
-            }
+    return FileRecord(
+        version=__version__,
+        source=source,
+        model=checkpoint.identity,
+        limits=Limits(
+            config.vocab_size,
+            context_of(config),
+            tuple(stop_tokens(checkpoint)),
+            tuple(placeholders_of(checkpoint.model)),
         ),
-    }
-    properties[GENERATION] = json.dumps(fields_of(checkpoint.model.generation_config))
-    if recomputed is not None:
-        properties[RECOMPUTED_BEYOND] = str(recomputed)
-    if family:
-        properties["family"] = family
-    if checkpoint.revision:
-        properties["revision"] = checkpoint.revision
-    if quantization is not None:
-        properties["accuracy_level"] = str(quantization.accuracy_level)
-        properties["block_size"] = str(quantization.block_size)
-    if calibration is not None:
-        properties["calibration"] = calibration.to_json()
-    return {METADATA_PREFIX + key: value for key, value in properties.items()}
+        dtype=dtype,
+        family=family_of(checkpoint.model),
+        revision=checkpoint.revision,
+        accuracy_level=quantization.accuracy_level if quantization is not None else None,
+        block_size=quantization.block_size if quantization is not None else None,
+        generation=fields_of(checkpoint.model.generation_config),
+        recompute_beyond=recomputed_beyond(checkpoint.model),
+        calibration=calibration,
+    ).write()
 
 
 def stop_tokens(checkpoint: Checkpoint) -> list[int]:

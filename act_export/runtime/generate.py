@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError, shown
-from act_export.runtime.generation_settings import RECOMPUTED_BEYOND, GenerationSettings
+from act_export.runtime.generation_settings import GenerationSettings
 from act_export.runtime.kv_cache import DEFAULT_CAPACITY
 from act_export.runtime.session import Session
 
@@ -125,7 +125,7 @@ def generate_steps(
     running = np.ones(len(prompts), bool)
     rules = _rules(settings, session, ids, mask, max_new_tokens, stop_tokens, sampling)
     cache = session.allocate(len(prompts), ids.shape[1] + min(max_new_tokens, DEFAULT_CAPACITY))
-    switch = _recomputed_beyond(session)
+    switch = session.record.recompute_beyond or 0
     all_ids, all_mask = ids, mask
     for _ in range(max_new_tokens):
         if 0 < cache.length <= switch < all_ids.shape[1]:
@@ -168,11 +168,6 @@ def _rules(
         vocabulary=session.logits_size,
         drawing=sampling.temperature > 0,
     )
-
-
-def _recomputed_beyond(session: Session) -> int:
-    text = session.properties.get(RECOMPUTED_BEYOND, "")
-    return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
 def _check_numbers(session: Session, scores: NDArray[Any]) -> None:

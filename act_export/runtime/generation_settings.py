@@ -20,10 +20,6 @@ from act_export.errors import ActExportError, others_errors, shown
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-GENERATION = "generation"
-"""The file's record of the model's generation configuration, without what is transformers' default."""
-RECOMPUTED_BEYOND = "recompute_beyond"
-"""The file's record of the length after which all of a sequence is computed again, see `generate_steps`."""
 _ADVICE = "correct it, or leave these settings out: --ignore-generation-config on the command line"
 
 

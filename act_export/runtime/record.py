@@ -148,6 +148,10 @@ class FileRecord:
         revision: Hash of the hub's commit that it was made from; empty where it wasn't from the hub.
         accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None of others.
         block_size: The same.
+        generation: Fields of the model's generation configuration that aren't transformers' defaults; None where it
+            doesn't say, as in files of earlier versions.
+        recompute_beyond: Tokens beyond which the whole sequence has to be computed again, because rotary frequencies
+            change there; None where they don't.
         calibration: Baked in; None for a plain export.
         graft: Of a model that somebody else exported, what was changed; else None.
         packed: Where the sinks are in a cache that holds them too; None where they have inputs of their own.
@@ -162,6 +166,8 @@ class FileRecord:
     revision: str = ""
     accuracy_level: int | None = None
     block_size: int | None = None
+    generation: Mapping[str, Any] | None = None
+    recompute_beyond: int | None = None
     calibration: Calibration | None = None
     graft: GraftRecord | None = None
     packed: PackedState | None = None
@@ -212,6 +218,8 @@ class FileRecord:
             revision=text("revision"),
             accuracy_level=number("accuracy_level", 4),
             block_size=number("block_size", LARGEST),
+            generation=fields("generation").members if PREFIX + "generation" in properties else None,
+            recompute_beyond=number("recompute_beyond", LARGEST),
             calibration=Calibration.from_json(calibration, source=f"the calibration in {what}")
             if calibration
             else None,
@@ -234,6 +242,8 @@ class FileRecord:
             "revision": self.revision,
             "accuracy_level": "" if self.accuracy_level is None else str(self.accuracy_level),
             "block_size": "" if self.block_size is None else str(self.block_size),
+            "generation": "" if self.generation is None else json.dumps(self.generation),
+            "recompute_beyond": "" if self.recompute_beyond is None else str(self.recompute_beyond),
             "calibration": self.calibration.to_json() if self.calibration is not None else "",
             "graft": self.graft.to_json() if self.graft is not None else "",
             PROPERTY: json.dumps(self.packed.to_fields()) if self.packed is not None else "",

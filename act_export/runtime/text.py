@@ -11,9 +11,9 @@ from act_export.checkpoint.fetch import fetch_checkpoint
 from act_export.checkpoint.hub import HubId, is_on_hub
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import ActExportError, CheckpointError
-from act_export.json_file import parse_object, read_object
+from act_export.json_file import read_object
 from act_export.runtime.generate import Sampling, generate_steps
-from act_export.runtime.generation_settings import GENERATION, GenerationSettings, end_tokens
+from act_export.runtime.generation_settings import GenerationSettings, end_tokens
 from act_export.runtime.prompt import encode_prompt
 from act_export.runtime.session import Session
 from act_export.runtime.text_stream import TextStream
@@ -71,9 +71,8 @@ def load_generation_settings(
         return GenerationSettings(tokenizer=tokenizer)
     if beside.is_file():
         return _settings(beside, str(beside), tokenizer)
-    if (recorded := session.properties.get(GENERATION)) is not None:
-        what = f"the generation configuration in {session.path}"
-        return GenerationSettings(parse_object(recorded, what, advice=_ADVICE), what, tokenizer)
+    if (recorded := session.record.generation) is not None:
+        return GenerationSettings(recorded, f"the generation configuration in {session.path}", tokenizer)
     if (origin := _origin(session)) is not None:
         try:
             folder = fetch_checkpoint(origin[0], revision=origin[1], weights=False).folder
