@@ -1,18 +1,20 @@
 """Files: where those that others name may lie, and how results come to their place, whole or not at all.
 
 A result is put together in a folder of its own beside its final place, and moved there by a rename. The folder is
-locked while its owner lives; what a killed process left is removed by the next one that writes there.
+locked while its owner lives; what a killed process left is removed by the next one that writes there, see `sweep`.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -24,6 +26,9 @@ from act_export.errors import ActExportError, shown
 _BLOCK_BYTES = 1 << 20
 _LONGEST_NAME = 1024  # characters; no file that a model names has a longer one
 _STAGING = ".act-export-"  # in the names of folders in which results are put together
+_LONGEST_PART = 100  # bytes of a result's name in those names; a file system takes 255 in all
+_PATIENCE_S = 10.0  # a lock of ours is held for less
+_ABANDONED_S = 2 * 24 * 3600.0
 _KINDS = (
     (stat.S_ISLNK, "a link"),
     (stat.S_ISDIR, "a folder"),
@@ -176,20 +181,27 @@ def scratch_folder() -> Iterator[Path]:
 def _staged(place: Path, make: Callable[[str], str], name: str) -> Iterator[Path]:
     sweep(place)
     while True:
-        path = Path(make(f".{name[:100]}{_STAGING}"))
-        lock = _lock(path, wait=True)
+        path = Path(make(f".{beginning(name)}{_STAGING}{_this_boot()}-"))
+        handle = _open(path)
+        if handle is not None:
+            try_lock(handle, _PATIENCE_S)  # a sweep may hold it
         if path.exists():  # else another process swept it before it was locked
             break
-        if lock is not None:
-            os.close(lock)
+        if handle is not None:
+            os.close(handle)
     owner = os.getpid()
     try:
         yield path
     finally:
         if os.getpid() == owner:  # else this is a fork, and the other still works in it
             _remove(path)
-        if lock is not None:
-            os.close(lock)
+        if handle is not None:
+            os.close(handle)
+
+
+def beginning(name: str) -> str:
+    """As much of a file's name as fits into another's, by bytes, without what isn't text."""
+    return os.fsencode(name)[:_LONGEST_PART].decode(errors="ignore")
 
 
 def is_staging(path: Path) -> bool:
@@ -198,13 +210,49 @@ def is_staging(path: Path) -> bool:
 
 
 def sweep(place: Path) -> None:
-    """Removes the staging folders and files in `place` whose owners don't live any more; others are left alone."""
+    """Removes the staging folders and files in `place` whose owners don't live any more; others are left alone.
+
+    Those that this machine made since it was started are told by their locks. Other machines may write to the same
+    place, whose locks aren't seen on every network file system: what they made goes when nothing in it was modified
+    for two days. So does all where nothing can be locked, as on NFS, which wants a handle for writing (EBADF).
+    """
     with suppress(OSError):
         for path in place.glob(f".*{_STAGING}*"):
-            lock = _lock(path)
-            if lock is not None:
-                _remove(path)
-                os.close(lock)
+            handle = _open(path)
+            if handle is None:
+                continue
+            try:
+                if os.fstat(handle).st_uid == os.getuid() and _is_abandoned(path, handle):
+                    _remove(path)
+            finally:
+                os.close(handle)
+
+
+def _is_abandoned(path: Path, handle: int) -> bool:
+    """Whether nobody works in a staging folder or file any more; then it is locked, where it can be."""
+    free = try_lock(handle)
+    if free is False:
+        return False
+    made_here = path.name.rpartition(_STAGING)[2].startswith(f"{_this_boot()}-")
+    return bool(free and made_here) or time.time() - _last_change(path) > _ABANDONED_S
+
+
+def _last_change(path: Path) -> float:
+    """When a file, or a folder or anything in it, was last modified; now where that can't be told."""
+    try:
+        inner = [*path.rglob("*")] if path.is_dir() else []
+        return max(each.lstat().st_mtime for each in (path, *inner))
+    except OSError:
+        return time.time()
+
+
+@functools.cache
+def _this_boot() -> str:
+    """Names this machine, since it was last started; a lock is seen by all that have the same."""
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return hashlib.sha256(f"{os.uname().nodename} {boot}".encode()).hexdigest()[:8]
 
 
 def _remove(path: Path) -> None:
@@ -214,32 +262,50 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, so that of several processes one at a time moves results there."""
-    lock = _lock(folder, wait=True)
+    """Holds the lock of a folder, so that of several processes one at a time moves results there.
+
+    Any other program may hold it too, for as long as it likes, and not every file system has locks: after 10 seconds,
+    or where the folder can't be locked, the block is run without.
+    """
+    handle = _open(folder)
     try:
+        if handle is not None:
+            try_lock(handle, _PATIENCE_S)
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        if handle is not None:
+            os.close(handle)
 
 
-def _lock(path: Path, *, wait: bool = False) -> int | None:
-    """An open, locked handle of one's own file or folder; None where it is gone, another's, held, or can't be locked.
+def _open(path: Path) -> int | None:
+    """A handle of a file or folder, to lock it; None where it is a link, gone, or can't be read."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def try_lock(handle: int, patience_s: float = 0.0) -> bool | None:
+    """Whether an open file or folder is locked now: False where another holds it, None where it can't be locked.
 
     The lock is the open file's: it is held until the last process that inherited the handle has closed it or ended.
+
+    Args:
+        handle: The open file's.
+        patience_s: How long to wait for another to give it up.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return None
-    try:
-        if not wait and os.fstat(handle).st_uid != os.getuid():
-            raise PermissionError
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.005)
+        except OSError:
+            return None
+        else:
+            return True
 
 
 def _umask() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -13,11 +15,14 @@ import time
 import pytest
 from no_file import KINDS, is_untouched, make
 
+from act_export import files
 from act_export.errors import ActExportError
 from act_export.files import (
     check_replaceable,
     copy_content,
     copy_folder,
+    flush,
+    locked,
     path_inside,
     staging_file,
     staging_folder,
@@ -159,6 +164,82 @@ def test_a_fork_neither_removes_nor_gives_up_what_is_put_together(tmp_path, stag
         assert place.exists()
     os.close(reader)
     os.close(writer)
+
+
+def cannot(*_):
+    raise OSError(errno.EBADF, "Bad file descriptor")
+
+
+@pytest.mark.parametrize("case", ["another machine's", "can't be locked"])
+def test_what_no_lock_tells_of_goes_when_nothing_in_it_was_modified_for_days(tmp_path, monkeypatch, case):
+    if case == "can't be locked":
+        monkeypatch.setattr(fcntl, "flock", cannot)
+    boot = files._this_boot() if case == "can't be locked" else "another0"
+    names = ("modified", "old", "held")
+    for name in names:
+        folder = tmp_path / f".{name}.act-export-{boot}-x"
+        folder.mkdir()
+        (folder / "weights").touch()
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    before = time.time() - 3 * 24 * 3600
+    for path in tmp_path.rglob("*"):
+        if path.parent.name != f".modified.act-export-{boot}-x":
+            os.utime(path, (before, before))
+    holder = os.open(tmp_path / f".held.act-export-{boot}-x", os.O_RDONLY)
+    if case != "can't be locked":
+        fcntl.flock(holder, fcntl.LOCK_EX)
+    sweep(tmp_path)
+    os.close(holder)
+    left = {"modified", "held"} if case != "can't be locked" else {"modified"}
+    assert {path.name.split(".")[1] for path in tmp_path.iterdir()} == left
+
+
+def test_where_nothing_can_be_locked_results_are_put_together_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    with locked(tmp_path):
+        write_whole(tmp_path / "a", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("holder", ["another program", "this process"])
+def test_a_lock_that_stays_held_is_gone_without(tmp_path, monkeypatch, holder):
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with contextlib.ExitStack() as held:
+        fcntl.flock(handle, fcntl.LOCK_EX) if holder == "another program" else held.enter_context(locked(tmp_path))
+        started = time.monotonic()
+        with locked(tmp_path):
+            assert 0.05 <= time.monotonic() - started < 5
+    os.close(handle)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EROFS])
+def test_where_a_folder_cannot_be_flushed_it_is_not(tmp_path, monkeypatch, code):
+    def refuse(_):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    flush(tmp_path)
+    write_whole(tmp_path / "a", "x")
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_that_the_disk_failed_is_said(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(tmp_path / "a", "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_names_are_cut_by_bytes(tmp_path):
+    name = "模" * 83 + ".json"  # of 254 bytes
+    write_whole(tmp_path / name, "x")
+    assert (tmp_path / name).read_text() == "x"
+    assert files.beginning(name) == "模" * 33
 
 
 def test_what_others_own_or_only_looks_alike_is_not_swept(tmp_path):

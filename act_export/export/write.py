@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from act_export.files import (
     flush,
     is_staging,
     locked,
-    move_into_place,
     path_inside,
     staging_folder,
     sweep,
 )
+from act_export.onnx_file import load_without_weights, properties_of
 from act_export.ops import functions, schema
 from act_export.ops.library import NAMES
 from act_export.runtime.generation_settings import end_tokens, fields_of
@@ -200,14 +201,27 @@ def _check_folder(out: Path) -> None:
     """Refuses a folder with files that no export, finished or killed, left there, or with no files in their places."""
     there = sorted(out.iterdir())
     others = [path.name for path in there if not path.name.startswith(".")]
-    ours = {"model.onnx", *NAMES} & set(others) or any(is_staging(path) for path in there)
-    if others and not ours:
+    if "model.onnx" in others:
+        check_replaceable(out / "model.onnx", error=OutputError)
+        if not _is_ours(out / "model.onnx"):
+            raise OutputError(
+                f"{out} holds a model.onnx that act-export didn't write, or that can't be read; pass a new or empty "
+                f"folder"
+            )
+    elif others and not set(NAMES) & set(others) and not any(is_staging(path) for path in there):
         raise OutputError(
             f"{out} holds other files, e.g. {others[0]}; pass a new or empty folder, or one that act-export wrote"
         )
     for path in there:
         if path.name in COMPANIONS or path.name.startswith("model.onnx"):
             check_replaceable(path, error=OutputError)
+
+
+def _is_ours(graph: Path) -> bool:
+    try:
+        return FileRecord.read(properties_of(load_without_weights(graph), graph), str(graph)).ours
+    except ActExportError:
+        return False
 
 
 def is_file_output(out: Path) -> bool:
@@ -236,13 +250,16 @@ def staged(out: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise OutputError(f"can't write to {place}: {reason}; no partial output was left") from error
+        raise OutputError(
+            f"can't write to {place}: {reason}; no partial output was left, and an older one is as it was"
+        ) from error
 
 
 def publish(folder: Path, target: Path, *, stale: Collection[str] = ()) -> list[Path]:
     """Moves every file of a staging folder into `target`, or where there is no `target` makes the folder it.
 
-    Older graphs go first and the new ones come last, so that a graph never lies beside weights that aren't its own. Of
+    Older files are moved into the staging folder, and back if something fails. Older graphs go first and new ones come
+    last, so that a graph never lies beside weights that aren't its own, not even where the process is killed. Of
     several processes that publish to the same place the last one wins, with all of its files.
 
     Args:
@@ -254,27 +271,67 @@ def publish(folder: Path, target: Path, *, stale: Collection[str] = ()) -> list[
         The final paths.
 
     Raises:
-        OutputError: If something other than a file is where one goes.
-        OSError: If the files can't be moved.
+        OutputError: If something other than a file is where one goes, or what was there can't be put back.
+        OSError: If the files can't be moved; what was there before is as it was.
     """
+    new = [*folder.rglob("*")]
+    for path in (*new, folder):
+        flush(path)
     names = sorted(
-        (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()),
+        (path.relative_to(folder) for path in new if not path.is_dir()),
         key=lambda name: (name.suffix == ".onnx", name),
     )
-    with locked(target.parent):
-        if not os.path.lexists(target):
-            for name in names:
-                flush(folder / name)
-            folder.rename(target)
-            flush(target.parent)
-            return [target / name for name in names]
+    if not os.path.lexists(target) and _becomes(folder, target):
+        return [target / name for name in names]
+    with locked(target.resolve()):
         finals = [path_inside(target, str(name), f"the output in {target}", error=OutputError) for name in names]
-        leftovers = [target / name for name in stale if Path(name) not in names]
-        for path in (*finals, *leftovers):
+        replaced = [*finals, *(target / name for name in stale if Path(name) not in names)]
+        for path in replaced:
             check_replaceable(path, error=OutputError)
-        for path in (*(final for final in finals if final.suffix == ".onnx"), *leftovers):
-            path.unlink(missing_ok=True)
-        for name, final in zip(names, finals, strict=True):
+        for final in finals:
             final.parent.mkdir(parents=True, exist_ok=True)
-            move_into_place(folder / name, final, error=OutputError)
+        older = Path(tempfile.mkdtemp(dir=folder))
+        there = sorted((path for path in replaced if os.path.lexists(path)), key=lambda path: path.suffix != ".onnx")
+        moves = [(path, older / str(number)) for number, path in enumerate(there)]
+        moves += [(folder / name, final) for name, final in zip(names, finals, strict=True)]
+        _move_all(moves, target)
     return finals
+
+
+def _becomes(folder: Path, target: Path) -> bool:
+    """Renames a folder, unless another process made the target meanwhile."""
+    try:
+        folder.rename(target)
+    except OSError:
+        if not os.path.lexists(target):
+            raise
+        return False
+    flush(target.parent)
+    return True
+
+
+def _move_all(moves: Iterable[tuple[Path, Path]], target: Path) -> None:
+    """Renames files, all or none of them, in this order; the folders that they come from or go to are flushed.
+
+    Raises:
+        OutputError: If something failed and they can't be moved back.
+        OSError: If they can't be moved, and are where they were.
+    """
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for source, final in moves:
+            begun.append((source, final))
+            source.rename(final)
+            for place in {source.parent, final.parent}:
+                flush(place)
+    except BaseException as cause:
+        try:
+            for source, final in reversed(begun):
+                if not os.path.lexists(source):  # else it wasn't moved yet
+                    final.rename(source)
+        except OSError as error:  # the rest stays where it is: older graphs would come last
+            raise OutputError(
+                f"can't put the output in {target}: {cause}; and what was there before can't be put back: {error}. "
+                f"Write it again, when {target} can be written to"
+            ) from cause
+        raise

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
+from pathlib import Path
 
+import onnx
 import pytest
 from no_file import KINDS, is_untouched, make
 
+import act_export.files
+from act_export import __version__
 from act_export.export.write import COMPANIONS, OutputError, check_output, publish, staged
+from act_export.runtime.record import FileRecord
 
 
 def written(out, names, **options):
@@ -19,6 +25,13 @@ def written(out, names, **options):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("new")
         return publish(folder, out.parent if out.suffix == ".onnx" else out, **options)
+
+
+def write_graph(path, version=__version__):
+    """A model without nodes, act-export's own where it has a version."""
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    onnx.helper.set_model_props(model, FileRecord(version=version).write() if version else {})
+    onnx.save(model, path)
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "new_folder", "model-v1.0"])
@@ -124,6 +137,22 @@ def test_a_folder_with_other_files(tmp_path):
         check_output(tmp_path)
 
 
+def test_a_folder_with_an_export_is_one_for_another(tmp_path):
+    write_graph(tmp_path / "model.onnx")
+    (tmp_path / "config.json").touch()
+    check_output(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["another program's", "no model"])
+def test_a_folder_with_another_programs_model(tmp_path, content):
+    write_graph(tmp_path / "model.onnx", version="")
+    if content == "no model":
+        (tmp_path / "model.onnx").write_text("an essay")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(OutputError, match=r"holds a model\.onnx that act-export didn't write"):
+        check_output(tmp_path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["a.onnx", "a.onnx.data", "folder"])
 def test_what_is_no_file_is_not_replaced(tmp_path, kind, name):
@@ -145,7 +174,8 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind, name):
 def test_what_is_no_file_in_an_output_folder_is_neither_followed_nor_replaced(tmp_path, kind):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "model.onnx").write_text("an older export")
+    write_graph(out / "model.onnx")
+    graph = (out / "model.onnx").read_bytes()
     before = make(out / "tokenizer.json", kind)
     for names in (["model.onnx", "tokenizer.json"], ["model.onnx"]):
         with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
@@ -153,7 +183,7 @@ def test_what_is_no_file_in_an_output_folder_is_neither_followed_nor_replaced(tm
     with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
         check_output(out)
     assert is_untouched(out / "tokenizer.json", before)
-    assert (out / "model.onnx").read_text() == "an older export"
+    assert (out / "model.onnx").read_bytes() == graph
 
 
 def test_a_link_to_a_folder_is_that_folder(tmp_path):
@@ -189,6 +219,106 @@ def test_an_output_that_was_being_published_when_its_process_was_killed_is_taken
     check_output(out)
     written(out, ["model.onnx"])
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.onnx"]
+
+
+MOVES = 6  # of what `over_an_older_output` does
+
+
+def over_an_older_output(out):
+    written(out, ["model.onnx", "model.onnx.data", "config.json"], stale=COMPANIONS)
+
+
+@pytest.fixture
+def older(tmp_path):
+    """An output, its files with their contents."""
+    contents = dict.fromkeys(("model.onnx", "model.onnx.data", "tokenizer.json"), "older")
+    (tmp_path / "out").mkdir()
+    for name, text in contents.items():
+        (tmp_path / "out" / name).write_text(text)
+    return contents
+
+
+def read(out):
+    return {path.name: path.read_text() for path in out.iterdir() if path.is_file()}
+
+
+def nth_rename(monkeypatch, number, instead):
+    rename, count = Path.rename, []
+
+    def counted(path, target):
+        count.append(path)
+        return instead(path, target) if len(count) == number else rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    return count
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", range(1, MOVES + 1))
+def test_an_older_output_is_put_back_where_one_of_the_moves_fails(tmp_path, monkeypatch, older, number, error):
+    def refuse(*_):
+        raise error(errno.EIO, "Input/output error")
+
+    nth_rename(monkeypatch, number, refuse)
+    with pytest.raises(OutputError if error is OSError else error, match="Input/output error"):
+        over_an_older_output(tmp_path / "out")
+    assert read(tmp_path / "out") == older
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_that_an_older_output_could_not_be_put_back_is_said(tmp_path, monkeypatch, older):
+    def refuse(*_):
+        monkeypatch.setattr(Path, "rename", refuse)
+        raise OSError(errno.EIO, "Input/output error")
+
+    nth_rename(monkeypatch, 3, refuse)
+    with pytest.raises(OutputError, match="what was there before can't be put back"):
+        over_an_older_output(tmp_path / "out")
+    assert "model.onnx" not in read(tmp_path / "out")
+
+
+def test_a_kill_at_any_move_leaves_the_older_output_the_new_one_or_no_graph(tmp_path, monkeypatch, older):
+    seen = []
+
+    def look():
+        found = read(tmp_path / "out")
+        seen.append(found.get("model.onnx"))
+        if found.get("model.onnx") is not None:
+            assert set(found.values()) == {found["model.onnx"]}
+            assert found == older or set(found) == {"model.onnx", "model.onnx.data", "config.json"}
+
+    rename = Path.rename
+
+    def watched(path, target):
+        look()
+        rename(path, target)
+        look()
+
+    monkeypatch.setattr(Path, "rename", watched)
+    over_an_older_output(tmp_path / "out")
+    assert len(seen) == 2 * MOVES
+    assert (seen[0], seen[-1]) == ("older", "new")
+
+
+@pytest.mark.parametrize("case", ["held", "can't be locked"])
+def test_a_folder_that_cannot_be_locked_is_written_to(tmp_path, monkeypatch, older, case):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(act_export.files, "_PATIENCE_S", 0.05)
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX) if case == "held" else monkeypatch.setattr(fcntl, "flock", refuse)
+    over_an_older_output(tmp_path / "out")
+    os.close(handle)
+    assert set(read(tmp_path / "out").values()) == {"new"}
+
+
+def test_all_of_a_new_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("act_export.export.write.flush", lambda path: flushed.append(path.name))
+    written(tmp_path / "out", ["model.onnx", "1/weights"])
+    assert {"model.onnx", "1", "weights"} < set(flushed)
+    assert flushed[-1] == tmp_path.name
 
 
 @pytest.mark.parametrize("name", ["a.onnx", "folder"])
