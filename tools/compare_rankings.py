@@ -56,6 +56,8 @@ def main() -> None:
             started = time.monotonic()
             ((effects,),) = rank_heads(checkpoint, [encoded], options, workers).own
             seconds = time.monotonic() - started
+            if kept is not None:
+                kept.close()  # the search writes to it
             orders[method] = effects.log_likelihood[options.betas[0]].flatten()
             found = search_heads(
                 checkpoint,

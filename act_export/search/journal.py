@@ -4,11 +4,12 @@ A journal is a folder. `journal.json` says which search it belongs to; `units-PR
 finished unit of work, {"unit": key, "value": JSON, "check": sum}, written by one process and read by all. Numbers
 survive exactly (JSON holds Python floats to the last bit), so a resumed search gives the same answer. A line that was
 cut off by a crash, or that the sum doesn't fit, counts as not written: its unit is computed again. Where a unit has two
-lines the last one counts.
+lines the last one counts. A process locks its file: the same search can't write to it twice at a time.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from act_export.errors import ActExportError
-from act_export.files import check_replaceable, sweep, write_whole
+from act_export.files import check_replaceable, sweep, try_lock, write_whole
 from act_export.json_file import parse_object, read_object
 
 FORMAT_VERSION = 2
@@ -48,7 +49,7 @@ class Journal:
             process: Number of this process among those that write to the folder.
 
         Raises:
-            JournalError: If the folder has another search's journal, naming what differs, or can't be used.
+            JournalError: If the folder has another search's journal, naming what differs, is in use, or can't be used.
         """
         self.folder = Path(folder)
         self._path = self.folder / f"units-{process}.jsonl"
@@ -60,6 +61,7 @@ class Journal:
             for place in (self.folder / _DESCRIPTION, self._path, *self.folder.glob("units-*.jsonl")):
                 check_replaceable(place, error=JournalError)
             self._check_or_begin(json.loads(json.dumps(search)))
+            self._open_to_write_later()
             self.values: dict[str, Any] = dict(self._read())
         except OSError as error:
             raise JournalError(f"can't use the journal {self.folder}: {error}; pass another with --journal") from error
@@ -73,7 +75,7 @@ class Journal:
         line = json.dumps({"unit": key, "value": value, "check": _sum_of(key, value)}) + "\n"
         try:
             if self._file is None:
-                self._file = self._open_at_a_line_start()
+                self._file = self._open()
             self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -93,15 +95,15 @@ class Journal:
 
     def _check_or_begin(self, search: dict[str, Any]) -> None:
         path = self.folder / _DESCRIPTION
+        # In this order: another process may begin the journal meanwhile, whose description is its first file.
+        is_empty = all(file.name.startswith(".") for file in self.folder.iterdir())
         if not path.exists():
-            names = [file.name for file in self.folder.iterdir()]
-            if any(not name.startswith(".") for name in names):
+            if not is_empty:
                 raise JournalError(
                     f"{self.folder} has no journal.json, so it is no journal, and it isn't empty; pass another folder "
                     f"with --journal"
                 )
             write_whole(path, json.dumps({"version": FORMAT_VERSION, "search": search}, indent=1) + "\n")
-            return
         begun = read_object(path, error=JournalError, advice="pass another folder with --journal")
         version, before = begun.get("version"), begun.get("search")
         if type(version) is not int or not isinstance(before, dict):
@@ -124,7 +126,7 @@ class Journal:
                     if not line.endswith(b"\n"):
                         break  # it was cut off
                     try:
-                        entry = parse_object(line, str(path))
+                        entry = parse_object(line, str(path), infinite=True)  # as `record` writes them
                         if type(entry["unit"]) is not str or entry["check"] != _sum_of(entry["unit"], entry["value"]):
                             raise ValueError
                     except (ActExportError, KeyError, ValueError):
@@ -132,13 +134,30 @@ class Journal:
                     else:
                         yield entry["unit"], entry["value"]
 
-    def _open_at_a_line_start(self) -> TextIO:
-        cut_off = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        if cut_off:
-            whole = self._path.read_bytes().rpartition(b"\n")
-            with self._path.open("rb+") as file:
-                file.truncate(len(whole[0]) + len(whole[1]))
-        return self._path.open("a", encoding="utf-8")
+    def _open_to_write_later(self) -> None:
+        """A journal that can only be read is good for a search that has all of its units."""
+        try:
+            self._file = self._open()
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+
+    def _open(self) -> TextIO:
+        """This process's file, locked, to write on at the start of a line."""
+        file = self._path.open("a", encoding="utf-8")
+        try:
+            if try_lock(file.fileno()) is False:
+                raise JournalError(
+                    f"another process is using {self._path}; wait until the search that is running has ended, or pass "
+                    f"another folder with --journal"
+                )
+            written = self._path.read_bytes()
+            if not written.endswith(b"\n"):
+                file.truncate(written.rfind(b"\n") + 1)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
 
 def are_numbers(value: Any, count: int) -> bool:

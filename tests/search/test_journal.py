@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -251,7 +253,64 @@ def test_processes_write_their_own_files_and_read_all(tmp_path: Path) -> None:
     second.record("b", [2])
     assert first.values == {"a": 1}
     assert Journal(tmp_path, SEARCH, process=2).values == {"a": 1, "b": [2]}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.json", "units-0.jsonl", "units-1.jsonl"]
+    names = ["journal.json", *(f"units-{number}.jsonl" for number in range(3))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_file_that_another_writes_to_is_refused(tmp_path: Path) -> None:
+    first = Journal(tmp_path, SEARCH)
+    with pytest.raises(JournalError, match=r"another process is using .*units-0\.jsonl; wait until .*--journal"):
+        Journal(tmp_path, SEARCH)
+    first.close()
+    Journal(tmp_path, SEARCH).record("a", 1)
+
+
+def test_a_search_whose_own_journal_is_in_use_does_without(
+    checkpoint: Checkpoint, tasks: list[SearchTask], tmp_path: Path
+) -> None:
+    whole = search_heads(checkpoint, tasks[:1], OPTIONS, journals=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    running = Journal(folder, described(folder))
+    assert replace(search_heads(checkpoint, tasks[:1], OPTIONS, journals=tmp_path), units=whole.units) == whole
+    running.close()
+
+
+def test_a_journal_that_can_only_be_read_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, SEARCH)
+    journal.record("a", 1)
+    journal.close()
+
+    def refuse(_: Journal) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Journal, "_open", refuse)
+    again = Journal(tmp_path, SEARCH)
+    assert again.values == {"a": 1}
+    with pytest.raises(JournalError, match="can't write to the journal"):
+        again.record("b", 2)
+
+
+def test_a_journal_that_another_process_begins_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_files = Path.iterdir
+
+    def begun_after(folder: Path) -> Iterator[Path]:
+        yield from list(list_files(folder))
+        monkeypatch.undo()
+        Journal(tmp_path, SEARCH, process=0).record("a", 1)
+
+    monkeypatch.setattr(Path, "iterdir", begun_after)
+    assert Journal(tmp_path, SEARCH, process=1).values == {"a": 1}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, [math.nan, 1.0]])
+def test_numbers_that_are_not_finite_are_read_as_they_were_written(tmp_path: Path, value: Any) -> None:
+    journal = Journal(tmp_path, SEARCH)
+    journal.record("a", value)
+    journal.close()
+    again = Journal(tmp_path, SEARCH)
+    assert (repr(again.values), again.damaged) == (repr({"a": value}), 0)
 
 
 @pytest.mark.parametrize(
