@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from act_export.errors import ActExportError
+from act_export.files import beginning, flush
 from act_export.json_file import look_up, read_json
 
 CONVERTER = 3  # raised whenever the same file would be converted to something else
@@ -34,7 +35,7 @@ def entry_name(paths: Sequence[Path]) -> str:
     for path in paths:
         digest.update(bytes.fromhex(sha256_of(path)))
     readers = f"{CONVERTER}-{metadata.version('transformers')}-{metadata.version('gguf')}"
-    return f"{paths[0].stem[:100]}-{digest.hexdigest()[:16]}-{readers}"
+    return f"{beginning(paths[0].stem)}-{digest.hexdigest()[:16]}-{readers}"
 
 
 def sha256_of(path: Path) -> str:
@@ -52,11 +53,7 @@ def write_record(folder: Path, **facts: Any) -> None:
     files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())}
     (folder / RECORD).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
 
 
 def is_whole(folder: Path) -> bool:
@@ -108,9 +105,5 @@ def publish(made: Path, folder: Path, graveyard: Path) -> None:
             if attempt == 2 or not os.path.lexists(folder):
                 raise
             continue  # another process came between
-        handle = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(folder.parent)
         return

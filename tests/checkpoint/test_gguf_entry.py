@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -114,3 +116,24 @@ def test_a_killed_conversion_leaves_nothing(cache, path):
     assert len(list(cache.iterdir())) == 1
     assert list(cache.iterdir()) != [folder := converted(path)]
     assert list(cache.iterdir()) == [folder]
+
+
+def test_an_entrys_name_fits_a_file_system(tmp_path):
+    path = tmp_path / f"{'模' * 83}.gguf"
+    path.write_bytes(b"x")
+    name = gguf_entry.entry_name([path])
+    assert name.startswith("模" * 33 + "-")
+    (tmp_path / name).mkdir()
+
+
+def test_where_nothing_can_be_flushed_entries_are_kept_all_the_same(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for name in ("made", "graveyard"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "made" / "config.json").write_text("{}")
+    gguf_entry.write_record(tmp_path / "made")
+    gguf_entry.publish(tmp_path / "made", tmp_path / "entry", tmp_path / "graveyard")
+    assert gguf_entry.is_whole(tmp_path / "entry")
