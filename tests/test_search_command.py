@@ -219,7 +219,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_search(
         ([rows], tmp_path, "is a folder; pass a file, e.g. --out"),
         ([rows, other_rows], tmp_path / "file.json", "is one file, but a search on several tasks writes one for each"),
         ([rows, other_rows], tmp_path / "new.json", "is one file, but"),
-        ([rows], tmp_path / "file.json" / "c.json", "can't write to"),
+        ([rows], tmp_path / "file.json" / "c.json", "file.json is no folder; pass another place with --out"),
         ([rows], "/proc/c.json", "can't write to /proc"),
     ):
         result = run(model, *(part for path in data for part in ("--data", path)), "--out", out, *SIZES)
