@@ -5,7 +5,8 @@
 
 A job is a command on a tiny model. Its process gets SIGKILL at times spread over those that it takes, and every third
 time while a result is put together; each time in folders of its own: for the output, the cache and temporary files.
-Every second time there is an older output already.
+Every second time there is an older output already, made with another calibration. After the kill, the output must be
+the older one whole, the new one whole, or without a graph.
 The same command then runs to its end. What is there afterwards must be what an undisturbed run left: the same files
 with the same bytes in the output, and nothing else in the three folders.
 """
@@ -21,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,23 @@ sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "graft", "checkpoin
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from act_export import convert, search_job  # noqa: E402, F401  imported here so that a fork begins with the work
-from act_export.cli import main as act_export  # noqa: E402
+import act_export.convert  # noqa: E402  imported here so that a fork begins with the work
+import act_export.search_job  # noqa: E402, F401
+from act_export.calibration import Calibration  # noqa: E402
+from act_export.cli import main as act_export_main  # noqa: E402
 from act_export.files import is_staging  # noqa: E402
 from act_export.graft import graft  # noqa: E402, F401
 
 OUTPUT = "output"
 _WRITING_S = 0.05
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, and another one that writes something else to the same place."""
+
+    command: list[str]
+    older: list[str]
 
 
 @dataclass(frozen=True)
@@ -47,43 +58,52 @@ class Run:
     seconds: float
 
 
-def export_command(inputs: Path) -> list[str]:
+def export_job(inputs: Path) -> Job:
     from tiny import CALIBRATION, save_checkpoint
 
-    CALIBRATION.save(inputs / "calibration.json")
-    checkpoint = save_checkpoint(inputs / "checkpoint")
-    return ["export", str(checkpoint), "--calibration", str(inputs / "calibration.json"), "--out", f"{OUTPUT}/model"]
+    return calibrated("export", save_checkpoint(inputs / "checkpoint"), CALIBRATION, inputs)
 
 
-def graft_command(inputs: Path) -> list[str]:
+def graft_job(inputs: Path) -> Job:
     from models import CALIBRATION, Decoder
 
-    CALIBRATION.save(inputs / "calibration.json")
-    folder = Decoder().save_folder(inputs / "model")
-    return ["graft", str(folder), "--calibration", str(inputs / "calibration.json"), "--out", f"{OUTPUT}/grafted"]
+    return calibrated("graft", Decoder().save_folder(inputs / "model"), CALIBRATION, inputs)
 
 
-def search_command(inputs: Path) -> list[str]:
+def calibrated(command: str, model: Path, calibration: Calibration, inputs: Path) -> Job:
+    """A command that takes a model and a calibration; the older output was made with another."""
+    commands = []
+    for name, strength in (("new", 0.5), ("older", 0.25)):
+        file = inputs / f"{name}.json"
+        calibration.with_overrides(beta=strength).save(file)
+        commands.append([command, str(model), "--calibration", str(file), "--out", f"{OUTPUT}/model"])
+    return Job(*commands)
+
+
+def search_job(inputs: Path) -> Job:
     from planted import save_planted
 
     checkpoint, rows = save_planted(inputs)
-    sizes = ["--rank", "40", "--choose", "50", "--report", "40", "--batch-tokens", "200", "--heads", "1,2"]
-    return ["search", str(checkpoint), "--data", str(rows), "--out", f"{OUTPUT}/found.json", *sizes]
+    sizes = ["--rank", "40", "--choose", "50", "--report", "40", "--batch-tokens", "200"]
+    command = ["search", str(checkpoint), "--data", str(rows), "--out", f"{OUTPUT}/found.json", *sizes, "--heads"]
+    return Job([*command, "1,2"], [*command, "4"])
 
 
-def conversion_command(inputs: Path) -> list[str]:
+def conversion_job(inputs: Path) -> Job:
     from gguf_files import write
-    from tiny import tiny_model
+    from tiny import CALIBRATION, tiny_model
 
+    CALIBRATION.save(inputs / "calibration.json")
     file = write(inputs / "model.gguf", tiny_model(vocab_size=260))  # as many as the tokens of the tokenizer
-    return ["export", str(file), "--plain", "--no-verify", "--out", f"{OUTPUT}/model"]
+    command = ["export", str(file), "--no-verify", "--out", f"{OUTPUT}/model"]
+    return Job([*command, "--plain"], [*command, "--calibration", str(inputs / "calibration.json")])
 
 
-JOBS: dict[str, Callable[[Path], list[str]]] = {
-    "export": export_command,
-    "graft": graft_command,
-    "search": search_command,
-    "conversion": conversion_command,
+JOBS: dict[str, Callable[[Path], Job]] = {
+    "export": export_job,
+    "graft": graft_job,
+    "search": search_job,
+    "conversion": conversion_job,
 }
 
 
@@ -111,7 +131,7 @@ def run(command: list[str], place: Path, *, kill_after_s: float | None = None, w
             os.environ |= {"XDG_CACHE_HOME": str(place / "cache"), "TMPDIR": str(place / "temporary")}
             tempfile.tempdir = None
             sys.argv = ["act-export", *command]
-            act_export()
+            act_export_main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         finally:
@@ -142,37 +162,65 @@ def contents(place: Path) -> dict[str, str]:
     return found
 
 
+def output_of(place: Path) -> dict[str, str]:
+    """The output's files by name, each with its digest; those that are being put together left out."""
+    folder = place / OUTPUT
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and not any(map(is_staging, (path, *path.parents)))
+    }
+
+
+def fault_of(found: Mapping[str, str], older: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What is wrong with an output after a kill, in words; empty where nothing is.
+
+    It is that of the older run or the new one, or has no graph; of a search's, the file is either run's.
+    """
+    if found in (older, new) or not any(name.endswith((".onnx", "found.json")) for name in found):
+        return ""
+    mixed = sorted(name for name, digest in found.items() if digest not in (older.get(name), new.get(name)))
+    return f"neither the older output nor the new one ({', '.join(mixed) or 'files of both, or of a part'})"
+
+
 def check(job: str, times: int, seed: int, folder: Path) -> int:
     """Number of kills after which something was wrong."""
     inputs = folder / "inputs"
     inputs.mkdir(parents=True)
-    command = JOBS[job](inputs)
-    whole = run(command, folder / "whole")
-    if whole.code != 0:
-        sys.exit(f"{job} ends with code {whole.code} when nobody kills it:\n{(folder / 'whole' / 'log').read_text()}")
+    made = JOBS[job](inputs)
+    command = made.command
+    for name, arguments in (("older", made.older), ("whole", command)):
+        whole = run(arguments, folder / name)
+        if whole.code != 0:
+            sys.exit(f"{job} ends with code {whole.code} when nobody kills it:\n{(folder / name / 'log').read_text()}")
+    older, new = output_of(folder / "older"), output_of(folder / "whole")
+    if older == new:
+        sys.exit(f"{job}: the older output is the new one, so that they can't be told apart")
     expected, drawn, wrong, killed = contents(folder / "whole"), random.Random(seed), 0, 0
     for number in range(times):
         place = folder / str(number)
         if number % 2:
-            shutil.copytree(folder / "whole" / OUTPUT, place / OUTPUT)
+            shutil.copytree(folder / "older" / OUTPUT, place / OUTPUT)
         writing = number % 3 == 0
         after_s = drawn.uniform(0, _WRITING_S) if writing else (number + drawn.random()) / times * whole.seconds
         first = run(command, place, kill_after_s=after_s, writing=writing)
         left = sorted(set(contents(place)) - set(expected))
+        fault = fault_of(output_of(place), older if number % 2 else {}, new)
         again = run(command, place)
         found = contents(place)
         differences = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         killed += first.code == -signal.SIGKILL
-        wrong += bool(differences or again.code)
+        wrong += bool(fault or differences or again.code)
         ended = (
             f"killed after {after_s:.3f} s{' of writing' if writing else ''}"
             if first.code == -signal.SIGKILL
             else f"ended with code {first.code}"
         )
-        older = ", over an older output" if number % 2 else ""
+        over = ", over an older output" if number % 2 else ""
         result = ", ".join(differences) or "the same, and nothing left"
         print(
-            f"{job} {number + 1}: {ended}{older}; {len(left)} paths more; again: code {again.code}, {result}",
+            f"{job} {number + 1}: {ended}{over}; {fault or 'nothing mixed'}, {len(left)} paths more; again: code "
+            f"{again.code}, {result}",
             flush=True,
         )
     print(
