@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from act_export.errors import ActExportError, shown
+from act_export.plain_file import open_plain
 
 LARGEST_BYTES = 64 << 20
 MOST_VALUES = 2_000_000  # the index of a large mixture of experts names 100,000 tensors
@@ -42,7 +43,7 @@ def parse_json(
         error: What is raised.
         advice: What to do, at the end of every message.
         largest_bytes: That it may have.
-        most_values: Elements and members that it may have in all.
+        most_values: Elements and members that it may have in all, by its commas.
         repeats: Whether an object may have a key twice; the last counts, as everywhere in Python.
         infinite: Whether NaN and Infinity, which are no JSON, are read as Python's own reader has them.
 
@@ -82,8 +83,8 @@ def parse_json(
 
     try:
         plain = (text if isinstance(text, str) else text.decode("utf-8-sig")).removeprefix("\ufeff")
-        if plain.count(",") > most_values:  # also those within strings; no such file has so many
-            raise refuse(f"lists more than {most_values} values")
+        if plain.count(",") > most_values:  # also those within strings: it is counted before anything is made of it
+            raise refuse(f"has more than {most_values} commas; JSON with more of them isn't read")
         found = json.loads(
             plain,
             object_pairs_hook=members,
@@ -119,10 +120,7 @@ def read_json(path: Path, what: str = "", **limits: Any) -> Any:
         what: As in `parse_json`; the path where it is empty.
         limits: As in `parse_json`.
     """
-    error, largest = limits.get("error", ActExportError), limits.get("largest_bytes", LARGEST_BYTES)
-    what = what or str(path)
-    advice = limits.get("advice", "")
-    return parse_json(read_bytes(path, what, error=error, advice=advice, largest_bytes=largest), what, **limits)
+    return parse_json(_content(path, what, limits), what or str(path), **limits)
 
 
 def read_bytes(
@@ -136,10 +134,10 @@ def read_bytes(
     """A file's content, or where it has more than `largest_bytes` one more of them; arguments as of `read_json`.
 
     Raises:
-        ActExportError: Or `error`, if it can't be read.
+        ActExportError: Or `error`, if it can't be read, or is a pipe or a device.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             return file.read(largest_bytes + 1)
     except (OSError, ValueError) as cause:  # a name with a zero is a ValueError
         end = f"; {advice}" if advice else ""
@@ -148,11 +146,11 @@ def read_bytes(
 
 def read_object(path: Path, what: str = "", **limits: Any) -> dict[str, Any]:
     """As `read_json`, of a JSON object; anything else is an error too."""
-    found = read_json(path, what, **limits)
-    if not isinstance(found, dict):
-        error, advice = limits.get("error", ActExportError), limits.get("advice", "")
-        raise error(f"{what or path} is no JSON object but a {kind_of(found)}" + (f"; {advice}" if advice else ""))
-    return found
+    return parse_object(_content(path, what, limits), what or str(path), **limits)
+
+
+def _content(path: Path, what: str, limits: Mapping[str, Any]) -> bytes:
+    return read_bytes(path, what, **{key: limits[key] for key in ("error", "advice", "largest_bytes") if key in limits})
 
 
 def look_up(found: Any, *names: str) -> Any:

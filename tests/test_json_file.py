@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.errors import ActExportError
+from act_export.checkpoint.gguf_header import read_header
+from act_export.errors import ActExportError, CheckpointError
 from act_export.json_file import parse_json, parse_object, read_object
 
 JSON = st.recursive(
@@ -39,7 +41,7 @@ def test_what_python_writes_is_read(value):
         ("NaN", "no number"),
         ("-Infinity", "no number"),
         ('{"a": 1, "a": 2}', "names 'a' twice"),
-        ("[" + "0," * 3_000_000 + "0]", "lists more than"),
+        ("[" + "0," * 3_000_000 + "0]", "more than 2000000 commas"),
         ("{" + ",".join(f'"{n}":0' for n in range(40_000)) + ',"7":0}', "names '7' twice"),
     ],
     ids=range(13),
@@ -57,10 +59,18 @@ def test_what_is_no_object_is_refused(tmp_path):
     for text in ("[]", "1", "null", '"x"', "true"):
         with pytest.raises(ActExportError, match="no JSON object but a"):
             parse_object(text, "it")
-    with pytest.raises(ActExportError, match="can't read"):
+    with pytest.raises(ActExportError, match=r"can't read"):
         read_object(tmp_path / "missing.json")
-    with pytest.raises(ActExportError, match="can't read"):
+    with pytest.raises(ActExportError, match=r"can't read"):
         read_object(tmp_path)
+
+
+def test_a_pipe_isnt_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ActExportError, match=r"can't read it: .*no plain file"):
+        read_object(tmp_path / "pipe.json", "it")
+    with pytest.raises(CheckpointError, match=r"can't read .*no plain file"):
+        read_header(tmp_path / "pipe.json")
 
 
 def test_leave_is_given_by_name():

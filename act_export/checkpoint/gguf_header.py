@@ -7,6 +7,7 @@ than it has: every count is compared with the bytes that are left before anythin
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from act_export.errors import CheckpointError, shown
+from act_export.plain_file import open_plain
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -94,7 +96,7 @@ class GgufFile:
 def has_magic(path: Path) -> bool:
     """Whether a file starts as GGUF files do."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -107,11 +109,12 @@ def read_header(path: Path) -> GgufFile:
         CheckpointError: If the file can't be read, is damaged or cut short, with what is wrong where.
     """
     try:
-        size = path.stat().st_size
-        if size < 24:
-            raise CheckpointError(f"{path} is cut short: it has {size} bytes, fewer than any GGUF file; {_AGAIN}")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(path, content, size).read()
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 24:
+                raise CheckpointError(f"{path} is cut short: it has {size} bytes, fewer than any GGUF file; {_AGAIN}")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _Reader(path, content, size).read()
     except OSError as cause:
         raise CheckpointError(f"can't read {path}: {cause.strerror or cause}") from cause
 

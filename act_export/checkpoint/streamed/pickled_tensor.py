@@ -15,6 +15,7 @@ from torch import Tensor
 from act_export.checkpoint.streamed.stored_tensor import FLOATS
 from act_export.errors import CheckpointError, first_line, shown
 from act_export.low_memory import is_low_memory
+from act_export.plain_file import open_plain
 
 _ADVICE = "get the checkpoint as .safetensors files, or save it again with save_pretrained"
 
@@ -73,6 +74,10 @@ def pickled_tensors(file: Path) -> dict[str, PickledTensor]:
     Raises:
         CheckpointError: If it can't be read without running code, or holds anything but named tensors.
     """
+    try:
+        open_plain(file).close()
+    except OSError as error:
+        raise CheckpointError(f"can't read {file}: {error.strerror}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from act_export.errors import CheckpointError, shown
 from act_export.json_file import parse_object
+from act_export.plain_file import open_plain
 
 _LENGTH = struct.Struct("<Q")
 _MOST_HEADER_BYTES = 100_000_000  # by the format's definition
@@ -121,9 +123,10 @@ class StoredTensor:
         numbers = torch.empty(sum(count for _, count in runs), dtype=self.dtype)
         view, size = numbers.view(torch.uint8).numpy().data, numbers.itemsize
         try:
-            with self.file.open("rb", buffering=0) as file:
+            with open_plain(self.file) as opened:
+                file = opened.raw
                 for first, count in runs:
-                    file.seek(self.offset + first * size)
+                    file.seek(self.offset + first * size, os.SEEK_SET)
                     part, view = view[: count * size], view[count * size :]
                     while part and (got := file.readinto(part)):
                         part = part[got:]
@@ -162,8 +165,8 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The header, where the tensors' bytes start, and the file's size."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
+        with open_plain(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
             first = opened.read(_LENGTH.size)
             length = _LENGTH.unpack(first)[0] if len(first) == _LENGTH.size else 0
             if not 0 < length <= min(_MOST_HEADER_BYTES, size - _LENGTH.size):
