@@ -6,11 +6,16 @@ it: both must agree that each stored tensor is a parameter of the model, and eac
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from act_export.checkpoint.streamed.origins import Matched, Rules, RulesError, match
 from act_export.checkpoint.wrappers import unwrapped
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from act_export.checkpoint.streamed.origins import Origin
     from act_export.checkpoint.streamed.stored_tensor import Stored
 
+_FREQUENCIES = re.compile(r"inv_freq$")
+_ANGLES = re.compile(r"(^|\.)(cos|sin)_cached$")
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|masked_bias)$")
 _LAYER = re.compile(r"(^|.*\.)(layers|h|blocks)\.(\d+)\.")
 _OF_NEXT_TOKENS = ("eh_proj", "enorm", "hnorm", "shared_head", "mtp", "nextn")  # in layers that predict further tokens
@@ -61,7 +68,7 @@ def contents_of(model: PreTrainedModel, tensors: Mapping[str, Stored], name: str
 
     Raises:
         CheckpointError: If tensors are missing, superfluous, or of other shapes than the configuration has; with their
-            names, and what to do.
+            names, and what to do; or if rotary frequencies in the files aren't those of the configuration.
     """
     names, wrappers = _unwrapped(model, tensors)
     tensors = {names[each]: tensor for each, tensor in tensors.items()}
@@ -72,6 +79,8 @@ def contents_of(model: PreTrainedModel, tensors: Mapping[str, Stored], name: str
     try:
         matched = match(model, tensors, name, config)
     except RulesError:
+        loaded = model.state_dict()
+        _check_rotary(model, {each: tensor for each, tensor in tensors.items() if each not in loaded}, name)
         return Contents(tensors, None, wrapped=bool(wrappers))
     superfluous = _superfluous(model, matched.unused, tensors)
     missing = _missing(model, matched)
@@ -79,6 +88,7 @@ def contents_of(model: PreTrainedModel, tensors: Mapping[str, Stored], name: str
         raise CheckpointError(missing_message(name, missing, superfluous))
     if superfluous:
         raise CheckpointError(_superfluous_message(name, superfluous, tensors, config))
+    _check_rotary(model, {each: tensors[each] for each in matched.unused}, name)
     return Contents(tensors, matched.origins, frozenset(matched.unused.values()), bool(wrappers))
 
 
@@ -173,6 +183,77 @@ def _superfluous(model: PreTrainedModel, unused: Mapping[str, str], tensors: Map
         if not any(word in key for key in keys for word in _OF_NEXT_TOKENS):
             found += keys
     return sorted(found)
+
+
+def _check_rotary(model: PreTrainedModel, unused: Mapping[str, Stored], name: str) -> None:
+    """Refuses rotary frequencies, and tables of their angles, that aren't what the model computes.
+
+    The model does with its own, so stored ones tell what a configuration forgot, such as a scaled base.
+    """
+    stored = {each: tensor for each, tensor in unused.items() if _FREQUENCIES.search(each) or _ANGLES.search(each)}
+    computed = _frequencies_of(model) if stored else []
+    if not computed:
+        return
+    for each, tensor in stored.items():
+        size = tensor.shape[-1] if tensor.shape else 0
+        angles = _ANGLES.search(each)
+        if angles is None:
+            same = len(tensor.shape) == 1 and any(
+                size == len(own) and _is_close(tensor.read(), own) for own, _ in computed
+            )
+        else:
+            alike = [(own, scale) for own, scale in computed if 2 * len(own) == size]
+            if not alike or math.prod(tensor.shape) < 2 * size:
+                continue
+            row = tensor.sample(torch.arange(size, 2 * size))  # of position 1, whose angles are the frequencies
+            function = torch.cos if angles[2] == "cos" else torch.sin
+            same = any(
+                _is_close(part, function(own) * scale, halved=True)
+                for own, scale in alike
+                for part in (row[: len(own)], row[::2])  # each angle is there twice, in one of two orders
+            )
+        if not same:
+            raise CheckpointError(
+                f"{name} holds rotary frequencies that its config.json doesn't give: {each}; the model would compute "
+                f"with those of config.json: correct rope_parameters there (rope_theta and rope_scaling of older "
+                f"files), or get the config.json that belongs to the weights"
+            )
+
+
+def _frequencies_of(model: PreTrainedModel) -> list[tuple[Tensor, float]]:
+    """Rotary frequencies that a model without values computes as it is loaded, and what its angles are scaled by.
+
+    Nothing where some of them can't be had: what is stored may be those.
+    """
+    parts = [each for each in model.modules() if hasattr(each, "_init_weights")]  # of which each knows its own modules
+    owners: dict[nn.Module, Any] = {module: part for part in parts for module in part.modules()}
+    found = []
+    for module, owner in owners.items():
+        names = [each for each, _ in module.named_buffers(recurse=False) if _FREQUENCIES.search(each)]
+        if not names:
+            continue
+        if next(module.parameters(), None) is not None:
+            return []
+        own = copy.deepcopy(module).to_empty(device="cpu")
+        for buffer in own.buffers():
+            buffer.fill_(torch.nan)
+        try:
+            owner._init_weights(own)
+        except Exception:  # of code that computes them in another way
+            return []
+        values = [own.get_buffer(each).float() for each in names]
+        if not all(each.dim() == 1 and bool(each.isfinite().all()) for each in values):
+            return []
+        found += [(each, float(getattr(own, "attention_scaling", 1.0))) for each in values]
+    return found
+
+
+def _is_close(stored: Tensor, computed: Tensor, *, halved: bool = False) -> bool:
+    """Whether numbers are the same but for rounding, also where they were halves once, as may be seen or is given."""
+    stored = stored.float()
+    halved = halved or any(torch.equal(stored.to(half).float(), stored) for half in (torch.bfloat16, torch.float16))
+    relative, absolute = (1e-2, 1e-7) if halved else (1e-4, 1e-9)
+    return torch.allclose(stored, computed, rtol=relative, atol=absolute)
 
 
 def _is_zero_bias(target: str, tensor: Stored, modules: Mapping[str, nn.Module], prefix: str) -> bool:

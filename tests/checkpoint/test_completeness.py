@@ -96,8 +96,18 @@ def test_fewer_layers_than_stored(tmp_path):
 
 
 MASK = torch.ones(1, 1, 256, 256, dtype=torch.bool)
+FREQUENCIES = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+ANGLES = torch.outer(torch.arange(32), FREQUENCIES).repeat(1, 2)
 HARMLESS = {
-    "angles": ("llama", plus(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))),
+    "frequencies": ("llama", plus(model__layers__0__self_attn__rotary_emb__inv_freq=FREQUENCIES)),
+    "frequencies in halves": ("llama", plus(model__layers__0__self_attn__rotary_emb__inv_freq=FREQUENCIES.half())),
+    "angles": (
+        "llama",
+        plus(
+            model__layers__0__self_attn__rotary_emb__cos_cached=ANGLES.cos()[None, None],
+            model__layers__0__self_attn__rotary_emb__sin_cached=ANGLES.sin().bfloat16(),
+        ),
+    ),
     "a bias of zeros": ("llama", plus(model__layers__0__self_attn__q_proj__bias=torch.zeros(32))),
     "the embedding as the output": ("llama", lambda tensors: tensors | {"lm_head.weight": tensors[EMBEDDING].clone()}),
     "the output alone": ("llama", renamed(lambda name: "lm_head.weight" if name == EMBEDDING else name)),
@@ -114,6 +124,38 @@ def test_tensors_that_a_model_does_without(tmp_path, kind):
     folder = spoiled(tmp_path, change, architecture)
     check_same_model(load_checkpoint(str(folder)), architecture)
     check_same_model(load_checkpoint(str(folder), stream=True), architecture)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("leaf", "stored"),
+    [
+        ("inv_freq", FREQUENCIES / 4),
+        ("inv_freq", (FREQUENCIES / 4).half()),
+        ("inv_freq", FREQUENCIES[:3]),
+        ("cos_cached", (ANGLES / 4).cos()),
+        ("sin_cached", (ANGLES / 4).sin()[None, None].bfloat16()),
+    ],
+    ids=["scaled", "scaled halves", "fewer", "cosines", "sines"],
+)
+def test_rotary_frequencies_that_the_configuration_doesnt_give(tmp_path, leaf, stored, stream):
+    folder = spoiled(tmp_path, plus(**{f"model__layers__0__self_attn__rotary_emb__{leaf}": stored}))
+    with pytest.raises(CheckpointError, match=rf"config\.json doesn't give: .*{leaf}; .*rope_parameters"):
+        load_checkpoint(str(folder), stream=stream)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_rotary_frequencies_that_are_scaled(tmp_path, factor):
+    folder = spoiled(
+        tmp_path,
+        plus(model__layers__0__self_attn__rotary_emb__inv_freq=FREQUENCIES / 4),
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": factor},
+    )
+    if factor == 4.0:
+        load_checkpoint(str(folder))
+    else:
+        with pytest.raises(CheckpointError, match="rotary frequencies"):
+            load_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["predicts further tokens", "is a layer more"])
