@@ -16,14 +16,8 @@ if TYPE_CHECKING:
 
 _IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 _LOADERS = ("transformers_weights", "fusion_config")  # which file is loaded, and what is put in a module's place
-_MOST_OF_A_KIND = 100_000  # layers, experts, heads and whatever else modules or lists are made of
-_COUNTS = re.compile(r"(layer|expert|head|block|depth|label)s?(_types)?$", re.IGNORECASE)
-# Of what a configuration counts other things by: tokens, numbers, and what stands for a token.
-_MAY_BE_LARGE = re.compile(
-    r"pos|seq|len|window|theta|base|freq|context|ctx|seed|token|_id|idx|index|vocab|param|flop|size|dim|embd|max|min"
-    r"|limit|scal|rope|factor|pixel|hidden|inner|chunk|budget|step|timestamp|version",
-    re.IGNORECASE,
-)
+_MOST_OF_A_KIND = 100_000  # layers, experts, heads and what else a configuration makes lists of as it is read
+_COUNTS = re.compile(r"(layer|expert|head|block|depth|label)s?$|(_types|dense_replace)$", re.IGNORECASE)
 
 
 def read_configuration(folder: Path, name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -45,8 +39,7 @@ def read_configuration(folder: Path, name: str, *, trust_remote_code: bool = Fal
     settings = read_settings(folder / "config.json", name)
     for key, value in _integers(settings):
         setting = key.rpartition(".")[2]
-        is_count = bool(_COUNTS.search(setting)) or not _MAY_BE_LARGE.search(setting)
-        if abs(value) > _MOST_OF_A_KIND and is_count:
+        if abs(value) > _MOST_OF_A_KIND and _COUNTS.search(setting):
             raise CheckpointError(
                 f"config.json of {name} has {key} {shown(value)}; more than {_MOST_OF_A_KIND} aren't read; get the "
                 f"file that belongs to the weights: {folder / 'config.json'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -115,10 +116,11 @@ def _bounded(config: PreTrainedConfig, tensors: Mapping[str, Stored], name: str)
     """Ends the building of a model that the stored tensors can't fill."""
     most = _PARAMETERS_OF_A_TENSOR * len(tensors) + _SPARE_PARAMETERS
     numbers, count = _numbers(tensors), 0
+    thread = threading.get_ident()  # the hooks are called for the models of every thread
 
     def parameter(owner: nn.Module, leaf: str, value: nn.Parameter | None) -> None:
         nonlocal count
-        if value is None:
+        if value is None or threading.get_ident() != thread:
             return
         count += 1
         shape = tuple(value.shape)
@@ -134,7 +136,7 @@ def _bounded(config: PreTrainedConfig, tensors: Mapping[str, Stored], name: str)
             )
 
     def table(owner: nn.Module, leaf: str, value: Tensor | None) -> None:
-        if value is not None:
+        if value is not None and threading.get_ident() == thread:
             _check_table(value, f"for {leaf} in {type(owner).__name__}", config, name)
 
     handles = [

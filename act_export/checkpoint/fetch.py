@@ -70,7 +70,7 @@ def fetch_checkpoint(
         access = HubAccess(token, cache_dir)
         hub_id = hub_id.at(revision)
         fetched = Fetched(hub_id.name, fetch_small_files(hub_id, access, code=trust_remote_code), trust_remote_code)
-        check_small_files(fetched.folder, str(hub_id))
+        check_small_files(fetched.folder, str(hub_id), code=trust_remote_code)
         if weights:
             check_configuration(fetched.folder, str(hub_id), trust_remote_code=trust_remote_code)
             configuration_of(fetched)
@@ -84,7 +84,7 @@ def fetch_checkpoint(
     if is_gguf(source):
         return Fetched(source, converted(built_in_gguf(source) if source in BUILT_IN else path))
     if path.is_dir():
-        check_small_files(path, source)
+        check_small_files(path, source, code=trust_remote_code)
         if weights:
             check_configuration(path, source, trust_remote_code=trust_remote_code)
             weight_files([file.name for file in path.iterdir()], path, source)

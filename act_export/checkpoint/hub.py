@@ -15,31 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from act_export.checkpoint.folder import weight_files
+from act_export.checkpoint.small_files import SMALL_FILES
 from act_export.checkpoint.weight_index import WEIGHT_INDICES
 from act_export.errors import CheckpointError
 
-_SMALL_FILES = (
-    "adapter_config.json",
-    "added_tokens.json",
-    "additional_chat_templates/*.jinja",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    *WEIGHT_INDICES,
-)
 _CODE_FILES = ("*.py", "*.tiktoken", "*.model", "*.txt")  # and what a tokenizer of its own code reads
 _COMMIT = re.compile("[0-9a-f]{40}")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -140,7 +119,7 @@ def fetch_small_files(model: HubId, access: HubAccess, *, code: bool = False) ->
                     revision=model.revision,
                     token=access.token,
                     cache_dir=access.cache,
-                    allow_patterns=[*_SMALL_FILES, *(_CODE_FILES if code else ())],
+                    allow_patterns=[*SMALL_FILES, *WEIGHT_INDICES, *(_CODE_FILES if code else ())],
                 )
             )
         except LocalEntryNotFoundError as error:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from act_export.checkpoint.small_files import own_file
 from act_export.errors import CheckpointError, shown
-from act_export.files import path_inside
 from act_export.json_file import read_object
 
 WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -47,9 +47,10 @@ def places_in(index: Path, what: str = "", *, to_load: bool = False) -> dict[str
         to_load: It must also have what transformers needs of it.
 
     Raises:
-        CheckpointError: If it is no index, or a file that it names isn't in its folder, or of another format.
+        CheckpointError: If it is no index, or it or a file that it names isn't in its folder, or of another format.
     """
     what, advice = what or str(index), f"get the file anew: {index}"
+    own_file(index.parent, index.name, what)
     content = read_object(index, what, error=CheckpointError, advice=advice)
     places = content.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
@@ -58,7 +59,7 @@ def places_in(index: Path, what: str = "", *, to_load: bool = False) -> dict[str
         raise CheckpointError(f'{what} has no metadata, without which transformers loads nothing; add "metadata": {{}}')
     suffix = _SUFFIXES.get(index.name, "")
     for file in sorted(set(places.values())):
-        path_inside(index.parent, file, what, error=CheckpointError)
+        own_file(index.parent, file, what)
         if not file.endswith(suffix):
             raise CheckpointError(f"{what} names {shown(file)}, which is no {suffix} file; {advice}")
     return places

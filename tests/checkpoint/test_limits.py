@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_checkpoint, tiny_model
 from tiny_vision import tiny_whole
 
+from act_export.checkpoint.dry_run import empty_model
 from act_export.checkpoint.load import load_checkpoint
+from act_export.checkpoint.small_files import check_small_files
+from act_export.checkpoint.streamed.stored_tensor import StoredTensor
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import CheckpointError
 
@@ -43,6 +49,7 @@ COUNTS = [
     ("llama", {"num_hidden_layers": BILLION}, "num_hidden_layers 1000000000; more than 100000"),
     ("llama", {"num_hidden_layers": 90_000}, r"more than \d+ weights \(num_hidden_layers: 90000\), but"),
     ("llama", {"num_labels": BILLION}, "num_labels 1000000000"),
+    ("llama", {"first_k_dense_replace": BILLION}, "first_k_dense_replace 1000000000"),
     ("llama", {"num_attention_heads": BILLION}, "num_attention_heads 1000000000"),
     ("llama", {"vocab_size": 10**12}, r"\[1000000000000, 32\] \(vocab_size: 1000000000000"),
     ("llama", {"hidden_size": BILLION}, "hidden_size: 1000000000"),
@@ -73,14 +80,24 @@ def test_counts_in_a_text_tower(tmp_path):
     refused(tmp_path, r"text_config\.num_hidden_layers 1000000000")
 
 
-@pytest.mark.parametrize("settings", [{"max_position_embeddings": 10**12}, {"sliding_window": 2**31}])
-def test_lengths_may_be_large(folder, settings):
+LARGE = {
+    "max_position_embeddings": 10**12,
+    "sliding_window": 2**31,
+    "created_at": 1714000000,
+    "sampling_rate": 192000,
+    "train_rows": 1000000,
+    "eos": 151645,
+}
+
+
+@pytest.mark.parametrize("settings", [{name: value} for name, value in LARGE.items()], ids=list(LARGE))
+def test_what_counts_nothing_may_be_large(folder, settings):
     change_config(folder, settings)
     assert load_checkpoint(str(folder)).identity.num_layers == 2
 
 
 TEXTS = {
-    "keys": (json.dumps({f"k{i}": i for i in range(40_000)}), r"lists more than \d+ values|has 40000 settings"),
+    "keys": (json.dumps({f"k{i}": i for i in range(40_000)}), r"has more than \d+ commas|has 40000 settings"),
     "levels": ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
     "digits": ('{"a":' + "9" * 5_000 + "}", "a number of 5000 digits"),
     "no object": ("[1]", "no JSON object but a list"),
@@ -113,6 +130,30 @@ def test_a_tokenizer_alone_is_looked_at_too(folder):
         load_tokenizer_of(str(folder))
 
 
+def test_a_tokenizer_may_list_every_token(folder):
+    path = folder / "tokenizer_config.json"
+    tokens = {str(n): {"content": f"<{n}>", "special": True, "lstrip": False, "rstrip": False} for n in range(150_000)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"listed": tokens}))
+    check_small_files(folder, "it")
+
+
+def test_files_that_nobody_reads(folder):
+    (folder / "training_log.txt").symlink_to("/etc/hostname")
+    (folder / "trainer_state.json").write_text("{")
+    with (folder / "train.json").open("wb") as file:
+        file.truncate(300 << 20)
+    load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "model.safetensors", "tokenizer.json", "config.json"])
+def test_pipes_arent_waited_for(folder, file):
+    if file.startswith("model"):
+        (folder / "model.safetensors").unlink()
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    refused(folder, rf"{file}.* no (plain )?file")
+
+
 LINKED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
 
@@ -124,7 +165,7 @@ def test_links_out_of_the_folder(folder, tmp_path, file):
     else:
         outside.write_text("{}")
     (folder / file).symlink_to(outside)
-    refused(folder, rf"{file} is a link to .*out of .*; copy the file there")
+    refused(folder, rf"{file} is a link to .*out of .*; copy the file there.*cp -rL")
 
 
 def test_links_within_the_hubs_cache(checkpoint_folder, tmp_path):
@@ -165,3 +206,21 @@ def test_an_unknown_kind_of_rotary_embedding(tmp_path, key):
         del config["rope_parameters"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(tmp_path, r"rope_type 'su', which transformers \S+ doesn't know in llama models; .*longrope")
+
+
+def test_other_threads_build_what_they_like(folder):
+    """While a model is tried out, one that is far larger than its files is built beside it."""
+    built = []
+
+    class Loader:
+        @staticmethod
+        def from_config(config, **_):
+            other = threading.Thread(target=lambda: built.append(torch.nn.Linear(1000, 100)))
+            other.start()
+            other.join()
+            return torch.nn.Linear(1, 1)
+
+    config = tiny_model("llama").config
+    tensors = {"weight": StoredTensor(folder, "weight", "F32", (2,), 0, 8)}
+    empty_model(config, Loader, tensors, "it")
+    assert len(built) == 1

@@ -93,7 +93,7 @@ def add(folder: Path, file: str, name: str) -> None:
     ("change", "said"),
     [
         (lambda folder: add(folder, "model-00001-of-00002.safetensors", NORM), f"'{NORM}' is in .* it can't be told"),
-        (lambda folder: add(folder, "model-00001-of-00002.safetensors", "more"), "holds 'more', which .* doesn't name"),
+        (lambda folder: add(folder, "model-00001-of-00002.safetensors", "more"), r"no place for: more \[32\]"),
         (
             lambda folder: save_file({"a": torch.ones(1)}, folder / "model-00003-of-00003.safetensors"),
             r"holds model-00003-of-00003\.safetensors, which .* doesn't name",
@@ -110,6 +110,18 @@ def test_files_beside_the_index(folder, change, said):
     load_checkpoint(str(folder))
     change(folder)
     refused(folder, said)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_index_that_names_more_than_the_files_hold(folder, stream):
+    in_two_files(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= {"lm_head.weight": "model-00001-of-00002.safetensors"}  # of a tied model
+    del index["weight_map"][NORM]  # which its file holds
+    index["weight_map"]["other"] = "model-00002-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    assert load_checkpoint(str(folder), stream=stream).identity.num_layers == 2
 
 
 class Intruder:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from act_export.checkpoint.small_files import own_file
 from act_export.checkpoint.streamed.pickled_tensor import pickled_tensors
 from act_export.checkpoint.streamed.stored_tensor import Stored, stored_tensors
 from act_export.checkpoint.weight_index import WEIGHT_INDICES, check_no_other_shards, places_in, weights_in
 from act_export.errors import CheckpointError, shown
-from act_export.files import path_inside
 
 
 def is_streamable(folder: Path) -> bool:
@@ -23,7 +23,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
 
     Raises:
         CheckpointError: If a file is missing, broken or cut short, holds more than tensors, or is a link out of the
-            folder; or if the index and the files disagree.
+            folder; or if two files hold tensors of one name.
     """
     found = weights_in([path.name for path in folder.iterdir()], folder, str(folder))
     if not found:
@@ -31,7 +31,7 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
     if found[0] not in WEIGHT_INDICES:
         return dict(_tensors_in(folder, found[0]))
     index = folder / found[0]
-    places = places_in(index, to_load=True)
+    places_in(index, to_load=True)
     missing = [file for file in found[1:] if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
@@ -41,29 +41,23 @@ def tensors_of(folder: Path) -> dict[str, Stored]:
         )
     check_no_other_shards(folder, index, found)
     files = {file: _tensors_in(folder, file) for file in found[1:]}
-    _check_places(folder, index, places, files)
-    return {name: files[file][name] for name, file in places.items()}
+    return _joined(folder, files)
 
 
 def _tensors_in(folder: Path, file: str) -> Mapping[str, Stored]:
-    path = path_inside(folder, file, f"the weights of {folder}", error=CheckpointError)
+    path = own_file(folder, file, f"the weights of {folder}")
     return stored_tensors(path) if path.name.endswith(".safetensors") else pickled_tensors(path)
 
 
-def _check_places(
-    folder: Path, index: Path, places: Mapping[str, str], files: Mapping[str, Mapping[str, Stored]]
-) -> None:
-    """Refuses an index that says other things than the files do."""
-    advice = f"they don't belong together; get the files of {folder} again"
-    for name, file in places.items():
-        if name not in files[file]:
-            raise CheckpointError(f"{file} doesn't hold {shown(name)}, though {index.name} says so: {advice}")
+def _joined(folder: Path, files: Mapping[str, Mapping[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of all files, as transformers has them: an index says which files there are, and no more."""
+    found: dict[str, Stored] = {}
     for file, tensors in files.items():
-        for name in tensors:
-            if name not in places:
-                raise CheckpointError(f"{file} holds {shown(name)}, which {index.name} doesn't name: {advice}")
-            if places[name] != file:
+        for name, tensor in tensors.items():
+            if name in found:
                 raise CheckpointError(
-                    f"{shown(name)} is in {file} and, by {index.name}, in {places[name]}, so it can't be told which "
-                    f"counts; get the files of {folder} again"
+                    f"{shown(name)} is in {found[name].file.name} and in {file}, so it can't be told which counts; get "
+                    f"the files of {folder} again"
                 )
+            found[name] = tensor
+    return found
