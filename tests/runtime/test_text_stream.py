@@ -125,6 +125,33 @@ def test_pieces_join_to_the_text(kind, data):
     assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("kind", list(TOKENIZERS)[:5])
+@given(st.data())
+@settings(max_examples=15)
+def test_pieces_of_long_texts_join(kind, data):
+    """Long enough that the window that is decoded moves; runs of few tokens, of which many are spaces or nothing."""
+    tokenizer = tokenizer_of(kind)
+    some = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), min_size=1, max_size=6))
+    tokens = data.draw(st.lists(st.sampled_from(some), min_size=60, max_size=120))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("act_export.runtime.text_stream._WINDOW", data.draw(st.sampled_from([2, 5, 32])))
+        patch.setattr("act_export.runtime.text_stream._OVERLAP", data.draw(st.sampled_from([1, 2, 8])))
+        assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "pieces with bytes", "unigram, cleaned", "word pieces, cleaned"])
+def test_a_step_decodes_the_last_tokens_alone(kind):
+    tokenizer = tokenizer_of(kind)
+    stream = TextStream(tokenizer)
+    decoded, lengths = stream._decoded, []
+    stream._decoded = lambda start, **how: lengths.append(len(stream._tokens) - start) or decoded(start, **how)
+    words = [token for token in (tokenizer.convert_tokens_to_ids(word) for word in ("a", "▁the", "can")) if token]
+    for _ in range(1000):
+        stream.put(words[-1])
+    assert max(lengths) < 100
+    assert len(stream._shown) > 900
+
+
 @given(st.text(max_size=12))
 @example("e\u0301 👨\u200d👩\u200d👧 नि ข้ \u202eabc")
 def test_letters_of_several_tokens(text):
@@ -166,14 +193,13 @@ def test_what_cleaning_may_change_is_held_back():
             "".join(random_letters.choices(random_letters.choice((".' ntsvemrx", "' nt.", " '")), k=length))
             for length in (random_letters.randrange(10), random_letters.randrange(7))
         )
-        stream._decoded = lambda *, clean=None, text=before: text
-        assert tokenizer.clean_up_tokenization(before + after).startswith(stream._certain())
+        assert tokenizer.clean_up_tokenization(before + after).startswith(stream._certain(before))
 
 
 def test_a_tokenizer_that_changes_what_was_certain():
     stream = TextStream(tokenizer_of("byte-level"))
     stream.put(70)
-    stream._decoded = lambda *, clean=None: "another text"
+    stream._decoded = lambda start, *, clean=None: "another text"
     assert stream.put(71) == ""
     with pytest.raises(ActExportError, match="the whole text is 'another text'"):
         stream.end()
