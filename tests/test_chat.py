@@ -44,11 +44,17 @@ def test_a_chat() -> None:
         ("{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "512 MB"),
     ],
 )
-def test_what_a_template_may_not_do(template: str | None, reason: str) -> None:
+def test_what_a_template_may_not_do(template: str | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("act_export.limits._one_process", True)  # as in a command
     with pytest.raises(SessionError) as caught:
         render_chat(tokenizer(template), MESSAGES, error=SessionError)
     assert reason in str(caught.value)
     assert "chat_template.jinja" in str(caught.value)
+
+
+def test_a_template_without_memory_in_a_library_call() -> None:
+    with pytest.raises(SessionError, match=r"takes more memory than there is; .*chat_template\.jinja"):
+        render_chat(tokenizer("{{ 'a' * 10**15 }}"), MESSAGES, error=SessionError)
 
 
 def test_a_template_without_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,37 @@ def test_no_time_limit_in_other_threads() -> None:
     assert done == [True]
 
 
-def test_memory_limit() -> None:
+def ring(*_: object) -> None:
+    """Of an application's timer."""
+
+
+def test_an_applications_timer_goes_on() -> None:
+    """It neither is a limit of the block, nor ends with it."""
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.3, 5)
+    try:
+        with pytest.raises(ActExportError, match=r"^this"), time_limit(0.5, "this"):
+            time.sleep(10)
+        assert signal.getsignal(signal.SIGALRM) is ring
+        time.sleep(0.05)
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        assert 4 < left <= 5 == interval
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_no_memory_limit_but_in_a_command() -> None:
+    size, before = 15, resource.getrlimit(resource.RLIMIT_AS)
+    with memory_limit(64 << 20, "this"):
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
+    limit = memory_limit(64 << 20, "this", "x", error=SessionError)
+    with pytest.raises(SessionError, match="takes more memory than there is; x"), limit:
+        "a" * 10**size
+
+
+def test_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("act_export.limits._one_process", True)
     size = 12
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = memory_limit(64 << 20, "the template", "pass another", error=SessionError)
