@@ -64,6 +64,7 @@ from act_export.command_line import (
 from act_export.errors import ActExportError, VerificationError
 from act_export.files import check_replaceable, check_writable
 from act_export.graft_command import graft_command
+from act_export.limits import allow_process_limits
 from act_export.printing import PlainConsole, PlainTable, printable, readers_ended
 from act_export.profile_commands import profile_command, report_command
 
@@ -109,6 +110,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    allow_process_limits()
     try:
         app()
     finally:
@@ -416,7 +418,7 @@ def generate_command(
         note(f"{', '.join(options)}: no effect without --sample or --temperature")
     with Session.open(file, native=not portable, device=device or "cpu") as session:
         text_tokenizer = load_tokenizer(session, tokenizer, trust_remote_code=trust_remote_code)
-        settings = load_generation_settings(session, text_tokenizer, ignored=ignore_generation_config)
+        settings = load_generation_settings(session, text_tokenizer, ignored=ignore_generation_config, note=note)
         pieces = stream_text(
             session,
             text_tokenizer,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from act_export.checkpoint.built_in import BUILT_IN
 from act_export.checkpoint.fetch import fetch_checkpoint
@@ -13,7 +13,7 @@ from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import ActExportError, CheckpointError
 from act_export.json_file import read_object
 from act_export.runtime.generate import Sampling, generate_steps
-from act_export.runtime.generation_settings import GenerationSettings, end_tokens
+from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens
 from act_export.runtime.prompt import encode_prompt
 from act_export.runtime.session import Session
 from act_export.runtime.text_stream import TextStream
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 64
 _CONFIGURATION = "generation_config.json"
+_FILE_IN_FOLDER = "model.onnx"
 _ADVICE = "correct it, or leave it out: --ignore-generation-config on the command line"
 
 
@@ -52,31 +53,44 @@ def load_tokenizer(
 
 
 def load_generation_settings(
-    session: Session, tokenizer: PreTrainedTokenizerBase | None = None, *, ignored: bool = False
+    session: Session,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    ignored: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> GenerationSettings:
     """The generation configuration of an exported model.
 
-    It is looked for beside the file, then in it, then, for a file of an earlier version, where the file was made from.
+    In a folder that was exported, generation_config.json counts, which may have been edited. Otherwise the file's own
+    record does; where it has none, as in files of earlier versions, generation_config.json beside the file, and then
+    that of what the file was made from.
 
     Args:
         session: The model.
         tokenizer: Its tokenizer, which stop strings need.
         ignored: Whether to look for none.
+        note: Told where settings are from, if they may not be the expected ones, a sentence at a time.
 
     Raises:
         ActExportError: If it can't be read. A model that has none has no settings.
     """
     beside = session.path.parent / _CONFIGURATION
+    note = note or (lambda _: None)
     if ignored:
         return GenerationSettings(tokenizer=tokenizer)
-    if beside.is_file():
-        return _settings(beside, str(beside), tokenizer)
-    if (recorded := session.record.generation) is not None:
+    recorded = session.record.generation
+    if beside.is_file() and (recorded is None or _in_exported_folder(session.path)):
+        found = _settings(beside, str(beside), tokenizer)
+        if recorded is not None and _that_count(found.fields) != _that_count(recorded):
+            note(f"{beside} isn't what {session.path} was exported with; what it says now is used")
+        return found
+    if recorded is not None:
         return GenerationSettings(recorded, f"the generation configuration in {session.path}", tokenizer)
     if (origin := _origin(session)) is not None:
         try:
             folder = fetch_checkpoint(origin[0], revision=origin[1], weights=False).folder
-        except CheckpointError:  # gone, or there is no connection: as a model that has none
+        except CheckpointError as cause:  # gone, or there is no connection
+            note(f"no {_CONFIGURATION} is used, that of {origin[0]} can't be had: {cause}")
             return GenerationSettings(tokenizer=tokenizer)
         if (folder / _CONFIGURATION).is_file():
             return _settings(folder / _CONFIGURATION, f"{_CONFIGURATION} of {origin[0]}", tokenizer)
@@ -172,6 +186,16 @@ def _origin(session: Session) -> tuple[str, str | None] | None:
 
 def _settings(path: Path, what: str, tokenizer: PreTrainedTokenizerBase | None) -> GenerationSettings:
     return GenerationSettings(read_object(path, what, advice=_ADVICE), what, tokenizer)
+
+
+def _in_exported_folder(path: Path) -> bool:
+    """Whether a file lies as an export of a folder has it; another file may have a neighbour's configuration."""
+    return path.name == _FILE_IN_FOLDER and (path.parent / "config.json").is_file()
+
+
+def _that_count(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that may change an answer."""
+    return {name: value for name, value in fields.items() if value is not None and USES.get(name) is not Use.NO_EFFECT}
 
 
 def _configured_stop(settings: GenerationSettings | None, session: Session) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from tiny import VOCABULARY, save_checkpoint, tiny_checkpoint, tiny_model, tiny_
 from transformers import GenerationConfig
 
 from act_export.checkpoint.load import load_checkpoint
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, CheckpointError
 from act_export.export import build_model
+from act_export.export.write import stop_tokens
 from act_export.runtime import Sampling, Session, generate
 from act_export.runtime.generate import left_pad
 from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens, fields_of
@@ -208,7 +210,7 @@ def test_all_tokens_suppressed(session):
         ours(session, PROMPTS, NEW, suppress_tokens=list(range(VOCABULARY)))
 
 
-@pytest.mark.parametrize("value", ["2", 2.0, [[2]], -1, VOCABULARY, [2, "3"], True, {"a": 2}], ids=repr)
+@pytest.mark.parametrize("value", ["2", 2.0, [[2]], -1, [2, "3"], True, {"a": 2}], ids=repr)
 def test_end_tokens_that_are_none(value, tmp_path):
     with pytest.raises(ActExportError, match=r"eos_token_id of x is .*correct it"):
         end_tokens(value, "eos_token_id of x", VOCABULARY)
@@ -216,6 +218,17 @@ def test_end_tokens_that_are_none(value, tmp_path):
     checkpoint.model.generation_config.eos_token_id = value
     with pytest.raises(ActExportError, match=r"eos_token_id of generation_config.json of tiny llama is"):
         build_model(checkpoint, None, tmp_path / "model.onnx")
+
+
+def test_end_tokens_beyond_the_vocabulary(caplog):
+    with pytest.raises(ActExportError, match=f"vocabulary has {VOCABULARY} tokens.*correct it"):
+        end_tokens(VOCABULARY, "eos_token_id of x", VOCABULARY)
+    checkpoint = tiny_checkpoint()
+    expected = stop_tokens(checkpoint)
+    checkpoint.model.config.eos_token_id = 50256
+    checkpoint.model.generation_config.eos_token_id = [2, 5, VOCABULARY]
+    assert stop_tokens(checkpoint) == sorted({*expected, 2, 5})
+    assert "eos_token_id of config.json of tiny llama names 50256, which" in caplog.text
 
 
 @pytest.mark.parametrize(("value", "tokens"), [(None, ()), (2, (2,)), ([2, 5], (2, 5)), ([], ())])
@@ -245,13 +258,43 @@ def test_a_file_says_what_its_model_said(tmp_path):
         assert text == checkpoint.tokenizer.decode(expected[0], skip_special_tokens=True)
         assert text != "".join(stream_text(session, checkpoint.tokenizer, "One light", max_new_tokens=8))
         assert ["--sample" in each for each in said] == [True]
-        # What lies beside the file has the say.
-        (tmp_path / "generation_config.json").write_text('{"no_repeat_ngram_size": 2}')
-        assert load_generation_settings(session).fields == {"no_repeat_ngram_size": 2}
+        # What lies beside the file has the say in an exported folder; elsewhere it may be another model's.
+        beside = tmp_path / "generation_config.json"
+        beside.write_text('{"no_repeat_ngram_size": 2}')
+        assert load_generation_settings(session).fields == inside.fields
+        (tmp_path / "config.json").write_text("{}")
+        said = []
+        assert load_generation_settings(session, note=said.append).fields == {"no_repeat_ngram_size": 2}
+        assert said == [
+            f"{beside} isn't what {session.path} was exported with; what it says now is used",
+        ]
+        checkpoint.model.generation_config.save_pretrained(tmp_path)
+        assert asked.items() <= load_generation_settings(session, note=said.append).fields.items()
+        assert len(said) == 1
+        beside.write_text('{"no_repeat_ngram_size": 2}')
         assert not load_generation_settings(session, ignored=True).fields
         (tmp_path / "generation_config.json").write_text("[1]")
         with pytest.raises(ActExportError, match=r"generation_config.json is no JSON object.*--ignore"):
             load_generation_settings(session)
+
+
+def test_a_neighbours_configuration(tmp_path, monkeypatch):
+    build_model(tiny_checkpoint(), None, tmp_path / "a.onnx", source="owner/name")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text('{"no_repeat_ngram_size": 2}')
+
+    def no_connection(*_, **__):
+        raise CheckpointError("no connection")
+
+    monkeypatch.setattr("act_export.runtime.text.fetch_checkpoint", no_connection)
+    with Session.open(tmp_path / "a.onnx") as session:
+        assert "no_repeat_ngram_size" not in load_generation_settings(session).fields
+        session.record = replace(session.record, generation=None)  # as of an earlier version
+        assert load_generation_settings(session).fields == {"no_repeat_ngram_size": 2}
+        (tmp_path / "generation_config.json").unlink()
+        said = []
+        assert not load_generation_settings(session, note=said.append).fields
+        assert said == ["no generation_config.json is used, that of owner/name can't be had: no connection"]
 
 
 def test_a_model_whose_cache_is_computed_again(tmp_path):
@@ -269,5 +312,5 @@ def test_a_model_whose_cache_is_computed_again(tmp_path):
     with Session.open(tmp_path / "model.onnx") as session:
         expected = theirs(model, PROMPTS, 14, repetition_penalty=1.2)
         assert ours(session, PROMPTS, 14, repetition_penalty=1.2) == expected
-        session.properties.pop("recompute_beyond")
+        session.record = replace(session.record, recompute_beyond=None)
         assert ours(session, PROMPTS, 14, repetition_penalty=1.2) != expected
