@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from act_export import __version__
 from act_export.calibration import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import family_of, placeholders_of
-from act_export.errors import ActExportError
+from act_export.errors import ActExportError, shown
 from act_export.export.quantize import Quantization
 from act_export.export.rope import context_of, recomputed_beyond
 from act_export.files import (
@@ -57,6 +58,8 @@ COMPANIONS = {
 _SUFFIXES_OF_FILES = {".bin", ".data", ".gguf", ".json", ".ort", ".pb", ".pt", ".pth", ".safetensors", ".txt", ".zip"}
 _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
+
+_log = logging.getLogger(__name__)
 
 
 WriteProgress = Callable[[int, int], None]
@@ -100,21 +103,29 @@ def stop_tokens(checkpoint: Checkpoint) -> list[int]:
     """Tokens after which generation ends, by tokenizer, generation configuration and configuration.
 
     Raises:
-        ActExportError: If one of them names something that is no token of the model's.
+        ActExportError: If one of them names something that is no number of a token. What is one, but beyond the
+            model's vocabulary, never comes and is left out, as a default of transformers that nobody set.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    vocabulary = model.config.vocab_size
     given = {
         "the tokenizer": tokenizer.eos_token_id if tokenizer is not None else None,
         "generation_config.json": model.generation_config.eos_token_id if model.generation_config is not None else None,
         "config.json": model.config.eos_token_id,
     }
-    return sorted(
-        {
-            token
-            for place, tokens in given.items()
-            for token in end_tokens(tokens, f"eos_token_id of {place} of {checkpoint.name}", model.config.vocab_size)
-        }
-    )
+    found: set[int] = set()
+    for place, tokens in given.items():
+        what = f"eos_token_id of {place} of {checkpoint.name}"
+        named = set(end_tokens(tokens, what, None))
+        if beyond := sorted(token for token in named if token >= vocabulary):
+            _log.warning(
+                "%s names %s, which the model's vocabulary of %d tokens doesn't have: not taken as a stop token",
+                what,
+                ", ".join(map(shown, beyond[:5])),
+                vocabulary,
+            )
+        found |= named - {*beyond}
+    return sorted(found)
 
 
 def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:
