@@ -85,7 +85,7 @@ def _convert(gguf: Path, header: GgufFile, in_shards: bool, own: Path, made: Pat
         tokenizer, remarks = tokenizer_by(header, whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
-        _save_model(whole, config, settings, stop_tokens(keys, settings.values["vocab_size"]), made)
+        _save_model(whole, config, settings, stop_tokens(header), made)
     return [*settings.remarks, *remarks]
 
 

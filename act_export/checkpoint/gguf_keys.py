@@ -13,6 +13,8 @@ from act_export.checkpoint.gguf_header import GgufFile
 from act_export.errors import CheckpointError, shown
 
 LARGEST_COUNT = 1 << 31
+_TOKENIZER, _ID = "tokenizer.ggml.", "_token_id"
+_IDS = {_TOKENIZER + name + _ID for name in ("bos", "eos", "eot", "eom", "unknown", "padding")}
 
 # Keys that settings needn't take, with the values that change nothing. None: any value.
 _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
@@ -135,20 +137,6 @@ class Keys:
             raise self.refused(self.full(name), value, "a number above 0 is needed")
         return float(value)
 
-    def token(self, name: str, vocabulary: int) -> int | None:
-        """The id of a token with a part in the text, such as "eos"; None if the file names none.
-
-        Raises:
-            CheckpointError: If the model has no such token.
-        """
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = self.gguf.keys.get(key)
-        if value is None:
-            return None
-        if type(value) is not int or not 0 <= value < vocabulary:
-            raise self.refused(key, value, f"the model has {vocabulary} tokens")
-        return value
-
     def must_be(self, name: str, expected: float, why: str) -> None:
         """Raises CheckpointError if there is such a key, and it has another value."""
         value = self.take(name)
@@ -165,6 +153,7 @@ class Keys:
             CheckpointError: If a key that may change what the model computes was taken by nothing.
         """
         remarks = []
+        nobodys = ids_of_no_token(self.gguf)
         for key, value in self.gguf.keys.items():
             prefix = f"{self.architecture}."
             if key.startswith(prefix):
@@ -181,6 +170,59 @@ class Keys:
                 )
             if key.startswith("general.sampling."):
                 remarks.append(f"{key} = {shown(value)} isn't kept: sampling is up to who generates")
+            elif key in nobodys:
+                remarks.append(
+                    f"{key} = {shown(value)} isn't one of the {_tokens(self.gguf)} tokens; it counts as none"
+                )
             elif not key.startswith((*_HARMLESS, "tokenizer.")):
                 remarks.append(f"the key {key} = {shown(value)} isn't known and was left out")
         return remarks
+
+
+def token_id(gguf: GgufFile, name: str) -> int | None:
+    """The id of a token with a part in the text, such as "eos"; None if the file has none.
+
+    Files say -1, or the largest number of 32 bits, where they mean none.
+
+    Raises:
+        CheckpointError: If it is no whole number.
+    """
+    return _id_of(gguf, f"{_TOKENIZER}{name}{_ID}")
+
+
+def ids_of_no_token(gguf: GgufFile) -> list[str]:
+    """The keys of ids that are no token's."""
+    return [key for key in gguf.keys if key in _IDS and _id_of(gguf, key) is None]
+
+
+def special_tokens(gguf: GgufFile) -> dict[str, int | None]:
+    """The ids of the tokens bos, eos, unk and pad, as llama.cpp has them where the file doesn't say.
+
+    Raises:
+        CheckpointError: If one is no whole number.
+    """
+    pieces = gguf.keys.get(f"{_TOKENIZER}model") == "llama"
+    found = {}
+    for name, stored, default in (
+        ("bos", "bos", 1),
+        ("eos", "eos", 2),
+        ("unk", "unknown", 0),
+        ("pad", "padding", None),
+    ):
+        token = token_id(gguf, stored)
+        found[name] = default if token is None and pieces and (default or 0) < _tokens(gguf) else token
+    return found
+
+
+def _id_of(gguf: GgufFile, key: str) -> int | None:
+    value = gguf.keys.get(key)
+    if value is not None and type(value) is not int:
+        raise CheckpointError(f"can't load {gguf.path}: it has {key} = {shown(value)}; a token's number is needed")
+    return value if value is not None and 0 <= value < _tokens(gguf) else None
+
+
+def _tokens(gguf: GgufFile) -> int:
+    """How many tokens there are: the tokenizer's, or where there is none, the model's."""
+    tokens, embedding = gguf.keys.get(f"{_TOKENIZER}tokens"), gguf.tensors.get("token_embd.weight")
+    rows = embedding.shape[0] if embedding is not None else LARGEST_COUNT
+    return min(len(tokens), rows) if isinstance(tokens, list) else rows

@@ -2,6 +2,8 @@
 
 What llama.cpp computes is what counts, where a key is missing too:
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp (load_hparams) and its src/models.
+With one exception: llama.cpp switches the sliding window of Phi-3 off, for want of support. Here it is applied, as
+transformers does with the original checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from act_export.checkpoint.gguf_keys import Keys
+from act_export.checkpoint.gguf_keys import Keys, special_tokens
 from act_export.checkpoint.gguf_names import NAMES, Heads, layer_of
 from act_export.checkpoint.gguf_rope import Rotary, read_rotary
 from act_export.errors import CheckpointError
@@ -118,7 +120,7 @@ def read_settings(keys: Keys) -> Settings:
         **({} if model_type == "gpt2" else {"num_key_value_heads": shape.key_heads}),
         "max_position_embeddings": shape.context,
         "tie_word_embeddings": TIED_OUTPUT not in keys.gguf.tensors,
-        **{f"{name}_token_id": token for name, token in special_tokens(keys, shape.vocabulary).items()},
+        **{f"{name}_token_id": token for name, token in special_tokens(keys.gguf).items() if name != "unk"},
         **own,
     }
     if "" in rotary:
@@ -127,16 +129,6 @@ def read_settings(keys: Keys) -> Settings:
         values["rope_parameters"] = {kind: each.parameters() for kind, each in rotary.items()}
     heads = Heads(shape.heads, shape.key_heads)
     return Settings(model_type, values, heads, rotary, tuple(keys.check_all_taken()))
-
-
-def special_tokens(keys: Keys, vocabulary: int) -> dict[str, int | None]:
-    """The ids of the first, last and padding token, as llama.cpp has them where the file doesn't say."""
-    pieces = keys.gguf.keys.get("tokenizer.ggml.model") == "llama"
-    found = {}
-    for name, key, default in (("bos", "bos", 1), ("eos", "eos", 2), ("pad", "padding", None)):
-        token = keys.token(key, vocabulary)
-        found[name] = default if token is None and pieces and default and default < vocabulary else token
-    return found
 
 
 _Made = tuple[str, dict[str, Any], dict[str, Rotary]]

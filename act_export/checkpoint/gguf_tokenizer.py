@@ -6,12 +6,14 @@ What can be set is set; what then still differs is said in a sentence each.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from act_export.checkpoint.gguf_header import GgufFile
-from act_export.checkpoint.gguf_keys import Keys
+from act_export.checkpoint.gguf_header import GgufFile, read_header
+from act_export.checkpoint.gguf_keys import ids_of_no_token, special_tokens, token_id
 from act_export.checkpoint.gguf_split import SPLITS, Split
 from act_export.errors import CheckpointError, shown
 
@@ -49,13 +51,13 @@ class _Said:
     split: Split | None
 
 
-def stop_tokens(keys: Keys, vocabulary: int) -> list[int]:
+def stop_tokens(gguf: GgufFile) -> list[int]:
     """The tokens after which generation ends: of the text, of a turn and of a message.
 
     Raises:
-        CheckpointError: If one isn't of the vocabulary.
+        CheckpointError: If one is no whole number.
     """
-    found = [keys.token(name, vocabulary) for name in ("eos", "eot", "eom")]
+    found = [token_id(gguf, name) for name in ("eos", "eot", "eom")]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
@@ -78,7 +80,9 @@ def tokenizer_by(gguf: GgufFile, whole: Path) -> tuple[PreTrainedTokenizerBase |
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     said = _said(gguf)
-    made: Any = AutoTokenizer.from_pretrained(str(whole.parent), gguf_file=whole.name)
+    with TemporaryDirectory() as own:
+        named = _without(whole, ids_of_no_token(gguf), Path(own) / "model.gguf")
+        made: Any = AutoTokenizer.from_pretrained(str(named.parent), gguf_file=named.name)
     description = json.loads(made.backend_tokenizer.to_str())
     _set(description, said)
     names = {name: said.tokens[token] for name, token in said.special.items()}
@@ -87,6 +91,21 @@ def tokenizer_by(gguf: GgufFile, whole: Path) -> tuple[PreTrainedTokenizerBase |
     )
     tokenizer.chat_template = said.template
     return tokenizer, [*_of_keys(gguf, said), *_of_tokenizer(tokenizer, said)]
+
+
+def _without(whole: Path, keys: list[str], path: Path) -> Path:
+    """The file, or where keys are to be left out, which transformers can't read, one at `path` without weights."""
+    if not keys:
+        return whole
+    start = min(tensor.start for tensor in read_header(whole).tensors.values())
+    with whole.open("rb") as file:
+        header = file.read(start)
+    for key in keys:
+        size = len(key).to_bytes(8, "little")
+        header = header.replace(size + key.encode(), size + key[:-1].encode() + b"x", 1)
+    path.write_bytes(header)
+    os.truncate(path, whole.stat().st_size)  # tensors of nothing, which take no room on the disk
+    return path
 
 
 def _said(gguf: GgufFile) -> _Said:
@@ -109,29 +128,19 @@ def _said(gguf: GgufFile) -> _Said:
             f"can't load {gguf.path}: it has {len(tokens)} tokens, and token_embd.weight has {embedding.shape[0]} rows"
         )
     pieces = key("model") == "llama"
-    special = {}
-    for name, stored, default in (
-        ("bos", "bos", 1),
-        ("eos", "eos", 2),
-        ("unk", "unknown", 0),
-        ("pad", "padding", None),
-    ):
-        token = key(f"{stored}_token_id")
-        token = default if token is None and pieces else token
-        if token is None:
-            continue
-        if type(token) is not int or not 0 <= token < len(tokens):
-            raise refused(f"{stored}_token_id", f"there are {len(tokens)} tokens")
-        special[f"{name}_token"] = token
+    special = {f"{name}_token": token for name, token in special_tokens(gguf).items() if token is not None}
     split = SPLITS.get(key("pre")) if not pieces and isinstance(key("pre"), str) else None
     begins, ends, first = key("add_bos_token"), key("add_eos_token"), key("add_space_prefix")
+    begins = bool(begins) if begins is not None else pieces or (split is not None and split.begins)
+    if begins and key("bos_token_id") is not None and token_id(gguf, "bos") is None:
+        raise refused("bos_token_id", f"every text begins with it, and there are {len(tokens)} tokens")
     template = gguf.keys.get(_TEMPLATE)
     return _Said(
         pieces=pieces,
         tokens=tokens,
         kinds=kinds,
         special=special,
-        begins=bool(begins) if begins is not None else pieces or (split is not None and split.begins),
+        begins=begins,
         ends=bool(ends),
         space_first=(bool(first) if first is not None else None) if pieces else None,
         template=template if isinstance(template, str) else None,

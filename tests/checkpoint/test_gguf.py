@@ -223,7 +223,8 @@ ROTATION = {"rope_freqs.weight": np.ones(8)}
         ("qwen3moe", {"keys": {"expert_count": 10**9}}, r"qwen3moe\.expert_count = 1000000000"),
         ("llama", {"keys": {"general.type": "adapter"}}, r"general\.type = 'adapter'"),
         ("llama", {"keys": {"tokenizer.ggml.model": "rwkv"}}, r"tokenizer\.ggml\.model is 'rwkv'"),
-        ("llama", {"keys": {"tokenizer.ggml.eot_token_id": 10**6}}, r"tokenizer\.ggml\.eot_token_id = 1000000"),
+        ("llama", {"keys": {"tokenizer.ggml.eot_token_id": "no"}}, r"tokenizer\.ggml\.eot_token_id = 'no'; a token's"),
+        ("llama", {"keys": {"tokenizer.ggml.bos_token_id": 2**32 - 1, "tokenizer.ggml.add_bos_token": True}}, "begins"),
         ("llama", {"keys": {"tokenizer.ggml.tokens": ["a"] * 300}}, r"300 tokens, and token_embd\.weight has 260 rows"),
     ],
 )
@@ -245,6 +246,19 @@ def test_the_content_says_what_a_file_is(tmp_path, name):
     path = write(tmp_path / "model.gguf", tiny_model()).rename(tmp_path / name)
     assert is_gguf(str(path))
     assert load_checkpoint(str(path)).identity.num_layers == 2
+
+
+@pytest.mark.parametrize("token", [2**32 - 1, 260])
+def test_ids_of_no_token_count_as_none(tmp_path, token):
+    names = ("bos", "eot", "unknown", "padding")
+    keys = {f"tokenizer.ggml.{name}_token_id": token for name in names} | {"tokenizer.ggml.add_bos_token": False}
+    folder = converted(write(tmp_path / "model.gguf", tiny_model(), keys=keys))
+    remarks = remarks_of(folder)
+    for name in names:
+        assert [remark for remark in remarks if f"{name}_token_id = {token} isn't one of the 260 tokens" in remark]
+    model = load_checkpoint(str(folder)).model
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (None, 2, None)
+    assert model.generation_config.eos_token_id == 2
 
 
 def test_generation_ends_at_every_end(tmp_path):
