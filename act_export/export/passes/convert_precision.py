@@ -252,7 +252,7 @@ def _check_range(values: np.ndarray, name: str, dtype: ir.DataType) -> None:
         return
     most = _LARGEST[dtype]
     extreme = max(float(values.max()), float(values.min()), key=abs)  # no copy of all magnitudes
-    if np.isinf(extreme):  # of a token that a bias rules out: every type has infinities
+    if np.isinf(extreme) and values.ndim == 1:  # of a token that a bias rules out: every type has infinities
         extreme = float(np.abs(values[np.isfinite(values)]).max(initial=0))
     if abs(extreme) > most:
         advice = "--dtype bfloat16" if dtype == ir.DataType.FLOAT16 else "--dtype float32"
