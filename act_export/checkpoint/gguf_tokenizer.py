@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -251,10 +252,15 @@ def _of_tokenizer(tokenizer: Any, said: _Said) -> list[str]:
     """What differs between a tokenizer and what the file says, by what it does."""
     remarks = []
     by_id = {token: name for name, token in tokenizer.get_vocab().items()}
+    twice = {name for name, times in Counter(said.tokens).items() if times > 1}
+    if twice:  # which of its ids a text gets is chance
+        remarks.append(f"{len(twice)} of the file's {len(said.tokens)} tokens are listed twice: {shown(sorted(twice))}")
     other = [
         token
         for token, name in enumerate(said.tokens)
-        if (found := by_id.get(token)) != name and (found is None or not _same_token(found, name))
+        if name not in twice
+        and (found := by_id.get(token)) != name
+        and (found is None or not _same_token(found, name))
     ]
     if other:
         remarks.append(
