@@ -258,9 +258,7 @@ def _of_tokenizer(tokenizer: Any, said: _Said) -> list[str]:
     other = [
         token
         for token, name in enumerate(said.tokens)
-        if name not in twice
-        and (found := by_id.get(token)) != name
-        and (found is None or not _same_token(found, name))
+        if name not in twice and (found := by_id.get(token)) != name and (found is None or not _same_token(found, name))
     ]
     if other:
         remarks.append(
