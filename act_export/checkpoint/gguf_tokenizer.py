@@ -10,13 +10,13 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from act_export.checkpoint.gguf_header import GgufFile, read_header
 from act_export.checkpoint.gguf_keys import ids_of_no_token, special_tokens, token_id
 from act_export.checkpoint.gguf_split import SPLITS, Split
 from act_export.errors import CheckpointError, shown
+from act_export.files import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,8 +81,8 @@ def tokenizer_by(gguf: GgufFile, whole: Path) -> tuple[PreTrainedTokenizerBase |
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     said = _said(gguf)
-    with TemporaryDirectory() as own:
-        named = _without(whole, ids_of_no_token(gguf), Path(own) / "model.gguf")
+    with scratch_folder() as own:
+        named = _without(whole, ids_of_no_token(gguf), own / "model.gguf")
         made: Any = AutoTokenizer.from_pretrained(str(named.parent), gguf_file=named.name)
     description = json.loads(made.backend_tokenizer.to_str())
     _set(description, said)
