@@ -59,7 +59,8 @@ def test_settings_beside_the_file(folder):
     plain = run(folder, "One", "--max-new-tokens", 8)
     assert plain.exit_code == 0
     assert "F" in plain.stdout
-    settings = folder / "generation_config.json"
+    settings, config = folder / "generation_config.json", folder / "config.json"
+    config.write_text("{}")  # as in a folder that was exported: there what is beside the file counts
     settings.write_text(json.dumps({"suppress_tokens": tiny_tokenizer()("F").input_ids, "num_beams": 3}))
     try:
         without = run(folder, "One", "--max-new-tokens", 8)
@@ -72,6 +73,7 @@ def test_settings_beside_the_file(folder):
         assert "--ignore-generation-config" in refused.output
     finally:
         settings.unlink()
+        config.unlink()
 
 
 def test_drawing(folder):
