@@ -320,7 +320,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
             ],
             "belongs to another model: architecture is opt",
         ),
-        "calibration that is not JSON": ([folder, *out, "--calibration", with_file("x.json", "{")], "is not JSON"),
+        "calibration that is not JSON": ([folder, *out, "--calibration", with_file("x.json", "{")], "isn't JSON"),
         "missing calibration": ([folder, *out, "--calibration", tmp / "no.json"], "can't read the calibration"),
         "unknown recipe": ([folder, *out, "--calibration", "smollm2-135"], "did you mean smollm2-135m"),
         "recipe of another model": (

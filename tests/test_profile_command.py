@@ -176,8 +176,8 @@ def test_bad_input_of_a_report(planted, here):
     (here / "folder").mkdir()
     (here / "broken.json").write_text("{")
     for arguments, message in (
-        (("nowhere.safetensors",), "can't read the profile nowhere.safetensors"),
-        (("broken.json",), "can't read the profile broken.json"),
+        (("nowhere.safetensors",), "can't read nowhere.json: No such file or directory; a profile has two files"),
+        (("broken.json",), "broken.json isn't JSON"),
         ((".",), ". is a folder; pass a profile in it, e.g. profile.safetensors"),
         (("profile.json", "other.json"), "layer 9"),
         (("profile.json", "nothing"), "there is no calibration file nothing"),

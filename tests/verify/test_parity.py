@@ -321,11 +321,11 @@ def test_a_half_model_is_a_copy_with_rounded_parameters(tiny):
 
 
 def test_a_stand_in_that_cant_be_written(tiny, tmp_path, monkeypatch):
-    def refuse(**_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     build_model(tiny, CALIBRATION, tmp_path / "m.onnx", dtype="bfloat16")
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
     with pytest.raises(ActExportError, match="none can be written: Permission denied; copy the model"):
         verify_file(tmp_path / "m.onnx", tiny, CALIBRATION)
 
