@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from act_export.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from act_export.calibration import Calibration as Calibration
     from act_export.checkpoint.load import Checkpoint as Checkpoint
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from act_export.verify.bench import BenchRequest as BenchRequest
     from act_export.verify.bench import bench_file as bench_file
     from act_export.verify.parity import verify_sessions as verify_sessions
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "ActExportError": "errors",

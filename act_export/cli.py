@@ -16,7 +16,6 @@ import typer
 import typer.core
 from rich.text import Text
 
-from act_export import __version__
 from act_export.checkpoint.hub import is_on_hub
 from act_export.command_line import (
     EXIT_NOBODY_READS,
@@ -67,6 +66,7 @@ from act_export.graft_command import graft_command
 from act_export.limits import allow_process_limits
 from act_export.printing import PlainConsole, PlainTable, printable, readers_ended
 from act_export.profile_commands import profile_command, report_command
+from act_export.version import __version__
 
 if TYPE_CHECKING:
     from act_export.convert import Converted

@@ -22,11 +22,12 @@ from act_export.export.write import COMPANIONS, check_output, is_file_output, pu
 from act_export.files import copy_content, scratch_folder, staging_folder
 from act_export.graft.pack_sink_state import pack_file
 from act_export.ops.library import library_path
+from act_export.progress import Notice, Progress
 from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
 from act_export.runtime.session import placement_of
 from act_export.runtime.token_input import EMBEDDING_FILE
-from act_export.search import Progress, SearchOptions, Threshold
+from act_export.search import SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
 from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
 from act_export.verify.dequantized import dequantized
@@ -40,7 +41,6 @@ _BFLOAT16_ON_CPU = (
     "ONNX Runtime has no bfloat16 kernels for a CPU: standard operators computed in float32 and their results were "
     "rounded, the attention ran in bfloat16. --device cuda compares with the kernels that a GPU runs"
 )
-Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.files import cache_folder
 from act_export.profile import ProfileError, ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
-from act_export.profile.run import EffectsOf, Progress, check_names
+from act_export.profile.run import EffectsOf, check_names
+from act_export.progress import Progress
 from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.search.gates import gate_gradients
 from act_export.tasks import (

@@ -19,8 +19,9 @@ from act_export.export.precision import element_type
 from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
 from act_export.export.trace import EXPORTING, trace
-from act_export.export.write import WriteProgress, check_model, finish_model, metadata, save_model, stop_tokens
+from act_export.export.write import check_model, finish_model, metadata, save_model, stop_tokens
 from act_export.low_memory import low_memory_told
+from act_export.progress import BytesWritten
 from act_export.runtime.providers import import_onnxruntime
 
 
@@ -34,7 +35,7 @@ def build_model(
     accuracy_level: int | None = None,
     block_size: int | None = None,
     inputs_embeds: bool = False,
-    progress: WriteProgress | None = None,
+    progress: BytesWritten | None = None,
 ) -> None:
     """Exports a checkpoint: graph at `path`, weights at `path` + ".data".
 

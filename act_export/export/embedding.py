@@ -11,11 +11,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from act_export import __version__
 from act_export.export.precision import element_type
 from act_export.export.write import check_model, save_model
 from act_export.hooks import UnsupportedModelError
 from act_export.ops.functions import OPSET
+from act_export.version import __version__
 
 if TYPE_CHECKING:
     from act_export.checkpoint.load import Checkpoint

@@ -7,14 +7,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from act_export import __version__
 from act_export.calibration import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import family_of, placeholders_of
@@ -34,8 +33,10 @@ from act_export.files import (
 from act_export.onnx_file import load_without_weights, properties_of
 from act_export.ops import functions, schema
 from act_export.ops.library import NAMES
+from act_export.progress import BytesWritten
 from act_export.runtime.generation_settings import end_tokens, fields_of
 from act_export.runtime.record import FileRecord, Limits
+from act_export.version import __version__
 
 COMPANIONS = {
     "added_tokens.json",
@@ -60,9 +61,6 @@ _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
 
 _log = logging.getLogger(__name__)
-
-
-WriteProgress = Callable[[int, int], None]
 
 
 class OutputError(ActExportError):
@@ -140,7 +138,7 @@ def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:
     model.metadata_props.update(properties)
 
 
-def save_model(model: ir.Model, path: Path, progress: WriteProgress | None = None) -> None:
+def save_model(model: ir.Model, path: Path, progress: BytesWritten | None = None) -> None:
     """Writes graph and weights: `path`, and beside it `path` + ".data".
 
     Weights are read one at a time, in the order of the graph's initializers, and not kept.

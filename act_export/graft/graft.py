@@ -15,7 +15,7 @@ from act_export.graft.check import check_layer
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph
 from act_export.graft.metadata import add_metadata, identity_of
-from act_export.graft.output import Progress, check_target, write
+from act_export.graft.output import check_target, write
 from act_export.graft.pack_sink_state import pack_sink_state
 from act_export.graft.record import record_of, undo
 from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
@@ -26,6 +26,7 @@ from act_export.graft.well_formed import check_nodes
 from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.progress import Notice
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def graft(
     layout: StateLayout | None = None,
     native: bool = True,
     check: bool = True,
-    progress: Progress = lambda _: None,
+    progress: Notice = lambda _: None,
 ) -> Grafted:
     """Calibrates a model that was exported before.
 
@@ -155,7 +156,7 @@ def graft(
 
 
 def remove_graft(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Progress = lambda _: None
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Notice = lambda _: None
 ) -> Removed:
     """Takes the calibration out again: the graph as it was, node for node.
 
@@ -212,7 +213,7 @@ def _refuse_calibrated(source: ModelSource) -> None:
 
 
 def _check(
-    source: ModelSource, before: onnx.ModelProto, after: onnx.ModelProto, rewritten: Rewritten, progress: Progress
+    source: ModelSource, before: onnx.ModelProto, after: onnx.ModelProto, rewritten: Rewritten, progress: Notice
 ) -> list[float | None]:
     found = []
     for number, layer in rewritten.layers.items():

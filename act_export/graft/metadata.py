@@ -8,7 +8,6 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from act_export import __version__
 from act_export.calibration import Calibration, ModelIdentity
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph, attribute
@@ -21,6 +20,7 @@ from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops.library import NAMES
 from act_export.runtime.packed_state import PackedState
 from act_export.runtime.record import GRAFT, PACKED, FileRecord, GraftRecord, Limits
+from act_export.version import __version__
 
 _CACHE_TYPES: dict[int, str] = {
     TensorProto.FLOAT: "float32",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,8 +13,8 @@ from act_export.graft.errors import GraftError
 from act_export.graft.source import ModelSource
 from act_export.onnx_file import GENAI_CONFIG
 from act_export.ops.library import NAMES
+from act_export.progress import Notice
 
-Progress = Callable[[str], None]
 _SPARE_BYTES = 16 << 20
 
 
@@ -41,7 +40,7 @@ def write(
     out: Path,
     config: str | None,
     library: Path | None,
-    progress: Progress,
+    progress: Notice,
 ) -> Path:
     """Puts everything together beside the output, then moves it there; the graph comes last.
 

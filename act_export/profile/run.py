@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import Tensor
 
-import act_export
 from act_export.calibration import DEFAULT_THRESHOLD, Calibration
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
@@ -22,7 +21,9 @@ from act_export.profile.partial import PartialTally
 from act_export.profile.profile import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError, SinkProfile
 from act_export.profile.profiling import profile_batch
 from act_export.profile.tally import Tally, statistics_of
+from act_export.progress import Progress
 from act_export.tasks import EncodedExample, batches
+from act_export.version import __version__
 
 BATCH_TOKENS = 2048
 SUMS_VERSION = 1  # of what a step adds to the sums; sums of another version aren't gone on from
@@ -30,7 +31,6 @@ EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory whe
 _SAVE_EVERY_SECONDS = 10.0
 _EFFECT_COST = 2  # of a batch, in profiles of the same: forward, backward, and every head's calibrated map
 
-Progress = Callable[[str, float], None]
 """Called with what is being done and how much of the whole is done, from 0 to 1."""
 
 EffectsOf = Callable[[Sequence[EncodedExample]], Tensor]
@@ -156,7 +156,7 @@ def profile_sinks(
             **(notes or {}),
         },
         versions={
-            "act-export": act_export.__version__,
+            "act-export": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -311,7 +311,7 @@ def _digest(checkpoint: Checkpoint, sources: Sequence[PromptSource], options: Pr
         checkpoint.model.device.type,
         options.thresholds,
         options.batch_tokens,
-        act_export.__version__,
+        __version__,
         torch.__version__,
         transformers.__version__,
         [

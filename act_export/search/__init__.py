@@ -2,7 +2,7 @@
 
 from act_export.search.fast_attention import FastAttention
 from act_export.search.gates import GatedAttention, gate_gradients
-from act_export.search.processes import Progress, process_group
+from act_export.search.processes import process_group
 from act_export.search.report import SearchResult, TaskReport
 from act_export.search.request import HEAD_COUNTS, METHODS, SearchError, SearchOptions, SearchTask, Threshold
 from act_export.search.search import search_heads
@@ -12,7 +12,6 @@ __all__ = [
     "METHODS",
     "FastAttention",
     "GatedAttention",
-    "Progress",
     "SearchError",
     "SearchOptions",
     "SearchResult",

@@ -17,11 +17,11 @@ import torch
 from torch import distributed
 
 from act_export.errors import ActExportError
+from act_export.progress import Progress
 from act_export.search.journal import Journal, difference
 
 _PATIENCE = timedelta(days=1)  # of a process that has done its units, for the others
 
-Progress = Callable[[str, float], None]
 """Called with what is being done and how much of the whole is done, from 0 to 1."""
 
 

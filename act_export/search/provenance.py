@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 
-import act_export
 from act_export.calibration import Calibration, Provenance
 from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
@@ -16,6 +15,7 @@ from act_export.search.choose import Choice, heads_with_betas
 from act_export.search.report import Gain, TaskReport
 from act_export.search.request import SearchOptions, SearchTask
 from act_export.tasks import question_digests
+from act_export.version import __version__
 
 
 def search_provenance(
@@ -108,7 +108,7 @@ def _kind(calibration: Calibration) -> tuple[tuple[float, ...], str, float]:
 def package_versions() -> dict[str, str]:
     """Of the packages that a search's numbers depend on."""
     return {
-        "act-export": act_export.__version__,
+        "act-export": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -13,6 +13,7 @@ from typing import Any
 from act_export.calibration import Calibration, Provenance
 from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
+from act_export.progress import Progress
 from act_export.search.answers import (
     CHOOSE,
     CONTENT_FREE,
@@ -26,7 +27,7 @@ from act_export.search.answers import (
 )
 from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
 from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
-from act_export.search.processes import Progress, Workers, process_index, same_everywhere
+from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.provenance import hub_model, package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.report import (

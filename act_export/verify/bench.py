@@ -31,6 +31,7 @@ from typing import Any
 
 from act_export.errors import ActExportError
 from act_export.files import write_whole
+from act_export.progress import Progress
 from act_export.runtime.device import Device
 from act_export.runtime.graph_state import GROUP_QUERY_ATTENTION
 from act_export.runtime.node_placement import NodePlacement
@@ -42,8 +43,6 @@ from act_export.verify.model_file import ModelFile, read_model_file
 PYTORCH_TOKENS = 16
 _LEAST_TOKENS = 2  # the first comes with the prompt, the second is decoded
 _SHARE_OF_TIME = 0.9  # of the progress
-
-Progress = Callable[[str, float], None]
 
 
 class BenchError(ActExportError):

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
+from act_export.progress import Progress
 from act_export.runtime.cuda_driver import CudaDriver
 from act_export.runtime.device import Device
 from act_export.runtime.providers import import_onnxruntime
@@ -32,8 +32,6 @@ from act_export.verify.contenders import Contender, Running, placement, running
 PAUSE_S = 0.1  # before a turn: the threads of the contender before stop spinning (ONNX Runtime's after 45 ms)
 WARM_UP_S = 0.1
 WARM_UP_TOKENS = 32
-
-Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def main() -> None:
         send({"error": str(error)})
 
 
-def measure_time(contenders: list[Contender], workload: Workload, report: Report) -> dict[str, Any]:
+def measure_time(contenders: list[Contender], workload: Workload, report: Progress) -> dict[str, Any]:
     """Turns of each contender, A, B, C, A, B, C, and the number of threads that they had."""
     prompt = workload.prompt()
     import_onnxruntime()
@@ -152,7 +150,7 @@ def measure_time(contenders: list[Contender], workload: Workload, report: Report
     return {"threads": threads, "turns": {name: list(map(asdict, taken)) for name, taken in turns.items()}}
 
 
-def measure_memory(contenders: list[Contender], workload: Workload, _: Report) -> dict[str, Any]:
+def measure_memory(contenders: list[Contender], workload: Workload, _: Progress) -> dict[str, Any]:
     """Memory of the one contender, in this process, and on a GPU where its nodes run."""
     (contender,) = contenders
     device = Device.parse(contender.device)

@@ -11,10 +11,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from act_export import __version__
 from act_export.printing import PlainConsole, PlainTable, printable
 from act_export.verify.evaluate import AnswerEvaluation, Comparison, Evaluation, metric_interval
 from act_export.verify.evaluation_results import Average, EvaluationReport, TaskResult
+from act_export.version import __version__
 
 FORMAT = "act-export evaluation"
 FORMAT_VERSION = 1

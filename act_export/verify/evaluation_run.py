@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from act_export.calibration import Calibration
+from act_export.progress import Progress
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
 from act_export.tasks import EncodedExample, Example, TaskOptions, encode_examples, load_questions, prompt_digest
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 CALIBRATED, PLAIN = "calibrated", "plain"
 
-Progress = Callable[[str, float], None]
 """Called with what is being done and how much of the whole run is done, from 0 to 1."""
 
 

@@ -13,6 +13,7 @@ from act_export.calibration import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.hooks import ReferenceAttention, attention_hook, positions
+from act_export.progress import Notice
 from act_export.runtime.session import Session
 from act_export.verify.cases import Case, parity_cases, ragged_batch
 from act_export.verify.compare_runs import compare_runs
@@ -25,7 +26,6 @@ from act_export.verify.recording import SinkRule, Step, column_sums, pytorch_eng
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[[str], None]
 _HOOK_POSITIONS = 256
 
 
@@ -39,7 +39,7 @@ def verify_sessions(
     pads_left: bool = True,
     takes_embeddings: bool = False,
     device: str = "cpu",
-    progress: Progress = lambda _: None,
+    progress: Notice = lambda _: None,
 ) -> ParityReport:
     """Compares sessions over one exported file with PyTorch running the reference in float32.
 
@@ -133,7 +133,7 @@ def _rounding_pytorch(
     cases: Sequence[Case],
     expected: Sequence[Sequence[Step]],
     precision: str,
-    progress: Progress,
+    progress: Notice,
 ) -> EngineReport:
     """What PyTorch that rounds as the file does makes of the cases, against float32."""
     engine = f"PyTorch {precision.partition(' ')[2] or f'in {precision}'}"  # "int4 with int8 activations": with those
