@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from act_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from act_export.calibration import Calibration as Calibration
+    from act_export.calibration.file import Calibration as Calibration
+    from act_export.calibration.reference import calibrate_probabilities as calibrate_probabilities
     from act_export.checkpoint.load import Checkpoint as Checkpoint
     from act_export.checkpoint.load import load_checkpoint as load_checkpoint
     from act_export.convert import export_model as export_model
     from act_export.errors import ActExportError as ActExportError
     from act_export.ops.library import library_path as library_path
     from act_export.profile import SinkProfile as SinkProfile
-    from act_export.reference import calibrate_probabilities as calibrate_probabilities
     from act_export.runtime.generate import Sampling as Sampling
     from act_export.runtime.generate import generate as generate
     from act_export.runtime.session import Session as Session

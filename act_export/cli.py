@@ -16,6 +16,7 @@ import typer
 import typer.core
 from rich.text import Text
 
+from act_export.calibration.recipes import describe_calibration
 from act_export.checkpoint.hub import is_on_hub
 from act_export.command_line import (
     EXIT_NOBODY_READS,
@@ -47,7 +48,6 @@ from act_export.command_line import (
     TrustOption,
     WeightsOption,
     console,
-    describe_calibration,
     fail,
     fetch_model,
     interrupt,

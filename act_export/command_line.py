@@ -19,7 +19,6 @@ from act_export.errors import ActExportError, VerificationError
 from act_export.printing import PlainConsole, printable, readers_ended
 
 if TYPE_CHECKING:
-    from act_export.calibration import Calibration
     from act_export.checkpoint.fetch import Fetched
     from act_export.checkpoint.load import Checkpoint
 
@@ -262,24 +261,3 @@ def progress_bar(what: str) -> Iterator[Callable[[str, float], None]]:
             progress.update(task, description=printable(f"{what}: {step}", lines=False), completed=done, visible=True)
 
         yield update
-
-
-def describe_calibration(calibration: Calibration) -> str:
-    """What a calibration does and where it came from, in a line."""
-    strength = calibration.beta if isinstance(calibration.beta, float) else "per head"
-    text = (
-        f"{calibration.num_calibrated_heads} heads in {len(calibration.heads)} layers, beta {strength}, "
-        f"{calibration.threshold_mode} threshold {calibration.threshold:g}"
-    )
-    origin = calibration.provenance
-    if origin is None:
-        return text
-    text += f"; {origin.method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
-    if origin.source:
-        text += "; not measured here"
-    if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
-        text += (
-            f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
-            f" ({origin.samples.get('report', 0)} prompts, PyTorch, where the heads were found)"
-        )
-    return text

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.recipes import announce, find_recipes, named_recipe
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.streamed.cut import LAYERS, cut_calibration, cut_checkpoint, describe_cut
@@ -23,7 +24,6 @@ from act_export.files import copy_content, scratch_folder, staging_folder
 from act_export.graft.pack_sink_state import pack_file
 from act_export.ops.library import library_path
 from act_export.progress import Notice, Progress
-from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.runtime import Session
 from act_export.runtime.session import placement_of
 from act_export.runtime.token_input import EMBEDDING_FILE

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from act_export.calibration import Calibration
-from act_export.command_line import BetaOption, ModeOption, ThresholdOption, describe_calibration, note, status
+from act_export.calibration.file import Calibration
+from act_export.calibration.recipes import describe_calibration, named_recipe
+from act_export.command_line import BetaOption, ModeOption, ThresholdOption, note, status
 from act_export.errors import ActExportError
-from act_export.recipes import named_recipe
 
 if TYPE_CHECKING:
     from act_export.graft import Grafted

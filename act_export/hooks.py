@@ -22,12 +22,12 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.reference import calibrated_attention
 from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.support import why_unsupported_model
 from act_export.errors import ActExportError
 from act_export.low_memory import is_low_memory
-from act_export.reference import calibrated_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -302,7 +302,7 @@ class ReferenceAttention:
         self.sink_logits: dict[int, Tensor] = {}  # of the layers that have some, (num_heads,)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
-        """Runs `act_export.reference.calibrated_attention`."""
+        """Runs `act_export.calibration.reference.calibrated_attention`."""
         if call.one_at_a_time and call.query.shape[2] > 1:
             return self._attend_one_at_a_time(call)
         layer = self.calibration.layer(call.layer) if self.calibration is not None else None

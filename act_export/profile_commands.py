@@ -76,6 +76,7 @@ def profile_command(
     Writes FILE.safetensors and FILE.json, and a page that shows them. Interrupted or killed, the same command goes on
     where it stopped.
     """
+    from act_export.calibration.recipes import named_calibration
     from act_export.checkpoint.placement import Placement
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
@@ -83,7 +84,7 @@ def profile_command(
     from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts
     from act_export.profile.run import BATCH_TOKENS
-    from act_export.profile_job import ProfileJob, calibration_to_show, load_prompts, named_calibration, run_profile
+    from act_export.profile_job import ProfileJob, calibration_to_show, load_prompts, run_profile
 
     names = names_of(task)
     job = ProfileJob(
@@ -155,9 +156,9 @@ def report_command(
     ] = None,
 ) -> None:
     """Shows a profile: one page to open in a browser, or figures for a paper."""
+    from act_export.calibration.recipes import named_calibration
     from act_export.profile import SinkProfile
     from act_export.profile.report import accuracies_of, write_figures, write_report
-    from act_export.profile_job import named_calibration
 
     if figures not in FORMATS:
         raise ActExportError(f"--format is {figures!r}; it must be {', '.join(FORMATS)}")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from act_export.calibration import DEFAULT_BETA, Calibration
+from act_export.calibration.file import DEFAULT_BETA, Calibration
+from act_export.calibration.recipes import announce, find_recipes, named_calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.files import cache_folder
 from act_export.profile import ProfileError, ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
 from act_export.profile.run import EffectsOf, check_names
 from act_export.progress import Progress
-from act_export.recipes import announce, find_recipes, named_recipe
 from act_export.search.gates import gate_gradients
 from act_export.tasks import (
     EncodedExample,
@@ -207,16 +207,6 @@ def calibration_to_show(checkpoint: Checkpoint, given: str | None, notice: Calla
     calibration = named_calibration(given)
     calibration.check_fits(checkpoint.identity)
     return calibration
-
-
-def named_calibration(given: str) -> Calibration:
-    """A calibration file, or a shipped recipe by its name.
-
-    Raises:
-        CalibrationError: If there is neither, or it can't be read.
-    """
-    recipe = named_recipe(given)
-    return recipe.calibration if recipe is not None else Calibration.load(given)
 
 
 def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:

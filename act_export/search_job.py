@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.recipes import PUBLISHED, find_recipes
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.files import cache_folder, check_replaceable, check_writable, write_whole
 from act_export.progress import Progress
-from act_export.recipes import PUBLISHED, find_recipes
 from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.tasks import TaskExamples, TaskOptions, load_questions, split_examples
 from act_export.tasks.splits import check_sizes

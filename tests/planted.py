@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tiny import save_checkpoint, tiny_checkpoint
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import SearchTask

@@ -16,7 +16,7 @@ import pytest
 from tiny import save_checkpoint
 from typer.testing import CliRunner
 
-from act_export.calibration import Calibration, ModelIdentity, Provenance
+from act_export.calibration.file import Calibration, ModelIdentity, Provenance
 from act_export.checkpoint.load import load_checkpoint
 from act_export.cli import app
 from act_export.runtime import Session
@@ -238,7 +238,7 @@ def test_a_shipped_recipe_is_used_by_itself_and_by_name(checkpoint_folder, tmp_p
     recipes.mkdir()
     for name, head, tasks in (("tiny", 1, ("sst2", "boolq")), ("tiny-boolq", 2, ("boolq",))):
         Calibration({0: (head,)}, model=identity, provenance=Provenance("gates", tasks)).save(recipes / f"{name}.json")
-    monkeypatch.setattr("act_export.recipes.recipes_folder", lambda: recipes)
+    monkeypatch.setattr("act_export.calibration.recipes.recipes_folder", lambda: recipes)
     for options, used, others, head in (
         ([], "tiny (sst2, boolq)", "tiny-boolq", 1),
         (["--calibration", "tiny-boolq"], "tiny-boolq (boolq)", "tiny", 2),

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
-from act_export.calibration import ModelIdentity
+from act_export.calibration.file import ModelIdentity
 from act_export.errors import ActExportError, SessionError
 from act_export.external_data import check_before_opening, data_files, load_graph, tensors_of
 from act_export.graft.source import read_source

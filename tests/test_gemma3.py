@@ -16,7 +16,7 @@ import gguf
 import pytest
 import torch
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.built_in import BUILT_IN, built_in_gguf
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.errors import CheckpointError

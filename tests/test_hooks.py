@@ -8,7 +8,7 @@ from close import assert_logits_close
 from hooked import assert_same_model, padded_batch
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint, tiny_model
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, check_supported, positions
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from act_export.calibration import Calibration, CalibrationError
+from act_export.calibration.file import Calibration, CalibrationError
 from act_export.cli import app
 from act_export.errors import ActExportError, SessionError
 from act_export.runtime.graph_state import configuration_beside

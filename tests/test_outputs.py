@@ -9,7 +9,7 @@ import pytest
 from no_file import KINDS, is_untouched, make
 from typer.testing import CliRunner
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.cli import app
 from act_export.errors import ActExportError
 

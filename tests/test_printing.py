@@ -13,7 +13,7 @@ import typer
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from act_export.calibration import ModelIdentity
+from act_export.calibration.file import ModelIdentity
 from act_export.cli import app
 from act_export.command_line import fail, note, progress_bar, status
 from act_export.printing import PlainConsole, PlainTable, printable

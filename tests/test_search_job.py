@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from planted import PLANTED, save_planted
 
-from act_export.calibration import Calibration, ModelIdentity, Provenance
+from act_export.calibration.file import Calibration, ModelIdentity, Provenance
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.errors import ActExportError
 from act_export.files import cache_folder
@@ -202,7 +202,7 @@ def test_published_sets_of_the_model_are_measured(
     ):
         provenance = Provenance(method, ("rte",), source=source if method == "published" else {})
         Calibration({0: (2,)}, model=model, provenance=provenance).save(tmp_path / f"{name}.json")
-    monkeypatch.setattr("act_export.recipes.recipes_folder", lambda: tmp_path)
+    monkeypatch.setattr("act_export.calibration.recipes.recipes_folder", lambda: tmp_path)
     renamed = replace(checkpoint, names=("owner/model",))
     assert list(published_sets(renamed)) == ["theirs"]
     assert published_sets(checkpoint) == {}

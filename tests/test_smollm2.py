@@ -12,7 +12,7 @@ import onnx
 import pytest
 from close import assert_logits_close
 
-from act_export.recipes import find_recipes
+from act_export.calibration.recipes import find_recipes
 from act_export.runtime import Session, generate
 
 pytestmark = pytest.mark.real

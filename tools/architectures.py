@@ -30,7 +30,7 @@ from tiny_models import VARIANTS, Variant, tiny_config, variant_model
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
 from act_export.convert import describe_failures, verify_file

@@ -159,7 +159,7 @@ def count_later_sinks(present_sink_scores: Array, total: int) -> list[int]:
     """Of each calibrated head after one call, sequence by sequence, from column sums (batch, heads, capacity, 1)."""
     import torch
 
-    from act_export.reference import later_sinks
+    from act_export.calibration.reference import later_sinks
 
     sums = torch.from_numpy(present_sink_scores[:, :, :total, 0])
     found = later_sinks(sums, torch.ones(total, dtype=torch.bool), threshold=THRESHOLD)
@@ -168,10 +168,10 @@ def count_later_sinks(present_sink_scores: Array, total: int) -> list[int]:
 
 
 def reference_output(workload: Workload, data: Data) -> Array:
-    """The calibrated output by act_export.reference."""
+    """The calibrated output by act_export.calibration.reference."""
     import torch
 
-    from act_export.reference import calibrated_attention
+    from act_export.calibration.reference import calibrated_attention
 
     heads, kv_heads, size = workload.shape
     query, key, value, past_key, past_value, past_sink_scores = map(torch.from_numpy, data)

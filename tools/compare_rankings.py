@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task

@@ -132,7 +132,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
 
 def prepare(folder: Path) -> None:
     """Writes the set of whole files, once: a checkpoint, exports of it, a graft, a profile, a task and its rows."""
-    from act_export.calibration import Calibration
+    from act_export.calibration.file import Calibration
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "profile"))

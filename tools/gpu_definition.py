@@ -1,4 +1,4 @@
-"""What a case of gpu_cases.py should give: act_export.reference in float64, and PyTorch's error in the case's type."""
+"""What a case of gpu_cases.py should give: the reference in float64, and PyTorch's error in the case's type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from gpu_cases import Case, Tokens
 from on_device import Array
 
-from act_export.reference import (
+from act_export.calibration.reference import (
     attention_probabilities,
     calibrate_with_state,
     calibrated_attention,

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The operator in ONNX Runtime against its definition, act_export.reference in float64, on the cases of gpu_cases.py.
+"""The operator in ONNX Runtime against its definition, act_export.calibration.reference in float64, on the cases of
+gpu_cases.py.
 
     tools/gpu_parity.py --library libact_ops.so --device cuda [--dtypes TYPE ...] [--cases WORD ...] [--small] ...
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Session, generate

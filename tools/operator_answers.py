@@ -1,4 +1,5 @@
-"""What the operators have to answer to a case, from act_export.reference, and how far an answer may be from it.
+"""What the operators have to answer to a case, from act_export.calibration.reference, and how far an answer may be from
+it.
 
 Bounds follow from the numbers of the case: what float32 may do to the logits of a row, times its values, plus half the
 spacing of the storage type. Rows whose numbers leave float32 on the way, and heads whose later sinks hang on rounding,
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 from operator_cases import STORAGE, Array, Case, output_shapes
 
-from act_export.ops import schema
-from act_export.reference import (
+from act_export.calibration.reference import (
     SMALLEST_REST,
     AttentionOutputs,
     attention_probabilities,
     calibrated_attention,
     sink_margins,
 )
+from act_export.ops import schema
 
 _EPSILON = 1.2e-7  # of float32
 _IN_REACH = 1e37  # what float32 still multiplies and adds without overflow

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from act_export.calibration import Calibration, ModelIdentity, Provenance
+from act_export.calibration.file import Calibration, ModelIdentity, Provenance
+from act_export.calibration.recipes import PUBLISHED, recipes_folder
 from act_export.errors import ActExportError
-from act_export.recipes import PUBLISHED, recipes_folder
 
 PAPER = "Yu et al., ICML 2024, arXiv 2406.15765"
 REPOSITORY = "https://github.com/GATECH-EIC/ACT"

@@ -15,7 +15,7 @@ from tiny_models import COMMON
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import text_tower

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
-from act_export.calibration import ModelIdentity
+from act_export.calibration.file import ModelIdentity
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:

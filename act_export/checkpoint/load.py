@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from act_export.calibration import ModelIdentity
+from act_export.calibration.file import ModelIdentity
 from act_export.checkpoint.fetch import Fetched, configuration_of, fetch_checkpoint, is_gguf, names_of
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.loader_errors import MEMORY_ADVICE, quiet_transformers, readable_errors

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import check_takes_embeddings
 from act_export.errors import ActExportError

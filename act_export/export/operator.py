@@ -10,10 +10,10 @@ import onnxscript
 import torch
 from torch import Tensor
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.reference import calibrated_attention
 from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.ops import schema
-from act_export.reference import calibrated_attention
 
 
 def _output_like(query: Tensor, past_value: Tensor, num_heads: int) -> Tensor:

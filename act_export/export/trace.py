@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.text_tower import hidden_size, one_rotation, position_axes
 from act_export.errors import ActExportError

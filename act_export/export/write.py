@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import family_of, placeholders_of
 from act_export.errors import ActExportError, shown

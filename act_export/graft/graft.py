@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.graft import genai
 from act_export.graft.check import check_layer
 from act_export.graft.errors import GraftError

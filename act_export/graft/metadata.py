@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph, attribute
 from act_export.graft.record import digest

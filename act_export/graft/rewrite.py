@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-from act_export.calibration import Calibration, LayerCalibration
+from act_export.calibration.file import Calibration, LayerCalibration
 from act_export.graft import sink_state
 from act_export.graft.build import POSITIONS, PREFIX, NodeBuilder
 from act_export.graft.errors import GraftError, UnsupportedPatternError

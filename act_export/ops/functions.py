@@ -1,7 +1,8 @@
 """The operators as model-local ONNX functions in standard operators, for runtimes without the native library.
 
-A model carries the function of each operator that it uses. It computes the definition in `act_export.reference` step by
-step, in float32 whatever the storage type, with full attention maps: correct everywhere, fast nowhere.
+A model carries the function of each operator that it uses. It computes the definition in
+`act_export.calibration.reference` step by step, in float32 whatever the storage type, with full attention maps: correct
+everywhere, fast nowhere.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import others_errors, shortened, shown
 from act_export.files import write_whole
 from act_export.json_fields import Fields

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.reference import attention_probabilities, calibrate_with_state, visible_rows
 from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
 from act_export.profile.attention_statistics import AttentionStatistics, MapGrid, attend_with_statistics, map_grid
 from act_export.profile.profile import GRID
-from act_export.reference import attention_probabilities, calibrate_with_state, visible_rows
 from act_export.runtime.generate import left_pad
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from act_export.calibration import DEFAULT_THRESHOLD, Calibration
+from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
 from act_export.profile.partial import PartialTally

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError, others_errors
 from act_export.json_fields import LARGEST, Fields
 from act_export.json_file import parse_json

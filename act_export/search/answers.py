@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.hooks import attention_hook
 from act_export.search.fast_attention import FastAttention

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.search.answers import Answers
 from act_export.search.rank import first_heads
 from act_export.search.request import Threshold

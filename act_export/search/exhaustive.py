@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from act_export.calibration import LayerCalibration
+from act_export.calibration.file import LayerCalibration
+from act_export.calibration.reference import attention_probabilities, calibrate_one_at_a_time, calibrate_with_state
 from act_export.hooks import AttentionCall, HookedModel, LayerState, active, attention_hook, empty_state, flatten_heads
-from act_export.reference import attention_probabilities, calibrate_one_at_a_time, calibrate_with_state
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
 from act_export.search.fast_attention import (
     calibrated_probabilities,

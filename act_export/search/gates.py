@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from act_export.calibration import LayerCalibration
+from act_export.calibration.file import LayerCalibration
 from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
 from act_export.search.checkpointing import checkpointed
 from act_export.search.fast_attention import (
@@ -88,8 +88,8 @@ def gate_gradients(
         batch: Examples that run together.
         num_layers: Attention layers of the model.
         num_heads: Query heads per layer.
-        beta: How an open gate calibrates, as in `act_export.calibration.Calibration`. The derivative is proportional to
-            1 - beta, as long as no row of a beta above 1 is cut back.
+        beta: How an open gate calibrates, as in `act_export.Calibration`. The derivative is
+            proportional to 1 - beta, as long as no row of a beta above 1 is cut back.
         threshold: The same.
         threshold_mode: The same.
         length_normalized: Compare choices by log-likelihood per token.

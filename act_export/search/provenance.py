@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from act_export.calibration import Calibration, Provenance
+from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice, heads_with_betas

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.search.answers import CONTENT_FREE, REPORT, Answers, EncodedTask
 from act_export.search.choice_bias import same_choices, without_choice_bias
 from act_export.tasks import predicted_choice

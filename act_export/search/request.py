@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from act_export.calibration import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
+from act_export.calibration.file import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
 from act_export.errors import ActExportError, shown
 from act_export.tasks import Generation, Splits
 
@@ -51,7 +51,7 @@ class SearchTask:
 
 @dataclass(frozen=True)
 class Threshold:
-    """What a later sink is: a threshold of the sink score, and its mode, as in `act_export.calibration.Calibration`."""
+    """What a later sink is: a threshold of the sink score, and its mode, as in `act_export.Calibration`."""
 
     value: float = DEFAULT_THRESHOLD["absolute"]
     mode: str = "absolute"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from act_export.calibration import Calibration, Provenance
+from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
 from act_export.progress import Progress

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.progress import Progress
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from act_export.calibration import Calibration, Provenance
+from act_export.calibration.file import Calibration, Provenance
 from act_export.errors import ActExportError, shown
 from act_export.tasks import Example, Splits, TaskError, question_digests, split_examples, unused
 

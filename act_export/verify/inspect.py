@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.external_data import data_files
 from act_export.onnx_file import load_without_weights, properties_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from act_export.calibration import ModelIdentity
+from act_export.calibration.file import ModelIdentity
 from act_export.errors import ActExportError, SessionError
 from act_export.external_data import data_files
 from act_export.onnx_file import load_without_weights, properties_of

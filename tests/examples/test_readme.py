@@ -13,7 +13,7 @@ import pytest
 import typer.main
 from tiny import CALIBRATION
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.cli import app
 from act_export.export import build_model

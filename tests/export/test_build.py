@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from tiny import CALIBRATION, tiny_checkpoint
 
-from act_export.calibration import Calibration, CalibrationError
+from act_export.calibration.file import Calibration, CalibrationError
 from act_export.export import build_model
 from act_export.export.write import OutputError
 from act_export.hooks import UnsupportedModelError
@@ -77,7 +77,7 @@ def test_dynamic_dimensions(graph):
 def test_metadata_has_calibration_and_nothing_of_torch(tiny, tiny_file):
     model = onnx.load(tiny_file, load_external_data=False)
     properties = {p.key: p.value for p in model.metadata_props}
-    assert Calibration.from_json(properties["act_export.calibration"]) == CALIBRATION
+    assert Calibration.from_json(properties["act_export.calibration.file"]) == CALIBRATION
     assert json.loads(properties["act_export.model"])["fingerprint"] == tiny.identity.fingerprint
     assert b"pkg.torch" not in tiny_file.read_bytes()
     assert model.producer_name == "act-export"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import CALIBRATION, tiny_checkpoint
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.export import build_model
 from act_export.export.operator import OperatorAttention
 from act_export.hooks import AttentionCall

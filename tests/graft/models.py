@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from act_export.calibration import Calibration
-from act_export.reference import calibrated_attention, sink_margins
+from act_export.calibration.file import Calibration
+from act_export.calibration.reference import calibrated_attention, sink_margins
 
 VOCABULARY, HIDDEN, INNER, CONTEXT = 64, 32, 48, 192
 PAD, STOP = 0, 1

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.reference import calibrated_attention, sink_margins
 from act_export.graft.build import NodeBuilder
 from act_export.graft.graph import Graph
 from act_export.graft.rewrite import apply, find_sites, rewrite
 from act_export.graft.sink_state import StateLayout
 from act_export.ops import functions
 from act_export.ops.library import library_path
-from act_export.reference import calibrated_attention, sink_margins
 
 VOCABULARY = 13
 LOWEST = float(np.finfo(np.float32).min)

@@ -24,7 +24,7 @@ from operators import (
     run,
 )
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.graft import UnsupportedPatternError
 from act_export.graft.graph import Graph, attribute
 from act_export.graft.rewrite import find_sites

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
+from act_export.calibration.reference import calibrated_attention
 from act_export.graft import StateLayout, UnsupportedPatternError, graft, remove_graft
 from act_export.graft.build import NodeBuilder
 from act_export.graft.graph import Graph
 from act_export.graft.rewrite import find_sites
 from act_export.graft.site import Layout
-from act_export.reference import calibrated_attention
 from act_export.runtime import Session
 from act_export.verify.inspect import inspect_file
 

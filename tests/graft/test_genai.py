@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from act_export.calibration import ModelIdentity
+from act_export.calibration.file import ModelIdentity
 from act_export.graft import GraftError, StateLayout, graft, remove_graft
 from act_export.graft.genai import cache_templates, calibrated_config
 from act_export.ops.library import library_path

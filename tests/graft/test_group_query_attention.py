@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.errors import VerificationError
 from act_export.graft import UnsupportedPatternError, graft
 from act_export.graft.graph import Graph

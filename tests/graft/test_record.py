@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.graft import GraftError, StateLayout, graft, remove_graft
 from act_export.graft.record import digest, record_of
 from act_export.ops.library import library_path

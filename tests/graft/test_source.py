@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.export.write import OutputError
 from act_export.graft import GraftError, StateLayout, UnsupportedPatternError, graft

@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from act_export.calibration.reference import calibrated_attention, visible_rows
 from act_export.ops import functions, schema
-from act_export.reference import calibrated_attention, visible_rows
 
 HEAD_SIZE = 8
 RANKS = {"query": 3, "key": 3, "value": 3, "output": 3, "attention_mask": 2}

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import act_export.ops
+from act_export.calibration.reference import calibrated_attention
 from act_export.ops import functions
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.ops.schema import NO_SINK_LOGIT
-from act_export.reference import calibrated_attention
 
 STORAGE = {
     "float32": (TensorProto.FLOAT, np.float32, 1e-5),

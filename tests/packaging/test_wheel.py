@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "act_export"
@@ -122,8 +122,8 @@ def test_command_is_installed(unpacked):
 
 def test_installed_wheel_finds_recipe_task_and_library(unpacked):
     code = f"""
-from act_export.calibration import ModelIdentity
-from act_export.recipes import find_recipes
+from act_export.calibration.file import ModelIdentity
+from act_export.calibration.recipes import find_recipes
 from act_export.ops.library import library_path
 from act_export.tasks import task_names
 print(find_recipes({RECIPE.model!r})[0].path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.calibration import DEFAULT_THRESHOLD, Calibration, ModelIdentity
+from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration, ModelIdentity
 from act_export.profile.profile import (
     ALL,
     GRID,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from profiles import random_profile
 from safetensors.numpy import load_file, save
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.profile import ALL, ProfileError, SinkProfile
 
 

@@ -13,7 +13,8 @@ from test_profile_file import assert_same
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
 from tokenizers import decoders, models
 
-from act_export.calibration import Calibration, CalibrationError
+from act_export.calibration.file import Calibration, CalibrationError
+from act_export.calibration.reference import attention_probabilities, calibrate_with_state
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.hooks import AttentionCall, LayerState, ReferenceAttention, attention_hook
@@ -30,7 +31,6 @@ from act_export.profile import (
 )
 from act_export.profile.partial import PartialTally
 from act_export.profile.tally import Tally
-from act_export.reference import attention_probabilities, calibrate_with_state
 from act_export.tasks import EncodedExample
 
 LENGTHS = (40, 12, 33, 25, 8, 40)  # the example, the first, would be with the last in a batch

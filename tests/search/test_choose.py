@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.search.answers import Answers
 from act_export.search.choose import Choice, candidate_calibrations, choose, heads_with_betas, other_heads
 from act_export.search.request import Threshold

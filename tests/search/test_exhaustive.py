@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook
 from act_export.search.decoder_layers import decoder_layers
 from act_export.search.exhaustive import PlainRun

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import FastAttention
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import planted_task, reference_scores, words_checkpoint, written_by
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import METHODS, SearchOptions, Threshold
 from act_export.search.answers import RANK, EncodedTask, encode_task

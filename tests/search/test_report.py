@@ -19,7 +19,7 @@ from planted import (
     written_by,
 )
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.search.answers import Answers

@@ -11,7 +11,7 @@ import transformers
 from planted import CHOICES, PLANTED, planted_task, words_checkpoint, written_by
 
 import act_export
-from act_export.calibration import Calibration, CalibrationError
+from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import METHODS, SearchError, SearchOptions, SearchTask, Threshold, search_heads
 from act_export.search.request import thresholds_of

@@ -21,7 +21,7 @@ from tiny import CALIBRATION
 from typer.testing import CliRunner
 
 import act_export.checkpoint.streamed.decide as decide
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.streamed.cut import cut_calibration, cut_checkpoint, describe_cut
 from act_export.cli import app

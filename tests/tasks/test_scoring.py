@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.tasks import (
     EncodedExample,

@@ -376,7 +376,7 @@ def test_when_the_model_is_left_out(tmp_path, changes, message):
 
 
 def test_recipe_of_fewer_layers(tmp_path):
-    from act_export.calibration import Calibration
+    from act_export.calibration.file import Calibration
 
     assert gpu_model_step.recipe(make_check(tmp_path)) == "llama-2-7b-chat-classification"
     calibration = Calibration.load(gpu_model_step.recipe(make_check(tmp_path, layers=4)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "published_recipes.py"
 LISTS = """

@@ -13,7 +13,7 @@ import torch
 from random_llama import CONTEXT, Shape, weights, write_checkpoint
 from safetensors.torch import load_file
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.hooks import ReferenceAttention, attention_hook
 
@@ -60,7 +60,7 @@ def test_shards_are_bounded(tmp_path):
 
 
 def test_sink_tokens_are_later_sinks_in_every_head(tmp_path, monkeypatch):
-    import act_export.reference as reference
+    import act_export.calibration.reference as reference
 
     write_checkpoint(tmp_path, Shape(layers=4, heads=4, kv_heads=4, hidden=512, intermediate=512, vocabulary=3000))
     model = load_checkpoint(str(tmp_path)).model

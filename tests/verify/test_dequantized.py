@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 from typer.testing import CliRunner
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.cli import app
 from act_export.export import build_model
 from act_export.export.quantize import Quantization, quantize_weight

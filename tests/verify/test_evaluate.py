@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from act_export.calibration import Calibration, Provenance
+from act_export.calibration.file import Calibration, Provenance
 from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.tasks import (
     Example,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.calibration import Calibration, Provenance
+from act_export.calibration.file import Calibration, Provenance
 from act_export.tasks import Example, TaskError, prompt_digest, split_examples
 from act_export.verify.held_out import EvaluationError, held_out
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.convert import describe_failures, verify_file
 from act_export.errors import ActExportError
 from act_export.export import build_model

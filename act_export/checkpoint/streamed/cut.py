@@ -15,7 +15,7 @@ from act_export.errors import ActExportError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from act_export.calibration import Calibration
+    from act_export.calibration.file import Calibration
 
 LAYERS = 2
 

@@ -1,8 +1,8 @@
 """The GPU kernels of the operators, in Triton: they compile ahead of time without a GPU, and run in its interpreter.
 
-The definition is in `act_export.reference`; shapes are those of the operator's table. `B` sequences, `S` new tokens
-behind `P` cached ones, `T = P + S`; row i sits at position P + i. Logits are in base 2, so that `exp2` does: an
-attention map is `exp2(logit - lse)` with the row's log-sum-exp `lse`.
+The definition is in `act_export.calibration.reference`; shapes are those of the operator's table. `B` sequences, `S`
+new tokens behind `P` cached ones, `T = P + S`; row i sits at position P + i. Logits are in base 2, so that `exp2` does:
+an attention map is `exp2(logit - lse)` with the row's log-sum-exp `lse`.
 
 Prompts: `prepare`, `forward` (flash attention; for calibrated heads it keeps the log-sum-exp and the output in
 float32), `columns` (column sums: a stationary tile of keys, the map recomputed from the log-sum-exp), `select` (the

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError, first_line, shown
 from act_export.json_file import read_object
 from act_export.tasks.statistics import accuracy_interval

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.profile.profile import GRID, MODES, ExamplePrompt, Floats, SinkProfile, SinkStatistics
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.attention_maps import STEPS, encode_shares, head_maps, layer_maps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.profile.profile import ABSOLUTE, LaterSinks, SinkStatistics
 from act_export.profile.report.figure_data import calibrated_betas
 

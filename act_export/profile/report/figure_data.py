@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.calibration import Calibration, ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.profile.profile import ABSOLUTE, POSITION_EDGES, RELATIVE, RELATIVE_BINS, Floats, SinkStatistics
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.token_text import visible_text

@@ -8,7 +8,7 @@ from typing import Any
 
 import vl_convert
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
 from act_export.files import write_whole
 from act_export.profile.profile import ABSOLUTE, SinkProfile

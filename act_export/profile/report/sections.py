@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.profile.profile import ALL, MODES, SinkProfile, SinkStatistics
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import ran_with

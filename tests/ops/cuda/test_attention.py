@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from act_export.ops.schema import NO_SINK_LOGIT
-from act_export.reference import (
+from act_export.calibration.reference import (
     SMALLEST_REST,
     attention_probabilities,
     calibrate_with_state,
     calibrated_attention,
     sink_margins,
 )
+from act_export.ops.schema import NO_SINK_LOGIT
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT32_ERROR = 1e-5  # of numbers up to 1

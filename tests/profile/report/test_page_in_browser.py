@@ -13,7 +13,7 @@ import pytest
 from one_token import one_token_profile
 from profiles import random_profile, some_calibration
 
-from act_export.calibration import Calibration
+from act_export.calibration.file import Calibration
 from act_export.profile.profile import SinkProfile
 from act_export.profile.report import TaskAccuracy, write_report
 from act_export.profile.report.facts import effect_facts, key_facts

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from act_export.calibration import Calibration, Provenance
+from act_export.calibration.file import Calibration, Provenance
 from act_export.errors import ActExportError
 from act_export.profile.report import TaskAccuracy, accuracies_of
 from act_export.profile.report.figure_data import accuracy_names

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from profiles import random_profile, some_calibration
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.profile.profile import GRID, MODES
 from act_export.profile.report import write_report

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from one_token import one_token_profile
 from profiles import random_profile, some_calibration
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.profile import report
 from act_export.profile.report import TaskAccuracy, write_figures

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity, Provenance
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
 
 IDENTITY = ModelIdentity("llama", 4, 8, "sha256:ab")
 BY_NAME = ModelIdentity("llama", 4, 8, name="owner/model")

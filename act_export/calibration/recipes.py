@@ -11,8 +11,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+
+if TYPE_CHECKING:
+    from act_export.calibration.file import Calibration
 
 PUBLISHED = "published"  # the method of heads that others found
 
@@ -58,7 +62,7 @@ class Recipe:
 
 def recipes_folder() -> Path:
     """Where the recipes are: in the package, or beside it in a source tree."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folder = package / "models"
     if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
         folder = package.parent / "models"
@@ -133,3 +137,34 @@ def _is_called(name: str, hub_id: str) -> bool:
     """Whether a hub id is this one, or a folder's name its last part; upper and lower case are one."""
     name, hub_id = name.casefold(), hub_id.casefold()
     return name == hub_id or ("/" not in name and name == hub_id.rpartition("/")[2])
+
+
+def named_calibration(given: str) -> Calibration:
+    """A calibration file, or a shipped recipe by its name.
+
+    Raises:
+        CalibrationError: If there is neither, or it can't be read.
+    """
+    recipe = named_recipe(given)
+    return recipe.calibration if recipe is not None else Calibration.load(given)
+
+
+def describe_calibration(calibration: Calibration) -> str:
+    """What a calibration does and where it came from, in a line."""
+    strength = calibration.beta if isinstance(calibration.beta, float) else "per head"
+    text = (
+        f"{calibration.num_calibrated_heads} heads in {len(calibration.heads)} layers, beta {strength}, "
+        f"{calibration.threshold_mode} threshold {calibration.threshold:g}"
+    )
+    origin = calibration.provenance
+    if origin is None:
+        return text
+    text += f"; {origin.method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
+    if origin.source:
+        text += "; not measured here"
+    if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
+        text += (
+            f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
+            f" ({origin.samples.get('report', 0)} prompts, PyTorch, where the heads were found)"
+        )
+    return text

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_checkpoint, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from act_export import recipes as module
-from act_export.calibration import Calibration, CalibrationError, ModelIdentity, Provenance
+from act_export.calibration import recipes as module
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
+from act_export.calibration.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.checkpoint.load import load_checkpoint
 from act_export.convert import CalibrationRequest, export_model, resolve_calibration
-from act_export.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.runtime import Session
 from act_export.verify.inspect import inspect_file
 

@@ -11,7 +11,7 @@ from close import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from act_export.reference import (
+from act_export.calibration.reference import (
     attention_probabilities,
     calibrate_probabilities,
     calibrate_with_state,
