@@ -179,7 +179,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             stream=stream,
         )
-    from act_export.checkpoint.gguf import remarks_of
+    from act_export.checkpoint.gguf.convert import remarks_of
 
     for remark in remarks_of(Path(loaded.model.name_or_path or model)):
         note(f"note: {remark}")

@@ -25,9 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention
 from act_export.checkpoint.identity import layers_and_heads
+from act_export.checkpoint.low_memory import is_low_memory
 from act_export.checkpoint.support import why_unsupported_model
 from act_export.errors import ActExportError
-from act_export.low_memory import is_low_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

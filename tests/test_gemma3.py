@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from act_export.calibration.file import Calibration
-from act_export.checkpoint.built_in import BUILT_IN, built_in_gguf
+from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.errors import CheckpointError
 from act_export.runtime import Session, generate

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.checkpoint.gguf_header import read_header
+from act_export.checkpoint.gguf.header import read_header
 from act_export.errors import ActExportError, CheckpointError
 from act_export.json_file import parse_json, parse_object, read_object
 

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from act_export.checkpoint.built_in import BUILT_IN, built_in_gguf
-from act_export.checkpoint.gguf import converted, remarks_of
-from act_export.checkpoint.gguf_witness import compare
+from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
+from act_export.checkpoint.gguf.convert import converted, remarks_of
+from act_export.checkpoint.gguf.witness import compare
 from act_export.errors import CheckpointError
 
 

@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from act_export.checkpoint.built_in import BUILT_IN as BUILT_IN
     from act_export.checkpoint.fetch import Fetched as Fetched
     from act_export.checkpoint.fetch import fetch_checkpoint as fetch_checkpoint
     from act_export.checkpoint.fetch import public_name as public_name
+    from act_export.checkpoint.gguf.built_in import BUILT_IN as BUILT_IN
     from act_export.checkpoint.identity import fingerprint as fingerprint
     from act_export.checkpoint.identity import identify as identify
     from act_export.checkpoint.identity import layers_and_heads as layers_and_heads

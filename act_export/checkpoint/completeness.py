@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from act_export.checkpoint.streamed.origins import Matched, Rules, RulesError, match
+from act_export.checkpoint.stored.origins import Matched, Rules, RulesError, match
 from act_export.checkpoint.wrappers import unwrapped
 from act_export.errors import CheckpointError, shown
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from act_export.checkpoint.streamed.origins import Origin
-    from act_export.checkpoint.streamed.stored_tensor import Stored
+    from act_export.checkpoint.stored.origins import Origin
+    from act_export.checkpoint.stored.safetensors_file import Stored
 
 _FREQUENCIES = re.compile(r"inv_freq$")
 _ANGLES = re.compile(r"(^|\.)(cos|sin)_cached$")

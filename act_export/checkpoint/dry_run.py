@@ -21,7 +21,7 @@ from act_export.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from act_export.checkpoint.streamed.stored_tensor import Stored
+    from act_export.checkpoint.stored.safetensors_file import Stored
 
 _ADVICE = "get the config.json that belongs to the weights"
 _PARAMETERS_OF_A_TENSOR = 8  # that a stored tensor may be cut into, as the rows of joined projections are

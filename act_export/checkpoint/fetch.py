@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from act_export.checkpoint.built_in import BUILT_IN, built_in_gguf
 from act_export.checkpoint.configuration import read_configuration
 from act_export.checkpoint.folder import check_configuration, weight_files
-from act_export.checkpoint.gguf import converted
-from act_export.checkpoint.gguf_header import has_magic
+from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
+from act_export.checkpoint.gguf.convert import converted
+from act_export.checkpoint.gguf.header import has_magic
 from act_export.checkpoint.hub import HubAccess, HubId, commit_of, fetch_small_files, fetch_weights, is_on_hub
 from act_export.checkpoint.small_files import check_small_files, read_settings
 from act_export.checkpoint.support import why_unsupported

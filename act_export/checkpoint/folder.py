@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from act_export.checkpoint.small_files import read_settings
-from act_export.checkpoint.weight_index import WHOLE_WEIGHTS, weights_in
+from act_export.checkpoint.stored.index import WHOLE_WEIGHTS, weights_in
 from act_export.errors import CheckpointError
 
 _OTHER_TASKS = re.compile(

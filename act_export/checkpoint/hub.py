@@ -16,7 +16,7 @@ from pathlib import Path
 
 from act_export.checkpoint.folder import weight_files
 from act_export.checkpoint.small_files import SMALL_FILES
-from act_export.checkpoint.weight_index import WEIGHT_INDICES
+from act_export.checkpoint.stored.index import WEIGHT_INDICES
 from act_export.errors import CheckpointError
 
 _CODE_FILES = ("*.py", "*.tiktoken", "*.model", "*.txt")  # and what a tokenizer of its own code reads

@@ -18,10 +18,10 @@ from act_export.calibration.file import ModelIdentity
 from act_export.checkpoint.fetch import Fetched, configuration_of, fetch_checkpoint, is_gguf, names_of
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.loader_errors import MEMORY_ADVICE, quiet_transformers, readable_errors
+from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.placement import Placement
 from act_export.checkpoint.tokenizer import tokenizer_of
 from act_export.errors import CheckpointError
-from act_export.low_memory import low_memory_told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,8 +118,8 @@ def load_fetched(
 def _load(fetched: Fetched, placement: Placement, stream: bool | None = False) -> Checkpoint:
     from act_export.checkpoint.completeness import contents_of
     from act_export.checkpoint.dry_run import empty_model
+    from act_export.checkpoint.stored.files import tensors_of
     from act_export.checkpoint.streamed.decide import is_to_be_streamed
-    from act_export.checkpoint.streamed.shards import tensors_of
     from act_export.checkpoint.text_tower import has_text_tower, loader_of, text_tower
 
     name = fetched.name

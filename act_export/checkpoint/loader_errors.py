@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from act_export.checkpoint.low_memory import is_low_memory, low_memory_told
 from act_export.errors import ActExportError, CheckpointError, first_line, shortened
-from act_export.low_memory import is_low_memory, low_memory_told
 
 MEMORY_ADVICE = (
     "close what else takes memory, load it in --dtype bfloat16 where that is offered, or export it with --stream, "

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from act_export.checkpoint.low_memory import is_low_memory, low_memory_told
 from act_export.checkpoint.numbers import check_fits
 from act_export.errors import ActExportError, first_line
-from act_export.low_memory import is_low_memory, low_memory_told
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from act_export.checkpoint.low_memory import is_low_memory
 from act_export.errors import ActExportError, first_line
-from act_export.low_memory import is_low_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from act_export.checkpoint.completeness import Contents
 from act_export.checkpoint.numbers import check_fits, check_numbers, is_finite
-from act_export.checkpoint.streamed.origins import AsStored, Converted
+from act_export.checkpoint.stored.origins import AsStored, Converted
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from act_export.checkpoint.streamed.origins import Origin
+    from act_export.checkpoint.stored.origins import Origin
 
 _SAMPLE = 64  # numbers of each parameter, evenly spaced
 _PIECE_SAMPLE = 4

@@ -10,6 +10,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.text_tower import check_takes_embeddings
 from act_export.errors import ActExportError
 from act_export.export.hollow import forget_weights
@@ -20,7 +21,6 @@ from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
 from act_export.export.trace import EXPORTING, trace
 from act_export.export.write import check_model, finish_model, metadata, save_model, stop_tokens
-from act_export.low_memory import low_memory_told
 from act_export.progress import BytesWritten
 from act_export.runtime.providers import import_onnxruntime
 

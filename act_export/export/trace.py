@@ -15,6 +15,7 @@ from torch import Tensor
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import layers_and_heads
+from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.text_tower import hidden_size, one_rotation, position_axes
 from act_export.errors import ActExportError
 from act_export.export import experts
@@ -31,7 +32,6 @@ from act_export.hooks import (
     as_unsupported,
     attention_hook,
 )
-from act_export.low_memory import low_memory_told
 from act_export.ops import functions, schema
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from act_export.checkpoint.built_in import BUILT_IN
 from act_export.checkpoint.fetch import fetch_checkpoint
+from act_export.checkpoint.gguf.built_in import BUILT_IN
 from act_export.checkpoint.hub import HubId, is_on_hub
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import ActExportError, CheckpointError

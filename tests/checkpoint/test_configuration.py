@@ -17,7 +17,7 @@ from tiny_vision import tiny_whole
 from act_export.checkpoint.dry_run import empty_model
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.small_files import check_small_files
-from act_export.checkpoint.streamed.stored_tensor import StoredTensor
+from act_export.checkpoint.stored.safetensors_file import StoredTensor
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import CheckpointError
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from act_export.checkpoint.load import load_checkpoint
-from act_export.checkpoint.streamed.stored_tensor import stored_tensors
+from act_export.checkpoint.stored.safetensors_file import stored_tensors
 from act_export.errors import CheckpointError
 
 INDICES = {"pytorch_model.bin.index.json": ".bin", "model.safetensors.index.json": ".safetensors"}

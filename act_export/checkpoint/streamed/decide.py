@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from act_export.checkpoint.memory import available_bytes
-from act_export.checkpoint.streamed.shards import is_streamable
+from act_export.checkpoint.stored.files import is_streamable
 from act_export.checkpoint.text_tower import has_text_tower
 from act_export.errors import CheckpointError
 
@@ -16,7 +15,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from act_export.checkpoint.streamed.stored_tensor import Stored
+    from act_export.checkpoint.stored.safetensors_file import Stored
+
+import os
+from pathlib import Path
 
 _COPIES = 2.5  # in float32: the model, a session over its export, and what either takes besides
 _FLOAT32_BYTES = 4
@@ -48,3 +50,46 @@ def is_to_be_streamed(
     free = available_bytes()
     needed = sum(math.prod(tensor.shape) for tensor in tensors.values()) * _FLOAT32_BYTES * _COPIES
     return asked is True or (free is not None and needed > free)
+
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+_GROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int | None:
+    """Memory that a process can take without swapping, within the limit of a container; None where nobody tells."""
+    known = [found for found in (_of_machine(), _of_container()) if found is not None]
+    return min(known, default=None)
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return _by_sysconf()
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kilobytes[0] * 1024 if kilobytes else _by_sysconf()
+
+
+def _by_sysconf() -> int | None:
+    """All memory of the machine, where what is free of it isn't known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _of_container() -> int | None:
+    """What is left of a control group's limit."""
+    try:
+        limit = (_GROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_GROUP / "memory.current").read_text(encoding="ascii"))
+        statistics = dict(line.split() for line in (_GROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    cached = int(statistics.get("inactive_file", 0))  # the system takes it back when memory is short
+    return max(int(limit) - used + cached, 0)

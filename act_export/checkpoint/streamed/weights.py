@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from act_export.checkpoint.stored.origins import Origin, match
 from act_export.checkpoint.streamed.hollow_tensors import hollow_tensors, is_large
-from act_export.checkpoint.streamed.origins import Origin, match
 from act_export.checkpoint.witness import check_loaded
 
 if TYPE_CHECKING:

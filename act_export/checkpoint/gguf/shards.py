@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from act_export.checkpoint.gguf_header import MAGIC, GgufFile, StoredTensor, read_header
+from act_export.checkpoint.gguf.header import MAGIC, GgufFile, StoredTensor, read_header
 from act_export.errors import CheckpointError, shown
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from act_export.checkpoint.streamed.stored_tensor import FLOATS
+from act_export.checkpoint.low_memory import is_low_memory
+from act_export.checkpoint.stored.safetensors_file import FLOATS
 from act_export.errors import CheckpointError, first_line, shown
-from act_export.low_memory import is_low_memory
 from act_export.plain_file import open_plain
 
 _ADVICE = "get the checkpoint as .safetensors files, or save it again with save_pretrained"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from act_export.checkpoint.small_files import own_file
-from act_export.checkpoint.streamed.pickled_tensor import pickled_tensors
-from act_export.checkpoint.streamed.stored_tensor import Stored, stored_tensors
-from act_export.checkpoint.weight_index import WEIGHT_INDICES, check_no_other_shards, places_in, weights_in
+from act_export.checkpoint.stored.index import WEIGHT_INDICES, check_no_other_shards, places_in, weights_in
+from act_export.checkpoint.stored.pickle_file import pickled_tensors
+from act_export.checkpoint.stored.safetensors_file import Stored, stored_tensors
 from act_export.errors import CheckpointError, shown
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import save_checkpoint, tiny_model
 
-from act_export.checkpoint.built_in import built_in_gguf
-from act_export.checkpoint.gguf import converted
+from act_export.checkpoint.gguf.built_in import built_in_gguf
+from act_export.checkpoint.gguf.convert import converted
 from act_export.checkpoint.identity import fingerprint, layers_and_heads
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.tokenizer import load_tokenizer_of

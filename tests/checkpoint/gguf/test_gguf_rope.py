@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf_files import logits_of, tiny_model, write
 
-from act_export.checkpoint import gguf as module
+from act_export.checkpoint.gguf import convert as module
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import CheckpointError
 from act_export.export import build_model

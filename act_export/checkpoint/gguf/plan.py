@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from act_export.checkpoint.gguf_header import GgufFile, StoredTensor
-from act_export.checkpoint.gguf_names import Target, target_of, tensors_of
-from act_export.checkpoint.gguf_rope import LONG_FACTORS, SHARED_FACTORS, SHORT_FACTORS
-from act_export.checkpoint.gguf_settings import Settings
+from act_export.checkpoint.gguf.header import GgufFile, StoredTensor
+from act_export.checkpoint.gguf.names import Target, target_of, tensors_of
+from act_export.checkpoint.gguf.rope import LONG_FACTORS, SHARED_FACTORS, SHORT_FACTORS
+from act_export.checkpoint.gguf.settings import Settings
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _check_shape(pair: Pair, shape: tuple[int, ...], gguf: GgufFile, settings: S
 
 
 def _changed_shape(pair: Pair, probe: np.ndarray, settings: Settings) -> tuple[int, ...]:
-    from act_export.checkpoint.gguf_names import as_row, transposed
+    from act_export.checkpoint.gguf.names import as_row, transposed
 
     if pair.target.change is transposed:
         return probe.shape[::-1]

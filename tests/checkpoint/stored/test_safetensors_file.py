@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from act_export.checkpoint.streamed.stored_tensor import stored_tensors
+from act_export.checkpoint.stored.safetensors_file import stored_tensors
 from act_export.errors import CheckpointError
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

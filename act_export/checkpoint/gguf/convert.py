@@ -10,14 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from act_export.checkpoint import gguf_entry
-from act_export.checkpoint.gguf_header import GgufFile
-from act_export.checkpoint.gguf_keys import Keys
-from act_export.checkpoint.gguf_plan import configuration, hollow_shapes, pairs_of
-from act_export.checkpoint.gguf_settings import Settings, read_settings
-from act_export.checkpoint.gguf_shards import read_gguf, write_joined
-from act_export.checkpoint.gguf_tokenizer import stop_tokens, tokenizer_by
-from act_export.checkpoint.gguf_witness import compare
+from act_export.checkpoint.gguf import entry as gguf_entry
+from act_export.checkpoint.gguf.header import GgufFile
+from act_export.checkpoint.gguf.keys import Keys
+from act_export.checkpoint.gguf.plan import configuration, hollow_shapes, pairs_of
+from act_export.checkpoint.gguf.settings import Settings, read_settings
+from act_export.checkpoint.gguf.shards import read_gguf, write_joined
+from act_export.checkpoint.gguf.tokenizer import stop_tokens, tokenizer_by
+from act_export.checkpoint.gguf.witness import compare
 from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
 from act_export.errors import CheckpointError
 from act_export.files import cache_folder, staging_folder

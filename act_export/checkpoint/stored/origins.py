@@ -17,7 +17,7 @@ from act_export.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from act_export.checkpoint.streamed.stored_tensor import Stored
+    from act_export.checkpoint.stored.safetensors_file import Stored
 
 
 class Origin(Protocol):

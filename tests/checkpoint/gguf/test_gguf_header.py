@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.checkpoint.gguf_header import read_header
+from act_export.checkpoint.gguf.header import read_header
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import CheckpointError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from act_export.checkpoint.gguf_header import GgufFile
+from act_export.checkpoint.gguf.header import GgufFile
 from act_export.errors import CheckpointError, shown
 
 LARGEST_COUNT = 1 << 31

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from act_export.checkpoint.gguf_keys import Keys, special_tokens
-from act_export.checkpoint.gguf_names import NAMES, Heads, layer_of
-from act_export.checkpoint.gguf_rope import Rotary, read_rotary
+from act_export.checkpoint.gguf.keys import Keys, special_tokens
+from act_export.checkpoint.gguf.names import NAMES, Heads, layer_of
+from act_export.checkpoint.gguf.rope import Rotary, read_rotary
 from act_export.errors import CheckpointError
 
 TIED_OUTPUT = "output.weight"

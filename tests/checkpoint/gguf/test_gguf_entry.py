@@ -14,9 +14,9 @@ import pytest
 import torch
 from gguf_files import logits_of, tiny_model, write
 
-from act_export.checkpoint import gguf as module
-from act_export.checkpoint import gguf_entry
-from act_export.checkpoint.gguf import converted
+from act_export.checkpoint.gguf import convert as module
+from act_export.checkpoint.gguf import entry as gguf_entry
+from act_export.checkpoint.gguf.convert import converted
 from act_export.checkpoint.load import load_checkpoint
 
 

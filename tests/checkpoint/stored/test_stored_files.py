@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from shards_on_disk import INDEX, change_index, first_shard, save_in_shards
 
 from act_export.checkpoint.load import load_checkpoint
-from act_export.checkpoint.streamed.shards import tensors_of
+from act_export.checkpoint.stored.files import tensors_of
 from act_export.errors import CheckpointError
 
 NORM = "model.norm.weight"

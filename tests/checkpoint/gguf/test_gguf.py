@@ -9,10 +9,10 @@ import torch
 from gguf_files import MODELS, WIDE, as_kind, logits_of, pieces, random_blocks, tiny_model, write
 from transformers import AutoModelForCausalLM
 
-from act_export.checkpoint import gguf as module
 from act_export.checkpoint.fetch import is_gguf
-from act_export.checkpoint.gguf import converted, remarks_of
-from act_export.checkpoint.gguf_witness import compare
+from act_export.checkpoint.gguf import convert as module
+from act_export.checkpoint.gguf.convert import converted, remarks_of
+from act_export.checkpoint.gguf.witness import compare
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import CheckpointError
 

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.checkpoint.gguf_entry import sha256_of
+from act_export.checkpoint.gguf.entry import sha256_of
 from act_export.errors import CheckpointError
 from act_export.files import cache_folder, join_whole
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.checkpoint import built_in as module
-from act_export.checkpoint.built_in import BUILT_IN, BuiltIn, built_in_gguf
+from act_export.checkpoint.gguf import built_in as module
+from act_export.checkpoint.gguf.built_in import BUILT_IN, BuiltIn, built_in_gguf
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import CheckpointError
 from act_export.files import join_whole

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from act_export.checkpoint.gguf_keys import Keys
+from act_export.checkpoint.gguf.keys import Keys
 from act_export.errors import CheckpointError
 
 SHARED_FACTORS, LONG_FACTORS, SHORT_FACTORS = (

@@ -6,9 +6,9 @@ import pytest
 from gguf_files import BYTE_LEVEL, pieces, tiny_model, tokens, write
 from transformers import AutoTokenizer
 
-from act_export.checkpoint.gguf_header import read_header
-from act_export.checkpoint.gguf_split import SPLITS
-from act_export.checkpoint.gguf_tokenizer import tokenizer_by
+from act_export.checkpoint.gguf.header import read_header
+from act_export.checkpoint.gguf.split import SPLITS
+from act_export.checkpoint.gguf.tokenizer import tokenizer_by
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from act_export.checkpoint.gguf_header import GgufFile, read_header
-from act_export.checkpoint.gguf_keys import ids_of_no_token, special_tokens, token_id
-from act_export.checkpoint.gguf_split import SPLITS, Split
+from act_export.checkpoint.gguf.header import GgufFile, read_header
+from act_export.checkpoint.gguf.keys import ids_of_no_token, special_tokens, token_id
+from act_export.checkpoint.gguf.split import SPLITS, Split
 from act_export.errors import CheckpointError, shown
 from act_export.files import scratch_folder
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from act_export.checkpoint.gguf_header import GgufFile
-from act_export.checkpoint.gguf_keys import Keys
-from act_export.checkpoint.gguf_plan import Pair, kinds_of, pairs_of
-from act_export.checkpoint.gguf_rope import Rotary
-from act_export.checkpoint.gguf_settings import Settings, is_close, read_settings
-from act_export.checkpoint.gguf_shards import read_gguf
+from act_export.checkpoint.gguf.header import GgufFile
+from act_export.checkpoint.gguf.keys import Keys
+from act_export.checkpoint.gguf.plan import Pair, kinds_of, pairs_of
+from act_export.checkpoint.gguf.rope import Rotary
+from act_export.checkpoint.gguf.settings import Settings, is_close, read_settings
+from act_export.checkpoint.gguf.shards import read_gguf
 from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
 from act_export.errors import CheckpointError, shown
 

@@ -1,0 +1,1 @@
+"""GGUF files, and the weights of built-in names, as checkpoint folders."""

@@ -1,0 +1,1 @@
+"""Weights as they lie in the files of a checkpoint."""
