@@ -177,10 +177,9 @@ def export_command(
     from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
     from act_export.export.experts import check_experts
-    from act_export.export.precision import element_type
-    from act_export.export.quantize import quantization_of
-    from act_export.export.write import check_output
     from act_export.hooks import check_supported
+    from act_export.onnx_file.output import check_output
+    from act_export.onnx_file.precision import element_type, quantization_of
 
     element_type(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)
@@ -271,7 +270,7 @@ def search_command(
     """
     from act_export.convert import DEFAULT_TASK
     from act_export.hooks import check_supported
-    from act_export.runtime.session import model_file
+    from act_export.onnx_file.load import model_file
     from act_export.search import SearchOptions, process_group
     from act_export.search.processes import own_device, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
@@ -362,7 +361,7 @@ def verify_command(
 ) -> None:
     """Compares an exported model with PyTorch running the reference."""
     from act_export.convert import describe_failures, verify_file
-    from act_export.verify.inspect import inspect_file
+    from act_export.onnx_file.inspect import inspect_file
 
     found = inspect_file(file)
     _check_device(device)
@@ -580,7 +579,7 @@ def bench_command(
 @reports_errors
 def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     """Shows what is baked into an exported file."""
-    from act_export.verify.inspect import inspect_file
+    from act_export.onnx_file.inspect import inspect_file
 
     found = inspect_file(file)
     if as_json:
@@ -691,7 +690,7 @@ def _parity_table(report: ParityReport) -> PlainTable:
 
 
 def _summarize(written: Converted) -> None:
-    from act_export.runtime.token_input import EMBEDDING_FILE
+    from act_export.onnx_file.names import EMBEDDING_FILE
 
     calibration = written.calibration
     note(f"calibration: {describe_calibration(calibration) if calibration is not None else 'none (plain)'}")

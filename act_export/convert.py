@@ -18,20 +18,20 @@ from act_export.checkpoint.text_tower import config_of
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
-from act_export.export.quantize import BITS
-from act_export.export.write import COMPANIONS, check_output, is_file_output, publish, staged
 from act_export.files import copy_content, scratch_folder, staging_folder
-from act_export.graft.pack_sink_state import pack_file
+from act_export.onnx_file.inspect import inspect_file
+from act_export.onnx_file.names import EMBEDDING_FILE
+from act_export.onnx_file.output import COMPANIONS, check_output, is_file_output, publish, staged
+from act_export.onnx_file.pack_sink_state import pack_file
+from act_export.onnx_file.precision import BITS
 from act_export.ops.library import library_path
 from act_export.progress import Notice, Progress
 from act_export.runtime import Session
 from act_export.runtime.session import placement_of
-from act_export.runtime.token_input import EMBEDDING_FILE
 from act_export.search import SearchOptions, Threshold
 from act_export.search_job import SearchJob, run_search
 from act_export.verify.bfloat16_on_cpu import runnable_on_cpu
 from act_export.verify.dequantized import dequantized
-from act_export.verify.inspect import inspect_file
 from act_export.verify.parity import verify_sessions
 from act_export.verify.parity_report import CaseResult, ParityReport
 

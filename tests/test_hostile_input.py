@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.cli import app
 from act_export.errors import ActExportError, SessionError
-from act_export.runtime.graph_state import configuration_beside
-from act_export.runtime.record import FileRecord
+from act_export.onnx_file.graph_state import configuration_beside
+from act_export.onnx_file.record import FileRecord
 from act_export.tasks import TaskError, load_examples, load_task, read_examples
 
 GOOD = {"prompt": "a is", "choices": [" b", " c"], "answer": 0}

@@ -19,8 +19,8 @@ from tiny import tiny_model
 from typer.testing import CliRunner
 
 from act_export.cli import app
+from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
-from act_export.verify.inspect import inspect_file
 
 IN_SMALL_PIECES = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000"
 

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from act_export.calibration.file import ModelIdentity
 from act_export.cli import app
 from act_export.command_line import fail, note, progress_bar, status
+from act_export.onnx_file.record import FileRecord
 from act_export.printing import PlainConsole, PlainTable, printable
-from act_export.runtime.record import FileRecord
 
 EVIL = "[red]x[/] [link=file:///]y[/link] :boom: \x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\r\x00\ud800"
 SHOWN = r"[red]x[/] [link=file:///]y[/link] :boom: \x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\r\x00\ud800"

@@ -20,8 +20,8 @@ from act_export.checkpoint.text_tower import IMAGES_AS_EMBEDDINGS
 from act_export.convert import verify_file
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
+from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
-from act_export.verify.inspect import inspect_file
 
 LARGEST_DIFFERENCE = 1e-4  # of a logit
 

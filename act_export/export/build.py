@@ -14,13 +14,13 @@ from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.text_tower import check_takes_embeddings
 from act_export.errors import ActExportError
 from act_export.export.hollow import forget_weights
+from act_export.export.metadata import finish_model, metadata, stop_tokens
 from act_export.export.passes.convert_precision import ConvertPrecisionPass
 from act_export.export.passes.quantize_weights import QuantizeWeightsPass
-from act_export.export.precision import element_type
-from act_export.export.quantize import quantization_of
 from act_export.export.slim import slim
 from act_export.export.trace import EXPORTING, trace
-from act_export.export.write import check_model, finish_model, metadata, save_model, stop_tokens
+from act_export.onnx_file.output import check_model, save_model
+from act_export.onnx_file.precision import element_type, quantization_of
 from act_export.progress import BytesWritten
 from act_export.runtime.providers import import_onnxruntime
 
@@ -46,7 +46,7 @@ def build_model(
         source: Recorded in the file as what it was made from.
         dtype: How weights, activations and cache are stored: float32, float16 or bfloat16; or int8 or int4,
             which is of weights, with the rest in float32.
-        accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None for the default.
+        accuracy_level: Of int8 and int4, see `act_export.onnx_file.precision.Quantization`; None for the default.
         block_size: Of int8 and int4, weights that share a scale; None for the default.
         inputs_embeds: The file takes embeddings instead of token ids; see `act_export.export.embedding`.
         progress: Called before each weight is written, with the bytes that are written and all bytes.

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from act_export.export.precision import element_type
-from act_export.export.write import check_model, save_model
 from act_export.hooks import UnsupportedModelError
+from act_export.onnx_file.output import check_model, save_model
+from act_export.onnx_file.precision import element_type
 from act_export.ops.functions import OPSET
 from act_export.version import __version__
 

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -37,34 +36,7 @@ from act_export.ops import functions, schema
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class GraphNames:
-    """Names of the graph's inputs and outputs, as optimum calls them, in order."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @classmethod
-    def of(cls, num_layers: int, calibration: Calibration | None, tokens: str = "input_ids") -> GraphNames:
-        """Names for a model with this many layers; calibrated layers carry sink state too."""
-        sinks = tuple(calibration.heads) if calibration is not None else ()
-        cache = [f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
-        return cls(
-            inputs=(
-                tokens,
-                "attention_mask",
-                "position_ids",
-                *(f"past_key_values.{name}" for name in cache),
-                *(f"past_sink_scores.{layer}" for layer in sinks),
-            ),
-            outputs=(
-                "logits",
-                *(f"present.{name}" for name in cache),
-                *(f"present_sink_scores.{layer}" for layer in sinks),
-            ),
-        )
-
+from act_export.onnx_file.names import GraphNames
 
 EXPORTING = (
     "export the model",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from act_export.graft.errors import GraftError
 from act_export.graft.rewrite import Templates
 from act_export.json_file import look_up
-from act_export.onnx_file import GENAI_CONFIG
+from act_export.onnx_file.names import GENAI_CONFIG
 from act_export.ops.library import NAMES
 
 _T = TypeVar("_T", dict[str, Any], list[Any])

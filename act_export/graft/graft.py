@@ -16,14 +16,14 @@ from act_export.graft.errors import GraftError
 from act_export.graft.graph import Graph
 from act_export.graft.metadata import add_metadata, identity_of
 from act_export.graft.output import check_target, write
-from act_export.graft.pack_sink_state import pack_sink_state
 from act_export.graft.record import record_of, undo
 from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
 from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import ModelSource, read_source
 from act_export.graft.well_formed import check_nodes
-from act_export.onnx_file import GENAI_CONFIG
+from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.onnx_file.pack_sink_state import pack_sink_state
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.progress import Notice

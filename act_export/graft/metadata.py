@@ -16,10 +16,10 @@ from act_export.graft.rewrite import Rewritten
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import ModelSource
 from act_export.json_fields import Fields
-from act_export.onnx_file import GENAI_CONFIG
+from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.onnx_file.packed_state import PackedState
+from act_export.onnx_file.record import GRAFT, PACKED, FileRecord, GraftRecord, Limits
 from act_export.ops.library import NAMES
-from act_export.runtime.packed_state import PackedState
-from act_export.runtime.record import GRAFT, PACKED, FileRecord, GraftRecord, Limits
 from act_export.version import __version__
 
 _CACHE_TYPES: dict[int, str] = {

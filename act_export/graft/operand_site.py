@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from act_export.graft.build import NodeBuilder
 from act_export.graft.site import AttentionSite, Dimension, Layout
+from act_export.onnx_file.node_builder import NodeBuilder
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import onnx
 
-from act_export.export.write import COMPANIONS, check_free_space, check_output, is_file_output, publish, staged
 from act_export.files import check_replaceable, copy_content, copy_folder, is_staging, path_inside
 from act_export.graft.errors import GraftError
 from act_export.graft.source import ModelSource
-from act_export.onnx_file import GENAI_CONFIG
+from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.onnx_file.output import COMPANIONS, check_free_space, check_output, is_file_output, publish, staged
 from act_export.ops.library import NAMES
 from act_export.progress import Notice
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx
 
-from act_export.graft.build import PREFIX
 from act_export.graft.errors import GraftError
+from act_export.onnx_file.node_builder import PREFIX
+from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops import schema
-from act_export.runtime.record import GRAFT, GraftRecord
 
 
 def digest(model: onnx.ModelProto) -> str:

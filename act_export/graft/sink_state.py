@@ -9,7 +9,7 @@ the rows that saw it, not their sum: when a host takes tokens back (rewinds), th
 what they were, and weigh as many rows as remain.
 
 `PACKED` is for hosts that make every layer of the cache alike, as optimum; see
-`act_export.graft.pack_sink_state`.
+`act_export.onnx_file.pack_sink_state`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import onnx
 import onnx.parser
 from onnx import TensorProto, helper
 
-from act_export.graft.build import NodeBuilder
+from act_export.onnx_file.node_builder import NodeBuilder
 from act_export.ops import schema
 
 COUNT, LOAD, STORE = "CountRows", "LoadSinkScores", "StoreSinkScores"

@@ -10,8 +10,8 @@ from enum import Enum
 
 import onnx
 
-from act_export.graft.build import NodeBuilder
 from act_export.graft.graph import Graph
+from act_export.onnx_file.node_builder import NodeBuilder
 
 Dimension = int | str
 """A number, or "batch", "sequence", "past", "total" (= past + sequence)."""

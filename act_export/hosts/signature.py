@@ -10,10 +10,9 @@ from pathlib import Path
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from act_export.errors import ActExportError
-from act_export.external_data import data_files
-from act_export.onnx_file import load_without_weights
+from act_export.onnx_file.external_data import data_files
+from act_export.onnx_file.load import load_without_weights, model_file
 from act_export.ops import schema
-from act_export.runtime.session import model_file
 
 _INITIALIZERS_ARE_NO_DEFAULTS = 3  # IR versions up to this one list every weight among the inputs
 

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from onnx import TensorProto
 
-from act_export.export.write import OutputError, check_free_space, publish, staged
 from act_export.files import check_replaceable, check_writable, copy_content
 from act_export.hosts.signature import HostError, Signature, Tensor, read_signature
+from act_export.onnx_file.output import OutputError, check_free_space, publish, staged
 from act_export.ops.library import LibraryNotFoundError, library_info, library_path
 from act_export.runtime.device import Device
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from act_export.onnx_file.state import State, StateInput, bound_type
 from act_export.runtime.device_memory import DeviceBuffer, DeviceMemory
 from act_export.runtime.kv_cache import BoundCache
-from act_export.runtime.state import State, StateInput, element_type
 
 if TYPE_CHECKING:
     from act_export.runtime.session import Session
@@ -49,7 +49,7 @@ class DeviceCache(BoundCache):
     def _place(self, part: StateInput, buffer: DeviceBuffer, tokens: int) -> tuple[object, ...]:
         device = self.memory.device
         shape = part.shape(self.batch, tokens)
-        return device.kind, device.index, element_type(part.dtype), shape, buffer.address
+        return device.kind, device.index, bound_type(part.dtype), shape, buffer.address
 
 
 class InPlaceDeviceCache(DeviceCache):

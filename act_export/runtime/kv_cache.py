@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
-from act_export.runtime.state import State, StateInput, element_type
+from act_export.onnx_file.state import State, StateInput, bound_type
 from act_export.runtime.token_input import checked_mask
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class BoundCache(Cache):
         if session.keeps_logits:
             self._give("logits_to_keep", np.array(logits_to_keep))
         logits = session.logits_array(self.batch, tokens.shape[1], logits_to_keep)
-        where = ("cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
+        where = ("cpu", 0, bound_type(logits.dtype), logits.shape, logits.ctypes.data)
         self._binding.bind_output("logits", *where)
         session.run_bound(self._binding)
         return session.last(logits, logits_to_keep)
@@ -199,7 +199,7 @@ class BoundCache(Cache):
         self._bind_input(name, np.array(values, order="C"))
 
     def _bind_input(self, name: str, values: NDArray[Any]) -> None:
-        self._binding.bind_input(name, "cpu", 0, element_type(values.dtype), values.shape, values.ctypes.data)
+        self._binding.bind_input(name, "cpu", 0, bound_type(values.dtype), values.shape, values.ctypes.data)
         self._inputs[name] = values
 
 
@@ -240,7 +240,7 @@ class InPlaceCache(BoundCache):
         super()._grow(capacity)
 
     def _bind_buffer(self, part: StateInput, buffer: NDArray[Any]) -> None:
-        where = ("cpu", 0, element_type(part.dtype), buffer.shape, buffer.ctypes.data)
+        where = ("cpu", 0, bound_type(part.dtype), buffer.shape, buffer.ctypes.data)
         self._binding.bind_input(part.name, *where)
         self._binding.bind_output(part.present, *where)
         self._buffers[part.name] = buffer

@@ -14,27 +14,26 @@ from numpy.typing import NDArray
 
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import SessionError, others_errors, shown
-from act_export.external_data import check_before_opening
-from act_export.files import path_inside
-from act_export.json_file import look_up, read_json
-from act_export.onnx_file import GENAI_CONFIG, load_without_weights
+from act_export.onnx_file.external_data import check_before_opening
+from act_export.onnx_file.graph_state import state_of_file
+from act_export.onnx_file.load import load_without_weights
+from act_export.onnx_file.names import LOGITS_TO_KEEP, PAST_SINKS, POSITIONS
+from act_export.onnx_file.packed_state import PackedState
+from act_export.onnx_file.record import PREFIX, FileRecord, Limits
+from act_export.onnx_file.state import BFLOAT16, DTYPES, State, bound_type, state_inputs
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
 from act_export.runtime.device import Device, Provider
-from act_export.runtime.graph_state import state_of_file
 from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
 from act_export.runtime.node_placement import NodePlacement, profile_run
-from act_export.runtime.packed_state import PackedState
 from act_export.runtime.providers import import_onnxruntime
-from act_export.runtime.record import PREFIX, FileRecord, Limits
-from act_export.runtime.state import BFLOAT16, DTYPES, State, element_type, state_inputs
-from act_export.runtime.token_input import POSITIONS, TokenInput, checked_mask
+from act_export.runtime.token_input import TokenInput, checked_mask
 
 if TYPE_CHECKING:
     from act_export.runtime.device_memory import DeviceMemory
 
-_LOGITS_TO_KEEP = "logits_to_keep"
-_SINK_SCORES = "past_sink_scores."
+from act_export.onnx_file.load import model_file
+
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
 
 
@@ -99,7 +98,7 @@ class Session:
             )
         self._declared_logits = logits.shape[-1]
         self.logits_dtype = DTYPES[logits.type]
-        self.keeps_logits = any(given.name == _LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
+        self.keeps_logits = any(given.name == LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
         self.takes_positions = self.token_input.position_axes > 0
         graft, ours = self.record.graft, self.record.ours
         self.pads_left: bool = graft.pads_left if graft else ours or not _counts_tokens(path)
@@ -197,9 +196,9 @@ class Session:
             return {}
         graft = self.record.graft
         names = graft.inputs if graft else ()
-        names = names or tuple(part.name for part in self.state_inputs if part.name.startswith(_SINK_SCORES))
+        names = names or tuple(part.name for part in self.state_inputs if part.name.startswith(PAST_SINKS))
         layers = graft.layers if graft else ()
-        layers = layers or tuple(int(name.removeprefix(_SINK_SCORES)) for name in names)
+        layers = layers or tuple(int(name.removeprefix(PAST_SINKS)) for name in names)
         size = len(names) // max(len(layers), 1)
         return {layer: names[size * i : size * (i + 1)] for i, layer in enumerate(layers)}
 
@@ -309,7 +308,7 @@ class Session:
                 position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
             feeds[POSITIONS] = self.token_input.positions(position_ids)
         if self.keeps_logits:
-            feeds[_LOGITS_TO_KEEP] = np.array(logits_to_keep)
+            feeds[LOGITS_TO_KEEP] = np.array(logits_to_keep)
         if any(part.dtype == BFLOAT16 for part in self.state_inputs):
             logits, present = self._run_by_address(feeds, (batch, sequence), past + sequence, logits_to_keep)
         else:
@@ -408,9 +407,9 @@ class Session:
                 f"{self.path} says that the sinks are in {shown(missing)}, which isn't an input of its graph; the file "
                 f"was changed after it was written: write it again"
             )
-        odd = next((name for name in known if name.startswith(_SINK_SCORES) and not _has_number(name)), None)
+        odd = next((name for name in known if name.startswith(PAST_SINKS) and not _has_number(name)), None)
         if odd is not None:
-            raise SessionError(f"{self.path} has an input {shown(odd)}; {_SINK_SCORES} must be followed by a layer")
+            raise SessionError(f"{self.path} has an input {shown(odd)}; {PAST_SINKS} must be followed by a layer")
 
     def _check_open(self) -> None:
         if self._inner is None:
@@ -422,16 +421,6 @@ class Session:
             yield
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't run {self.path}: {error}") from error
-
-
-def model_file(path: str | os.PathLike[str]) -> Path:
-    """The ONNX file of a path: itself, or of a folder the one that genai_config.json names, else `model.onnx`."""
-    file = Path(path)
-    if not file.is_dir():
-        return file
-    genai = file / GENAI_CONFIG
-    name = look_up(read_json(genai, error=SessionError), "model", "decoder", "filename") if genai.is_file() else None
-    return path_inside(file, "model.onnx" if name is None else name, f"the model of {file}", error=SessionError)
 
 
 def placement_of(path: Path, *, native: bool, device: str, shared_threads: bool = False) -> NodePlacement:
@@ -483,7 +472,7 @@ def load_inner(
 
 
 def _has_number(name: str) -> bool:
-    return name.removeprefix(_SINK_SCORES).isdecimal()
+    return name.removeprefix(PAST_SINKS).isdecimal()
 
 
 def _counts_tokens(path: Path) -> bool:
@@ -494,7 +483,7 @@ def _counts_tokens(path: Path) -> bool:
 
 def _place(array: NDArray[Any]) -> tuple[Any, ...]:
     """An array of the host, as bindings take it."""
-    return "cpu", 0, element_type(array.dtype), array.shape, array.ctypes.data
+    return "cpu", 0, bound_type(array.dtype), array.shape, array.ctypes.data
 
 
 def _version_of(onnxruntime: Any) -> tuple[int, int]:

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
-from act_export.external_data import check_before_opening
 from act_export.files import path_inside
+from act_export.onnx_file.external_data import check_before_opening
+from act_export.onnx_file.names import EMBEDDING_FILE, EMBEDDINGS, IDS, POSITIONS
+from act_export.onnx_file.state import DTYPES, bound_type
 from act_export.runtime.providers import import_onnxruntime
-from act_export.runtime.state import DTYPES, element_type
 
-EMBEDDING_FILE = "embedding.onnx"
-IDS, EMBEDDINGS, POSITIONS = "input_ids", "inputs_embeds", "position_ids"
 Lookup = Callable[[NDArray[np.int64]], NDArray[Any]]
 """Token ids (batch, sequence) -> embeddings (batch, sequence, hidden size)."""
 
@@ -215,6 +214,6 @@ class EmbeddingFile:
         found = np.empty((*ids.shape, self._size), self._dtype)
         binding = self._inner.io_binding()
         binding.bind_input(IDS, "cpu", 0, ids.dtype, ids.shape, ids.ctypes.data)
-        binding.bind_output(EMBEDDINGS, "cpu", 0, element_type(found.dtype), found.shape, found.ctypes.data)
+        binding.bind_output(EMBEDDINGS, "cpu", 0, bound_type(found.dtype), found.shape, found.ctypes.data)
         self._inner.run_with_iobinding(binding)
         return found

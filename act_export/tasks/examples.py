@@ -16,8 +16,6 @@ FORM = (
     'a line is {"prompt": text, "choices": [text, ...], "answer": index from 0 or one of the choices}, or, where the '
     'model writes the answer itself, {"prompt": text, "answers": [text, ...]}'
 )
-
-
 MOST_CHOICES = 1000  # of a question
 _LONGEST_LINE = 16 << 20  # bytes
 

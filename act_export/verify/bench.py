@@ -31,14 +31,14 @@ from typing import Any
 
 from act_export.errors import ActExportError
 from act_export.files import write_whole
+from act_export.onnx_file.graph_state import GROUP_QUERY_ATTENTION
+from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
 from act_export.runtime.device import Device
-from act_export.runtime.graph_state import GROUP_QUERY_ATTENTION
 from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.bench_child import Memory, Turn, Workload
 from act_export.verify.contenders import EXPORTED, FOREIGN, PYTORCH, Contender
 from act_export.verify.machine import Machine, describe_machine
-from act_export.verify.model_file import ModelFile, read_model_file
 
 PYTORCH_TOKENS = 16
 _LEAST_TOKENS = 2  # the first comes with the prompt, the second is decoded

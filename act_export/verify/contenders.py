@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError, SessionError
+from act_export.onnx_file.language_model import ModelFile, read_model_file
+from act_export.onnx_file.state import StateInput, bound_type
 from act_export.runtime.device import Device
 from act_export.runtime.device_memory import DeviceMemory
 from act_export.runtime.kv_cache import Cache
 from act_export.runtime.node_placement import NodePlacement, profile_run
 from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.session import Session, load_inner, placement_of
-from act_export.runtime.state import StateInput, element_type
-from act_export.verify.model_file import ModelFile, read_model_file
 
 if TYPE_CHECKING:
     from act_export.hooks import HookedModel, LayerState
@@ -184,7 +184,7 @@ class RunningForeign(Running):
         for name, array in zip(self._file.inputs, alive, strict=True):
             self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         logits = np.empty((batch, sequence, self._file.vocabulary), self._file.logits_dtype)
-        where = ("cpu", 0, element_type(logits.dtype), logits.shape, logits.ctypes.data)
+        where = ("cpu", 0, bound_type(logits.dtype), logits.shape, logits.ctypes.data)
         self._binding.bind_output("logits", *where)
         if not self._file.shares_buffers:
             for part in self._file.state_inputs:
@@ -200,7 +200,7 @@ class RunningForeign(Running):
 
     def _reserve(self, part: StateInput, batch: int, tokens: int) -> tuple[Any, ...]:
         """Zeros for a part of the state, as bindings take them."""
-        shape, dtype = part.shape(batch, tokens), element_type(part.dtype)
+        shape, dtype = part.shape(batch, tokens), bound_type(part.dtype)
         if self._memory is None or not tokens:
             array = part.zeros(batch, tokens)
             self._alive.append(array)

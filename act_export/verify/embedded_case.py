@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from act_export.checkpoint.text_tower import placeholders_of, position_axes
+from act_export.onnx_file.names import EMBEDDING_FILE
 from act_export.runtime.generate import left_pad
 from act_export.runtime.image_positions import image_positions
 from act_export.runtime.session import Session
-from act_export.runtime.token_input import EMBEDDING_FILE
 from act_export.verify.cases import Case
 
 if TYPE_CHECKING:

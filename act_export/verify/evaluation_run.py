@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from act_export.calibration.file import Calibration
+from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
@@ -27,7 +28,6 @@ from act_export.verify.evaluation_request import EvaluationRequest
 from act_export.verify.evaluation_results import EvaluationReport, TaskResult, average_over
 from act_export.verify.held_out import EvaluationError, held_out
 from act_export.verify.label_prior import content_free_examples, without_label_prior
-from act_export.verify.model_file import ModelFile, read_model_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

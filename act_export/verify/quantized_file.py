@@ -12,8 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
-from act_export.export.quantize import DOMAIN
-from act_export.external_data import load_graph
+from act_export.onnx_file.external_data import load_graph
+from act_export.onnx_file.precision import DOMAIN
 
 PRODUCT, LOOKUP = "MatMulNBits", "GatherBlockQuantized"
 _BITS = (4, 8)

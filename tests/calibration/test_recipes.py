@@ -16,8 +16,8 @@ from act_export.calibration.file import Calibration, CalibrationError, ModelIden
 from act_export.calibration.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.checkpoint.load import load_checkpoint
 from act_export.convert import CalibrationRequest, export_model, resolve_calibration
+from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
-from act_export.verify.inspect import inspect_file
 
 IDENTITY = ModelIdentity("llama", 2, 4, "sha256:ab")
 BY_NAME = ModelIdentity("llama", 2, 4, name="Owner/Model-1")

@@ -368,11 +368,11 @@ def test_a_tokenizer_that_transformers_knows_by_its_hub_id(hub, own):
 def test_what_searches_profiles_and_files_record(served, tiny_file, tmp_path):
     import onnx
 
-    from act_export.export.write import metadata
+    from act_export.export.metadata import metadata
+    from act_export.onnx_file.inspect import inspect_file
     from act_export.runtime import Session
     from act_export.runtime.text import load_tokenizer
     from act_export.search.provenance import hub_model
-    from act_export.verify.inspect import inspect_file
 
     loaded: Checkpoint = load_checkpoint("owner/name")
     assert hub_model(loaded) == {"name": "owner/name", "revision": loaded.revision}
@@ -390,7 +390,7 @@ def test_what_searches_profiles_and_files_record(served, tiny_file, tmp_path):
 
 
 def test_a_model_that_is_not_from_the_hub_records_no_revision(tiny):
-    from act_export.export.write import metadata
+    from act_export.export.metadata import metadata
     from act_export.search.provenance import hub_model
 
     assert hub_model(tiny) == {}

@@ -33,8 +33,8 @@ from act_export.errors import CheckpointError, SessionError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
 from act_export.hooks import ReferenceAttention, attention_hook, check_supported
+from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session, generate
-from act_export.verify.inspect import inspect_file
 
 LARGEST_DIFFERENCE = 1e-4  # of a logit
 PAGE = (Path(act_export.__file__).parent / "docs" / "vision.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from tiny import CALIBRATION, tiny_checkpoint
 
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.export import build_model
-from act_export.export.write import OutputError
 from act_export.hooks import UnsupportedModelError
+from act_export.onnx_file.output import OutputError
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import torch
 from close import assert_logits_close
 from tiny import CALIBRATION, tiny_checkpoint
 
+from act_export.export.metadata import finish_model
 from act_export.export.slim import slim
 from act_export.export.trace import trace
-from act_export.export.write import finish_model
 
 # Nodes from one attention to the next, and those of them that a graph shouldn't have, or should have as many as said.
 LAYERS = {

@@ -17,10 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention, sink_margins
-from act_export.graft.build import NodeBuilder
 from act_export.graft.graph import Graph
 from act_export.graft.rewrite import apply, find_sites, rewrite
 from act_export.graft.sink_state import StateLayout
+from act_export.onnx_file.node_builder import NodeBuilder
 from act_export.ops import functions
 from act_export.ops.library import library_path
 

@@ -31,8 +31,6 @@ from act_export.graft.rewrite import find_sites
 from act_export.ops import schema
 
 PLAIN = Operator("act", mask="none", opset=21)
-
-
 SINKS = {"attributes": (("sink_logits", [1.0, 3.0, -2.0, 0.5]),)}
 
 

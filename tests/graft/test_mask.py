@@ -12,11 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from operators import inputs_of_tokens, write_mask
 
 from act_export.graft import UnsupportedPatternError
-from act_export.graft.build import NodeBuilder
 from act_export.graft.graph import Graph
 from act_export.graft.mask import visible
 from act_export.graft.operator_mask import MaskReader, OperatorMask
 from act_export.graft.probe import Call
+from act_export.onnx_file.node_builder import NodeBuilder
 
 CACHE = helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, ["batch", 32, "past", 128])
 

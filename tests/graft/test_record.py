@@ -17,8 +17,8 @@ from onnx import helper
 from act_export.calibration.file import Calibration
 from act_export.graft import GraftError, StateLayout, graft, remove_graft
 from act_export.graft.record import digest, record_of
+from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops.library import library_path
-from act_export.runtime.record import GRAFT, GraftRecord
 from models import CALIBRATION, DATA, Decoder, hashes
 
 DECODERS = {

@@ -18,7 +18,6 @@ from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper
 
 from act_export.graft import StateLayout, graft
-from act_export.graft.build import NodeBuilder
 from act_export.graft.sink_state import (
     StateNames,
     cache_layer_names,
@@ -28,6 +27,7 @@ from act_export.graft.sink_state import (
     score_names,
     store_scores,
 )
+from act_export.onnx_file.node_builder import NodeBuilder
 from act_export.runtime import Session
 from models import CALIBRATION, Decoder, prompt
 

@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
-from act_export.export.write import OutputError
 from act_export.graft import GraftError, StateLayout, UnsupportedPatternError, graft
 from act_export.graft.source import read_source
+from act_export.onnx_file.output import OutputError
 from act_export.runtime import Session
 from models import CALIBRATION, DATA, Decoder, hashes
 

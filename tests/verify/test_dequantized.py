@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from act_export.calibration.file import Calibration
 from act_export.cli import app
 from act_export.export import build_model
-from act_export.export.quantize import Quantization, quantize_weight
+from act_export.export.quantize import quantize_weight
+from act_export.onnx_file.precision import Quantization
 from act_export.verify.dequantized import DequantizedError, dequantized
 from act_export.verify.int8_activations import int8_activations_model, round_to_int8
 from act_export.verify.quantized_file import QuantizedFileError, quantized_weights

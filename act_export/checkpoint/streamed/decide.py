@@ -53,8 +53,6 @@ def is_to_be_streamed(
 
 
 _MEMINFO = Path("/proc/meminfo")
-
-
 _GROUP = Path("/sys/fs/cgroup")
 
 

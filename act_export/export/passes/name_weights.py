@@ -7,8 +7,6 @@ import ast
 import onnx_ir as ir
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
 _SUFFIXES = {
     ("MatMul", 1): "weight_transposed",
     ("LayerNormalization", 1): "scale",

@@ -10,17 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from act_export.export.passes.replace_node import replace_node
-from act_export.export.quantize import (
-    DOMAIN,
-    DOMAIN_VERSION,
-    Quantization,
-    QuantizationError,
-    QuantizedWeight,
-    quantize_weight,
-)
+from act_export.export.quantize import QuantizedWeight, quantize_weight
 from act_export.export.routing import routing_nodes
+from act_export.onnx_file.names import IDS
+from act_export.onnx_file.precision import DOMAIN, DOMAIN_VERSION, Quantization, QuantizationError
 
-_IDS = "input_ids"
 _BITS_OF_TOKENS = 8
 
 
@@ -163,7 +157,7 @@ def _lookup(node: ir.Node, block_size: int) -> Iterator[_Lookup]:
     if node.domain != "" or node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
         return
     table, indices = node.inputs
-    if table is None or indices is None or indices.name != _IDS or not _is_weight(table):
+    if table is None or indices is None or indices.name != IDS or not _is_weight(table):
         return
     assert table.const_value is not None  # by `_is_weight`
     if int(table.const_value.shape.numpy()[1]) % block_size == 0:

@@ -15,7 +15,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from act_export.graft.build import NodeBuilder
 from act_export.graft.errors import UnsupportedPatternError
 from act_export.graft.graph import Graph, attribute, describe, reads
 from act_export.graft.mask import LogitPart, read_logits
@@ -29,6 +28,7 @@ from act_export.graft.site import (
     layer_of,
 )
 from act_export.graft.surroundings import flat_output, unused_nodes
+from act_export.onnx_file.node_builder import NodeBuilder
 
 _RANK = 4
 _TOKENS_AXIS = (2, -2)

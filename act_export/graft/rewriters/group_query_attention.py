@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx
 
-from act_export.graft.build import POSITIONS, NodeBuilder
 from act_export.graft.graph import Graph, attribute, describe
 from act_export.graft.site import AttentionSite, AttentionTerms, CacheNames, Dimension, layer_of
+from act_export.onnx_file.node_builder import POSITIONS, NodeBuilder
 
 _DOMAIN = "com.microsoft"
 _INPUTS = (

@@ -29,8 +29,8 @@ from act_export.convert import CalibrationRequest, export_model, resolve_calibra
 from act_export.errors import ActExportError, CheckpointError, VerificationError
 from act_export.export import build_model
 from act_export.export.trace import trace
-from act_export.export.write import save_model
-from act_export.verify.inspect import inspect_file
+from act_export.onnx_file.inspect import inspect_file
+from act_export.onnx_file.output import save_model
 from act_export.verify.metrics import Metrics
 from act_export.verify.parity_report import ParityReport
 

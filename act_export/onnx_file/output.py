@@ -1,25 +1,19 @@
-"""Writing an export so that what lies at the final name is whole and verified, or isn't there."""
+"""Where an export goes: refused before any work if it can't, and put there whole or not at all."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from act_export.calibration.file import Calibration
-from act_export.checkpoint.load import Checkpoint
-from act_export.checkpoint.text_tower import family_of, placeholders_of
-from act_export.errors import ActExportError, shown
-from act_export.export.quantize import Quantization
-from act_export.export.rope import context_of, recomputed_beyond
+from act_export.errors import ActExportError
 from act_export.files import (
     check_replaceable,
     check_writable,
@@ -30,13 +24,10 @@ from act_export.files import (
     staging_folder,
     sweep,
 )
-from act_export.onnx_file import load_without_weights, properties_of
-from act_export.ops import functions, schema
+from act_export.onnx_file.load import load_without_weights, properties_of
+from act_export.onnx_file.record import FileRecord
 from act_export.ops.library import NAMES
 from act_export.progress import BytesWritten
-from act_export.runtime.generation_settings import end_tokens, fields_of
-from act_export.runtime.record import FileRecord, Limits
-from act_export.version import __version__
 
 COMPANIONS = {
     "added_tokens.json",
@@ -60,82 +51,9 @@ _SUFFIXES_OF_FILES = {".bin", ".data", ".gguf", ".json", ".ort", ".pb", ".pt", "
 _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
 
-_log = logging.getLogger(__name__)
-
 
 class OutputError(ActExportError):
     """The output can't be written where it was asked for."""
-
-
-def metadata(
-    calibration: Calibration | None,
-    checkpoint: Checkpoint,
-    source: str,
-    dtype: str = "float32",
-    quantization: Quantization | None = None,
-) -> dict[str, str]:
-    """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
-    config = checkpoint.model.config
-    return FileRecord(
-        version=__version__,
-        source=source,
-        model=checkpoint.identity,
-        limits=Limits(
-            config.vocab_size,
-            context_of(config),
-            tuple(stop_tokens(checkpoint)),
-            tuple(placeholders_of(checkpoint.model)),
-        ),
-        dtype=dtype,
-        family=family_of(checkpoint.model),
-        revision=checkpoint.revision,
-        accuracy_level=quantization.accuracy_level if quantization is not None else None,
-        block_size=quantization.block_size if quantization is not None else None,
-        generation=fields_of(checkpoint.model.generation_config),
-        recompute_beyond=recomputed_beyond(checkpoint.model),
-        calibration=calibration,
-    ).write()
-
-
-def stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    """Tokens after which generation ends, by tokenizer, generation configuration and configuration.
-
-    Raises:
-        ActExportError: If one of them names something that is no number of a token. What is one, but beyond the
-            model's vocabulary, never comes and is left out, as a default of transformers that nobody set.
-    """
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    vocabulary = model.config.vocab_size
-    given = {
-        "the tokenizer": tokenizer.eos_token_id if tokenizer is not None else None,
-        "generation_config.json": model.generation_config.eos_token_id if model.generation_config is not None else None,
-        "config.json": model.config.eos_token_id,
-    }
-    found: set[int] = set()
-    for place, tokens in given.items():
-        what = f"eos_token_id of {place} of {checkpoint.name}"
-        named = set(end_tokens(tokens, what, None))
-        if beyond := sorted(token for token in named if token >= vocabulary):
-            _log.warning(
-                "%s names %s, which the model's vocabulary of %d tokens doesn't have: not taken as a stop token",
-                what,
-                ", ".join(map(shown, beyond[:5])),
-                vocabulary,
-            )
-        found |= named - {*beyond}
-    return sorted(found)
-
-
-def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:
-    """Adds the portable functions of the operators in use, and the metadata."""
-    used = {node.op_type for node in model.graph if node.domain == schema.DOMAIN}
-    for operator in sorted(used):
-        function = ir.serde.deserialize_function(functions.function_body(operator))
-        model.functions[function.identifier()] = function
-    model.opset_imports[schema.DOMAIN] = schema.VERSION
-    model.producer_name = "act-export"
-    model.producer_version = __version__
-    model.metadata_props.update(properties)
 
 
 def save_model(model: ir.Model, path: Path, progress: BytesWritten | None = None) -> None:

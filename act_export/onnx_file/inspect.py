@@ -12,12 +12,11 @@ import onnx
 
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError
-from act_export.external_data import data_files
-from act_export.onnx_file import load_without_weights, properties_of
-from act_export.runtime.graph_state import declared_shape
-from act_export.runtime.record import FileRecord
-from act_export.runtime.session import model_file
-from act_export.runtime.token_input import EMBEDDINGS, POSITIONS
+from act_export.onnx_file.external_data import data_files
+from act_export.onnx_file.graph_state import declared_shape
+from act_export.onnx_file.load import load_without_weights, model_file, properties_of
+from act_export.onnx_file.names import EMBEDDINGS, POSITIONS
+from act_export.onnx_file.record import FileRecord
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Inspection:
         num_heads: Query heads per layer.
         identity: The model that it was exported from, as calibrations name it.
         precision: How weights, activations and cache are stored; int8 and int4 are of weights.
-        accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None of others.
+        accuracy_level: Of int8 and int4, see `act_export.onnx_file.precision.Quantization`; None of others.
         block_size: The same.
         opset: Version of the standard operators.
         nodes: Number of nodes.

@@ -14,8 +14,8 @@ from no_file import KINDS, is_untouched, make
 
 import act_export.files
 from act_export import __version__
-from act_export.export.write import COMPANIONS, OutputError, check_output, publish, staged
-from act_export.runtime.record import FileRecord
+from act_export.onnx_file.output import COMPANIONS, OutputError, check_output, publish, staged
+from act_export.onnx_file.record import FileRecord
 
 
 def written(out, names, **options):
@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_locked_is_written_to(tmp_path, monkeypatch, old
 
 def test_all_of_a_new_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr("act_export.export.write.flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr("act_export.export.metadata.flush", lambda path: flushed.append(path.name))
     written(tmp_path / "out", ["model.onnx", "1/weights"])
     assert {"model.onnx", "1", "weights"} < set(flushed)
     assert flushed[-1] == tmp_path.name

@@ -14,9 +14,8 @@ import numpy as np
 
 from act_export.calibration.file import ModelIdentity
 from act_export.errors import ActExportError, SessionError
-from act_export.external_data import data_files
-from act_export.onnx_file import load_without_weights, properties_of
-from act_export.runtime.graph_state import (
+from act_export.onnx_file.external_data import data_files
+from act_export.onnx_file.graph_state import (
     GROUP_QUERY_ATTENTION,
     configuration_beside,
     declared_dtype,
@@ -24,14 +23,13 @@ from act_export.runtime.graph_state import (
     present_name,
     state_input,
 )
-from act_export.runtime.record import FileRecord, Limits
-from act_export.runtime.session import model_file
-from act_export.runtime.state import StateInput
+from act_export.onnx_file.load import load_without_weights, model_file, properties_of
+from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, PAST_SINKS, POSITIONS
+from act_export.onnx_file.record import FileRecord, Limits
+from act_export.onnx_file.state import StateInput
 
 _STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_IDS = {"input_ids", "attention_mask", "position_ids"}
-_EMBEDDINGS = "inputs_embeds"  # only of files of act-export, whose sessions look tokens up
-_SINK_SCORES = "past_sink_scores."  # only in files of act-export, whose sessions look after them
+_GIVEN = {IDS, MASK, POSITIONS}
 
 
 class ModelFileError(ActExportError):
@@ -104,17 +102,17 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     ours = record.ours
     initializers = {tensor.name for tensor in graph.initializer}
     required = [given for given in graph.input if given.name not in initializers]
-    known = [given for given in required if given.name in _IDS or _STATE.fullmatch(given.name)]
+    known = [given for given in required if given.name in _GIVEN or _STATE.fullmatch(given.name)]
     others = [
         given.name
         for given in required
-        if given not in known and not (ours and (given.name.startswith(_SINK_SCORES) or given.name == _EMBEDDINGS))
+        if given not in known and not (ours and (given.name.startswith(PAST_SINKS) or given.name == EMBEDDINGS))
     ]
     logits = next((output for output in graph.output if output.name == "logits"), None)
     outputs = {output.name for output in graph.output}
     sink_state = set(record.graft.inputs if record.graft is not None else ())  # may be layers of the cache
-    states = [given for given in known if given.name not in _IDS and given.name not in sink_state]
-    tokens = _EMBEDDINGS if ours and any(given.name == _EMBEDDINGS for given in required) else "input_ids"
+    states = [given for given in known if given.name not in _GIVEN and given.name not in sink_state]
+    tokens = EMBEDDINGS if ours and any(given.name == EMBEDDINGS for given in required) else IDS
     missing = [name for name in (tokens, "attention_mask") if name not in {given.name for given in required}]
     missing += [name for name in ["logits", *map(present_name, states)] if name not in outputs]
     if not states or logits is None or missing or others:
@@ -126,7 +124,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
         )
     with _as_model_file_error():
         configuration = configuration_beside(file)
-        inputs = {given.name: declared_dtype(given) for given in known if given.name in _IDS}
+        inputs = {given.name: declared_dtype(given) for given in known if given.name in _GIVEN}
         logits_dtype = declared_dtype(logits)
     attention = [node for node in graph.node if node.op_type.endswith("Attention")]
     vocabulary = declared_shape(logits)[-1] or configuration.get("vocab_size")

@@ -12,9 +12,10 @@ from onnx import helper
 
 from act_export.errors import SessionError, shown
 from act_export.json_file import read_object
-from act_export.onnx_file import GENAI_CONFIG, load_without_weights
+from act_export.onnx_file.load import load_without_weights
+from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.onnx_file.state import BFLOAT16, StateInput
 from act_export.ops import schema
-from act_export.runtime.state import BFLOAT16, StateInput
 
 _MOST = 2**31
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny import VOCABULARY
 
-from act_export.verify.model_file import ModelFileError, read_model_file
+from act_export.onnx_file.language_model import ModelFileError, read_model_file
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 
-from act_export.errors import ActExportError, others_errors
+from act_export.errors import ActExportError, SessionError, others_errors
+from act_export.files import path_inside
+from act_export.json_file import look_up, read_json
+from act_export.onnx_file.names import GENAI_CONFIG
 
-GENAI_CONFIG = "genai_config.json"
-"""Of onnxruntime-genai, beside a model."""
+if TYPE_CHECKING:
+    pass
 
 
 def load_without_weights(file: Path, error: type[ActExportError] = ActExportError) -> onnx.ModelProto:
@@ -33,3 +38,13 @@ def properties_of(model: onnx.ModelProto, file: Path, error: type[ActExportError
     """
     with others_errors(f"can't read the metadata of {file}", error=error):
         return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """The ONNX file of a path: itself, or of a folder the one that genai_config.json names, else `model.onnx`."""
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    genai = file / GENAI_CONFIG
+    name = look_up(read_json(genai, error=SessionError), "model", "decoder", "filename") if genai.is_file() else None
+    return path_inside(file, "model.onnx" if name is None else name, f"the model of {file}", error=SessionError)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from act_export.errors import ActExportError, others_errors, shown
 from act_export.files import path_inside
-from act_export.onnx_file import load_without_weights
+from act_export.onnx_file.load import load_without_weights
 
 _LOCATION = b"location"  # the key that names a file; who names none hasn't got these bytes
 _NUMBER = re.compile("[0-9]{1,19}")

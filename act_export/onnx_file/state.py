@@ -26,7 +26,7 @@ _ONNX_BFLOAT16 = 16
 _MOST = 2**31
 
 
-def element_type(dtype: np.dtype[Any]) -> Any:
+def bound_type(dtype: np.dtype[Any]) -> Any:
     """How ONNX Runtime's bindings want a type: numpy's, or ONNX's number where numpy has none."""
     return _ONNX_BFLOAT16 if dtype == BFLOAT16 else dtype
 

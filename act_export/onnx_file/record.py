@@ -18,7 +18,7 @@ from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError, others_errors
 from act_export.json_fields import LARGEST, Fields
 from act_export.json_file import parse_json
-from act_export.runtime.packed_state import PROPERTY, PackedState
+from act_export.onnx_file.packed_state import PROPERTY, PackedState
 
 PREFIX = "act_export."
 GRAFT, PACKED = PREFIX + "graft", PREFIX + PROPERTY
@@ -146,7 +146,7 @@ class FileRecord:
         dtype: How weights, activations and cache are stored; int8 and int4 are of weights.
         family: Of a text tower, the model type of the vision-language model that it is of; else empty.
         revision: Hash of the hub's commit that it was made from; empty where it wasn't from the hub.
-        accuracy_level: Of int8 and int4, see `act_export.export.quantize.Quantization`; None of others.
+        accuracy_level: Of int8 and int4, see `act_export.onnx_file.precision.Quantization`; None of others.
         block_size: The same.
         generation: Fields of the model's generation configuration that aren't transformers' defaults; None where it
             doesn't say, as in files of earlier versions.

@@ -12,9 +12,9 @@ import onnx
 from onnx import TensorProto
 
 from act_export.errors import ActExportError
-from act_export.export.write import check_model
-from act_export.graft.build import PREFIX, NodeBuilder
-from act_export.runtime.packed_state import PROPERTY, SCALE, PackedState
+from act_export.onnx_file.node_builder import PREFIX, NodeBuilder
+from act_export.onnx_file.output import check_model
+from act_export.onnx_file.packed_state import PROPERTY, SCALE, PackedState
 
 _PAST, _PRESENT = "past_sink_scores.", "present_sink_scores."
 _RANK = 4
