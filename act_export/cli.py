@@ -174,10 +174,10 @@ def export_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
+    from act_export.attention.hook import check_supported
     from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
     from act_export.export.experts import check_experts
-    from act_export.hooks import check_supported
     from act_export.onnx_file.output import check_output
     from act_export.onnx_file.precision import element_type, quantization_of
 
@@ -268,8 +268,8 @@ def search_command(
 
     Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
     """
+    from act_export.attention.hook import check_supported
     from act_export.convert import DEFAULT_TASK
-    from act_export.hooks import check_supported
     from act_export.onnx_file.load import model_file
     from act_export.search import SearchOptions, process_group
     from act_export.search.processes import own_device, process_index

@@ -76,10 +76,10 @@ def profile_command(
     Writes FILE.safetensors and FILE.json, and a page that shows them. Interrupted or killed, the same command goes on
     where it stopped.
     """
+    from act_export.attention.hook import check_supported
     from act_export.calibration.recipes import named_calibration
     from act_export.checkpoint.placement import Placement
     from act_export.convert import DEFAULT_TASK
-    from act_export.hooks import check_supported
     from act_export.profile import ProfileOptions, unreachable
     from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts

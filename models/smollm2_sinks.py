@@ -13,9 +13,9 @@ Takes a few minutes on two cores. Needs: pip install 'act-export[cpu,smollm2,tas
 import numpy as np
 
 from act_export import Calibration, load_checkpoint
-from act_export.hooks import attention_hook
+from act_export.attention.fast_attention import FastAttention
+from act_export.attention.hook import attention_hook
 from act_export.profile_job import ProfileJob, load_prompts, run_profile
-from act_export.search.fast_attention import FastAttention
 from act_export.tasks import (
     TorchLanguageModel,
     encode_examples,

@@ -6,7 +6,9 @@ import torch
 from close import assert_logits_close
 from tiny import VOCABULARY
 
-from act_export.hooks import ReferenceAttention, attention_hook, positions
+from act_export.attention.call import positions
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 
 
 def padded_batch(length=25, seed=0):

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tiny import save_checkpoint, tiny_checkpoint
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import SearchTask
 from act_export.tasks import (
     EncodedExample,

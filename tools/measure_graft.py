@@ -32,9 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Session, generate
 from act_export.tasks import load_examples
 from act_export.verify.dequantized import dequantized

@@ -15,11 +15,13 @@ from tiny_models import COMMON
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from act_export.attention.call import AttentionHook, LayerState, SinkCache, activated
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import text_tower
-from act_export.hooks import AttentionHook, LayerState, ReferenceAttention, SinkCache, activated, attention_hook
 from act_export.runtime import Session
 from act_export.runtime.image_positions import image_positions
 

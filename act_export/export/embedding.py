@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from act_export.hooks import UnsupportedModelError
+from act_export.attention.call import UnsupportedModelError
 from act_export.onnx_file.output import check_model, save_model
 from act_export.onnx_file.precision import element_type
 from act_export.ops.functions import OPSET

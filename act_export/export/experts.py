@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers.integrations.moe import ExpertsInterface
 
+from act_export.attention.call import UnsupportedModelError
 from act_export.export.passes.unroll_experts import OPERATOR
-from act_export.hooks import UnsupportedModelError
 from act_export.ops import schema
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import onnxscript
 import torch
 from torch import Tensor
 
+from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention
-from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.ops import schema
 
 

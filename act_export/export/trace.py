@@ -12,6 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from act_export.attention.call import LayerState, UnsupportedModelError
+from act_export.attention.hook import HookedModel, as_unsupported, attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.low_memory import low_memory_told
@@ -23,20 +26,12 @@ from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.export.rope import traceable_rotation
-from act_export.hooks import (
-    HookedModel,
-    LayerState,
-    ReferenceAttention,
-    UnsupportedModelError,
-    as_unsupported,
-    attention_hook,
-)
+from act_export.onnx_file.names import GraphNames
 from act_export.ops import functions, schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from act_export.onnx_file.names import GraphNames
 
 EXPORTING = (
     "export the model",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from act_export.hooks import AttentionCall
+from act_export.attention.call import AttentionCall
 
 # Of an attention map's rows that are in memory at once, by kind of device: as many elements as fit in a cache, but of
 # long prompts no fewer rows than matrix products need to be fast.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
+from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import attention_probabilities, calibrate_with_state, visible_rows
-from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
 from act_export.profile.attention_statistics import AttentionStatistics, MapGrid, attend_with_statistics, map_grid
 from act_export.profile.profile import GRID
 from act_export.runtime.generate import left_pad
@@ -48,7 +49,7 @@ class ProfilingAttention:
         self._grids: dict[torch.device, MapGrid] = {}
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
-        """See `act_export.hooks.AttentionHook`; takes first calls only, and keeps no state for others."""
+        """See `act_export.attention.call.AttentionHook`; takes first calls only, and keeps no state for others."""
         device = call.query.device
         if device not in self._grids:
             dtype = torch.promote_types(call.query.dtype, torch.float32)
@@ -67,7 +68,7 @@ def profile_batch(
     """Statistics of prompts that run together, one by one.
 
     Args:
-        model: Any that `act_export.hooks.attention_hook` takes.
+        model: Any that `act_export.attention.hook.attention_hook` takes.
         prompts: Token ids.
         calibration: To apply; None for the plain model.
 

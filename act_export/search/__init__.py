@@ -1,6 +1,6 @@
 """Which heads to calibrate."""
 
-from act_export.search.fast_attention import FastAttention
+from act_export.attention.fast_attention import FastAttention
 from act_export.search.gates import GatedAttention, gate_gradients
 from act_export.search.processes import process_group
 from act_export.search.report import SearchResult, TaskReport

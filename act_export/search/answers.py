@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from act_export.attention.fast_attention import FastAttention
+from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
-from act_export.hooks import attention_hook
-from act_export.search.fast_attention import FastAttention
 from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, SearchTask

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from act_export.hooks import activated, active
+from act_export.attention.call import activated, active
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from act_export.hooks import UnsupportedModelError
+from act_export.attention.call import UnsupportedModelError
 
 Forward = Callable[..., Any]
 Interposed = Callable[[int, Forward, Tensor, Sequence[Any], dict[str, Any]], Any]

@@ -20,17 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from act_export.calibration.file import LayerCalibration
-from act_export.calibration.reference import attention_probabilities, calibrate_one_at_a_time, calibrate_with_state
-from act_export.hooks import AttentionCall, HookedModel, LayerState, active, attention_hook, empty_state, flatten_heads
-from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
-from act_export.search.fast_attention import (
+from act_export.attention.call import AttentionCall, LayerState, active, empty_state, flatten_heads
+from act_export.attention.fast_attention import (
     calibrated_probabilities,
     head_groups,
     join_past,
     map_probabilities,
     plain_attention,
 )
+from act_export.attention.hook import HookedModel, attention_hook
+from act_export.calibration.file import LayerCalibration
+from act_export.calibration.reference import attention_probabilities, calibrate_one_at_a_time, calibrate_with_state
+from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
 from act_export.search.gates import log_likelihoods
 from act_export.search.request import Threshold
 from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores, predicted_choice
@@ -67,7 +68,7 @@ class PlainRun:
         """Runs it.
 
         Args:
-            model: Any that `act_export.hooks.attention_hook` takes, with a list of decoder layers.
+            model: Any that `act_export.attention.hook.attention_hook` takes, with a list of decoder layers.
             batch: Examples that run together.
             num_layers: Attention layers of the model.
             num_heads: Query heads per layer.

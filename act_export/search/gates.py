@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from act_export.calibration.file import LayerCalibration
-from act_export.hooks import AttentionCall, LayerState, attention_hook, empty_state, flatten_heads
-from act_export.search.checkpointing import checkpointed
-from act_export.search.fast_attention import (
+from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
+from act_export.attention.fast_attention import (
     calibrated_probabilities,
     head_groups,
     join_past,
@@ -26,6 +24,9 @@ from act_export.search.fast_attention import (
     plain_attention,
     values_of,
 )
+from act_export.attention.hook import attention_hook
+from act_export.calibration.file import LayerCalibration
+from act_export.search.checkpointing import checkpointed
 from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, choice_scores
 
 # float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
@@ -46,7 +47,7 @@ class GatedAttention:
         self.threshold_mode = threshold_mode
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
-        """See `act_export.hooks.AttentionHook`."""
+        """See `act_export.attention.call.AttentionHook`."""
         past = call.past if call.past is not None else empty_state(call, call.query.shape[1])
         key, value = join_past(call, past)
         plain = plain_attention(call, key, value)
@@ -84,7 +85,7 @@ def gate_gradients(
     own. The model's parameters receive no gradient.
 
     Args:
-        model: Any that `act_export.hooks.attention_hook` takes.
+        model: Any that `act_export.attention.hook.attention_hook` takes.
         batch: Examples that run together.
         num_layers: Attention layers of the model.
         num_heads: Query heads per layer.

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from act_export.hooks import HookedModel, LayerState
+from act_export.attention.call import LayerState
+from act_export.attention.hook import HookedModel
 
 
 class LanguageModel(Protocol):
@@ -56,7 +57,7 @@ class TorchLanguageModel:
     """A transformers model under an attention hook; differentiable where gradients are enabled."""
 
     def __init__(self, hooked: HookedModel) -> None:
-        """Takes what `act_export.hooks.attention_hook` yields."""
+        """Takes what `act_export.attention.hook.attention_hook` yields."""
         self.hooked = hooked
 
     def __call__(

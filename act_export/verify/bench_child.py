@@ -218,7 +218,7 @@ def _import_libraries(contender: Contender) -> None:
     """What a contender needs before its model, so that the size before loading has it."""
     import_onnxruntime()
     if contender.calibration:
-        importlib.import_module("act_export.hooks")  # with PyTorch and transformers
+        importlib.import_module("act_export.attention.hook")  # with PyTorch and transformers
 
 
 def _threads_of_process() -> int:

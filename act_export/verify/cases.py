@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.text_tower import placeholders_of
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime.generate import left_pad
 from act_export.tasks.encoding import sequence_beginning
 

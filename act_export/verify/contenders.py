@@ -22,7 +22,8 @@ from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.session import Session, load_inner, placement_of
 
 if TYPE_CHECKING:
-    from act_export.hooks import HookedModel, LayerState
+    from act_export.attention.call import LayerState
+    from act_export.attention.hook import HookedModel
 
 EXPORTED = "act-export"
 FOREIGN = "another exporter"
@@ -219,7 +220,7 @@ class RunningPyTorch(Running):
     """A transformers model whose attention is the reference."""
 
     def __init__(self, hooked: HookedModel) -> None:
-        """Takes a model under `act_export.hooks.attention_hook`."""
+        """Takes a model under `act_export.attention.hook.attention_hook`."""
         self.weights_bytes = sum(tensor.numel() * tensor.element_size() for tensor in hooked.model.parameters())
         self._hooked = hooked
         self._state: list[LayerState] | None = None
@@ -248,8 +249,9 @@ class RunningPyTorch(Running):
 def _running_pytorch(contender: Contender, threads: int) -> Iterator[Running]:
     import torch
 
+    from act_export.attention.hook import attention_hook
+    from act_export.attention.reference_attention import ReferenceAttention
     from act_export.checkpoint.load import load_checkpoint
-    from act_export.hooks import ReferenceAttention, attention_hook
 
     torch.set_num_threads(threads)
     file = read_model_file(contender.calibration)

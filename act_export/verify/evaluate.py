@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from act_export.hooks import HookedModel
+from act_export.attention.hook import HookedModel
 from act_export.runtime.session import Session
 from act_export.tasks import (
     EncodedExample,
@@ -155,8 +155,8 @@ def evaluate(
     """Encodes examples and answers every one with its likeliest choice.
 
     Args:
-        model: An open session, a PyTorch model under `act_export.hooks.attention_hook`, or another that can be scored.
-        tokenizer: The model's.
+        model: An open session, a PyTorch model under `act_export.attention.hook.attention_hook`, or another that can be
+        scored. tokenizer: The model's.
         examples: At least one, with choices.
         batch_size: Prompts that run together at the most; fewer where logits of all positions would take over
             `LOGITS_BYTES`.

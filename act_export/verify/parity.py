@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from act_export.attention.call import positions
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
-from act_export.hooks import ReferenceAttention, attention_hook, positions
 from act_export.progress import Notice
 from act_export.runtime.session import Session
 from act_export.verify.cases import Case, parity_cases, ragged_batch

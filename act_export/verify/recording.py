@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from act_export.attention.call import LayerState
+from act_export.attention.hook import HookedModel
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import later_sinks, sink_margins, visible_rows
-from act_export.hooks import HookedModel, LayerState
 from act_export.onnx_file.state import State
 from act_export.runtime.session import Session
 from act_export.verify.cases import Case

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import CALIBRATION, save_checkpoint, tiny_model
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.placement import DTYPES, Placement, PlacementError
 from act_export.errors import CheckpointError
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.search import FastAttention
 from act_export.search.gates import gate_gradients
 from act_export.tasks import EncodedExample, TorchLanguageModel, score_choices

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny import save_checkpoint, tiny_model, tiny_tokenizer
 
+from act_export.attention.hook import attention_hook, check_supported
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import CheckpointError
-from act_export.hooks import ReferenceAttention, attention_hook, check_supported
 
 MARKER = "ACT_EXPORT_TEST_MARKER"
 MODELING = f"""

@@ -10,10 +10,12 @@ from tiny import ROUTED, VOCABULARY, tiny_model
 from tiny_models import tiny_config
 from transformers import AutoConfig
 
+from act_export.attention.call import UnsupportedModelError, positions
+from act_export.attention.hook import attention_hook, check_supported
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.support import why_unsupported, why_unsupported_model
 from act_export.errors import CheckpointError
-from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, check_supported, positions
 
 LATENT = "multi-head latent attention, whose cache holds compressed"
 STATE = "keep a state instead of keys"

@@ -19,6 +19,8 @@ from transformers import Qwen2VLConfig
 from typer.testing import CliRunner
 
 import act_export
+from act_export.attention.hook import attention_hook, check_supported
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.text_tower import (
     IMAGES_AS_EMBEDDINGS,
@@ -32,7 +34,6 @@ from act_export.convert import export_model, verify_file
 from act_export.errors import CheckpointError, SessionError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
-from act_export.hooks import ReferenceAttention, attention_hook, check_supported
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session, generate
 

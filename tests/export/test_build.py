@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from tiny import CALIBRATION, tiny_checkpoint
 
+from act_export.attention.call import UnsupportedModelError
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.export import build_model
-from act_export.hooks import UnsupportedModelError
 from act_export.onnx_file.output import OutputError
 
 

@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from act_export.attention.call import UnsupportedModelError
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
 from act_export.convert import describe_failures, verify_file
@@ -29,7 +30,6 @@ from act_export.export.experts import check_experts, exportable_experts, sorted_
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.export.slim import slim
 from act_export.export.trace import trace
-from act_export.hooks import UnsupportedModelError
 from act_export.runtime import Session
 from act_export.verify.dequantized import dequantized
 from act_export.verify.parity import verify_sessions

@@ -10,9 +10,9 @@ import pytest
 from close import assert_logits_close
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint
 
+from act_export.attention.call import UnsupportedModelError
 from act_export.export import build_model
 from act_export.export.passes.keep_last_logits import KeepLastLogitsPass
-from act_export.hooks import UnsupportedModelError
 from act_export.ops.library import library_path
 
 LENGTH = 5

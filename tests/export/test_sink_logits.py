@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import CALIBRATION, tiny_checkpoint
 
+from act_export.attention.call import AttentionCall
 from act_export.calibration.file import Calibration
 from act_export.export import build_model
 from act_export.export.operator import OperatorAttention
-from act_export.hooks import AttentionCall
 from act_export.ops import schema
 from act_export.runtime import Session
 from act_export.verify.parity import verify_sessions

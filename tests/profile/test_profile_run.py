@@ -13,11 +13,13 @@ from test_profile_file import assert_same
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
 from tokenizers import decoders, models
 
+from act_export.attention.call import AttentionCall, LayerState
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.calibration.reference import attention_probabilities, calibrate_with_state
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
-from act_export.hooks import AttentionCall, LayerState, ReferenceAttention, attention_hook
 from act_export.profile import (
     ProfileError,
     ProfileOptions,

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CALIBRATION, VOCABULARY, tiny_tokenizer
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.errors import ActExportError
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Sampling, generate, generate_steps
 from act_export.runtime.generate import left_pad, next_tokens
 from act_export.runtime.text import stream_text

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from act_export.attention.call import UnsupportedModelError
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
-from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook
 from act_export.search.decoder_layers import decoder_layers
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import log_likelihoods

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from act_export.attention.call import AttentionCall, LayerState, flatten_heads
+from act_export.attention.hook import HookedModel, attention_hook
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import attention_probabilities, calibrate_with_state
-from act_export.hooks import AttentionCall, HookedModel, LayerState, attention_hook, flatten_heads
 from act_export.search import FastAttention, GatedAttention, gate_gradients
 from act_export.search.decoder_layers import decoder_layers
 from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import find_recipes
 from act_export.checkpoint.load import Checkpoint
-from act_export.hooks import attention_hook
 from act_export.search import FastAttention
 from act_export.tasks import load_examples, prompt_digest, split_examples
 from act_export.verify.evaluate import compare, evaluate, held_out

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_tokenizer
 from torch import Tensor
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import Checkpoint
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.runtime import Sampling, Session, generate
 from act_export.tasks import EncodedExample, ScoringError, SessionLanguageModel, TorchLanguageModel
 from act_export.tasks.generation import cut_at_stop, generate_answers

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
-from act_export.hooks import ReferenceAttention, attention_hook
 from act_export.tasks import (
     EncodedExample,
     ScoringError,

@@ -13,9 +13,10 @@ import torch
 from random_llama import CONTEXT, Shape, weights, write_checkpoint
 from safetensors.torch import load_file
 
+from act_export.attention.hook import attention_hook
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
-from act_export.hooks import ReferenceAttention, attention_hook
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_llama.py"
 SMALL = Shape(layers=3, heads=4, kv_heads=2, hidden=128, intermediate=160, vocabulary=400, sink_every=100)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from act_export.attention.call import UnsupportedModelError
 from act_export.errors import ActExportError
 from act_export.export.routing import routing_nodes
-from act_export.hooks import UnsupportedModelError
 from act_export.ops import schema
 
 _FLOAT = ir.DataType.FLOAT

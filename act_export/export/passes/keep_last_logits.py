@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from act_export.hooks import UnsupportedModelError
+from act_export.attention.call import UnsupportedModelError
 
 INPUT = "logits_to_keep"
 _OUTPUT = "logits"

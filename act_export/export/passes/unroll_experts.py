@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from act_export.hooks import UnsupportedModelError
+from act_export.attention.call import UnsupportedModelError
 from act_export.ops import schema
 
 OPERATOR = "ExpertMatMul"

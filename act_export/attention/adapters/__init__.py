@@ -1,7 +1,7 @@
 """Models whose attention doesn't pass through transformers' attention interface, made to call the hook.
 
 Each module here has one `forward`, which stands in for that of a model's attention modules: it makes query, key and
-value as the model does, and calls `act_export.hooks.attend` instead of computing the attention itself.
+value as the model does, and calls `act_export.attention.call.attend` instead of computing the attention itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from act_export.adapters import bloom, falcon, gpt_neo, mpt
+from act_export.attention.adapters import bloom, falcon, gpt_neo, mpt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,17 +13,13 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint, tiny_model
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
-from act_export.adapters import ADAPTERS, adapted
-from act_export.adapters.falcon import alibi_of_positions
+from act_export.attention.adapters import ADAPTERS, adapted
+from act_export.attention.adapters.falcon import alibi_of_positions
+from act_export.attention.call import UnsupportedModelError, positions
+from act_export.attention.hook import attention_hook, check_supported
+from act_export.attention.interface import ATTENTION_NAME
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.export import build_model
-from act_export.hooks import (
-    ATTENTION_NAME,
-    ReferenceAttention,
-    UnsupportedModelError,
-    attention_hook,
-    check_supported,
-    positions,
-)
 from act_export.runtime import Session
 from act_export.runtime.generate import generate
 

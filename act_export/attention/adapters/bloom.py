@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from act_export.adapters.key_bias import with_key_bias
-from act_export.hooks import UnsupportedModelError, attend
+from act_export.attention.adapters.key_bias import with_key_bias
+from act_export.attention.call import UnsupportedModelError, attend
 
 
 def forward(module: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from act_export.adapters.key_bias import with_key_bias
-from act_export.hooks import active, attend, positions
+from act_export.attention.adapters.key_bias import with_key_bias
+from act_export.attention.call import active, attend, positions
 
 
 def forward(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.adapters.key_bias import with_key_bias
+from act_export.attention.adapters.key_bias import with_key_bias
 
 
 def problem(batch, heads, sequence, size, largest, seed=0):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from act_export.hooks import attend
+from act_export.attention.call import attend
 
 
 def forward(module: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:

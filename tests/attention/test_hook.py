@@ -8,8 +8,10 @@ from close import assert_logits_close
 from hooked import assert_same_model, padded_batch
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint, tiny_model
 
+from act_export.attention.call import UnsupportedModelError, positions
+from act_export.attention.hook import attention_hook, check_supported
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
-from act_export.hooks import ReferenceAttention, UnsupportedModelError, attention_hook, check_supported, positions
 
 
 @pytest.mark.parametrize("architecture", ROUTED)

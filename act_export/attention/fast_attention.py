@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.calibration.file import Calibration, LayerCalibration
 from act_export.calibration.reference import (
     CalibratedProbabilities,
@@ -17,7 +18,6 @@ from act_export.calibration.reference import (
     calibrate_one_at_a_time,
     calibrate_with_state,
 )
-from act_export.hooks import AttentionCall, LayerState, empty_state, flatten_heads
 
 _SINK_DIMENSIONS = 8  # of which one is used: fused kernels take multiples of 8
 MAP_ELEMENTS = 2**25  # of all heads' attention maps that are in memory at once: 128 MiB in float32
@@ -31,7 +31,7 @@ class FastAttention:
         self.calibration = calibration
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
-        """See `act_export.hooks.AttentionHook`."""
+        """See `act_export.attention.call.AttentionHook`."""
         layer = self.calibration.layer(call.layer) if self.calibration is not None else None
         past = call.past if call.past is not None else empty_state(call, len(layer.heads) if layer is not None else 0)
         key, value = join_past(call, past)
