@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from act_export.calibration.reference import calibrate_probabilities as calibrate_probabilities
     from act_export.checkpoint.load import Checkpoint as Checkpoint
     from act_export.checkpoint.load import load_checkpoint as load_checkpoint
-    from act_export.convert import export_model as export_model
     from act_export.errors import ActExportError as ActExportError
+    from act_export.export.job import export_model as export_model
     from act_export.ops.library import library_path as library_path
     from act_export.profile import SinkProfile as SinkProfile
-    from act_export.runtime.generate import Sampling as Sampling
     from act_export.runtime.generate import generate as generate
+    from act_export.runtime.sampling import Sampling as Sampling
     from act_export.runtime.session import Session as Session
     from act_export.search import search_heads as search_heads
-    from act_export.verify.bench import BenchRequest as BenchRequest
-    from act_export.verify.bench import bench_file as bench_file
-    from act_export.verify.parity import verify_sessions as verify_sessions
+    from act_export.verify.bench.job import BenchRequest as BenchRequest
+    from act_export.verify.bench.job import bench_file as bench_file
+    from act_export.verify.parity.sessions import verify_sessions as verify_sessions
 
 _HOMES = {
     "ActExportError": "errors",

@@ -69,8 +69,8 @@ from act_export.profile_commands import profile_command, report_command
 from act_export.version import __version__
 
 if TYPE_CHECKING:
-    from act_export.convert import Converted
-    from act_export.verify.parity_report import ParityReport
+    from act_export.export.job import Converted
+    from act_export.verify.parity.parity_report import ParityReport
 
 DEFAULT_COMMAND = "export"
 
@@ -176,10 +176,11 @@ def export_command(
     """Calibrates and exports MODEL (the default command)."""
     from act_export.attention.hook import check_supported
     from act_export.checkpoint.text_tower import check_takes_embeddings
-    from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
     from act_export.export.experts import check_experts
+    from act_export.export.job import export_model, with_quantized_weights
     from act_export.onnx_file.output import check_output
     from act_export.onnx_file.precision import element_type, quantization_of
+    from act_export.search.resolve import CalibrationRequest, resolve_calibration
 
     element_type(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)
@@ -269,14 +270,14 @@ def search_command(
     Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
     """
     from act_export.attention.hook import check_supported
-    from act_export.convert import DEFAULT_TASK
     from act_export.onnx_file.load import model_file
     from act_export.search import SearchOptions, process_group
+    from act_export.search.job import SearchJob, check_output, run_search, save_result
     from act_export.search.processes import own_device, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
-    from act_export.search_job import SearchJob, check_output, run_search, save_result
+    from act_export.search.resolve import DEFAULT_TASK
     from act_export.search_table import print_search_result
-    from act_export.verify.dequantized import dequantized
+    from act_export.verify.parity.dequantized import dequantized
 
     names = names_of(task)
     options = SearchOptions(
@@ -360,8 +361,8 @@ def verify_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Compares an exported model with PyTorch running the reference."""
-    from act_export.convert import describe_failures, verify_file
     from act_export.onnx_file.inspect import inspect_file
+    from act_export.verify.parity.job import describe_failures, verify_file
 
     found = inspect_file(file)
     _check_device(device)
@@ -462,10 +463,10 @@ def eval_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
-    from act_export.convert import DEFAULT_TASK
+    from act_export.search.resolve import DEFAULT_TASK
+    from act_export.verify.evaluate.job import evaluate_files
+    from act_export.verify.evaluate.results import EvaluationRequest
     from act_export.verify.evaluation_report import print_evaluation_report, report_json
-    from act_export.verify.evaluation_request import EvaluationRequest
-    from act_export.verify.evaluation_run import evaluate_files
 
     names = tuple(dict.fromkeys(names_of(task)))
     request = EvaluationRequest(
@@ -501,7 +502,7 @@ def eval_command(
 def lm_eval_command(context: typer.Context) -> None:
     """Runs lm-evaluation-harness with the model type act-onnx; all options are its own."""
     try:
-        from act_export.verify.harness import run_harness
+        from act_export.verify.evaluate.harness import run_harness
     except ModuleNotFoundError as error:
         raise ActExportError(f"{error}; pip install 'act-export[lm-eval]'") from error
 
@@ -536,7 +537,7 @@ def bench_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measures speed and memory, beside other files and PyTorch."""
-    from act_export.verify.bench import BenchRequest, bench_file
+    from act_export.verify.bench.job import BenchRequest, bench_file
     from act_export.verify.bench_report import print_bench_report
 
     if json_file is not None:
@@ -624,7 +625,7 @@ def triton_command(
     device: DeviceOption = None,
 ) -> None:
     """Writes FILE into a model repository of Triton Inference Server."""
-    from act_export.hosts import write_repository
+    from act_export.export.triton import write_repository
 
     for path in write_repository(
         file, out, name=name, device=device or "cpu", native=not portable, served_from=served_from
@@ -647,8 +648,7 @@ def library_command() -> None:
 def _check_device(device: str | None) -> None:
     """Raises ActExportError early where ONNX Runtime can't run on a device (None: the CPU)."""
     from act_export.runtime.cuda import prepare_cuda
-    from act_export.runtime.device import Device
-    from act_export.runtime.providers import import_onnxruntime
+    from act_export.runtime.device import Device, import_onnxruntime
 
     place = Device.parse(device or "cpu")
     onnxruntime = import_onnxruntime()

@@ -49,7 +49,8 @@ def graft_command(
     The attention of the calibrated layers is replaced; every other node, name and weight stays. A folder for
     onnxruntime-genai stays one.
     """
-    from act_export.graft import StateLayout, graft, remove_graft
+    from act_export.graft import StateLayout, remove_graft
+    from act_export.graft.job import graft
 
     if out is None:
         heads = "--remove" if remove else f"--calibration {calibration or 'FILE'}"

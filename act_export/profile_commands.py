@@ -79,12 +79,12 @@ def profile_command(
     from act_export.attention.hook import check_supported
     from act_export.calibration.recipes import named_calibration
     from act_export.checkpoint.placement import Placement
-    from act_export.convert import DEFAULT_TASK
     from act_export.profile import ProfileOptions, unreachable
+    from act_export.profile.job import ProfileJob, load_prompts, run_profile
     from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts
     from act_export.profile.run import BATCH_TOKENS
-    from act_export.profile_job import ProfileJob, calibration_to_show, load_prompts, run_profile
+    from act_export.search.resolve import DEFAULT_TASK, calibration_to_show
 
     names = names_of(task)
     job = ProfileJob(

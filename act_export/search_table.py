@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from act_export.printing import PlainConsole, PlainTable
 from act_export.search import SearchResult
-from act_export.search.report import Gain
+from act_export.search.results import Gain
 
 _FILE_WIDTH = 160  # where the output is no terminal
 

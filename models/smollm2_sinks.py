@@ -15,7 +15,7 @@ import numpy as np
 from act_export import Calibration, load_checkpoint
 from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
-from act_export.profile_job import ProfileJob, load_prompts, run_profile
+from act_export.profile.job import ProfileJob, load_prompts, run_profile
 from act_export.tasks import (
     TorchLanguageModel,
     encode_examples,

@@ -442,7 +442,7 @@ def test_architecture_without_the_hook(tmp_path):
 
 
 def test_a_failed_gate_is_exit_code_1_and_leaves_nothing(checkpoint_folder, heads_file, tmp_path, monkeypatch):
-    from act_export.verify import metrics
+    from act_export.verify.parity import metrics
 
     out = tmp_path / "results"
     out.mkdir()

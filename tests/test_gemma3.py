@@ -21,7 +21,7 @@ from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.errors import CheckpointError
 from act_export.runtime import Session, generate
-from act_export.verify.cases import _TEXT, sliding_windows
+from act_export.verify.parity.cases import _TEXT, sliding_windows
 
 pytestmark = pytest.mark.slow
 NAME = "gemma3-270m"

@@ -67,7 +67,7 @@ def test_three_files_and_the_findings(planted, here):
 
 def test_prompts_of_a_task_are_those_that_a_search_ranks_with(planted, here, monkeypatch):
     """And never those that it reports on."""
-    from act_export.profile_job import ProfileJob, load_prompts
+    from act_export.profile.job import ProfileJob, load_prompts
     from act_export.tasks import read_examples, split_examples
 
     _, rows = planted
@@ -193,7 +193,7 @@ def test_bad_input_of_a_report(planted, here):
 
 
 def test_data_that_is_too_little_or_too_uneven_to_search_on_can_be_profiled(here):
-    from act_export.profile_job import ProfileJob, load_prompts
+    from act_export.profile.job import ProfileJob, load_prompts
 
     rows = [{"prompt": f"w{n}", "choices": [" w97", " w98"], "answer": int(n == 7)} for n in range(40)]
     for count in (1, 40):

@@ -33,10 +33,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
-from act_export.convert import describe_failures, verify_file
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.ops import schema
+from act_export.verify.parity.job import describe_failures, verify_file
 
 DOCUMENT = Path(__file__).parents[1] / "act_export" / "docs" / "architectures.md"
 CALIBRATION = Calibration({0: (1,), 1: (0, 3)}, beta={0: (0.4,), 1: (0.2, 1.7)}, threshold=0.06)

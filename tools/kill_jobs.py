@@ -27,16 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "graft", "checkpoint")]  # where the tiny models are
+sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "graft", "checkpoint/gguf")]  # where the tiny models are
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import act_export.convert  # noqa: E402  imported here so that a fork begins with the work
-import act_export.search_job  # noqa: E402, F401
+import act_export.export.job  # noqa: E402  imported here so that a fork begins with the work
+import act_export.search.job  # noqa: E402, F401
 from act_export.calibration.file import Calibration  # noqa: E402
 from act_export.cli import main as act_export_main  # noqa: E402
 from act_export.files import is_staging  # noqa: E402
-from act_export.graft import graft  # noqa: E402, F401
+from act_export.graft.job import graft  # noqa: E402, F401
 
 OUTPUT = "output"
 _WRITING_S = 0.05

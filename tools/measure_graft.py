@@ -38,8 +38,8 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.runtime import Session, generate
 from act_export.tasks import load_examples
-from act_export.verify.dequantized import dequantized
-from act_export.verify.metrics import compare_logits
+from act_export.verify.parity.dequantized import dequantized
+from act_export.verify.parity.metrics import compare_logits
 
 MODEL = "smollm2-135m"
 LAYERS, HEADS = 30, 9
@@ -133,7 +133,7 @@ def act_export(*arguments: object) -> None:
 
 def prompts(models: Models) -> list[list[int]]:
     """Texts of the model's parity check, as token ids of several lengths."""
-    from act_export.verify.cases import parity_cases
+    from act_export.verify.parity.cases import parity_cases
 
     loaded = load_checkpoint(MODEL)
     cases = parity_cases(loaded.model, loaded.tokenizer)
@@ -249,7 +249,7 @@ def large(models: Models) -> None:
 
 def graft_large(source: Path, calibration: Path, out: Path) -> None:
     started = time.perf_counter()
-    from act_export.graft import graft
+    from act_export.graft.job import graft
 
     graft(source, Calibration.load(calibration), out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

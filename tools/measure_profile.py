@@ -26,9 +26,9 @@ import torch
 
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.profile import PromptSource, profile_sinks
+from act_export.profile.job import ProfileJob, encode_prompts, load_prompts
 from act_export.profile.run import BATCH_TOKENS
-from act_export.profile_job import ProfileJob, encode_prompts, load_prompts
-from act_export.runtime.generate import left_pad
+from act_export.runtime.sampling import left_pad
 from act_export.tasks import EncodedExample, batches, encode_examples, load_examples, split_examples
 
 Prompts = tuple[tuple[int, ...], ...]

@@ -17,11 +17,11 @@ from architectures import CALIBRATION
 from tiny_vision import CONFIGURATIONS, compare_with_whole, tiny_whole, tower_checkpoint
 
 from act_export.checkpoint.text_tower import IMAGES_AS_EMBEDDINGS
-from act_export.convert import verify_file
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
+from act_export.verify.parity.job import verify_file
 
 LARGEST_DIFFERENCE = 1e-4  # of a logit
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.onnx_file.precision import Quantization
-from act_export.runtime.providers import RuntimeNotInstalledError, import_onnxruntime
+from act_export.runtime.device import RuntimeNotInstalledError, import_onnxruntime
 
 _OUTPUTS_AT_A_TIME = 4096  # bounds the copy that is made of a large weight
 _MODULE = "onnxruntime.quantization.matmul_nbits_quantizer"

@@ -21,7 +21,7 @@ from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.text_tower import hidden_size, one_rotation, position_axes
 from act_export.errors import ActExportError
 from act_export.export import experts
-from act_export.export.hollow import ReadWeight, attach_weights, hollowed
+from act_export.export.lazy_weights import ReadWeight, attach_weights, hollowed
 from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass

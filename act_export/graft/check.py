@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from act_export.errors import VerificationError
-from act_export.graft.errors import UnsupportedPatternError
-from act_export.graft.graph import Graph, describe
+from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewrite import MASK, RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
 from act_export.onnx_file.external_data import is_external, place_of
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
-from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.device import import_onnxruntime
 
 TOLERANCE: dict[int, float] = {TensorProto.FLOAT: 1e-4, TensorProto.FLOAT16: 2e-2}
 """Largest difference of an attention's output, whose numbers are about 1; ONNX Runtime has no bfloat16 on a CPU."""

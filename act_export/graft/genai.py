@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from act_export.graft.errors import GraftError
+from act_export.graft.graph import GraftError
 from act_export.graft.rewrite import Templates
 from act_export.json_file import look_up
 from act_export.onnx_file.names import GENAI_CONFIG

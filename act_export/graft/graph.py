@@ -12,8 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import external_data_helper, helper, numpy_helper
 
-from act_export.errors import others_errors, shortened, shown
-from act_export.graft.errors import GraftError
+from act_export.errors import ActExportError, others_errors, shortened, shown
 
 _LARGEST_CONSTANT = 4096  # elements: scalars, shapes and permutations; weights aren't read
 
@@ -146,3 +145,11 @@ def reads(node: onnx.NodeProto) -> list[str]:
                 own.update(each.output)
             names += [output.name for output in inner.output if output.name not in own]
     return names
+
+
+class GraftError(ActExportError):
+    """A model or folder that can't be calibrated as it is; the message names the part and says what to do."""
+
+
+class UnsupportedPatternError(GraftError):
+    """An attention that the operator can't stand in for; the message names the node."""

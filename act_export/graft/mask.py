@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.graft.errors import UnsupportedPatternError
+from act_export.graft.graph import UnsupportedPatternError
 from act_export.graft.probe import Call, Part
 
 _LOWEST_VISIBLE = -500.0  # exp of anything below is 0, next to logits as small as those here

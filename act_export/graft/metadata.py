@@ -9,8 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from act_export.calibration.file import Calibration, ModelIdentity
-from act_export.graft.errors import GraftError
-from act_export.graft.graph import Graph, attribute
+from act_export.graft.graph import GraftError, Graph, attribute
 from act_export.graft.record import digest
 from act_export.graft.rewrite import Rewritten
 from act_export.graft.site import AttentionSite

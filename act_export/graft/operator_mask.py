@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.graft.errors import UnsupportedPatternError
-from act_export.graft.graph import Graph
+from act_export.graft.graph import Graph, UnsupportedPatternError
 from act_export.graft.mask import LogitTerms, read_logits
 from act_export.graft.probe import Call, Part
 

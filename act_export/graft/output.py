@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from act_export.files import check_replaceable, copy_content, copy_folder, is_staging, path_inside
-from act_export.graft.errors import GraftError
+from act_export.graft.graph import GraftError
 from act_export.graft.source import ModelSource
 from act_export.onnx_file.names import GENAI_CONFIG
 from act_export.onnx_file.output import COMPANIONS, check_free_space, check_output, is_file_output, publish, staged

@@ -12,9 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper
 
-from act_export.graft.errors import UnsupportedPatternError
-from act_export.graft.graph import Graph, reads
-from act_export.runtime.providers import import_onnxruntime
+from act_export.graft.graph import Graph, UnsupportedPatternError, reads
+from act_export.runtime.device import import_onnxruntime
 
 Arrays = Mapping[str, NDArray[Any]]
 _LARGEST_BYTES = 16 << 20  # masks in tables may be large; weights, which nothing here may depend on, mostly are larger

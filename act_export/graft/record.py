@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from act_export.graft.errors import GraftError
+from act_export.graft.graph import GraftError
 from act_export.onnx_file.node_builder import PREFIX
 from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops import schema

@@ -11,8 +11,7 @@ from onnx import TensorProto, helper
 
 from act_export.calibration.file import Calibration, LayerCalibration
 from act_export.graft import sink_state
-from act_export.graft.errors import GraftError, UnsupportedPatternError
-from act_export.graft.graph import Graph, describe
+from act_export.graft.graph import GraftError, Graph, UnsupportedPatternError, describe
 from act_export.graft.rewriters import FINDERS
 from act_export.graft.sink_state import StateLayout, StateNames
 from act_export.graft.site import AttentionSite, Layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import onnx
@@ -121,3 +121,53 @@ def layer_of(name: str) -> int | None:
 def is_cache_input(graph: Graph, value: str) -> bool:
     """Whether a value is an input of the graph that can be a layer's cache."""
     return value in graph.inputs and layer_of(value) is not None
+
+
+@dataclass(frozen=True)
+class OperandSite(AttentionSite):
+    """See `AttentionSite`.
+
+    Attributes:
+        query: New queries, rotary applied.
+        key: New keys, rotary applied, with their own number of heads.
+        value: As key.
+        query_layout: Of the query.
+        key_layout: Of key and value.
+        embeddings: Width of token embeddings whose shape the mask depends on, by name.
+    """
+
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    query_layout: Layout = Layout.FLAT
+    key_layout: Layout = Layout.FLAT
+    embeddings: Mapping[str, int] = field(default_factory=dict)
+
+    def operands(self, build: NodeBuilder) -> tuple[str, str, str]:
+        """See `AttentionSite`."""
+        return (
+            _flat(build, self.query, self.query_layout, "query"),
+            _flat(build, self.key, self.key_layout, "key"),
+            _flat(build, self.value, self.key_layout, "value"),
+        )
+
+    def cuts(self, head_size: int) -> Mapping[str, Sequence[Dimension]]:
+        """See `AttentionSite`."""
+        assert self.terms is not None
+        heads, kv_heads = self.terms.num_heads, self.terms.kv_num_heads
+        return {
+            self.query: _shape(self.query_layout, heads, head_size),
+            self.key: _shape(self.key_layout, kv_heads, head_size),
+            self.value: _shape(self.key_layout, kv_heads, head_size),
+            **{name: ("batch", "sequence", width) for name, width in self.embeddings.items()},
+        }
+
+
+def _flat(build: NodeBuilder, value: str, layout: Layout, name: str) -> str:
+    return value if layout is Layout.FLAT else build.flatten_heads(value, name)
+
+
+def _shape(layout: Layout, heads: int, head_size: int) -> Sequence[Dimension]:
+    if layout is Layout.FLAT:
+        return "batch", "sequence", heads * head_size
+    return "batch", heads, "sequence", head_size

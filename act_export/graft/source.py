@@ -12,8 +12,7 @@ import onnx
 
 from act_export.errors import shown
 from act_export.files import path_inside
-from act_export.graft.errors import GraftError
-from act_export.graft.graph import describe, reads
+from act_export.graft.graph import GraftError, describe, reads
 from act_export.json_file import look_up, read_object
 from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.load import load_without_weights

@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from act_export.graft.errors import UnsupportedPatternError
-from act_export.graft.graph import Graph, attribute, describe
+from act_export.graft.graph import Graph, UnsupportedPatternError, attribute, describe
 from act_export.graft.probe import Call, Part
 from act_export.graft.site import CacheNames, Layout, is_cache_input
 

@@ -13,8 +13,7 @@ import onnx
 from onnx import AttributeProto
 
 from act_export.errors import shown
-from act_export.graft.errors import GraftError
-from act_export.graft.graph import describe
+from act_export.graft.graph import GraftError, describe
 
 _LEAST_INPUTS: Mapping[str, int] = {
     "Attention": 3,

@@ -1,6 +1,7 @@
 """Where a model's attention sinks are, and the report that shows them."""
 
-from act_export.profile.profile import (
+from act_export.profile.run import ProfileOptions, PromptSource, profile_sinks
+from act_export.profile.sink_profile import (
     ALL,
     GRID,
     MODES,
@@ -14,7 +15,6 @@ from act_export.profile.profile import (
     SinkTokens,
     unreachable,
 )
-from act_export.profile.run import ProfileOptions, PromptSource, profile_sinks
 
 __all__ = [
     "ALL",

@@ -23,7 +23,7 @@ from act_export.errors import others_errors, shortened, shown
 from act_export.files import write_whole
 from act_export.json_fields import Fields
 from act_export.json_file import read_bytes, read_object
-from act_export.profile.profile import (
+from act_export.profile.sink_profile import (
     ALL,
     GRID,
     MODES,

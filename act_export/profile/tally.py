@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from act_export.errors import ActExportError
-from act_export.profile.profile import (
+from act_export.profile.profiling import PromptStatistics
+from act_export.profile.sink_profile import (
     ABSOLUTE,
     GRID,
     MODES,
@@ -20,7 +21,6 @@ from act_export.profile.profile import (
     SinkStatistics,
     SinkTokens,
 )
-from act_export.profile.profiling import PromptStatistics
 
 
 class Tally:

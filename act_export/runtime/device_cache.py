@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.onnx_file.state import State, StateInput, bound_type
+from act_export.runtime.cache import BoundCache
 from act_export.runtime.device_memory import DeviceBuffer, DeviceMemory
-from act_export.runtime.kv_cache import BoundCache
 
 if TYPE_CHECKING:
     from act_export.runtime.session import Session

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from act_export.errors import SessionError
-from act_export.runtime.device import Device
-from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.device import Device, import_onnxruntime
 
 _WORD = np.dtype(
     np.float32

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from act_export.files import scratch_folder
-from act_export.runtime.device import CPU_PROVIDER, CUDA_PROVIDER
-from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.device import CPU_PROVIDER, CUDA_PROVIDER, import_onnxruntime
 
 ATTENTION_OPERATORS = ("Attention", "CalibratedAttention", "GroupQueryAttention", "MultiHeadAttention")
 _COPIES = ("MemcpyFromHost", "MemcpyToHost")

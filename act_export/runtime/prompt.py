@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from act_export.chat import render_chat
 from act_export.errors import ActExportError, others_errors, shown
+from act_export.runtime.chat import render_chat
 from act_export.runtime.session import Session
 
 if TYPE_CHECKING:

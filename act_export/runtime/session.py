@@ -16,23 +16,21 @@ from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import SessionError, others_errors, shown
 from act_export.onnx_file.external_data import check_before_opening
 from act_export.onnx_file.graph_state import state_of_file
-from act_export.onnx_file.load import load_without_weights
+from act_export.onnx_file.load import load_without_weights, model_file
 from act_export.onnx_file.names import LOGITS_TO_KEEP, PAST_SINKS, POSITIONS
 from act_export.onnx_file.packed_state import PackedState
 from act_export.onnx_file.record import PREFIX, FileRecord, Limits
 from act_export.onnx_file.state import BFLOAT16, DTYPES, State, bound_type, state_inputs
 from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.runtime.cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
 from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
-from act_export.runtime.device import Device, Provider
-from act_export.runtime.kv_cache import DEFAULT_CAPACITY, Cache, CopiedCache, InPlaceCache
+from act_export.runtime.device import Device, Provider, import_onnxruntime
 from act_export.runtime.node_placement import NodePlacement, profile_run
-from act_export.runtime.providers import import_onnxruntime
 from act_export.runtime.token_input import TokenInput, checked_mask
 
 if TYPE_CHECKING:
     from act_export.runtime.device_memory import DeviceMemory
 
-from act_export.onnx_file.load import model_file
 
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
 

@@ -12,9 +12,10 @@ from act_export.checkpoint.hub import HubId, is_on_hub
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import ActExportError, CheckpointError
 from act_export.json_file import read_object
-from act_export.runtime.generate import Sampling, generate_steps
+from act_export.runtime.generate import generate_steps
 from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens
 from act_export.runtime.prompt import encode_prompt
+from act_export.runtime.sampling import Sampling
 from act_export.runtime.session import Session
 from act_export.runtime.text_stream import TextStream
 

@@ -15,7 +15,7 @@ from act_export.files import path_inside
 from act_export.onnx_file.external_data import check_before_opening
 from act_export.onnx_file.names import EMBEDDING_FILE, EMBEDDINGS, IDS, POSITIONS
 from act_export.onnx_file.state import DTYPES, bound_type
-from act_export.runtime.providers import import_onnxruntime
+from act_export.runtime.device import import_onnxruntime
 
 Lookup = Callable[[NDArray[np.int64]], NDArray[Any]]
 """Token ids (batch, sequence) -> embeddings (batch, sequence, hidden size)."""

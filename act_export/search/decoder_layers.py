@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from act_export.attention.call import UnsupportedModelError
+from act_export.attention.call import UnsupportedModelError, activated, active
 
 Forward = Callable[..., Any]
 Interposed = Callable[[int, Forward, Tensor, Sequence[Any], dict[str, Any]], Any]
@@ -59,3 +60,30 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 def _has_attention(layer: nn.Module) -> bool:
     names = ("layer_idx", "layer_id")  # the second is gpt_neo's
     return any(getattr(module, name, None) is not None for module in layer.modules() for name in names)
+
+
+@contextmanager
+def checkpointed(model: PreTrainedModel, num_layers: int) -> Iterator[None]:
+    """Hooked forward passes inside the block keep each decoder layer's input alone for their backward pass.
+
+    Raises:
+        UnsupportedModelError: If the model has no list of its decoder layers.
+    """
+    with interposed(decoder_layers(model, num_layers), _checkpoint_layer):
+        yield
+
+
+def _checkpoint_layer(index: int, forward: Forward, hidden: Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    hook, cache = active()
+    before = cache.states[index]
+    runs = 0
+
+    def run(hidden: Tensor) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            return forward(hidden, *args, **kwargs)
+        with activated(hook, cache.replay(index, before)):
+            return forward(hidden, *args, **kwargs)
+
+    return checkpoint(run, hidden, use_reentrant=False)

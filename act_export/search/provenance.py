@@ -12,8 +12,8 @@ from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice, heads_with_betas
-from act_export.search.report import Gain, TaskReport
 from act_export.search.request import SearchOptions, SearchTask
+from act_export.search.results import Gain, TaskReport
 from act_export.tasks import question_digests
 from act_export.version import __version__
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from act_export.chat import render_chat
 from act_export.errors import others_errors
+from act_export.runtime.chat import render_chat
 from act_export.tasks.examples import Example, TaskError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from act_export.runtime.generate import Sampling, left_pad, next_tokens
+from act_export.runtime.sampling import Sampling, left_pad, next_tokens
 from act_export.tasks.encoding import EncodedExample
 from act_export.tasks.language_model import LanguageModel
 from act_export.tasks.scoring import BATCH_SIZE, ScoringError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from act_export.errors import ActExportError
-from act_export.runtime.generate import left_pad
+from act_export.runtime.sampling import left_pad
 from act_export.tasks.encoding import EncodedExample
 from act_export.tasks.language_model import ContinuesAtOnce, LanguageModel
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from act_export.tasks.drawing import drawn, sameness
 from act_export.tasks.examples import Example, TaskError
-from act_export.tasks.splits import MINIMUM
+from act_export.tasks.splits import MINIMUM, drawn, sameness
 from act_export.tasks.task_definition import Question
 
 

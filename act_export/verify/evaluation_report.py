@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 
 from act_export.printing import PlainConsole, PlainTable, printable
-from act_export.verify.evaluate import AnswerEvaluation, Comparison, Evaluation, metric_interval
-from act_export.verify.evaluation_results import Average, EvaluationReport, TaskResult
+from act_export.verify.evaluate.answers import AnswerEvaluation, Comparison, Evaluation, metric_interval
+from act_export.verify.evaluate.results import Average, EvaluationReport, TaskResult
 from act_export.version import __version__
 
 FORMAT = "act-export evaluation"

@@ -15,9 +15,10 @@ from act_export.calibration import recipes as module
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
 from act_export.calibration.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.checkpoint.load import load_checkpoint
-from act_export.convert import CalibrationRequest, export_model, resolve_calibration
+from act_export.export.job import export_model
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
+from act_export.search.resolve import CalibrationRequest, resolve_calibration
 
 IDENTITY = ModelIdentity("llama", 2, 4, "sha256:ab")
 BY_NAME = ModelIdentity("llama", 2, 4, name="Owner/Model-1")
@@ -155,7 +156,7 @@ def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
     write(folder, "tiny", tiny.identity, "sst2", "boolq")
     write(folder, "tiny-boolq", tiny.identity, "boolq")
     found = Calibration({})
-    monkeypatch.setattr("act_export.convert.search_calibration", lambda *_, **__: found)
+    monkeypatch.setattr("act_export.search.resolve.search_calibration", lambda *_, **__: found)
     checkpoint = with_tokenizer(tiny)
     said: list[str] = []
     assert resolve_calibration(checkpoint, CalibrationRequest(task="boolq"), notice=said.append) is found

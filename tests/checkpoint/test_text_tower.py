@@ -30,12 +30,13 @@ from act_export.checkpoint.text_tower import (
     text_tower,
 )
 from act_export.cli import app
-from act_export.convert import export_model, verify_file
 from act_export.errors import CheckpointError, SessionError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
+from act_export.export.job import export_model
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session, generate
+from act_export.verify.parity.job import verify_file
 
 LARGEST_DIFFERENCE = 1e-4  # of a logit
 PAGE = (Path(act_export.__file__).parent / "docs" / "vision.md").read_text(encoding="utf-8")

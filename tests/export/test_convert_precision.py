@@ -15,10 +15,10 @@ from tiny import CALIBRATION, ROUTED, tiny_checkpoint
 
 from act_export.attention.call import UnsupportedModelError
 from act_export.checkpoint.placement import Placement
-from act_export.convert import verify_file
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.export.passes.convert_precision import ConvertPrecisionPass, WeightRangeError
+from act_export.verify.parity.job import verify_file
 
 HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 # Grouped heads, and float32 where it matters: caps, scaled embeddings, norms on heads, a mean of its own, no rotation.

@@ -24,15 +24,15 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from act_export.attention.call import UnsupportedModelError
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
-from act_export.convert import describe_failures, verify_file
 from act_export.export import build_model
 from act_export.export.experts import check_experts, exportable_experts, sorted_experts, translation_table
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.export.slim import slim
 from act_export.export.trace import trace
 from act_export.runtime import Session
-from act_export.verify.dequantized import dequantized
-from act_export.verify.parity import verify_sessions
+from act_export.verify.parity.dequantized import dequantized
+from act_export.verify.parity.job import describe_failures, verify_file
+from act_export.verify.parity.sessions import verify_sessions
 
 EXPERTS, HIDDEN = 4, 8
 ARCHITECTURES = [  # mixtral comes with its types

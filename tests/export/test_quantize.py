@@ -14,17 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint
 
-from act_export.convert import export_model, verify_file
 from act_export.errors import ActExportError
 from act_export.export import build_model
+from act_export.export.job import export_model
 from act_export.export.quantize import quantize_weight
 from act_export.export.slim import slim
 from act_export.export.trace import trace
 from act_export.onnx_file.inspect import inspect_file
 from act_export.onnx_file.precision import Quantization, QuantizationError, quantization_of
-from act_export.runtime.providers import RuntimeNotInstalledError
-from act_export.verify.dequantized import dequantized
-from act_export.verify.quantized_file import quantized_weights
+from act_export.runtime.device import RuntimeNotInstalledError
+from act_export.verify.parity.dequantized import dequantized
+from act_export.verify.parity.job import verify_file
+from act_export.verify.parity.quantized_file import quantized_weights
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 

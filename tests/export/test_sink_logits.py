@@ -13,7 +13,7 @@ from act_export.export import build_model
 from act_export.export.operator import OperatorAttention
 from act_export.ops import schema
 from act_export.runtime import Session
-from act_export.verify.parity import verify_sessions
+from act_export.verify.parity.sessions import verify_sessions
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LOGITS = ([2.0, -1.0, 0.5, 3.0], [0.25, 1.5, -2.0, 4.0])

@@ -17,8 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention
-from act_export.graft import StateLayout, UnsupportedPatternError, graft, remove_graft
+from act_export.graft import StateLayout, UnsupportedPatternError, remove_graft
 from act_export.graft.graph import Graph
+from act_export.graft.job import graft
 from act_export.graft.rewrite import find_sites
 from act_export.graft.site import Layout
 from act_export.onnx_file.inspect import inspect_file

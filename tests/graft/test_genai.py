@@ -15,8 +15,9 @@ import pytest
 from onnx import TensorProto
 
 from act_export.calibration.file import ModelIdentity
-from act_export.graft import GraftError, StateLayout, graft, remove_graft
+from act_export.graft import GraftError, StateLayout, remove_graft
 from act_export.graft.genai import cache_templates, calibrated_config
+from act_export.graft.job import graft
 from act_export.onnx_file.state import State
 from act_export.ops.library import library_path
 from act_export.runtime import Sampling, Session, generate, select

@@ -192,7 +192,7 @@ def test_a_defect_is_told_as_one(
     def fails(*_: object) -> None:
         raise ZeroDivisionError("by accident")
 
-    monkeypatch.setattr(import_module("act_export.graft.graft"), "apply", fails)
+    monkeypatch.setattr(import_module("act_export.graft.job"), "apply", fails)
     result = run(file, "--calibration", calibration, "--out", tmp_path / "out.onnx")
     assert result.exit_code == 3
     assert "this is a defect of act-export" in result.stderr

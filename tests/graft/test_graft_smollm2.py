@@ -15,7 +15,7 @@ from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import find_recipes
 from act_export.checkpoint.load import Checkpoint
 from act_export.export import build_model
-from act_export.graft import graft
+from act_export.graft.job import graft
 from act_export.runtime import Session, generate
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

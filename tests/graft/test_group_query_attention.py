@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from act_export.calibration.file import Calibration
 from act_export.errors import VerificationError
-from act_export.graft import UnsupportedPatternError, graft
+from act_export.graft import UnsupportedPatternError
 from act_export.graft.graph import Graph
+from act_export.graft.job import graft
 from act_export.graft.rewriters import group_query_attention
 from act_export.runtime import Session
 from models import CALIBRATION, NOTHING, PAD, VOCABULARY, Decoder, Reference, prompt

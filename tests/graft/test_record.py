@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from act_export.calibration.file import Calibration
-from act_export.graft import GraftError, StateLayout, graft, remove_graft
+from act_export.graft import GraftError, StateLayout, remove_graft
+from act_export.graft.job import graft
 from act_export.graft.record import digest, record_of
 from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops.library import library_path

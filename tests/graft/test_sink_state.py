@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper
 
-from act_export.graft import StateLayout, graft
+from act_export.graft import StateLayout
+from act_export.graft.job import graft
 from act_export.graft.sink_state import (
     StateNames,
     cache_layer_names,

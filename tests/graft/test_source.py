@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
-from act_export.graft import GraftError, StateLayout, UnsupportedPatternError, graft
+from act_export.graft import GraftError, StateLayout, UnsupportedPatternError
+from act_export.graft.job import graft
 from act_export.graft.source import read_source
 from act_export.onnx_file.output import OutputError
 from act_export.runtime import Session

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from act_export.graft import GraftError, graft
+from act_export.graft import GraftError
 from act_export.graft.graph import Graph
+from act_export.graft.job import graft
 from act_export.graft.well_formed import check_nodes
 from models import CALIBRATION, Decoder
 

@@ -13,13 +13,13 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
 from act_export.calibration.file import ModelIdentity
 from act_export.errors import ActExportError, SessionError
+from act_export.export.triton import read_signature
 from act_export.graft.source import read_source
-from act_export.hosts.signature import read_signature
 from act_export.onnx_file.external_data import check_before_opening, data_files, load_graph, tensors_of
 from act_export.onnx_file.inspect import inspect_file
 from act_export.onnx_file.record import FileRecord
 from act_export.runtime import Session
-from act_export.verify.quantized_file import quantized_weights
+from act_export.verify.parity.quantized_file import quantized_weights
 
 READERS: dict[str, Callable[[Path], object]] = {
     "graft": read_source,

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from tiny import CALIBRATION, tiny_checkpoint
 
-from act_export.convert import export_model, verify_file
+from act_export.export.job import export_model
 from act_export.onnx_file.inspect import inspect_file
 from act_export.onnx_file.pack_sink_state import pack_file, pack_sink_state
 from act_export.onnx_file.record import PACKED, FileRecord
 from act_export.runtime import Session, generate
+from act_export.verify.parity.job import verify_file
 
 _TYPES = {TensorProto.FLOAT: (1, 0.0), TensorProto.FLOAT16: (2, 2.0**-20)}
 """Parts of a sum, and how far one may be from what it was, as a ratio."""

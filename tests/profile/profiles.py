@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration, ModelIdentity
-from act_export.profile.profile import (
+from act_export.profile.sink_profile import (
     ALL,
     GRID,
     MODES,

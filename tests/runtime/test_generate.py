@@ -13,7 +13,7 @@ from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.errors import ActExportError
 from act_export.runtime import Sampling, generate, generate_steps
-from act_export.runtime.generate import left_pad, next_tokens
+from act_export.runtime.sampling import left_pad, next_tokens
 from act_export.runtime.text import stream_text
 
 PROMPTS = [[5, 9, 200, 31, 7, 7, 40], [12, 3], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55]]

@@ -18,8 +18,8 @@ from act_export.errors import ActExportError, CheckpointError
 from act_export.export import build_model
 from act_export.export.metadata import stop_tokens
 from act_export.runtime import Sampling, Session, generate
-from act_export.runtime.generate import left_pad
 from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens, fields_of
+from act_export.runtime.sampling import left_pad
 from act_export.runtime.text import load_generation_settings, stream_text
 
 PROMPTS = [[5, 9, 200, 31, 7, 7, 40], [12, 3], [44, 45, 46, 47, 48, 49, 50, 51, 45, 46]]

@@ -15,8 +15,8 @@ from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint
 from act_export.errors import SessionError
 from act_export.export import build_model
 from act_export.runtime import Sampling, Session, generate
-from act_export.runtime.generate import left_pad, next_tokens
-from act_export.runtime.kv_cache import CopiedCache, InPlaceCache
+from act_export.runtime.cache import CopiedCache, InPlaceCache
+from act_export.runtime.sampling import left_pad, next_tokens
 
 PROMPTS = [[5, 9, 200, 31, 7, 7, 40], [12, 3], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55]]
 

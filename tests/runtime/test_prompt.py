@@ -9,8 +9,8 @@ from tokenizers import processors
 
 from act_export.errors import ActExportError, SessionError
 from act_export.runtime import Sampling, generate
-from act_export.runtime.generate import left_pad
 from act_export.runtime.prompt import encode_prompt
+from act_export.runtime.sampling import left_pad
 from act_export.runtime.text import generation_of_options, stream_text
 from act_export.runtime.token_input import checked_mask
 

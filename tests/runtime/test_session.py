@@ -14,7 +14,7 @@ from tiny import CALIBRATION, VOCABULARY
 from act_export.errors import SessionError
 from act_export.ops import library
 from act_export.runtime import Session, select
-from act_export.runtime.providers import RuntimeNotInstalledError, import_onnxruntime
+from act_export.runtime.device import RuntimeNotInstalledError, import_onnxruntime
 
 
 def prompt(length, batch=1, seed=0):

@@ -10,7 +10,7 @@ from act_export.calibration.recipes import find_recipes
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import FastAttention
 from act_export.tasks import load_examples, prompt_digest, split_examples
-from act_export.verify.evaluate import compare, evaluate, held_out
+from act_export.verify.evaluate.answers import compare, evaluate, held_out
 
 RECIPE = Path(__file__).parents[2] / "models" / "smollm2-135m.json"
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from act_export.tasks import Example
-from act_export.tasks.drawing import drawn, normal_form, sameness
+from act_export.tasks.splits import drawn, normal_form, sameness
 
 
 def asking(key: str, group: str = "") -> Example:

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from act_export.tasks import TaskError, load_task, split_examples
-from act_export.tasks.drawing import drawn
 from act_export.tasks.shots import with_shots
+from act_export.tasks.splits import drawn
 from act_export.tasks.task_definition import Question
 
 TASK = load_task("cb")

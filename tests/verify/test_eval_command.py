@@ -92,7 +92,7 @@ def test_what_cannot_be_evaluated(tiny_file, checkpoint_folder, rows, options, m
 
 
 def test_the_harness_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "act_export.verify.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "act_export.verify.evaluate.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models", None)
     result = CliRunner().invoke(app, ["lm-eval", "--model", "act-onnx"])

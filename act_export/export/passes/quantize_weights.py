@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from act_export.export.passes.convert_precision import routing_nodes
 from act_export.export.passes.replace_node import replace_node
 from act_export.export.quantize import QuantizedWeight, quantize_weight
-from act_export.export.routing import routing_nodes
 from act_export.onnx_file.names import IDS
 from act_export.onnx_file.precision import DOMAIN, DOMAIN_VERSION, Quantization, QuantizationError
 

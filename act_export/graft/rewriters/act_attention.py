@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from act_export.graft.graph import Graph, attribute, describe
-from act_export.graft.operand_site import OperandSite
-from act_export.graft.site import AttentionTerms, CacheNames, layer_of
+from act_export.graft.site import AttentionTerms, CacheNames, OperandSite, layer_of
 from act_export.ops import schema
 
 _MASK = "attention_mask"

@@ -15,8 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from act_export.graft.errors import UnsupportedPatternError
-from act_export.graft.graph import Graph, attribute, describe, reads
+from act_export.graft.graph import Graph, UnsupportedPatternError, attribute, describe, reads
 from act_export.graft.mask import LogitPart, read_logits
 from act_export.graft.probe import Part
 from act_export.graft.site import (

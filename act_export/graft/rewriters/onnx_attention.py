@@ -12,11 +12,9 @@ from typing import Any
 
 import onnx
 
-from act_export.graft.errors import UnsupportedPatternError
-from act_export.graft.graph import Graph, attribute, describe
-from act_export.graft.operand_site import OperandSite
+from act_export.graft.graph import Graph, UnsupportedPatternError, attribute, describe
 from act_export.graft.operator_mask import MaskReader, OperatorMask
-from act_export.graft.site import AttentionTerms, CacheNames, Layout, layer_of
+from act_export.graft.site import AttentionTerms, CacheNames, Layout, OperandSite, layer_of
 from act_export.graft.surroundings import check_cache, flat_output, head_repeats, joined_cache, new_tokens, unused_nodes
 
 _INPUTS = ("query", "key", "value", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")

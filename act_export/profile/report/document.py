@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.calibration.file import Calibration
-from act_export.profile.profile import GRID, MODES, ExamplePrompt, Floats, SinkProfile, SinkStatistics
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.attention_maps import STEPS, encode_shares, head_maps, layer_maps
 from act_export.profile.report.facts import effect_facts, key_facts, threshold_text
@@ -36,6 +35,7 @@ from act_export.profile.report.figures import (
 )
 from act_export.profile.report.theme import PAGE_COLOURS, RAMP_ON_DARK, RAMP_ON_LIGHT, page_config
 from act_export.profile.report.token_text import visible_text
+from act_export.profile.sink_profile import GRID, MODES, ExamplePrompt, Floats, SinkProfile, SinkStatistics
 
 TOKENS = 50
 """Rows of the table of sink tokens."""

@@ -18,7 +18,6 @@ import vl_convert
 from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
 from act_export.files import write_whole
-from act_export.profile.profile import ABSOLUTE, ALL, GRID, MODES, RELATIVE, SinkProfile
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import TOKENS, page_document
 from act_export.profile.report.facts import key_facts, threshold_text
@@ -34,6 +33,7 @@ from act_export.profile.report.sections import (
     source_row,
     summary,
 )
+from act_export.profile.sink_profile import ABSOLUTE, ALL, GRID, MODES, RELATIVE, SinkProfile
 
 _MODE_NAMES = {ABSOLUTE: "absolute", RELATIVE: "relative to length"}
 

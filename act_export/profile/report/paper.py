@@ -11,7 +11,6 @@ import vl_convert
 from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
 from act_export.files import write_whole
-from act_export.profile.profile import ABSOLUTE, SinkProfile
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.attention_maps import layer_maps, map_picture
 from act_export.profile.report.figure_data import (
@@ -37,6 +36,7 @@ from act_export.profile.report.figures import (
     position_layers,
 )
 from act_export.profile.report.theme import PAPER_COLOURS, RAMP_ON_LIGHT, paper_config
+from act_export.profile.sink_profile import ABSOLUTE, SinkProfile
 
 FORMATS = ("png", "svg")
 SINGLE_COLUMN, DOUBLE_COLUMN = 246, 510

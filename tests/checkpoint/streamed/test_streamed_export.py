@@ -23,16 +23,17 @@ from typer.testing import CliRunner
 import act_export.checkpoint.streamed.decide as decide
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
-from act_export.checkpoint.streamed.cut import cut_calibration, cut_checkpoint, describe_cut
 from act_export.cli import app
-from act_export.convert import CalibrationRequest, export_model, resolve_calibration, with_quantized_weights
 from act_export.errors import ActExportError, CheckpointError, VerificationError
 from act_export.export import build_model
+from act_export.export.cut import cut_calibration, cut_checkpoint, describe_cut
+from act_export.export.job import export_model, with_quantized_weights
 from act_export.export.trace import trace
 from act_export.onnx_file.inspect import inspect_file
 from act_export.onnx_file.output import save_model
-from act_export.verify.metrics import Metrics
-from act_export.verify.parity_report import ParityReport
+from act_export.search.resolve import CalibrationRequest, resolve_calibration
+from act_export.verify.parity.metrics import Metrics
+from act_export.verify.parity.parity_report import ParityReport
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ def test_nothing_is_written_where_the_first_layers_disagree(folder, tmp_path, mo
     same = Metrics(1, 1.0, 1.0, 0.0, 0.0, 0)
     failed = ParityReport("float32", same, hook_passed=False, engines=())
     built: list[str] = []
-    monkeypatch.setattr("act_export.convert.build_model", lambda *given, **_: built.append(given[2].name))
-    monkeypatch.setattr("act_export.convert.verify_file", lambda *_, **__: failed)
+    monkeypatch.setattr("act_export.export.job.build_model", lambda *given, **_: built.append(given[2].name))
+    monkeypatch.setattr("act_export.verify.parity.job.verify_file", lambda *_, **__: failed)
     with pytest.raises(VerificationError, match="nothing was written"):
         export_model(load_checkpoint(str(folder), stream=True), None, tmp_path / "a.onnx")
     assert built == ["cut.onnx"]
@@ -190,7 +191,7 @@ def test_a_shard_that_goes_away(tmp_path, monkeypatch):
     checkpoint = load_checkpoint(str(save_in_shards(tmp_path / "checkpoint")), stream=True)
     first_shard(tmp_path / "checkpoint").unlink()
     read_all = lambda *_, **__: [checkpoint.streamed.read(name) for name in checkpoint.streamed.origins]  # noqa: E731
-    monkeypatch.setattr("act_export.convert.build_model", read_all)
+    monkeypatch.setattr("act_export.export.job.build_model", read_all)
     with pytest.raises(CheckpointError, match="can't read"):
         export_model(checkpoint, None, tmp_path / "a.onnx", verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -218,7 +219,7 @@ def test_other_files_are_loaded_whole(tmp_path, monkeypatch):
 MEASURED = """
 import sys
 from pathlib import Path
-import act_export.convert
+import act_export.export.job
 from act_export.checkpoint.load import load_checkpoint
 from act_export.export import build_model
 

@@ -9,7 +9,7 @@ from shards_on_disk import change_index, save_in_shards
 
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.checkpoint.streamed.weights import model_with_weights
-from act_export.export.hollow import hollow_tensors, is_large
+from act_export.export.lazy_weights import hollow_tensors, is_large
 
 # Plain, tied, transposed in the checkpoint, with a prefix to be renamed, with experts to be joined, with sinks.
 ARCHITECTURES = ("llama", "gpt2", "gemma3_text", "bloom", "mixtral", "qwen3_moe", "gpt_oss")

@@ -14,12 +14,12 @@ from one_token import one_token_profile
 from profiles import random_profile, some_calibration
 
 from act_export.calibration.file import Calibration
-from act_export.profile.profile import SinkProfile
 from act_export.profile.report import TaskAccuracy, write_report
 from act_export.profile.report.facts import effect_facts, key_facts
 from act_export.profile.report.page import plotting_library
 from act_export.profile.report.theme import RAMP_ON_DARK, RAMP_ON_LIGHT
 from act_export.profile.report.token_text import visible_text
+from act_export.profile.sink_profile import SinkProfile
 
 LAYERS, HEADS = 6, 4
 HOSTILE = (

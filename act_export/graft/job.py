@@ -1,0 +1,245 @@
+"""The whole job: an exported model -> the same model, calibrated; and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+from act_export.graft import genai
+from act_export.graft.check import check_layer
+from act_export.graft.graph import GraftError, Graph
+from act_export.graft.metadata import add_metadata, identity_of
+from act_export.graft.output import check_target, write
+from act_export.graft.record import record_of, undo
+from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supported
+from act_export.graft.sink_state import StateLayout
+from act_export.graft.site import AttentionSite
+from act_export.graft.source import ModelSource, read_source
+from act_export.graft.well_formed import check_nodes
+from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.onnx_file.pack_sink_state import pack_sink_state
+from act_export.ops import schema
+from act_export.ops.library import LibraryNotFoundError, library_path
+from act_export.progress import Notice
+
+
+@dataclass(frozen=True)
+class Grafted:
+    """What was written.
+
+    Attributes:
+        path: The ONNX file.
+        calibration: Baked in.
+        layers: Calibrated layers.
+        num_layers: Of the model.
+        patterns: Operator that was replaced -> how often.
+        difference: Largest difference of a rewritten layer with beta = 1 from what was there; None if not compared.
+        layout: Where the sink state is.
+        notes: What the user should know of.
+    """
+
+    path: Path
+    calibration: Calibration
+    layers: tuple[int, ...]
+    num_layers: int
+    patterns: Mapping[str, int]
+    difference: float | None
+    layout: StateLayout
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a removal wrote.
+
+    Attributes:
+        path: The ONNX file, as it was before the graft.
+        layers: That were calibrated.
+    """
+
+    path: Path
+    layers: tuple[int, ...]
+
+
+def graft(
+    path: str | os.PathLike[str],
+    calibration: Calibration,
+    out: str | os.PathLike[str],
+    *,
+    layout: StateLayout | None = None,
+    native: bool = True,
+    check: bool = True,
+    progress: Notice = lambda _: None,
+) -> Grafted:
+    """Calibrates a model that was exported before.
+
+    Args:
+        path: An ONNX file, or a folder with one; of onnxruntime-genai's builder, Olive, optimum or act-export.
+        calibration: Which heads.
+        out: A file `*.onnx`, or a folder, which also gets what else is in the input's folder. Weights in files of their
+            own stay as they are: named again where the new graph lies beside the old one, copied otherwise.
+        layout: Where the sink state goes; None for layers of the cache in a folder for onnxruntime-genai, else inputs
+            of its own.
+        native: A folder for onnxruntime-genai loads the native library from its side; otherwise the portable functions
+            run.
+        check: Compare each rewritten layer with what was there.
+        progress: Called with what is being done.
+
+    Raises:
+        GraftError: If the input isn't whole, was calibrated before, has an attention that can't be replaced, or the
+            output is in the way of something.
+        CalibrationError: If the calibration doesn't fit the model.
+        VerificationError: If a rewritten layer computes something else; nothing is written then.
+    """
+    out = Path(out)
+    progress("reading the graph")
+    source = read_source(path)
+    check_target(source, out)
+    _refuse_calibrated(source)
+    library = _library() if native and source.folder is not None else None
+    before = source.model
+    check_nodes(before.graph, str(source.path))
+    after = onnx.ModelProto.FromString(before.SerializeToString())
+    graph = Graph(after.graph, after.opset_import)
+    sites = find_sites(graph)
+    identity = identity_of(source, sites, calibration)
+    _check_fits(calibration, identity, sites)
+    if layout is StateLayout.PACKED and source.is_genai_folder:
+        raise GraftError(
+            f"--state-in-cache is for hosts such as optimum; a folder with {GENAI_CONFIG} has the state in further "
+            f"layers of the cache without it: leave it out"
+        )
+    if layout is None:
+        layout = StateLayout.CACHE_LAYERS if source.is_genai_folder else StateLayout.SCORES
+    templates = None
+    if layout is StateLayout.CACHE_LAYERS:
+        if source.config_name != GENAI_CONFIG:
+            raise GraftError(f"the sink state can be layers of the cache only in a folder with {GENAI_CONFIG}")
+        templates = genai.cache_templates(source.config)
+    written_as = StateLayout.SCORES if layout is StateLayout.PACKED else layout
+    rewritten = rewrite(after, graph, sites, calibration, written_as, templates)
+    removed = apply(after, graph, rewritten)
+    packed = pack_sink_state(after) if layout is StateLayout.PACKED else None
+    notes: list[str] = []
+    config: str | None = None
+    if source.is_genai_folder:
+        loaded = library.name if library is not None else None
+        name = source.path.name
+        changed, notes = genai.calibrated_config(source.config, calibration.heads, len(sites), name, loaded)
+        config = genai.dump(changed)
+    add_metadata(source, after, sites, rewritten, removed, identity, calibration, packed)
+    found = _check(source, before, after, rewritten, progress) if check else []
+    difference = max((each for each in found if each is not None), default=None)
+    if None in found:
+        notes.append(
+            f"{found.count(None)} of {len(found)} layers weren't compared with what was there: ONNX Runtime can't run "
+            f"theirs on a CPU, in bfloat16 or with norms inside the attention"
+        )
+    notes += _padding_in_windows(rewritten, layout)
+    written = write(source, after, out, config, library, progress)
+    return Grafted(
+        path=written,
+        calibration=calibration,
+        layers=tuple(rewritten.layers),
+        num_layers=len(sites),
+        patterns=_patterns(rewritten),
+        difference=difference,
+        layout=layout,
+        notes=tuple(notes),
+    )
+
+
+def remove_graft(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, progress: Notice = lambda _: None
+) -> Removed:
+    """Takes the calibration out again: the graph as it was, node for node.
+
+    Args:
+        path: A file or folder that `graft` wrote.
+        out: As of `graft`.
+        progress: Called with what is being done.
+
+    Raises:
+        GraftError: If the input wasn't grafted, isn't whole, or was changed afterwards.
+    """
+    out = Path(out)
+    progress("reading the graph")
+    source = read_source(path)
+    check_target(source, out)
+    record = undo(source.model)
+    library = _library() if record.had_library else None
+    return Removed(write(source, source.model, out, record.genai_config, library, progress), record.layers)
+
+
+def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mapping[int, AttentionSite]) -> None:
+    for layer in calibration.heads:
+        if layer in sites:
+            supported(sites, layer)  # of an attention that isn't understood, heads aren't known either
+    calibration.check_fits(identity)
+    if not calibration.num_calibrated_heads:
+        raise CalibrationError("the calibration has no heads, so there is nothing to graft")
+    for layer, heads in calibration.heads.items():
+        terms = sites[layer].terms if layer in sites else None
+        if terms is not None and heads[-1] >= terms.num_heads:
+            raise CalibrationError(
+                f"head {heads[-1]} of layer {layer} is out of range; the layer has heads 0 to {terms.num_heads - 1}"
+            )
+
+
+def _library() -> Path:
+    try:
+        return library_path()
+    except LibraryNotFoundError as error:
+        raise GraftError(f"{error} Or pass --portable, which needs none") from error
+
+
+def _refuse_calibrated(source: ModelSource) -> None:
+    if record_of(source.model) is not None:
+        raise GraftError(
+            f"{source.path} was grafted before; take its graft out first: "
+            f"act-export graft {source.folder or source.path} --remove --out PLAIN"
+        )
+    if any(node.op_type == schema.CALIBRATED and node.domain == schema.DOMAIN for node in source.model.graph.node):
+        raise GraftError(
+            f"{source.path} has a calibration already, from its export; graft the plain export, of act-export MODEL "
+            f"--plain"
+        )
+
+
+def _check(
+    source: ModelSource, before: onnx.ModelProto, after: onnx.ModelProto, rewritten: Rewritten, progress: Notice
+) -> list[float | None]:
+    found = []
+    for number, layer in rewritten.layers.items():
+        progress(f"comparing layer {number} with what was there")
+        found.append(check_layer(before, after, source.path.parent, layer))
+    return found
+
+
+def _padding_in_windows(rewritten: Rewritten, layout: StateLayout) -> list[str]:
+    """onnxruntime-genai puts padding behind shorter prompts, and what is generated behind that."""
+    layers = [str(number) for number, layer in rewritten.layers.items() if _has_window(layer.site)]
+    if not layers or layout is not StateLayout.CACHE_LAYERS:
+        return []
+    return [
+        f"the sliding window of layer {', '.join(layers)} counts padding too: give a batch prompts of the same length"
+    ]
+
+
+def _has_window(site: AttentionSite) -> bool:
+    return site.terms is not None and site.terms.sliding_window >= 0
+
+
+def _patterns(rewritten: Rewritten) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for layer in rewritten.layers.values():
+        nodes = layer.site.nodes
+        named = next((node for node in nodes if "Attention" in node.op_type), None)
+        kind = named.op_type if named is not None else "attention of single operators"
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts

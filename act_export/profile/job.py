@@ -1,0 +1,208 @@
+"""The profile command's job: prompts by name, which calibration to show, and where unfinished work is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from act_export.calibration.file import DEFAULT_BETA, Calibration
+from act_export.checkpoint.load import Checkpoint
+from act_export.files import cache_folder
+from act_export.profile import ProfileError, ProfileOptions, PromptSource, SinkProfile, profile_sinks
+from act_export.profile.prompts import rows_without_answers, text_prompts
+from act_export.profile.run import EffectsOf, check_names
+from act_export.progress import Progress
+from act_export.search.gates import gate_gradients
+from act_export.tasks import (
+    EncodedExample,
+    Example,
+    TaskError,
+    TaskExamples,
+    TaskOptions,
+    encode_examples,
+    load_questions,
+    split_examples,
+)
+from act_export.tasks.splits import RANK, drawn
+
+LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class ProfileJob:
+    """What to profile, and how.
+
+    Attributes:
+        tasks: Names of tasks, or paths of task files. The questions are those that a search with the same seed ranks
+            heads with, at most 96 of each and fewer of a small set, so none that it reports accuracies on.
+        data: JSON Lines files of questions, for which the same holds, or of prompts alone.
+        texts: Text files.
+        prompts: Of each source at the most.
+        length: Tokens of a sequence that texts are cut into; None for 1024, or what the model takes where that is less.
+        scoring: As in `act_export.tasks.TaskOptions`; matters for effects.
+        shots: Few-shot examples before each question.
+        chat: Put questions into the model's chat template.
+        truncate: Cut prompts that are too long on the left.
+        seed: Of the draw.
+        effects: Measure what calibrating each head would change, where questions have answers.
+        options: Thresholds and batches.
+    """
+
+    tasks: tuple[str, ...] = ()
+    data: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()
+    prompts: int = RANK
+    length: int | None = None
+    scoring: str | None = None
+    shots: int = 0
+    chat: bool = False
+    truncate: bool = False
+    seed: int = 0
+    effects: bool = True
+    options: ProfileOptions = field(default_factory=ProfileOptions)
+
+    def __post_init__(self) -> None:
+        """Raises ProfileError for a number out of range."""
+        for name in ("prompts", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ProfileError(f"--{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class SourceQuestions:
+    """The questions of one source, before they are tokens.
+
+    Attributes:
+        name: A task's, or a file's.
+        examples: Those to profile.
+        task: How answers are scored; None where there are none.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    task: TaskExamples | None
+
+
+def load_prompts(job: ProfileJob) -> list[SourceQuestions]:
+    """The questions of tasks and data files, before any model is loaded.
+
+    Raises:
+        ActExportError: If there is no such task or file, or it can't be used, see `act_export.tasks.load_questions`.
+    """
+    unanswered = {path: rows_without_answers(path) for path in dict.fromkeys(job.data)}
+    answered = load_questions(
+        job.tasks,
+        [path for path, rows in unanswered.items() if rows is None],
+        TaskOptions(job.scoring, job.shots, job.seed),
+    )
+    found = [SourceQuestions(task.name, tuple(_ranking(task.examples, job)), task) for task in answered]
+    found += [
+        SourceQuestions(path.name, tuple(drawn(rows, job.seed)[: job.prompts]), None)
+        for path, rows in unanswered.items()
+        if rows is not None
+    ]
+    for path in job.texts:
+        if not path.is_file():
+            raise ProfileError(f"there is no text file {path}")
+    check_names([*(source.name for source in found), *(path.name for path in dict.fromkeys(job.texts))])
+    return found
+
+
+def encode_prompts(checkpoint: Checkpoint, job: ProfileJob, questions: Sequence[SourceQuestions]) -> list[PromptSource]:
+    """The sources as tokens.
+
+    Raises:
+        TaskError: If the checkpoint has no tokenizer, or a prompt is too long, naming it.
+        ProfileError: If a text can't be used.
+    """
+    longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    sources = []
+    for asked in questions:
+        encoded = tuple(
+            encode_examples(
+                checkpoint.tokenizer, asked.examples, max_length=longest, chat=job.chat, truncate=job.truncate
+            )
+        )
+        measured = job.effects and asked.task is not None
+        sources.append(
+            PromptSource(
+                asked.name,
+                tuple(example.prompt for example in encoded),
+                encoded if measured else (),
+                _effects(checkpoint, asked.task, job) if asked.task is not None and measured else None,
+                f"beta {DEFAULT_BETA}, per token {asked.task.length_normalized}" if asked.task is not None else "",
+            )
+        )
+    length = job.length if job.length is not None else min(LENGTH, longest or LENGTH)
+    if longest is not None and job.texts and length > longest:
+        raise ProfileError(f"--length is {length}; the model takes {longest} tokens")
+    sources += [
+        PromptSource(path.name, text_prompts(checkpoint.tokenizer, path, length=length, most=job.prompts))
+        for path in dict.fromkeys(job.texts)
+    ]
+    return sources
+
+
+def run_profile(
+    checkpoint: Checkpoint,
+    job: ProfileJob,
+    questions: Sequence[SourceQuestions],
+    *,
+    calibration: Calibration | None = None,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> SinkProfile:
+    """Does the job; one that was interrupted goes on where it stopped.
+
+    Args:
+        checkpoint: The model.
+        job: What to do.
+        questions: What `load_prompts` gave.
+        calibration: To show what it changes on one prompt of each source.
+        out: Where to write the profile.
+        progress: Called before every batch.
+
+    Raises:
+        ActExportError: As `encode_prompts` and `act_export.profile.profile_sinks`.
+    """
+    sources = encode_prompts(checkpoint, job, questions)
+    notes: dict[str, object] = {"seed": job.seed, "shots": job.shots, "chat": job.chat}
+    if any(source.effects is not None for source in sources):
+        notes |= {"effects_beta": DEFAULT_BETA, "effects_threshold": job.options.absolute_threshold}
+    return profile_sinks(
+        checkpoint,
+        sources,
+        job.options,
+        calibration=calibration,
+        partial=cache_folder() / "profiles",
+        out=out,
+        progress=progress,
+        notes=notes,
+    )
+
+
+def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
+    """The questions that a search would rank heads with; of a set that can't be searched on, the first drawn."""
+    try:
+        return split_examples(examples, seed=job.seed).rank[: job.prompts]
+    except TaskError:  # too few, or too few with one of the answers: no matter here
+        return drawn(examples, job.seed)[: job.prompts]
+
+
+def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> EffectsOf:
+    def measure(batch: Sequence[EncodedExample]) -> Tensor:
+        return gate_gradients(
+            checkpoint.model,
+            batch,
+            num_layers=checkpoint.identity.num_layers,
+            num_heads=checkpoint.identity.num_heads,
+            beta=DEFAULT_BETA,
+            threshold=job.options.absolute_threshold,
+            length_normalized=task.length_normalized,
+        )
+
+    return measure

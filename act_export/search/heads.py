@@ -1,0 +1,368 @@
+"""Checkpoint and questions -> calibrations: which heads answer better when their later sinks are calibrated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from act_export.calibration.file import Calibration, Provenance
+from act_export.checkpoint.identity import fingerprint
+from act_export.checkpoint.load import Checkpoint
+from act_export.progress import Progress
+from act_export.search.answers import (
+    CHOOSE,
+    CONTENT_FREE,
+    RANK,
+    REPORT,
+    Answers,
+    EncodedTask,
+    answer,
+    cost_of,
+    encode_task,
+)
+from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
+from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
+from act_export.search.processes import Workers, process_index, same_everywhere
+from act_export.search.provenance import hub_model, package_versions, search_provenance, tried
+from act_export.search.rank import Effects, rank_heads, ranking_cost
+from act_export.search.request import SearchError, SearchOptions, SearchTask
+from act_export.search.results import (
+    Gain,
+    SearchResult,
+    TaskReport,
+    average_gain,
+    choice_bias_accuracies,
+    gain_of,
+    label_prior_accuracy,
+    predicted_shares,
+)
+from act_export.tasks import question_digests
+
+JOINT = "joint"
+_JOURNAL_VERSION = 1  # another one where the same key may stand for another result
+
+
+def search_heads(
+    checkpoint: Checkpoint,
+    tasks: Sequence[SearchTask],
+    options: SearchOptions | None = None,
+    *,
+    journal: str | os.PathLike[str] | None = None,
+    journals: str | os.PathLike[str] | None = None,
+    joint: bool = True,
+    published: Mapping[str, Calibration] | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Ranks all heads, chooses how many, and measures what that gains, for each task and for all together.
+
+    The three splits of a task keep the three steps honest: heads are ranked on one, their number and strength (or
+    none) are decided on the second, and the accuracies come from the third, which takes no part in either. Every
+    calibration's provenance has the digests of the first two's questions, so that no later evaluation counts them.
+
+    Under `torchrun` the processes share the work, and all get the same result.
+
+    Args:
+        checkpoint: The model; its parameters stay as they are and receive no gradient.
+        tasks: At least one, with different names.
+        options: How to search; None for the defaults.
+        journal: Folder that keeps finished work: the same search goes on from there.
+        journals: Instead, a folder in which every search has such a folder of its own. With neither nothing is kept.
+        joint: With several tasks, also find one set for all.
+        published: Head sets to report beside the found ones, by name.
+        progress: Called after every batch.
+
+    Returns:
+        Calibrations that fit this checkpoint only, and what they gain.
+
+    Raises:
+        SearchError: For no task, or two of one name.
+        TaskError: If the checkpoint has no tokenizer or an example can't be scored.
+        ScoringError: If the model's scores aren't finite, naming the prompt.
+        JournalError: If the journal is another search's.
+        ProcessError: If the processes don't do the same search.
+        UnsupportedModelError: If the model's attention can't be replaced.
+    """
+    options = options or SearchOptions()
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) < len(names):
+        raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
+    encoded = [encode_task(checkpoint, task, options) for task in _apart(tasks)]
+    description = describe_search(checkpoint, encoded, options)
+    joint = joint and len(encoded) > 1
+    same_everywhere({**description, **asdict(options), "joint": joint, "published": sorted(published or ())})
+    if journal is None and journals is not None:
+        journal = Path(journals) / hashlib.sha256(json.dumps([FORMAT_VERSION, description]).encode()).hexdigest()[:16]
+        kept = _open_if_possible(journal, description)
+    else:
+        kept = Journal(journal, description, process=process_index()) if journal is not None else None
+    workers = Workers(
+        kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint), progress=progress
+    )
+    search = _Search(checkpoint, encoded, options, published or {}, workers)
+    try:
+        result = search.run(joint)
+    finally:
+        if kept is not None:
+            kept.close()
+    workers.finish()
+    return result
+
+
+def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions) -> dict[str, Any]:
+    """What a journal is recognised by: all that a unit's result depends on and its key doesn't say.
+
+    Method, betas, thresholds and numbers of heads are in the keys, so a search with others goes on from the same
+    journal.
+    """
+    own = {"weights": fingerprint(checkpoint.model)} if checkpoint.weights else {}
+    return {
+        "journal": _JOURNAL_VERSION,
+        "model": checkpoint.identity.fingerprint,
+        **own,
+        "configuration": _configuration_digest(checkpoint),
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "questions": {task.task.name: task.digest for task in tasks},
+        "batch_tokens": options.batch_tokens,
+        "versions": package_versions(),
+    }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A decision: the calibration, and the choice that led to it."""
+
+    calibration: Calibration
+    choice: Choice
+
+
+class _Search:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tasks: Sequence[EncodedTask],
+        options: SearchOptions,
+        published: Mapping[str, Calibration],
+        workers: Workers,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.tasks = tasks
+        self.options = options
+        self.published = published
+        self.workers = workers
+
+    def run(self, joint: bool) -> SearchResult:
+        ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint)
+        plain = self._answer("choosing how many", [(task, CHOOSE, None) for task in self.tasks])
+        found = {
+            task.task.name: self._choose([task], effects, [answers])
+            for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
+        }
+        together = self._choose(self.tasks, ranking.joint, plain) if joint else None
+        reported = self._report(found, together)
+        passes = {
+            task.task.name: sum(effects.passes for effects in of_task)
+            for task, of_task in zip(self.tasks, ranking.own, strict=True)
+        }
+        reports = {
+            task.task.name: _task_report(task, found[task.task.name], reported[task.task.name], passes[task.task.name])
+            for task in self.tasks
+        }
+        calibrations = {
+            task.task.name: replace(
+                found[task.task.name].calibration,
+                provenance=self._provenance([task], found[task.task.name], reports, [reports[task.task.name].own]),
+            )
+            for task in self.tasks
+        }
+        plain_answers = {name: answers["plain"] for name, answers in reported.items()}
+
+        def average(kind: str) -> Gain:
+            return average_gain(plain_answers, {name: a.get(kind, a["plain"]) for name, a in reported.items()})
+
+        return SearchResult(
+            calibrations,
+            None
+            if together is None
+            else replace(
+                together.calibration,
+                provenance=self._provenance(
+                    self.tasks, together, reports, [report.joint for report in reports.values()], average(JOINT)
+                ),
+            ),
+            reports,
+            average("own") if len(self.tasks) > 1 else None,
+            average(JOINT) if together is not None else None,
+            (self.workers.computed, len(self.workers.needed)),
+            self.workers.journal.damaged if self.workers.journal is not None else 0,
+        )
+
+    def _choose(self, tasks: Sequence[EncodedTask], effects: Sequence[Effects], plain: Sequence[Answers]) -> _Found:
+        """The decision on these tasks together.
+
+        Args:
+            tasks: One, or all.
+            effects: By threshold.
+            plain: By task, the plain model's answers.
+        """
+        candidates: list[Calibration] = []
+        for threshold, of_threshold in zip(self.options.thresholds, effects, strict=True):
+            candidates += candidate_calibrations(
+                of_threshold.log_likelihood, self.options.head_counts, threshold, self.checkpoint.identity
+            )
+        flat = self._answer(
+            "choosing how many" if len(tasks) == 1 else "choosing a joint set",
+            [(task, CHOOSE, candidate) for candidate in candidates for task in tasks],
+        )
+        rows = [flat[start : start + len(tasks)] for start in range(0, len(flat), len(tasks))]
+        choice = choose(candidates, plain, rows)
+        chosen = choice.chosen.calibration
+        if not chosen.heads:
+            first = self.options.thresholds[0]
+            chosen = Calibration({}, self.options.betas[0], first.value, first.mode, self.checkpoint.identity)
+        return _Found(chosen, choice)
+
+    def _report(self, found: Mapping[str, _Found], together: _Found | None) -> dict[str, dict[str, Answers]]:
+        """By task, answers to the report split: plain, own, joint, random heads, published sets; and content-free."""
+        requests: list[tuple[EncodedTask, str, Calibration | None]] = []
+        labels: list[tuple[str, str]] = []
+
+        def ask(task: EncodedTask, label: str, calibration: Calibration | None, split: str = REPORT) -> None:
+            requests.append((task, split, calibration))
+            labels.append((task.task.name, label))
+
+        for task in self.tasks:
+            ask(task, "plain", None)
+            ask(task, CONTENT_FREE, None, CONTENT_FREE)
+            own = found[task.task.name].calibration
+            if own.heads:
+                ask(task, "own", own)
+                for draw in range(self.options.random_draws):
+                    seed = self.options.seed + draw
+                    ask(task, f"random {draw}", other_heads(own, self.checkpoint.identity, seed=seed))
+            if together is not None and together.calibration.heads:
+                ask(task, JOINT, together.calibration)
+            for name, calibration in self.published.items():
+                ask(task, f"published {name}", calibration)
+        reported: dict[str, dict[str, Answers]] = {}
+        for (task_name, label), answers in zip(labels, self._answer("measuring the gain", requests), strict=True):
+            reported.setdefault(task_name, {})[label] = answers
+        return reported
+
+    def _provenance(
+        self,
+        tasks: Sequence[EncodedTask],
+        found: _Found,
+        reports: Mapping[str, TaskReport],
+        gains: Sequence[Gain | None],
+        average: Gain | None = None,
+    ) -> Provenance:
+        return search_provenance(
+            found.calibration,
+            found.choice,
+            [task.task for task in tasks],
+            [reports[task.task.name] for task in tasks],
+            gains,
+            self.options,
+            dtype=self.checkpoint.model.dtype,
+            weights=self.checkpoint.weights,
+            model=hub_model(self.checkpoint),
+            average=average,
+        )
+
+    def _answer(self, step: str, requests: Sequence[tuple[EncodedTask, str, Calibration | None]]) -> list[Answers]:
+        return answer(self.checkpoint, requests, self.options, self.workers, step=step)
+
+
+def _task_report(task: EncodedTask, found: _Found, answers: Mapping[str, Answers], passes: float) -> TaskReport:
+    plain, own, choice = answers["plain"], answers.get("own"), found.choice
+    splits = task.task.splits
+    generated = task.task.generation is not None
+    return TaskReport(
+        task=task.task.name,
+        plain_accuracy=round(plain.accuracy, 4),
+        own=gain_of(plain, own) if own is not None else None,
+        joint=gain_of(plain, answers[JOINT]) if JOINT in answers else None,
+        random_heads=tuple(round(a.accuracy, 4) for label, a in answers.items() if label.startswith("random ")),
+        label_prior=label_prior_accuracy(task, plain, answers[CONTENT_FREE]),
+        choice_bias=choice_bias_accuracies(
+            task, (plain, own), (choice.candidates[0].answers[0], choice.chosen.answers[0])
+        )
+        if own is not None
+        else None,
+        published={
+            label.removeprefix("published "): round(a.accuracy, 4)
+            for label, a in answers.items()
+            if label.startswith("published ")
+        },
+        predicted_shares=predicted_shares(plain, own) if own is not None and not generated else None,
+        p=round(choice.p, 4),
+        choose_accuracy=tried(choice),
+        forward_passes=round(passes, 1),
+        sizes={RANK: len(splits.rank), CHOOSE: len(splits.choose), REPORT: len(splits.report)},
+        duplicates=splits.duplicates,
+    )
+
+
+def _planned_cost(
+    checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions, published: int, joint: bool
+) -> float:
+    """About what the whole search costs, in the unit of `Unit.cost`."""
+    layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
+    weak = sum(beta < 1 for beta in options.betas)
+    ways = len(options.betas) + weak * (len(options.betas) - weak)
+    candidates = ways * len(options.thresholds) * len(options.head_counts)
+    times = {
+        CHOOSE: 1 + candidates * (2 if joint else 1),
+        REPORT: 2 + options.random_draws + published + joint,
+        CONTENT_FREE: 1,
+    }
+    total = 0.0
+    for task in tasks:
+        total += ranking_cost(task, options, layers, heads)
+        total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
+    return total
+
+
+def _open_if_possible(folder: Path, description: Mapping[str, Any]) -> Journal | None:
+    """A journal that nobody asked for: where the folder can't be written to, the search does without."""
+    try:
+        return Journal(folder, description, process=process_index())
+    except JournalError:
+        return None
+
+
+def _configuration_digest(checkpoint: Checkpoint) -> str:
+    """Different where the same weights compute something else: other windows, rotary scaling, tokens that end."""
+    settings = checkpoint.model.config.to_dict()
+    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"):
+        settings.pop(name, None)
+    generation = checkpoint.model.generation_config
+    ends = generation.eos_token_id if generation is not None else None
+    return hashlib.sha256(json.dumps([settings, ends], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:
+    """The tasks without questions to report on that another task ranks or chooses with.
+
+    Raises:
+        SearchError: If a task has none left.
+    """
+    used = [
+        {digest for e in (*task.splits.rank, *task.splits.choose) for digest in question_digests(e)} for task in tasks
+    ]
+    apart = []
+    for index, task in enumerate(tasks):
+        others = set().union(*used[:index], *used[index + 1 :])
+        left = tuple(e for e in task.splits.report if others.isdisjoint(question_digests(e)))
+        if not left:
+            raise SearchError(
+                f"all questions that {task.name} would be reported on are used by another task's search; search on "
+                f"them one at a time"
+            )
+        apart.append(replace(task, splits=replace(task.splits, report=left)))
+    return apart

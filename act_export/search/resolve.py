@@ -1,0 +1,182 @@
+"""The calibration to use: given, shipped, or searched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from act_export.calibration.file import Calibration
+from act_export.calibration.recipes import announce, find_recipes, named_calibration, named_recipe
+from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
+from act_export.progress import Notice, Progress
+from act_export.search import SearchOptions, Threshold
+from act_export.search.job import SearchJob, run_search
+
+DEFAULT_TASK = "sst2"
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What the user said about the calibration.
+
+    Attributes:
+        plain: No calibrated heads: the baseline.
+        calibration: A calibration file, or the name of a shipped recipe.
+        task: Search on this task.
+        data: Search on this JSON Lines file of prompts, choices and answers.
+        beta: Instead of the calibration's.
+        threshold: Instead of the calibration's.
+        threshold_mode: Instead of the calibration's.
+        seed: Of a search's splits.
+    """
+
+    plain: bool = False
+    calibration: str | os.PathLike[str] | None = None
+    task: str | None = None
+    data: Path | None = None
+    beta: float | None = None
+    threshold: float | None = None
+    threshold_mode: str | None = None
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        """Raises ActExportError for options that contradict each other, or a calibration that isn't there."""
+        sources = [
+            name
+            for name, given in (
+                ("--plain", self.plain),
+                ("--calibration", self.calibration),
+                ("--task", self.task),
+                ("--data", self.data),
+            )
+            if given
+        ]
+        if len(sources) > 1:
+            raise ActExportError(f"{' and '.join(sources)} exclude each other; pass one of them")
+        overrides = (self.beta, self.threshold, self.threshold_mode)
+        if self.plain and any(value is not None for value in overrides):
+            raise ActExportError(
+                "--plain has no calibration to change; leave out --beta, --threshold, --threshold-mode"
+            )
+        # Values out of range are refused here, before any long work.
+        Calibration({}).with_overrides(beta=self.beta, threshold=self.threshold, threshold_mode=self.threshold_mode)
+        if self.calibration is not None and named_recipe(self.calibration) is None:
+            Calibration.load(self.calibration)
+
+
+def resolve_calibration(
+    checkpoint: Checkpoint,
+    request: CalibrationRequest,
+    *,
+    notice: Notice = lambda _: None,
+    progress: Progress | None = None,
+) -> Calibration | None:
+    """The calibration to use: given, shipped, or searched; None for a plain export.
+
+    Args:
+        checkpoint: The model.
+        request: What the user asked for.
+        notice: Called with a line about what was decided.
+        progress: For a search.
+
+    Raises:
+        ActExportError: If a file doesn't fit the model, or there is no data to search on.
+    """
+    if request.plain:
+        return None
+    calibration = _calibration_without_search(checkpoint, request, notice)
+    if calibration is not None:
+        return calibration.with_overrides(
+            beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
+        )
+    refuse_search(checkpoint)
+    if checkpoint.tokenizer is None:
+        raise ActExportError(
+            f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE or "
+            f"--plain"
+        )
+    return search_calibration(checkpoint, request, progress=progress)
+
+
+def _calibration_without_search(
+    checkpoint: Checkpoint, request: CalibrationRequest, notice: Notice
+) -> Calibration | None:
+    """The given calibration, or the model's recipe where nothing was given; None where a search is asked for."""
+    given = request.calibration
+    named = named_recipe(given) if given is not None else None
+    if given is not None and named is None:
+        calibration = Calibration.load(given)
+        calibration.check_fits(checkpoint.identity)
+        return calibration
+    recipes = find_recipes(checkpoint.identity, checkpoint.names)
+    if named is not None:
+        named.calibration.check_fits(checkpoint.identity)
+        notice(announce(named, [recipe for recipe in recipes if recipe.name != named.name]))
+        return named.calibration
+    if request.task is not None or request.data is not None:
+        for recipe in recipes:
+            if recipe.tasks == (request.task,):
+                notice(f"a recipe for this model is shipped: --calibration {recipe.name} needs no search")
+        return None
+    if recipes:
+        notice(announce(recipes[0], recipes[1:]))
+        return recipes[0].calibration
+    if checkpoint.streamed is None:
+        notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
+    return None
+
+
+def refuse_search(checkpoint: Checkpoint) -> None:
+    """Raises ActExportError if the model's weights aren't in memory."""
+    if checkpoint.streamed is not None:
+        raise ActExportError(
+            f"{checkpoint.name} is read one weight at a time, and a search needs it in memory; pass --plain, "
+            f"--calibration FILE or a shipped recipe's name, or search first: act-export search --dtype bfloat16 takes "
+            f"half the memory, --device-map auto several GPUs"
+        )
+
+
+def search_calibration(
+    checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
+) -> Calibration:
+    """Searches on the requested task or data, the default task where neither is given; see `act_export.search.job`."""
+    defaults = Calibration({}).with_overrides(
+        beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
+    )
+    assert isinstance(defaults.beta, float | int)
+    options = SearchOptions(
+        betas=(defaults.beta,),
+        thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
+        seed=request.seed,
+    )
+    data = (request.data,) if request.data is not None else ()
+    tasks = () if data else (request.task or DEFAULT_TASK,)
+    result = run_search(checkpoint, SearchJob(tasks, data, options=options), progress=progress)
+    (calibration,) = result.calibrations.values()
+    return calibration
+
+
+def calibration_to_show(checkpoint: Checkpoint, given: str | None, notice: Callable[[str], None]) -> Calibration | None:
+    """The calibration that was given by file or recipe name, else the recipe that fits the model, if there is one.
+
+    Args:
+        checkpoint: The model.
+        given: A file or name; None for the fitting recipe.
+        notice: Called with a line about the recipe that was taken.
+
+    Raises:
+        CalibrationError: If it isn't there, or isn't for this model.
+    """
+    if given is None:
+        recipes = find_recipes(checkpoint.identity, checkpoint.names)
+        if not recipes:
+            return None
+        notice(announce(recipes[0], recipes[1:]))
+        return recipes[0].calibration
+    calibration = named_calibration(given)
+    calibration.check_fits(checkpoint.identity)
+    return calibration

@@ -1,0 +1,1 @@
+"""Answers of files, and what their accuracy is worth."""

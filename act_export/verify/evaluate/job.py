@@ -1,0 +1,235 @@
+"""Exported files on several tasks in one run: the same questions, the same prompts, one file after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from act_export.calibration.file import Calibration
+from act_export.onnx_file.language_model import ModelFile, read_model_file
+from act_export.progress import Progress
+from act_export.runtime.session import Session
+from act_export.runtime.text import load_tokenizer
+from act_export.tasks import EncodedExample, Example, TaskOptions, encode_examples, load_questions, prompt_digest
+from act_export.tasks.examples import TaskExamples
+from act_export.tasks.label_prior import content_free_examples
+from act_export.tasks.scoring import BATCH_SIZE
+from act_export.tasks.splits import place
+from act_export.verify.evaluate.answers import (
+    AnswerEvaluation,
+    Evaluation,
+    OnBatch,
+    default_batch_tokens,
+    evaluate_answers,
+    evaluate_choices,
+    language_model,
+    without_label_prior,
+)
+from act_export.verify.evaluate.held_out import EvaluationError, held_out
+from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CALIBRATED, PLAIN = "calibrated", "plain"
+
+"""Called with what is being done and how much of the whole run is done, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A task's questions, as tokens."""
+
+    task: TaskExamples
+    encoded: Sequence[EncodedExample]
+    content_free: Sequence[EncodedExample]
+
+
+def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _step, _done: None) -> EvaluationReport:
+    """Evaluates a file, and what it is compared with, on questions that no search used.
+
+    Args:
+        request: What to evaluate.
+        progress: Called after every batch.
+
+    Raises:
+        EvaluationError: If the files are of different models, or a task has no question left.
+        TaskError: If there is no such task, its rows can't be had, or an example can't be scored.
+        ScoringError: If the model's scores aren't finite.
+        ActExportError: If a file can't be read or run, or has no tokenizer.
+    """
+    files = _read_files(request)
+    calibrations = {name: _calibration(file) for name, file in files.items()}
+    options = TaskOptions(request.scoring, request.shots, _seed(request, list(calibrations.values())))
+    asked = load_questions(request.tasks, request.data, options)
+    tasks = [_questions(task, list(calibrations.values()), request) for task in asked]
+    plain = list(files)[-1]
+    has_control = _is_plain(calibrations[plain])
+    steps = _Steps(progress)
+    work: list[_Work] = []
+    found: dict[str, list[tuple[Evaluation | AnswerEvaluation, Evaluation | None]]] = {}
+    tokenizer: PreTrainedTokenizerBase | None = None
+    for name, file in files.items():
+        with Session.open(file.path, native=not request.portable, device=request.device) as session:
+            if tokenizer is None:
+                tokenizer = load_tokenizer(session, request.tokenizer, trust_remote_code=request.trust_remote_code)
+                work = [_encode(task, tokenizer, file.limits.context, request, has_control) for task in tasks]
+                steps.plan(work, len(files))
+            found[name] = [_evaluate(session, tokenizer, one, request, steps, name, name == plain) for one in work]
+    results = tuple(
+        TaskResult(
+            one.task.name,
+            tuple(prompt_digest(example.question) for example in one.task.examples),
+            found[CALIBRATED][index][0],
+            found[PLAIN][index][0] if PLAIN in found else None,
+            found[plain][index][1],
+        )
+        for index, one in enumerate(work)
+    )
+    return EvaluationReport(request, results, average_over(results))
+
+
+def _seed(request: EvaluationRequest, calibrations: Sequence[Calibration | None]) -> int:
+    """What few-shot examples are drawn with: what the file's search drew them with, unless another is asked for."""
+    origins = [calibration.provenance for calibration in calibrations if calibration is not None]
+    seeds = [request.seed, *(origin.seed for origin in origins if origin is not None)]
+    return next((seed for seed in seeds if seed is not None), 0)
+
+
+def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
+    files = {CALIBRATED: read_model_file(request.file)}
+    if request.against is not None:
+        files[PLAIN] = read_model_file(request.against)
+    mine, other = files[CALIBRATED], files.get(PLAIN)
+    if not mine.ours:
+        raise EvaluationError(
+            f"{mine.path} has no act-export metadata; it wasn't written by act-export. A model that somebody else "
+            f"exported can be what a graft of it is measured against: --against {mine.path}"
+        )
+    if other is not None and other.cache_shape != mine.cache_shape:
+        raise EvaluationError(
+            f"{other.path} isn't the model of {mine.path}: layers, heads or head sizes of the cache differ; compare "
+            f"exports of the same model"
+        )
+    if other is not None and mine.identity is not None and other.identity is not None:
+        differences = mine.identity.differences(other.identity)
+        if differences:
+            what, first, second = differences[0]
+            raise EvaluationError(
+                f"{other.path} isn't the model of {mine.path}: its {what} is {second}, not {first}; compare exports of "
+                f"the same model"
+            )
+    return files
+
+
+def _calibration(file: ModelFile) -> Calibration | None:
+    return file.record.calibration
+
+
+def _is_plain(calibration: Calibration | None) -> bool:
+    return calibration is None or not calibration.num_calibrated_heads
+
+
+def _questions(
+    task: TaskExamples, calibrations: Sequence[Calibration | None], request: EvaluationRequest
+) -> TaskExamples:
+    """The task with the questions that may be counted, no more than the limit."""
+    left = held_out(task.examples, calibrations, split=request.split, seed=request.seed, task=task.name)
+    if request.limit is not None and request.limit < len(left):
+        left = sorted(left, key=lambda example: place(example, request.seed or 0))[: request.limit]
+    return replace(task, examples=tuple(left))
+
+
+def _encode(
+    task: TaskExamples,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    request: EvaluationRequest,
+    has_control: bool,
+) -> _Work:
+    if task.generation is not None and context is not None:
+        if context <= task.generation.max_new_tokens:
+            raise EvaluationError(
+                f"an answer of {task.name} may have {task.generation.max_new_tokens} tokens; the context of "
+                f"{request.file} holds {context}, so there is no room for a question"
+            )
+        context -= task.generation.max_new_tokens
+
+    def encode(examples: Sequence[Example]) -> list[EncodedExample]:
+        return encode_examples(tokenizer, examples, max_length=context, chat=request.chat, truncate=request.truncate)
+
+    content_free = content_free_examples(task.examples) if has_control and task.generation is None else ()
+    return _Work(task, encode(task.examples), encode(content_free) if content_free else ())
+
+
+class _Steps:
+    """Counts prompt tokens, which is about what the time goes by."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.total = 1.0
+        self.passed = 0.0
+
+    def plan(self, work: Sequence[_Work], files: int) -> None:
+        self.total = sum(files * _tokens(one.encoded) + _tokens(one.content_free) for one in work)
+
+    def counter(self, step: str, examples: Sequence[EncodedExample]) -> OnBatch:
+        tokens_of_one = _tokens(examples) / len(examples)
+        self.progress(step, min(1.0, self.passed / self.total))
+
+        def count(batch: int) -> None:
+            self.passed += batch * tokens_of_one
+            self.progress(step, min(1.0, self.passed / self.total))
+
+        return count
+
+
+def _tokens(examples: Sequence[EncodedExample]) -> int:
+    return sum(len(example.prompt) for example in examples)
+
+
+def _evaluate(
+    session: Session,
+    tokenizer: PreTrainedTokenizerBase,
+    work: _Work,
+    request: EvaluationRequest,
+    steps: _Steps,
+    name: str,
+    with_control: bool,
+) -> tuple[Evaluation | AnswerEvaluation, Evaluation | None]:
+    """What a file answers, and its control."""
+    model = language_model(session)
+    batch_size = BATCH_SIZE if request.batch_tokens is None else None
+    if not session.pads_left:
+        batch_size = 1
+    batch_tokens = request.batch_tokens or default_batch_tokens(tokenizer)
+    step = f"{work.task.name}, {name}"
+    if work.task.generation is not None:
+        answered = evaluate_answers(
+            model,
+            work.encoded,
+            work.task.generation,
+            tokenizer=tokenizer,
+            stop_tokens=session.limits.stop_tokens,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            on_batch=steps.counter(step, work.encoded),
+        )
+        return answered, None
+
+    def choose(step: str, encoded: Sequence[EncodedExample]) -> Evaluation:
+        return evaluate_choices(
+            model,
+            encoded,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            length_normalized=work.task.length_normalized,
+            on_batch=steps.counter(step, encoded),
+        )
+
+    chosen = choose(step, work.encoded)
+    if not with_control or not work.content_free:
+        return chosen, None
+    prior = choose(f"{work.task.name}, label prior", work.content_free)
+    return chosen, without_label_prior(chosen, work.task.examples, prior)
