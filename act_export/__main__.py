@@ -1,6 +1,6 @@
 """`python -m act_export` is `act-export`."""
 
-from act_export.cli import main
+from act_export.commands.main import main
 
 if __name__ == "__main__":
     main()

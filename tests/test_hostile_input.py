@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration, CalibrationError
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.errors import ActExportError, SessionError
 from act_export.onnx_file.graph_state import configuration_beside
 from act_export.onnx_file.record import FileRecord

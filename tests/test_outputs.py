@@ -10,7 +10,7 @@ from no_file import KINDS, is_untouched, make
 from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.errors import ActExportError
 
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {

@@ -212,7 +212,7 @@ def _must(words: tuple[str, ...]) -> None:
 def _invoke(words: list[str]) -> tuple[int, str]:
     from typer.testing import CliRunner
 
-    from act_export.cli import app
+    from act_export.commands.main import app
 
     result = CliRunner().invoke(app, words)
     error = result.exception

@@ -34,7 +34,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import act_export.export.job  # noqa: E402  imported here so that a fork begins with the work
 import act_export.search.job  # noqa: E402, F401
 from act_export.calibration.file import Calibration  # noqa: E402
-from act_export.cli import main as act_export_main  # noqa: E402
+from act_export.commands.main import main as act_export_main  # noqa: E402
 from act_export.files import is_staging  # noqa: E402
 from act_export.graft.job import graft  # noqa: E402, F401
 

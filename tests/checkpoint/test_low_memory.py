@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from act_export.checkpoint.low_memory import LowMemoryError, is_low_memory, low_memory_told
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.export import build_model
 
 

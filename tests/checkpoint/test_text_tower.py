@@ -29,7 +29,7 @@ from act_export.checkpoint.text_tower import (
     one_rotation,
     text_tower,
 )
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.errors import CheckpointError, SessionError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding

@@ -15,7 +15,7 @@ from tiny import CALIBRATION
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.export import build_model
 from act_export.ops.library import library_path
 from act_export.runtime import Session

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 import act_export
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.errors import ActExportError
 from act_export.export.triton import HostError, Signature, Tensor, model_config, read_signature, write_repository
 from act_export.ops.library import library_path

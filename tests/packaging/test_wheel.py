@@ -117,7 +117,7 @@ def test_command_is_installed(unpacked):
     (entry_points,) = unpacked.glob("*.dist-info/entry_points.txt")
     parser = ConfigParser()
     parser.read(entry_points)
-    assert dict(parser["console_scripts"]) == {"act-export": "act_export.cli:main"}
+    assert dict(parser["console_scripts"]) == {"act-export": "act_export.commands.main:main"}
 
 
 def test_installed_wheel_finds_recipe_task_and_library(unpacked):

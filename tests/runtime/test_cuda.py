@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from typer.testing import CliRunner
 
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.errors import SessionError
 from act_export.ops.library import LibraryInfo
 from act_export.runtime import Session, cuda, cuda_driver

@@ -24,7 +24,7 @@ from planted import PLANTED, planted_task, save_planted, words_checkpoint, writt
 from typer.testing import CliRunner
 
 from act_export.checkpoint.load import Checkpoint
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
 from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Unit, Workers
@@ -33,7 +33,7 @@ SEARCH: dict[str, Any] = {"model": "sha256:0", "seed": 0}
 OPTIONS = SearchOptions(method="gates+confirm", betas=(0.0,), head_counts=(1, 2), confirm=4, batch_tokens=200)
 SLOWLY = """
 import time
-from act_export.cli import main
+from act_export.commands.main import main
 from act_export.search.journal import Journal
 record = Journal.record
 def slowly(journal, key, value):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from planted import save_planted
 from typer.testing import CliRunner
 
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.search.journal import Journal
 from act_export.search.processes import (
     ProcessError,
@@ -32,7 +32,7 @@ from act_export.search.processes import (
 # Each process runs its commands one after the other, in one process group, and says how each ended.
 PROGRAM = """
 import json, sys
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.search import process_group
 with process_group():
     for arguments in json.loads(sys.argv[1]):

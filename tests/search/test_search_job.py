@@ -12,11 +12,11 @@ from planted import PLANTED, save_planted
 
 from act_export.calibration.file import Calibration, ModelIdentity, Provenance
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
+from act_export.commands.search import print_search_result
 from act_export.errors import ActExportError
 from act_export.files import cache_folder
 from act_export.search import SearchOptions, SearchResult
 from act_export.search.job import SearchJob, check_output, published_sets, run_search, save_result
-from act_export.search_table import print_search_result
 from act_export.tasks import TaskError
 
 OPTIONS = SearchOptions(method="gates+confirm", betas=(0.0,), head_counts=(1, 2))

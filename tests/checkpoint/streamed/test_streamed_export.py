@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import act_export.checkpoint.streamed.decide as decide
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.errors import ActExportError, CheckpointError, VerificationError
 from act_export.export import build_model
 from act_export.export.cut import cut_calibration, cut_checkpoint, describe_cut

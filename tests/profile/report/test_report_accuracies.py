@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from act_export.calibration.file import Calibration, Provenance
+from act_export.commands.evaluate_table import report_json as evaluation_json
 from act_export.errors import ActExportError
 from act_export.profile.report import TaskAccuracy, accuracies_of
 from act_export.profile.report.figure_data import accuracy_names
@@ -18,7 +19,6 @@ from act_export.search.results import Gain, SearchResult, TaskReport
 from act_export.tasks.statistics import accuracy_interval
 from act_export.verify.evaluate.answers import Evaluation, compare
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
-from act_export.verify.evaluation_report import report_json as evaluation_json
 
 PLAIN = Evaluation(((0.0, -1.0),) * 4, (0, 0, 0, 0), (0, 1, 1, 0))
 CALIBRATED = Evaluation(((0.0, -1.0),) * 4, (0, 1, 0, 0), (0, 1, 1, 0))

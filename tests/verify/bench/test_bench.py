@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 from tiny import save_checkpoint, tiny_checkpoint
 
+from act_export.commands.bench_table import print_bench_report
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import NodePlacement
@@ -28,7 +29,6 @@ from act_export.runtime.cuda_driver import Gpu
 from act_export.verify.bench import job as bench
 from act_export.verify.bench.contenders import EXPORTED, FOREIGN, PYTORCH, Contender, running
 from act_export.verify.bench.job import BenchError, BenchReport, BenchRequest, Ratio, bench_file
-from act_export.verify.bench_report import print_bench_report
 
 PROMPT, NEW, BATCH, ROUNDS = 40, 6, 2, 3
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import tiny_checkpoint, tiny_tokenizer
 
+from act_export.commands.evaluate_table import print_evaluation_report, report_json
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import Session, generate
@@ -20,7 +21,6 @@ from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, com
 from act_export.verify.evaluate.held_out import EvaluationError
 from act_export.verify.evaluate.job import evaluate_files
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
-from act_export.verify.evaluation_report import print_evaluation_report, report_json
 
 TOKENIZER = tiny_tokenizer()
 

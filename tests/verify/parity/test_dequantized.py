@@ -15,7 +15,7 @@ from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.export import build_model
 from act_export.export.quantize import quantize_weight
 from act_export.onnx_file.precision import Quantization

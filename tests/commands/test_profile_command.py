@@ -13,7 +13,7 @@ from tiny import save_checkpoint
 from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.files import cache_folder
 from act_export.profile import SinkProfile, run
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.calibration.recipes import named_recipe
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.graft import check
 from act_export.graft.rewriters import group_query_attention
 from act_export.runtime import Session

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from act_export.commands.evaluate_table import print_evaluation_report
 from act_export.verify.evaluate.answers import Evaluation
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
-from act_export.verify.evaluation_report import print_evaluation_report
 
 rights = st.lists(st.booleans(), min_size=3, max_size=3)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from act_export.cli import app
+from act_export.commands.main import app
 
 KEYS = {"name", "questions", "calibrated", "plain", "comparison", "control", "beyond_control"}
 

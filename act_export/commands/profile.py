@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from act_export.command_line import (
+from act_export.commands.console import note, progress_bar, status
+from act_export.commands.loading import load_model
+from act_export.commands.options import (
     BatchTokensOption,
     ChatOption,
     DataFilesOption,
@@ -22,11 +24,7 @@ from act_export.command_line import (
     TasksOption,
     TruncateOption,
     TrustOption,
-    load_model,
     names_of,
-    note,
-    progress_bar,
-    status,
 )
 from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable

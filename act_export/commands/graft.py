@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from act_export.calibration.file import Calibration
-from act_export.calibration.recipes import describe_calibration, named_recipe
-from act_export.command_line import BetaOption, ModeOption, ThresholdOption, note, status
+from act_export.calibration.recipes import describe_calibration, named_calibration
+from act_export.commands.console import note, status
+from act_export.commands.options import BetaOption, ModeOption, ThresholdOption
 from act_export.errors import ActExportError
 
 if TYPE_CHECKING:
@@ -75,16 +75,13 @@ def graft_command(
             f"--calibration is missing: act-export graft {file} --calibration FILE --out {out}, a file or a recipe's "
             f"name; act-export search CHECKPOINT finds heads"
         )
-    chosen = _calibration(calibration).with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
+    chosen = named_calibration(calibration).with_overrides(
+        beta=beta, threshold=threshold, threshold_mode=threshold_mode
+    )
     with status() as step:
         layout = StateLayout.PACKED if state_in_cache else None
         written = graft(file, chosen, out, layout=layout, native=not portable, check=check, progress=step)
     _summarize(written)
-
-
-def _calibration(given: str) -> Calibration:
-    recipe = named_recipe(given)
-    return recipe.calibration if recipe is not None else Calibration.load(given)
 
 
 def _summarize(written: Grafted) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from act_export.printing import PlainConsole, PlainTable, printable
+from act_export.commands.printing import PlainConsole, PlainTable, printable
 from act_export.verify.evaluate.answers import AnswerEvaluation, Comparison, Evaluation, metric_interval
 from act_export.verify.evaluate.results import Average, EvaluationReport, TaskResult
 from act_export.version import __version__

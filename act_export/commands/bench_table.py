@@ -8,7 +8,7 @@ from statistics import mean
 from rich import box
 from rich.console import Console
 
-from act_export.printing import PlainConsole, PlainTable, printable
+from act_export.commands.printing import PlainConsole, PlainTable, printable
 from act_export.verify.bench.job import BenchReport, Measured, Ratio, Ratios
 
 _STEADY = 1.5  # slowest by fastest round

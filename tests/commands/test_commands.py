@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration, ModelIdentity, Provenance
 from act_export.checkpoint.load import load_checkpoint
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.runtime import Session
 
 HEADS = '{"0": [1], "1": [0, 3]}'
@@ -426,7 +426,7 @@ def test_bad_precision_or_device(checkpoint_folder, tmp_path, options, message):
 
 def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("act_export.cli.load_model", None)
+    monkeypatch.setattr("act_export.commands.main.load_model", None)
     for command in ((checkpoint_folder, "--out", tmp_path / "m.onnx"), ("verify", exported, "--against", "none")):
         result = run(*command, "--device", "cuda")
         assert result.exit_code == 2

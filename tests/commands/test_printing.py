@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from act_export.calibration.file import ModelIdentity
-from act_export.cli import app
-from act_export.command_line import fail, note, progress_bar, status
+from act_export.commands.console import fail, note, progress_bar, status
+from act_export.commands.main import app
+from act_export.commands.printing import PlainConsole, PlainTable, printable
 from act_export.onnx_file.record import FileRecord
-from act_export.printing import PlainConsole, PlainTable, printable
 
 EVIL = "[red]x[/] [link=file:///]y[/link] :boom: \x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\r\x00\ud800"
 SHOWN = r"[red]x[/] [link=file:///]y[/link] :boom: \x1b[2J\x1b]0;title\x07\x9b31m\u202e\u2066\r\x00\ud800"
@@ -48,7 +48,7 @@ def test_notes_errors_and_progress(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = PlainConsole(stderr=True, force_terminal=terminal, width=200, color_system=None)
-    monkeypatch.setattr("act_export.command_line.console", console)
+    monkeypatch.setattr("act_export.commands.console.console", console)
     note(EVIL)
     with status() as step:
         step(EVIL)

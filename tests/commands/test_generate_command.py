@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
-from act_export.cli import app
+from act_export.commands.main import app
 
 
 @pytest.fixture(scope="module")

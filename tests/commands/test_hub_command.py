@@ -18,7 +18,7 @@ from test_remote_code import MARKER, with_own_model, with_own_tokenizer
 from tiny import tiny_model
 from typer.testing import CliRunner
 
-from act_export.cli import app
+from act_export.commands.main import app
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
 
@@ -54,7 +54,7 @@ def start(hub, base: Path, terminal: Terminal, *arguments: object) -> subprocess
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(base / "home"), "HF_TOKEN": TOKEN}
     environment |= {"XDG_CACHE_HOME": str(base / "cache"), MARKER: str(base / "marker")}
-    code = f"{IN_SMALL_PIECES}\nfrom act_export.cli import main\nmain()"
+    code = f"{IN_SMALL_PIECES}\nfrom act_export.commands.main import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=environment,

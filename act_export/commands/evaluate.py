@@ -1,0 +1,98 @@
+"""act-export eval and lm-eval: what a file's answers are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import typer.core
+
+from act_export.commands.console import (
+    progress_bar,
+)
+from act_export.commands.options import (
+    ChatOption,
+    DataFilesOption,
+    DeviceOption,
+    FileArgument,
+    JsonOption,
+    PortableOption,
+    ScoringOption,
+    ShotsOption,
+    TasksOption,
+    TokenizerOption,
+    TruncateOption,
+    TrustOption,
+    names_of,
+)
+from act_export.errors import ActExportError
+
+
+def eval_command(
+    file: FileArgument,
+    against: Annotated[
+        Path | None, typer.Option(metavar="PLAIN.onnx", help="A plain export to compare with, in the same run.")
+    ] = None,
+    task: TasksOption = None,
+    data: DataFilesOption = None,
+    split: Annotated[
+        str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
+    ] = "report",
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of splits and shots; for splits the file's own search has the say where there was one."),
+    ] = None,
+    scoring: ScoringOption = None,
+    shots: ShotsOption = 0,
+    chat: ChatOption = False,
+    truncate: TruncateOption = False,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at the most.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens that run together at the most.")] = None,
+    portable: PortableOption = False,
+    device: DeviceOption = None,
+    tokenizer: TokenizerOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measures accuracy through ONNX Runtime, calibrated against plain."""
+    from act_export.commands.evaluate_table import print_evaluation_report, report_json
+    from act_export.search.resolve import DEFAULT_TASK
+    from act_export.verify.evaluate.job import evaluate_files
+    from act_export.verify.evaluate.results import EvaluationRequest
+
+    names = tuple(dict.fromkeys(names_of(task)))
+    request = EvaluationRequest(
+        file=file,
+        against=against,
+        tasks=names if names or data else (DEFAULT_TASK,),
+        data=tuple(data or ()),
+        split=split,
+        seed=seed,
+        scoring=scoring,
+        shots=shots,
+        chat=chat,
+        truncate=truncate,
+        limit=limit,
+        batch_tokens=batch_tokens,
+        portable=portable,
+        device=device or "cpu",
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
+    with progress_bar("eval") as progress:
+        report = evaluate_files(request, progress=progress)
+    if as_json:
+        print(report_json(report))
+    else:
+        print_evaluation_report(report)
+
+
+def lm_eval_command(context: typer.Context) -> None:
+    """Runs lm-evaluation-harness with the model type act-onnx; all options are its own."""
+    try:
+        from act_export.verify.evaluate.harness import run_harness
+    except ModuleNotFoundError as error:
+        raise ActExportError(f"{error}; pip install 'act-export[lm-eval]'") from error
+
+    run_harness(context.args)

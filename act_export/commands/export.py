@@ -1,0 +1,159 @@
+"""act-export MODEL --out F: calibrates and exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import typer.core
+
+from act_export.calibration.recipes import describe_calibration
+from act_export.commands.console import (
+    note,
+    progress_bar,
+    status,
+)
+from act_export.commands.loading import check_device, load_model
+from act_export.commands.options import (
+    AccuracyLevelOption,
+    BetaOption,
+    BlockSizeOption,
+    DataOption,
+    ModelArgument,
+    ModeOption,
+    RevisionOption,
+    SeedOption,
+    TaskOption,
+    ThresholdOption,
+    TrustOption,
+)
+from act_export.errors import ActExportError
+
+if TYPE_CHECKING:
+    from act_export.export.job import Converted
+
+
+def export_command(
+    model: ModelArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A file *.onnx, or a folder that also gets tokenizer, config, calibration and library."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|NAME", help="Calibration file or shipped recipe; otherwise that, or a search."),
+    ] = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    beta: BetaOption = None,
+    threshold: ThresholdOption = None,
+    threshold_mode: ModeOption = None,
+    plain: Annotated[bool, typer.Option("--plain", help="No calibrated heads: the baseline to compare with.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Compare with PyTorch before writing.")] = True,
+    seed: SeedOption = 0,
+    dtype: Annotated[str, typer.Option(metavar="float32|float16|bfloat16|int8|int4", help="Of the file.")] = "float32",
+    accuracy_level: AccuracyLevelOption = None,
+    block_size: BlockSizeOption = None,
+    search_quantized: Annotated[
+        bool, typer.Option("--search-quantized", help="With int8 or int4: search heads on the rounded weights.")
+    ] = False,
+    inputs_embeds: Annotated[
+        bool,
+        typer.Option("--inputs-embeds", help="Take embeddings instead of token ids, for images; with --out FOLDER."),
+    ] = False,
+    state_in_cache: Annotated[
+        bool, typer.Option("--state-in-cache", help="Sink state as part of the cache, for hosts such as optimum.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compare; the file runs on both.")
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read weights one at a time instead of loading the model; by default where it doesn't fit in memory.",
+        ),
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Calibrates and exports MODEL (the default command)."""
+    from act_export.attention.hook import check_supported
+    from act_export.checkpoint.text_tower import check_takes_embeddings
+    from act_export.export.experts import check_experts
+    from act_export.export.job import export_model, with_quantized_weights
+    from act_export.onnx_file.output import check_output
+    from act_export.onnx_file.precision import element_type, quantization_of
+    from act_export.search.resolve import CalibrationRequest, resolve_calibration
+
+    element_type(dtype)
+    quantization = quantization_of(dtype, accuracy_level, block_size)
+    if search_quantized and (quantization is None or (task is None and data is None)):
+        raise ActExportError("--search-quantized is for a search with --task or --data, and --dtype int8 or int4")
+    if out is None:
+        raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
+    check_output(out)
+    request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
+    if verify or quantization is not None:
+        check_device(device if verify else None)
+    checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
+    if checkpoint.streamed is not None:
+        note("weights are read one at a time, as they are written")
+    check_supported(checkpoint.model)
+    check_experts(checkpoint.model)  # before a search
+    if inputs_embeds:
+        check_takes_embeddings(checkpoint.model)
+    searched = checkpoint
+    if search_quantized:
+        note(f"rounding weights to {dtype}, to search on them")
+        searched = with_quantized_weights(checkpoint, dtype, block_size=block_size)
+    with progress_bar("search") as progress:
+        chosen = resolve_calibration(searched, request, notice=note, progress=progress)
+    if chosen is not None and not chosen.num_calibrated_heads:
+        note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
+    with status() as step:
+        written = export_model(
+            checkpoint,
+            chosen,
+            out,
+            dtype=dtype,
+            accuracy_level=accuracy_level,
+            block_size=block_size,
+            state_in_cache=state_in_cache,
+            inputs_embeds=inputs_embeds,
+            verify=verify,
+            device=device or "cpu",
+            progress=step,
+        )
+    _summarize(written)
+
+
+def _summarize(written: Converted) -> None:
+    from act_export.onnx_file.names import EMBEDDING_FILE
+
+    calibration = written.calibration
+    note(f"calibration: {describe_calibration(calibration) if calibration is not None else 'none (plain)'}")
+    if written.parity is None:
+        note("parity: not checked")
+    else:
+        for engine in written.parity.engines:
+            ratio = written.parity.error_ratio(engine)
+            half = (
+                ""
+                if ratio is None or written.parity.pytorch is None
+                else f", {ratio:.2f} times the mean error of {written.parity.pytorch.engine}"
+            )
+            note(
+                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"
+                + half
+                + (", greedy tokens identical" if engine.greedy_identical else "")
+            )
+        if written.parity.remark:
+            note(written.parity.remark)
+        if written.parity.placement is not None:
+            note(f"placement: {written.parity.placement.describe()}")
+    for file in written.files:
+        if file.suffix in (".onnx", ".data"):
+            note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
+    print(next(file for file in written.files if file.suffix == ".onnx" and file.name != EMBEDDING_FILE))

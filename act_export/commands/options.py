@@ -1,0 +1,83 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from act_export.errors import ActExportError
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REVISION", help="Of a hub id: branch, tag or commit; or owner/name@REVISION."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint, if it needs any.")
+]
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="An exported .onnx file, or the folder with it.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", metavar="NAME", help="Search heads on this task, or the task of a file *.json.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="FILE.jsonl", help="Or on your own rows: prompt, choices, answer.")
+]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME,...", help="A task, or several by comma, or a task file; repeatable."),
+]
+DataFilesOption = Annotated[
+    list[Path] | None, typer.Option("--data", metavar="FILE.jsonl", help="Your own rows; repeatable.")
+]
+ScoringOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="letter|likelihood|likelihood-per-token|generation", help="Instead of the task's own scoring."
+    ),
+]
+ShotsOption = Annotated[int, typer.Option(min=0, help="Examples before each question.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")]
+TruncateOption = Annotated[bool, typer.Option("--truncate", help="Cut prompts that are too long, on the left.")]
+BatchTokensOption = Annotated[int | None, typer.Option(help="Positions that run together: bounds memory.")]
+DtypeOption = Annotated[str, typer.Option(metavar="float32|bfloat16|float16|auto", help="Of the model.")]
+AccuracyLevelOption = Annotated[
+    int | None,
+    typer.Option(metavar="0..4", help="Of int8 and int4: 4 (default) rounds activations to int8, 1 doesn't: slower."),
+]
+BlockSizeOption = Annotated[int | None, typer.Option(help="Of int8 and int4: weights that share a scale, 32.")]
+WeightsOption = Annotated[
+    Path | None, typer.Option("--weights", metavar="F.onnx", help="Search on this int4 or int8 file's weights.")
+]
+DeviceOption = Annotated[str | None, typer.Option(metavar="cpu|cuda|cuda:N", help="Where the model runs.")]
+DeviceMapOption = Annotated[str | None, typer.Option(metavar="auto", help="Spread the model over GPUs.")]
+BetaOption = Annotated[float | None, typer.Option(help="Scale of later sinks, 0 to 2.")]
+ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above which a token is a later sink.")]
+ModeOption = Annotated[
+    str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
+]
+TokenizerOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the splits.")]
+PortableOption = Annotated[
+    bool, typer.Option("--portable", help="Run the portable functions instead of the native library.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def names_of(given: list[str] | None) -> tuple[str, ...]:
+    """Names that come by comma, by repeating the option, or both."""
+    return tuple(name.strip() for names in given or () for name in names.split(",") if name.strip())
+
+
+def numbers_of(option: str, given: str | None, *, whole: bool = False) -> tuple[float, ...]:
+    """Numbers that come by comma; none where the option isn't given."""
+    try:
+        return tuple(int(number) if whole else float(number) for number in given.split(",")) if given else ()
+    except ValueError as error:
+        kind = "whole numbers" if whole else "numbers"
+        raise ActExportError(f"{option} is {given!r}; it must be {kind}, by comma") from error

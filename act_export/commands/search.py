@@ -1,0 +1,209 @@
+"""act-export search: finds the heads to calibrate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import typer.core
+
+from act_export.calibration.recipes import describe_calibration
+from act_export.commands.console import (
+    note,
+    progress_bar,
+)
+from act_export.commands.loading import load_model
+from act_export.commands.options import (
+    BatchTokensOption,
+    ChatOption,
+    DataFilesOption,
+    DeviceMapOption,
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    RevisionOption,
+    ScoringOption,
+    SeedOption,
+    ShotsOption,
+    TasksOption,
+    TruncateOption,
+    TrustOption,
+    WeightsOption,
+    names_of,
+    numbers_of,
+)
+from act_export.commands.printing import PlainConsole, PlainTable
+
+if TYPE_CHECKING:
+    from act_export.search import SearchResult
+    from act_export.search.results import Gain
+
+
+def search_command(
+    model: ModelArgument,
+    out: Annotated[Path | None, typer.Option(help="The calibration file to write; for several tasks a folder.")] = None,
+    task: TasksOption = None,
+    data: DataFilesOption = None,
+    scoring: ScoringOption = None,
+    shots: ShotsOption = 0,
+    chat: ChatOption = False,
+    truncate: TruncateOption = False,
+    method: Annotated[
+        str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How heads are ranked.")
+    ] = "gates",
+    beta: Annotated[str | None, typer.Option(metavar="B,...", help="Strengths to try: scale of later sinks.")] = None,
+    threshold: Annotated[str | None, typer.Option(metavar="T,...", help="Sink score thresholds to try.")] = None,
+    threshold_mode: Annotated[
+        str | None, typer.Option(metavar="absolute|relative", help="Or both, by comma, each with its thresholds.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(metavar="N,...", help="Numbers of heads to try.")] = None,
+    confirm: Annotated[int, typer.Option(help="Heads that gates+confirm measures exactly.")] = 40,
+    rank: Annotated[int | None, typer.Option(help="Questions to rank heads with, of each task.")] = None,
+    choose: Annotated[int | None, typer.Option(help="Questions to choose with.")] = None,
+    report: Annotated[int | None, typer.Option(help="Questions to report the gain on.")] = None,
+    seed: SeedOption = 0,
+    joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Several tasks: also one set for all.")] = True,
+    random_draws: Annotated[int, typer.Option(help="Random head sets to compare with.")] = 3,
+    batch_tokens: BatchTokensOption = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for ranking, a third more time.")
+    ] = False,
+    dtype: DtypeOption = "float32",
+    weights: WeightsOption = None,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    journal: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where finished work is kept, if not in the cache folder.")
+    ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it.
+
+    Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
+    """
+    from act_export.attention.hook import check_supported
+    from act_export.onnx_file.load import model_file
+    from act_export.search import SearchOptions, process_group
+    from act_export.search.job import SearchJob, check_output, run_search, save_result
+    from act_export.search.processes import own_device, process_index
+    from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
+    from act_export.search.resolve import DEFAULT_TASK
+
+    pass
+    from act_export.verify.parity.dequantized import dequantized
+
+    names = names_of(task)
+    options = SearchOptions(
+        method=method,
+        betas=numbers_of("--beta", beta) or SearchOptions().betas,
+        thresholds=thresholds_of(numbers_of("--threshold", threshold), threshold_mode),
+        head_counts=tuple(map(int, numbers_of("--heads", heads, whole=True))) or HEAD_COUNTS,
+        confirm=confirm,
+        seed=seed,
+        batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        random_draws=random_draws,
+        chat=chat,
+        truncate=truncate,
+    )
+    job = SearchJob(
+        tasks=names if names or data else (DEFAULT_TASK,),
+        data=tuple(data or ()),
+        scoring=scoring,
+        shots=shots,
+        rank=rank,
+        choose=choose,
+        report=report,
+        options=options,
+        joint=joint,
+        journal=journal,
+    )
+    several = len(job.tasks) + len(job.data) > 1
+    target = out or Path("calibrations" if several else "calibration.json")
+    check_output(target, job)
+    tasks = job.load()
+    with process_group():
+        checkpoint = load_model(
+            model,
+            dtype=dtype,
+            device=own_device(device, device_map),
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        check_supported(checkpoint.model)
+        if weights is not None:
+            checkpoint = dequantized(model_file(weights), checkpoint).checkpoint
+        first = process_index() == 0
+        started = time.monotonic()
+        with progress_bar("search") as progress:
+            result = run_search(checkpoint, job, tasks=tasks, progress=progress if first else None)
+        if not first:
+            return
+        note(f"searched in {time.monotonic() - started:.1f} s")
+        computed, known = result.units
+        if computed < known:
+            note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")
+        if result.damaged:
+            note(f"{result.damaged} lines of the journal were damaged; what they had was computed again")
+        files = save_result(result, target)
+        print_search_result(result)
+        for name, calibration in result.calibrations.items():
+            if calibration.heads:
+                note(f"{name}: {describe_calibration(calibration)}")
+            else:
+                p = result.reports[name].p
+                note(f"{name}: no head is calibrated: nothing tried gained more than luck explains (p = {p:.2g})")
+        for file in files:
+            print(file)
+
+
+_FILE_WIDTH = 160  # where the output is no terminal
+
+
+def print_search_result(result: SearchResult) -> None:
+    """Prints a row for each task, on standard output: accuracies on questions that took no part in the search."""
+    table = PlainTable(title="accuracy on questions that took no part in the search")
+    for column in ("task", "questions", "plain", "calibrated", "heads", "gain, 95% interval", "random heads"):
+        table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
+    table.add_column("plain without label prior", justify="right")
+    if result.joint is not None:
+        table.add_column("joint set", justify="right")
+    for name, report in result.reports.items():
+        own = report.own
+        row = [
+            name,
+            str(report.sizes["report"]),
+            f"{report.plain_accuracy:.1%}",
+            f"{own.accuracy if own is not None else report.plain_accuracy:.1%}",
+            str(result.calibrations[name].num_calibrated_heads),
+            _gain(own),
+            ", ".join(f"{accuracy:.1%}" for accuracy in report.random_heads),
+            f"{report.label_prior:.1%}" if report.label_prior is not None else "",
+        ]
+        table.add_row(*row, *([_gain(report.joint)] if result.joint is not None else []))
+    if result.average is not None:
+        plain = sum(report.plain_accuracy for report in result.reports.values()) / len(result.reports)
+        average = result.average if any(c.heads for c in result.calibrations.values()) else None
+        row = ["average", "", f"{plain:.1%}", f"{result.average.accuracy:.1%}", "", _gain(average), "", ""]
+        table.add_section()
+        joint = result.joint_average if result.joint is not None and result.joint.heads else None
+        table.add_row(*row, *([_gain(joint)] if result.joint is not None else []))
+    console = PlainConsole()
+    if not console.is_terminal:
+        console = PlainConsole(width=_FILE_WIDTH)
+    console.print(table)
+    for name, report in result.reports.items():
+        for published, accuracy in report.published.items():
+            console.say(f"{name}: {accuracy:.1%} with the published heads {published}")
+
+
+def _gain(gain: Gain | None) -> str:
+    """Points and their interval; where no set helped, there's none."""
+    if gain is None:
+        return "no set"
+    low, high = gain.interval
+    return f"{100 * gain.gain:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
