@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from tiny_models import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-from tiny_models import VOCABULARY, tiny_model
 
 __all__ = ["CALIBRATION", "ROUTED", "VOCABULARY", "save_checkpoint", "tiny_checkpoint", "tiny_model", "tiny_tokenizer"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import Result
+from foreign_models import CALIBRATION, DATA, Decoder, hashes
 from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration, ModelIdentity
@@ -17,7 +18,6 @@ from act_export.commands.main import app
 from act_export.graft import check
 from act_export.graft.rewriters import group_query_attention
 from act_export.runtime import Session
-from models import CALIBRATION, DATA, Decoder, hashes
 
 
 def run(*arguments: object) -> Result:

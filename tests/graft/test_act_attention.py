@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper
-from operators import (
+from foreign_operators import (
     CALIBRATION,
     CALLS,
     NOTHING,
@@ -23,6 +20,9 @@ from operators import (
     calibrated,
     run,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from act_export.calibration.file import Calibration
 from act_export.graft import UnsupportedPatternError

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign_models import CALIBRATION, CONTEXT, PAD, VOCABULARY, Decoder, hashes, prompt
 from onnx import TensorProto
 
 from act_export.calibration.file import ModelIdentity
@@ -21,7 +22,6 @@ from act_export.graft.job import graft
 from act_export.onnx_file.state import State
 from act_export.ops.library import library_path
 from act_export.runtime import Sampling, Session, generate, select
-from models import CALIBRATION, CONTEXT, PAD, VOCABULARY, Decoder, hashes, prompt
 
 og = pytest.importorskip("onnxruntime_genai")
 

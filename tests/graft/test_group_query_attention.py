@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from close import assert_logits_close
+from foreign_models import CALIBRATION, NOTHING, PAD, VOCABULARY, Decoder, Reference, prompt
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -21,7 +22,6 @@ from act_export.graft.graph import Graph
 from act_export.graft.job import graft
 from act_export.graft.rewriters import group_query_attention
 from act_export.runtime import Session
-from models import CALIBRATION, NOTHING, PAD, VOCABULARY, Decoder, Reference, prompt
 
 TOLERANCE = {TensorProto.FLOAT: 2e-5, TensorProto.FLOAT16: 3e-2}
 KINDS = {

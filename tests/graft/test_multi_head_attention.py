@@ -9,10 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from close import assert_close
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper
-from operators import (
+from foreign_operators import (
     CALLS,
     NOTHING,
     PADDING,
@@ -24,6 +21,9 @@ from operators import (
     calibrated,
     run,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from act_export.calibration.file import Calibration
 from act_export.graft import UnsupportedPatternError

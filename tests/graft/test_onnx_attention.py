@@ -7,10 +7,19 @@ from typing import Any
 
 import onnx
 import pytest
+from foreign_operators import (
+    CALLS,
+    NOTHING,
+    PADDING,
+    SIZES,
+    Operator,
+    assert_calibrates,
+    assert_nothing_changes,
+    calibrated,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from operators import CALLS, NOTHING, PADDING, SIZES, Operator, assert_calibrates, assert_nothing_changes, calibrated
 
 from act_export.graft import UnsupportedPatternError
 from act_export.graft.graph import Graph

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from foreign_models import CALIBRATION, DATA, Decoder, hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -20,7 +21,6 @@ from act_export.graft.job import graft
 from act_export.graft.record import digest, record_of
 from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops.library import library_path
-from models import CALIBRATION, DATA, Decoder, hashes
 
 DECODERS = {
     "packed": Decoder(layers=3),

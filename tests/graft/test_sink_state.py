@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from close import assert_logits_close
+from foreign_models import CALIBRATION, Decoder, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -30,7 +31,6 @@ from act_export.graft.sink_state import (
 )
 from act_export.onnx_file.node_builder import NodeBuilder
 from act_export.runtime import Session
-from models import CALIBRATION, Decoder, prompt
 
 TEMPLATES = ("past.%d.key", "past.%d.value", "present.%d.key", "present.%d.value")
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

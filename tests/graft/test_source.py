@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from foreign_models import CALIBRATION, DATA, Decoder, hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -24,7 +25,6 @@ from act_export.graft.job import graft
 from act_export.graft.source import read_source
 from act_export.onnx_file.output import OutputError
 from act_export.runtime import Session
-from models import CALIBRATION, DATA, Decoder, hashes
 
 
 def refused(place: Path, out: Path, reason: str, kind: type[ActExportError] = GraftError, **options: object) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import onnx
 import pytest
+from foreign_models import CALIBRATION, Decoder
 from onnx import helper
 
 from act_export.graft import GraftError
 from act_export.graft.graph import Graph
 from act_export.graft.job import graft
 from act_export.graft.well_formed import check_nodes
-from models import CALIBRATION, Decoder
 
 
 @pytest.mark.parametrize(

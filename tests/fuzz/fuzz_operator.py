@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Hostile nodes and inputs for the native operators: random cases that are run, compared, and survived.
 
-    tools/fuzz_operator.py [--seconds N] [--seed N] [--library FILE] [--case N]
+    tests/fuzz/fuzz_operator.py [--seconds N] [--seed N] [--library FILE] [--case N]
 
 Each case is a node with attributes and inputs from a seed (operator_cases.py), run in ONNX Runtime in another process,
 so that a crash, a hang or much memory is noticed and counted as that case's. Cases with an answer are compared with the

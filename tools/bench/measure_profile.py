@@ -1,6 +1,6 @@
 """What a sink profile costs, and how far it is from brute force, on smollm2-135m.
 
-    .venv/bin/python tools/measure_profile.py [--lengths 512,2048,8192] [--rounds 3] [--effects]
+    .venv/bin/python tools/bench/measure_profile.py [--lengths 512,2048,8192] [--rounds 3] [--effects]
                                               [--memory] [--brute-force]
 
 Speed: a profile of the same prompts against a plain forward pass with PyTorch's own attention, in turns (plain,
@@ -121,7 +121,7 @@ def resident(field: str) -> int:
 
 
 def brute_force(checkpoint: Checkpoint) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "profile"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "profile"))
     from brute_force import differences
 
     prompts = sst2_prompts(checkpoint, 20)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Size of a report, and how long a browser takes until all its figures are drawn.
 
-    tools/measure_report REPORT.html [--repeats N] [--browser PROGRAM]
+    tools/bench/measure_report.py REPORT.html [--repeats N] [--browser PROGRAM]
 
 Prints the size of the page, how much of it is the plotting library, and, from opening the file in headless Chromium to
 the last figure, the median and the range over several new browser windows.

@@ -1,8 +1,9 @@
 """The table of architectures: each proven on tiny random models, end to end.
 
-    .venv/bin/python tools/architectures.py              measures every row and writes act_export/docs/architectures.md
-    .venv/bin/python tools/architectures.py --only phi   measures and prints the rows of one architecture
-    .venv/bin/python tools/architectures.py --others     tries every other causal language model of transformers
+    .venv/bin/python tests/architectures/architectures.py              measures every row and writes
+    act_export/docs/architectures.md .venv/bin/python tests/architectures/architectures.py --only phi   measures and
+    prints the rows of one architecture .venv/bin/python tests/architectures/architectures.py --others     tries every
+    other causal language model of transformers
 
 A row is a variant of `tiny_models.VARIANTS`: exported with calibrated heads, then compared with PyTorch running the
 reference in every case of `act-export verify`: prompts, left padding, chunks, decode, native library and portable
@@ -24,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tiny models are
+
 import onnx_ir as ir
 import torch
 from tiny_models import VARIANTS, Variant, tiny_config, variant_model
@@ -38,11 +41,11 @@ from act_export.export import build_model
 from act_export.ops import schema
 from act_export.verify.parity.job import describe_failures, verify_file
 
-DOCUMENT = Path(__file__).parents[1] / "act_export" / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).parents[2] / "act_export" / "docs" / "architectures.md"
 CALIBRATION = Calibration({0: (1,), 1: (0, 3)}, beta={0: (0.4,), 1: (0.2, 1.7)}, threshold=0.06)
 LARGEST_DIFFERENCE = 1e-4  # of a logit, float32
-_ROWS = ("<!-- rows: tools/architectures.py -->", "<!-- end of rows -->")
-_OTHERS = ("<!-- others: tools/architectures.py --others -->", "<!-- end of others -->")
+_ROWS = ("<!-- rows: tests/architectures/architectures.py -->", "<!-- end of rows -->")
+_OTHERS = ("<!-- others: tests/architectures/architectures.py --others -->", "<!-- end of others -->")
 _Given, _Result = TypeVar("_Given"), TypeVar("_Result")
 _MOST_PARAMETERS = 60e6  # of another model: beyond, the tiny configuration didn't reach all of it
 _HEADER = (

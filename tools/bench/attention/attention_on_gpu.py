@@ -1,4 +1,5 @@
-"""The GPU half of tools/bench_attention.py: everything is in the GPU's memory, and past and present are the same.
+"""The GPU half of bench_attention.py: everything is in the GPU's memory, and past and present are
+the same.
 
 Contenders: calibrated (every head), quarter (every fourth), plain, and gqa in half types: GroupQueryAttention has no
 float32 kernel for GPUs. They share queries, keys, values and caches, into which all write the same token, and have

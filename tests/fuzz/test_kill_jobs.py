@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parents[2] / "tools" / "kill_jobs.py"
+PROGRAM = Path(__file__).with_name("kill_jobs.py")
 
 
 @pytest.mark.parametrize(

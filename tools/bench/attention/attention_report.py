@@ -1,4 +1,4 @@
-"""What tools/bench_attention.py prints: tables of ratios beside their times, and the machine they were measured on."""
+"""What bench_attention.py prints: tables of ratios beside their times, and the machine they were measured on."""
 
 from __future__ import annotations
 

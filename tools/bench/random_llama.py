@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes a checkpoint with random weights in the shape of Llama-2-7B, to measure speed where there are no real weights.
 
-    tools/random_llama.py --out FOLDER [--layers 32] [--heads 32] [--kv-heads 32] [--hidden 4096] ...
+    tools/bench/random_llama.py --out FOLDER [--layers 32] [--heads 32] [--kv-heads 32] [--hidden 4096] ...
 
 The folder is one of transformers: config.json and model-*.safetensors in bfloat16, without a tokenizer. Shards are
 written one after the other, so that memory holds one of them. The shape fits the recipes llama-2-7b-chat-*.

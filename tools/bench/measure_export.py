@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and peak memory of an export, against torch's own export of the same unmodified model.
 
-    tools/measure_export [--model MODEL] [--repeats N] [--json FILE]
+    tools/bench/measure_export.py [--model MODEL] [--repeats N] [--json FILE]
 
 Each export runs in a process of its own, the two in turn. Loading the checkpoint is not timed; the peak is the largest
 resident set of the whole process, the loaded checkpoint included. torch's export is the model's plain forward: logits

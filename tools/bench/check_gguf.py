@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compares GGUF files with what they are converted to: python tools/check_gguf.py FILE|NAME...
+"""Compares GGUF files with what they are converted to: python tools/bench/check_gguf.py FILE|NAME...
 
 For each file, or built-in model: its tensors by quantisation, how many parameters they account for, the largest
 difference of a weight and of a rotary frequency, and the time that conversion and comparison take.

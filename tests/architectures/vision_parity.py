@@ -1,6 +1,6 @@
 """The table of vision-language models: text towers proven on tiny random models, with images where they take them.
 
-    .venv/bin/python tools/vision_parity.py [--only qwen2_vl]
+    .venv/bin/python tests/architectures/vision_parity.py [--only qwen2_vl]
 
 Text: the exported tower, calibrated, against PyTorch in every case of `act-export verify`. Images: two prompts with an
 image each, the shorter one padded, and six tokens after them, against the whole model; see `tiny_vision`.
@@ -12,6 +12,8 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tiny models are
 
 from architectures import CALIBRATION
 from tiny_vision import CONFIGURATIONS, compare_with_whole, tiny_whole, tower_checkpoint

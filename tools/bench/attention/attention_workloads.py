@@ -1,4 +1,4 @@
-"""What tools/bench_attention.py gives its contenders to do: shapes, lengths, and data that holds later sinks."""
+"""What bench_attention.py gives its contenders to do: shapes, lengths, and data that holds later sinks."""
 
 from __future__ import annotations
 

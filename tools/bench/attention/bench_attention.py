@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """The attention operator alone against ONNX Runtime's own, in ratios measured in one run.
 
-    .venv/bin/python tools/bench_attention.py [--quick] [--work decode] [--lengths 2048] [--shapes 9x3x64] ...
-    .venv/bin/python tools/bench_attention.py --memory
-    python tools/bench_attention.py --device cuda [--library FILE] [--cuda-graph] [--batch 1 32] ...
+    .venv/bin/python tools/bench/attention/bench_attention.py [--quick] [--work decode] [--lengths 2048] [--shapes
+    9x3x64] ... .venv/bin/python tools/bench/attention/bench_attention.py --memory
+    python tools/bench/attention/bench_attention.py --device cuda [--library FILE] [--cuda-graph] [--batch 1 32] ...
 
-What is compared is described in tools/attention_contenders.py. All get the same data, which holds later sinks, and are
-checked to agree before they are timed. Then they take turns: A, B, C, A, B, C, one turn a round. A turn lasts about
-20 ms or more: short calls are repeated, after one that isn't timed. A time is the median of its rounds, a ratio that of
-two medians; beside it stands the spread of the rounds' own ratios. Each call also pays for ONNX Runtime's session and
-Python's binding, some microseconds, the same for all.
+What is compared is described in tools/bench/attention/attention_contenders.py. All get the same data, which holds later
+sinks, and are checked to agree before they are timed. Then they take turns: A, B, C, A, B, C, one turn a round. A turn
+lasts about 20 ms or more: short calls are repeated, after one that isn't timed. A time is the median of its rounds, a
+ratio that of two medians; beside it stands the spread of the rounds' own ratios. Each call also pays for ONNX Runtime's
+session and Python's binding, some microseconds, the same for all.
 
 All sessions share one thread pool. With a pool each, as is ONNX Runtime's default, the threads of the session that ran
 last spin on (45 ms, measured with two threads on two cores) and take the cores from the session that comes next: its
@@ -20,8 +20,8 @@ threads are as awake for one contender as for the next.
 In decode the same token is appended again and again. Keys and values are overwritten, but the column sums grow in their
 shared buffer; every 16 calls they are put back, untimed, so that the work stays the same.
 
-With --memory nothing is timed; see tools/attention_memory.py. With --device cuda all of this is otherwise; see
-tools/attention_on_gpu.py.
+With --memory nothing is timed; see tools/bench/attention/attention_memory.py. With --device cuda all of this is
+otherwise; see tools/bench/attention/attention_on_gpu.py.
 """
 
 from __future__ import annotations
@@ -360,13 +360,13 @@ def summarize(results: list[Result]) -> Result:
 
 
 def measure_roofline(workloads: list[Workload], threads: int) -> Result:
-    """By tools/roofline.py, for the sizes that the workloads touch; in a process of its own, with no other threads."""
+    """By roofline.py, for the sizes that the workloads touch; in a process of its own, without other threads."""
     sizes = sorted({workload.least_bytes for workload in workloads})
     script = Path(__file__).with_name("roofline.py")
     command = [sys.executable, script, "--json", "--threads", threads, "--bytes", *sizes]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if result.returncode != 0:
-        sys.exit(f"tools/roofline.py failed:\n{result.stderr}")
+        sys.exit(f"tools/bench/attention/roofline.py failed:\n{result.stderr}")
     found: Result = json.loads(result.stdout)
     return found
 

@@ -1,6 +1,6 @@
 """Two processes against one, and a search that is killed and resumed, on the real command line.
 
-    .venv/bin/python tools/measure_search.py [--rounds 2]
+    .venv/bin/python tools/bench/measure_search.py [--rounds 2]
 
 Every process gets one thread. Times are those the command prints, without loading the model; they are taken in turns
 (one process, two, one, two) and the ratio is that of the medians. Then one search gets SIGKILL when it has done about

@@ -1,4 +1,5 @@
-"""What tools/bench_attention.py compares: one-node models of attention, bound to the same data, checked to agree.
+"""What bench_attention.py compares: one-node models of attention, bound to the same data, checked
+to agree.
 
 | contender | operator | cache |
 | --- | --- | --- |

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills jobs at random times, and checks that doing them again gives what an undisturbed run gives, and leaves nothing.
 
-    tools/kill_jobs.py [--job export|graft|search|conversion ...] [--times 10] [--seed 0]
+    tests/fuzz/kill_jobs.py [--job export|graft|search|conversion ...] [--times 10] [--seed 0]
 
 A job is a command on a tiny model. Its process gets SIGKILL at times spread over those that it takes, and every third
 time while a result is put together; each time in folders of its own: for the output, the cache and temporary files.
@@ -26,17 +26,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "graft", "checkpoint/gguf")]  # where the tiny models are
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "checkpoint/gguf")]  # where the tiny models are
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import act_export.export.job  # noqa: E402  imported here so that a fork begins with the work
-import act_export.search.job  # noqa: E402, F401
-from act_export.calibration.file import Calibration  # noqa: E402
-from act_export.commands.main import main as act_export_main  # noqa: E402
-from act_export.files import is_staging  # noqa: E402
-from act_export.graft.job import graft  # noqa: E402, F401
+import act_export.export.job
+import act_export.search.job  # noqa: F401
+from act_export.calibration.file import Calibration
+from act_export.commands.main import main as act_export_main
+from act_export.files import is_staging
+from act_export.graft.job import graft  # noqa: F401
 
 OUTPUT = "output"
 _WRITING_S = 0.05
@@ -65,7 +65,7 @@ def export_job(inputs: Path) -> Job:
 
 
 def graft_job(inputs: Path) -> Job:
-    from models import CALIBRATION, Decoder
+    from foreign_models import CALIBRATION, Decoder
 
     return calibrated("graft", Decoder().save_folder(inputs / "model"), CALIBRATION, inputs)
 

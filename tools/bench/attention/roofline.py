@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What this machine can do at most with some threads: float32 arithmetic, and reading memory.
 
-    tools/roofline.py [--threads N] [--bytes SIZE ...] [--json]
+    tools/bench/attention/roofline.py [--threads N] [--bytes SIZE ...] [--json]
 
 Arithmetic is a square matrix product, the fastest of two sizes in numpy and torch. Reading is the sum of an array of a
 given size again and again, so that what fits into a cache is judged by that cache; copy and triad of a large array are

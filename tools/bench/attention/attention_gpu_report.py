@@ -1,4 +1,4 @@
-"""What tools/bench_attention.py prints of a GPU: Markdown, so that it can be pasted, and needs no package to print."""
+"""What bench_attention.py prints of a GPU: Markdown, so that it can be pasted, and needs no package to print."""
 
 from __future__ import annotations
 

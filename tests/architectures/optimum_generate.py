@@ -1,6 +1,6 @@
 """Generates with optimum's ORTModelForCausalLM; `check_optimum` runs this in an environment of optimum's own.
 
-    python tools/optimum_generate.py FOLDER [--library libact_ops.so] < request > answer
+    python tests/architectures/optimum_generate.py FOLDER [--library libact_ops.so] < request > answer
 
 The request is JSON: "batches" of prompts, each a list of token ids, and "max_new_tokens". The answer is JSON: "tokens",
 the new tokens of each prompt of each batch, or "error"; and "versions".

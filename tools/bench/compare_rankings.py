@@ -1,6 +1,6 @@
 """Gates against the paper's exhaustive search: the same order of heads, at what cost?
 
-    .venv/bin/python tools/compare_rankings.py [--model smollm2-135m] [--task sst2] [--journal FOLDER]
+    .venv/bin/python tools/bench/compare_rankings.py [--model smollm2-135m] [--task sst2] [--journal FOLDER]
 
 Ranks all heads of the model on one task's ranking split by both methods, prints Spearman's correlation, what each
 took in forward passes of one prompt, the time, and the held-out accuracy that each method's own search reaches. The

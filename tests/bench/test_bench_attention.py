@@ -19,7 +19,7 @@ from close import assert_close
 from act_export.ops.library import library_path
 from act_export.runtime.device import Device
 
-TOOLS = Path(__file__).parent.parent.parent / "tools"
+TOOLS = Path(__file__).parents[2] / "tools" / "bench" / "attention"
 CONTENDERS = ["calibrated", "plain", "gqa", "attention23"]
 
 

@@ -1,10 +1,6 @@
 import ctypes
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # what is there imports its neighbours by name
 
 
 @pytest.fixture

@@ -134,8 +134,8 @@ def prepare(folder: Path) -> None:
     """Writes the set of whole files, once: a checkpoint, exports of it, a graft, a profile, a task and its rows."""
     from act_export.calibration.file import Calibration
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "profile"))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "profile"))
     from profiles import random_profile
     from tiny import save_checkpoint
 
