@@ -186,7 +186,7 @@ def report_command(
 
 def _check_profile_output(out: Path, *, report: bool) -> None:
     """Refuses, before any work, a place that the profile can't be written to, or where another file would be lost."""
-    from act_export.profile.profile_file import FORMAT
+    from act_export.profile.sink_profile import FORMAT
 
     if out.suffix != ".safetensors" or out.is_dir():
         raise ActExportError(f"{out} isn't a file *.safetensors; pass e.g. --out {out.stem or 'profile'}.safetensors")

@@ -1,7 +1,8 @@
 """Where a model's attention sinks are, and the report that shows them."""
 
 from act_export.profile.run import ProfileOptions, PromptSource, profile_sinks
-from act_export.profile.sink_profile import (
+from act_export.profile.sink_profile import SinkProfile, unreachable
+from act_export.profile.sink_statistics import (
     ALL,
     GRID,
     MODES,
@@ -10,10 +11,8 @@ from act_export.profile.sink_profile import (
     ExamplePrompt,
     LaterSinks,
     ProfileError,
-    SinkProfile,
     SinkStatistics,
     SinkTokens,
-    unreachable,
 )
 
 __all__ = [

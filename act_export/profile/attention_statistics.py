@@ -30,7 +30,7 @@ class AttentionStatistics(NamedTuple):
     Attributes:
         column_sums: Sum of each column over the real rows (batch, num_heads, total).
         entropy: Of a row in nats, mean over the real rows (batch, num_heads). What a learned sink takes isn't counted.
-        mean_map: (batch, num_heads, grid, grid), see `act_export.profile.sink_profile.SinkStatistics`.
+        mean_map: (batch, num_heads, grid, grid), see `act_export.profile.sink_statistics.SinkStatistics`.
     """
 
     column_sums: Tensor

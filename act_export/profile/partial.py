@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from act_export.files import check_writable, sweep, write_whole
-from act_export.profile.sink_profile import ProfileError
+from act_export.profile.sink_statistics import ProfileError
 from act_export.profile.tally import Tally
 
 

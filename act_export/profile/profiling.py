@@ -14,7 +14,7 @@ from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import attention_probabilities, calibrate_with_state, visible_rows
 from act_export.profile.attention_statistics import AttentionStatistics, MapGrid, attend_with_statistics, map_grid
-from act_export.profile.sink_profile import GRID
+from act_export.profile.sink_statistics import GRID
 from act_export.runtime.sampling import left_pad
 
 
@@ -25,7 +25,7 @@ class PromptStatistics(NamedTuple):
         column_sums: Sums of the attention maps' columns (layers, heads, tokens).
         scores: Sink scores (layers, heads, tokens).
         entropy: Of a row in nats, mean over the rows (layers, heads).
-        mean_map: (layers, heads, GRID, GRID), see `act_export.profile.sink_profile.SinkStatistics`.
+        mean_map: (layers, heads, GRID, GRID), see `act_export.profile.sink_statistics.SinkStatistics`.
     """
 
     column_sums: Tensor

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from act_export.profile.sink_profile import ProfileError
+from act_export.profile.sink_statistics import ProfileError
 from act_export.tasks import Example
 from act_export.tasks.encoding import sequence_beginning
 from act_export.tasks.examples import read_rows

@@ -19,7 +19,8 @@ from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
 from act_export.profile.partial import PartialTally
 from act_export.profile.profiling import profile_batch
-from act_export.profile.sink_profile import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError, SinkProfile
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError
 from act_export.profile.tally import Tally, statistics_of
 from act_export.progress import Progress
 from act_export.tasks import EncodedExample, batches

@@ -1,152 +1,86 @@
-"""The sink profile: where a model's attention sinks are, by layer, head, position and token."""
+"""The sink profile, and its two files: arrays in NAME.safetensors, all else in NAME.json beside it.
+
+The format, tensor by tensor, is described in `act_export/docs/profile.md`; `load_profile` refuses whatever doesn't fit.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
-from act_export.calibration.file import Calibration, ModelIdentity
-from act_export.errors import ActExportError
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+from act_export.errors import others_errors, shortened, shown
+from act_export.files import write_whole
+from act_export.json_fields import Fields
+from act_export.json_file import read_bytes, read_object
+from act_export.profile.sink_statistics import (
+    ABSOLUTE,
+    ALL,
+    GRID,
+    MODES,
+    POSITION_EDGES,
+    RELATIVE_BINS,
+    ExamplePrompt,
+    LaterSinks,
+    ProfileError,
+    SinkStatistics,
+    SinkTokens,
+)
 
-Floats = NDArray[np.float32]
-Counts = NDArray[np.int64]
-
-ABSOLUTE, RELATIVE = "absolute", "relative"
-MODES = (ABSOLUTE, RELATIVE)
-ALL = "all"
-"""Name of the statistics over every source."""
-
-GRID = 32
-"""Rows and columns of a mean attention map."""
-
-POSITION_EDGES = (*range(1, 9), *(base << shift for shift in range(19) for base in (12, 16)))
-"""Bin b of absolute positions holds POSITION_EDGES[b] to POSITION_EDGES[b + 1] - 1; the last has no end."""
-
-RELATIVE_BINS = 20
-"""Bin b of relative positions holds those whose share of the way, position / (tokens - 1), lies from b to b + 1
-twentieths; the last token is in the last bin."""
-
-
-class ProfileError(ActExportError):
-    """A profile that is malformed, or prompts that can't be profiled."""
-
-
-@dataclass(frozen=True, eq=False)
-class SinkTokens:
-    """Tokens that were later sinks, those with the most attention first; n of them.
-
-    Attributes:
-        ids: Token ids (n,).
-        texts: What each stands for, n of them.
-        occurrences: How often each came in the prompts, initial tokens not counted (n,).
-        sinks: How often a head of a layer had each as a later sink (n, layers); of an occurrence at most num_heads
-            times in a layer.
-        mass: Share of all attention that went to each as a later sink, mean over prompts, layers and heads (n,). They
-            sum to the mean of `LaterSinks.mass`.
-    """
-
-    ids: Counts
-    texts: tuple[str, ...]
-    occurrences: Counts
-    sinks: Counts
-    mass: Floats
+FORMAT = "act-export sink profile"
+FORMAT_VERSION = 1
+_LARGEST_TENSORS = 4 << 30  # bytes
+_ROUNDING = 1e-4  # by which a share may lie beyond 0 or 1
+_INFINITY = float("inf")
 
 
-@dataclass(frozen=True, eq=False)
-class LaterSinks:
-    """Sinks by one threshold. Arrays are means over the prompts, (layers, heads) unless said otherwise.
+@dataclass(frozen=True)
+class _Tensor:
+    """What a tensor must be: its axes by name, its type, and the range of its values."""
 
-    Attributes:
-        mode: "absolute" or "relative".
-        threshold: tau, or alpha where the mode is relative: tau = alpha / tokens of the prompt.
-        initial_rate: Share of prompts whose initial token is a sink, in [0, 1].
-        rate: Share of prompts with at least one later sink, in [0, 1].
-        count: Number of later sinks.
-        mass: Share of all attention that goes to later sinks, in [0, 1].
-        absolute_positions: Number of later sinks by position (layers, heads, bins of `POSITION_EDGES`).
-        relative_positions: Number of later sinks by share of the way (layers, heads, RELATIVE_BINS).
-        tokens: Which tokens they are.
-    """
-
-    mode: str
-    threshold: float
-    initial_rate: Floats
-    rate: Floats
-    count: Floats
-    mass: Floats
-    absolute_positions: Floats
-    relative_positions: Floats
-    tokens: SinkTokens
+    axes: tuple[str, ...]
+    dtype: str = "float32"
+    lowest: float = 0.0
+    highest: float = _INFINITY
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class SinkStatistics:
-    """The sinks of one source of prompts. Arrays are means over the prompts, (layers, heads) unless said otherwise.
-
-    Attributes:
-        name: The source: a task's name, a file's, or `ALL`.
-        prompts: Number of prompts.
-        tokens: Number of their tokens.
-        shortest: Tokens of the shortest prompt.
-        longest: Tokens of the longest.
-        initial_score: Sink score of the initial token, in [0, 1].
-        initial_score_std: Its standard deviation over the prompts.
-        mass_std: Standard deviation of the later sinks' mass (absolute threshold) over the prompts.
-        entropy: Of a row of the attention map, mean over the rows, in nats.
-        mean_map: Mean attention map (layers, heads, GRID, GRID): rows are queries, columns keys, both by share of the
-            way through the prompt. A row is the mean over its queries of the attention that goes to each column's
-            keys, so it sums to 1. Tokens on a border count in proportion.
-        absolute_exposure: Number of tokens by position, initial token not counted (bins of `POSITION_EDGES`,).
-        relative_exposure: Number of tokens by share of the way, initial token not counted (RELATIVE_BINS,).
-        by: Later sinks by threshold mode, "absolute" and "relative".
-        effects: What calibrating each head alone would change in the log-likelihood of the right answer, to first
-            order (see `act_export.search.gates`); None where it wasn't measured.
-        effect_prompts: Number of prompts that `effects` is the mean over.
-    """
-
-    name: str
-    prompts: int
-    tokens: int
-    shortest: int
-    longest: int
-    initial_score: Floats
-    initial_score_std: Floats
-    mass_std: Floats
-    entropy: Floats
-    mean_map: Floats
-    absolute_exposure: Floats
-    relative_exposure: Floats
-    by: Mapping[str, LaterSinks]
-    effects: Floats | None = None
-    effect_prompts: int = 0
-
-    def __repr__(self) -> str:
-        """What it is of, without the arrays."""
-        return f"<SinkStatistics of {self.name}: {self.prompts} prompts, {self.tokens} tokens>"
-
-
-@dataclass(frozen=True, eq=False)
-class ExamplePrompt:
-    """One prompt, token by token.
-
-    Attributes:
-        source: Name of the statistics it belongs to.
-        ids: Token ids (tokens,).
-        texts: What each token stands for.
-        scores: Sink scores without calibration (layers, heads, tokens).
-        calibrated_scores: With the profile's calibration; None where there is none.
-    """
-
-    source: str
-    ids: Counts
-    texts: tuple[str, ...]
-    scores: Floats
-    calibrated_scores: Floats | None = None
+_HEADS = ("layers", "heads")
+_STATISTICS = {
+    "initial_score": _Tensor(_HEADS, highest=1),
+    "initial_score_std": _Tensor(_HEADS, highest=1),
+    "mass_std": _Tensor(_HEADS, highest=1),
+    "entropy": _Tensor(_HEADS),
+    "mean_map": _Tensor((*_HEADS, "grid", "grid"), highest=1),
+    "absolute_exposure": _Tensor(("absolute bins",)),
+    "relative_exposure": _Tensor(("relative bins",)),
+}
+_BY_MODE = {
+    "initial_rate": _Tensor(_HEADS, highest=1),
+    "rate": _Tensor(_HEADS, highest=1),
+    "count": _Tensor(_HEADS),
+    "mass": _Tensor(_HEADS, highest=1),
+    "absolute_positions": _Tensor((*_HEADS, "absolute bins")),
+    "relative_positions": _Tensor((*_HEADS, "relative bins")),
+}
+_TOKENS = {
+    "ids": _Tensor(("tokens",), "int64"),
+    "occurrences": _Tensor(("tokens",), "int64"),
+    "sinks": _Tensor(("tokens", "layers"), "int64"),
+    "mass": _Tensor(("tokens",), highest=1),
+}
+_EFFECTS = _Tensor(_HEADS, lowest=-_INFINITY)
+_EXAMPLE = {"ids": _Tensor(("tokens",), "int64"), "scores": _Tensor((*_HEADS, "tokens"), highest=1)}
+_CALIBRATED = _Tensor((*_HEADS, "tokens"), highest=1)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -191,12 +125,12 @@ class SinkProfile:
         return self.sources[source]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes PATH (safetensors), and a JSON file of the same name beside it; see `profile_file`.
+        """Writes PATH (safetensors), and a JSON file of the same name beside it; see `save_profile`.
 
         Raises:
             ProfileError: If the name doesn't end with .safetensors, or the files can't be written.
         """
-        from act_export.profile.profile_file import save_profile
+        pass
 
         save_profile(self, path)
 
@@ -207,7 +141,7 @@ class SinkProfile:
         Raises:
             ProfileError: If a file is missing or isn't a profile's, naming what doesn't fit.
         """
-        from act_export.profile.profile_file import load_profile
+        pass
 
         return load_profile(path)
 
@@ -224,3 +158,205 @@ def unreachable(profile: SinkProfile) -> list[str]:
                 f"the {mode} threshold is {of} for the shortest prompt; no sink score is above 1, so there are none"
             )
     return lines
+
+
+def save_profile(profile: SinkProfile, path: str | os.PathLike[str]) -> None:
+    """Writes a profile's two files; see `SinkProfile.save`."""
+    path = _checked_name(path)
+    tensors = dict(_tensors(profile))
+    content = save_tensors({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    statistics = [profile.overall, *profile.sources.values()]
+    document = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "tensors": {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()},
+        "model": {"asked_for": profile.model_name, **asdict(profile.model)},
+        "grid": GRID,
+        "position_edges": list(POSITION_EDGES),
+        "relative_bins": RELATIVE_BINS,
+        "thresholds": {mode: profile.overall.by[mode].threshold for mode in MODES},
+        "sources": [
+            {
+                "name": source.name,
+                **{name: getattr(source, name) for name in _COUNTS},
+                "token_texts": {mode: list(source.by[mode].tokens.texts) for mode in MODES},
+            }
+            for source in statistics
+        ],
+        "examples": [{"source": example.source, "texts": list(example.texts)} for example in profile.examples],
+        "calibration": json.loads(profile.calibration.to_json()) if profile.calibration is not None else None,
+        "options": dict(profile.options),
+        "versions": dict(profile.versions),
+    }
+    try:
+        write_whole(path, content)
+        write_whole(path.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ProfileError(f"can't write {path}: {error.strerror}; pass another place with --out") from error
+
+
+def load_profile(path: str | os.PathLike[str]) -> SinkProfile:
+    """Reads a profile by either of its files' names; see `SinkProfile.load`."""
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise ProfileError(f"{path} is a folder; pass a profile in it, e.g. {path / 'profile.safetensors'}")
+    document_path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    advice = f"a profile has two files, {tensors_path.name} and {document_path.name}, which act-export profile writes"
+    found = read_object(document_path, error=ProfileError, advice=advice)
+    fields = Fields(found, str(document_path), error=ProfileError, advice="make the profile again")
+    if found.get("format") != FORMAT:
+        raise ProfileError(f"{document_path} is not a sink profile's; act-export profile writes one")
+    if found.get("version") != FORMAT_VERSION:
+        raise fields.refused(
+            f"has version {shown(found.get('version'))}; this act-export reads version {FORMAT_VERSION}"
+        )
+    content = read_bytes(tensors_path, error=ProfileError, advice=advice, largest_bytes=_LARGEST_TENSORS)
+    if fields.inner("tensors").text("sha256") != hashlib.sha256(content).hexdigest():
+        raise ProfileError(
+            f"{tensors_path} and {document_path} aren't of the same run; make the profile again, or put the right "
+            f"files side by side"
+        )
+    for what, own in (("grid", GRID), ("position_edges", list(POSITION_EDGES)), ("relative_bins", RELATIVE_BINS)):
+        if fields.value(what) != own:
+            raise fields.refused(f"has {what} = {shown(found[what])}; this version has {shown(own)}")
+    with others_errors(f"{tensors_path} is not a safetensors file", "make the profile again", error=ProfileError):
+        tensors = load_tensors(content)
+    return _Reader(tensors, fields).profile()
+
+
+_COUNTS = ("prompts", "tokens", "shortest", "longest", "effect_prompts")
+
+
+class _Reader:
+    """Takes tensors out of a file, one after the other, each as it must be; in the end none is left."""
+
+    def __init__(self, tensors: dict[str, NDArray[Any]], document: Fields) -> None:
+        self.tensors = tensors
+        self.document = document
+        model = document.inner("model")
+        self.model_name = model.text("asked_for")
+        self.model = ModelIdentity(
+            model.text("architecture"),
+            model.whole("num_layers", 1),
+            model.whole("num_heads", 1),
+            model.text("fingerprint") if model.given("fingerprint") else None,
+            model.text("name") if model.given("name") else None,
+        )
+        self.sizes = {
+            "layers": self.model.num_layers,
+            "heads": self.model.num_heads,
+            "grid": GRID,
+            "absolute bins": len(POSITION_EDGES),
+            "relative bins": RELATIVE_BINS,
+        }
+
+    def profile(self) -> SinkProfile:
+        document = self.document
+        found = [self._statistics(source) for source in document.objects("sources")]
+        names = [source.name for source in found]
+        if len(found) < 2 or names[0] != ALL or len(set(names)) < len(names):
+            raise document.refused(f"has the sources {shown(names)}; they must be {ALL!r} and one more, all different")
+        overall, *sources = found
+        profile = SinkProfile(
+            model=self.model,
+            model_name=self.model_name,
+            overall=overall,
+            sources={source.name: source for source in sources},
+            examples=tuple(self._example(index, given) for index, given in enumerate(document.objects("examples"))),
+            calibration=self._calibration(),
+            options=dict(document.inner("options").members),
+            versions=dict(document.inner("versions").members),
+        )
+        if self.tensors:
+            raise document.refused(f"has a tensor {shown(sorted(self.tensors)[0])} that doesn't belong to a profile")
+        return profile
+
+    def _calibration(self) -> Calibration | None:
+        if not self.document.given("calibration"):
+            return None
+        try:
+            text = json.dumps(self.document.value("calibration"))
+            return Calibration.from_json(text, source=f"{self.document.what}: calibration")
+        except CalibrationError as error:
+            raise ProfileError(str(error)) from error
+
+    def _statistics(self, given: Fields) -> SinkStatistics:
+        name = given.text("name")
+        place = f"sources/{name}"
+        fields: dict[str, Any] = {what: given.whole(what, 0, 2**53) for what in _COUNTS}
+        texts = given.inner("token_texts")
+        fields |= {what: self._take(f"{place}/{what}", wanted) for what, wanted in _STATISTICS.items()}
+        return SinkStatistics(
+            name=name,
+            **fields,
+            effects=self._take(f"{place}/effects", _EFFECTS) if fields["effect_prompts"] else None,
+            by={mode: self._later(place, mode, texts.texts(mode)) for mode in MODES},
+        )
+
+    def _later(self, place: str, mode: str, texts: tuple[str, ...]) -> LaterSinks:
+        self.sizes["tokens"] = len(texts)
+        tokens = {what: self._take(f"{place}/{mode}/tokens/{what}", wanted) for what, wanted in _TOKENS.items()}
+        return LaterSinks(
+            mode,
+            self.document.inner("thresholds").number(mode, 0),
+            **{what: self._take(f"{place}/{mode}/{what}", wanted) for what, wanted in _BY_MODE.items()},
+            tokens=SinkTokens(texts=texts, **tokens),
+        )
+
+    def _example(self, index: int, given: Fields) -> ExamplePrompt:
+        texts = given.texts("texts")
+        self.sizes["tokens"] = len(texts)
+        place = f"examples/{index}"
+        return ExamplePrompt(
+            given.text("source"),
+            texts=texts,
+            **{what: self._take(f"{place}/{what}", wanted) for what, wanted in _EXAMPLE.items()},
+            calibrated_scores=self._take(f"{place}/calibrated_scores", _CALIBRATED)
+            if f"{place}/calibrated_scores" in self.tensors
+            else None,
+        )
+
+    def _take(self, name: str, wanted: _Tensor) -> NDArray[Any]:
+        if name not in self.tensors:
+            raise self.document.refused(f"lacks the tensor {shown(name)}")
+        array = self.tensors.pop(name)
+        shape = tuple(self.sizes[axis] for axis in wanted.axes)
+        if array.shape != shape or array.dtype.name != wanted.dtype:
+            raise self.document.refused(
+                f"has {shortened(name, 100)} as {array.dtype.name} {array.shape}; it must be {wanted.dtype} {shape} "
+                f"({', '.join(wanted.axes)})"
+            )
+        beyond = ~((array >= wanted.lowest - _ROUNDING) & (array <= wanted.highest + _ROUNDING))
+        if not np.isfinite(array).all() or beyond.any():
+            value = array[beyond | ~np.isfinite(array)].flat[0]
+            raise self.document.refused(
+                f"has the value {value} in {shortened(name, 100)}; it must lie from {wanted.lowest:g} to "
+                f"{wanted.highest:g}"
+            )
+        return array
+
+
+def _tensors(profile: SinkProfile) -> Iterator[tuple[str, NDArray[Any]]]:
+    for source in (profile.overall, *profile.sources.values()):
+        place = f"sources/{source.name}"
+        for name in _STATISTICS:
+            yield f"{place}/{name}", getattr(source, name)
+        if source.effects is not None:
+            yield f"{place}/effects", source.effects
+        for mode in MODES:
+            for name in _BY_MODE:
+                yield f"{place}/{mode}/{name}", getattr(source.by[mode], name)
+            for name in _TOKENS:
+                yield f"{place}/{mode}/tokens/{name}", getattr(source.by[mode].tokens, name)
+    for index, example in enumerate(profile.examples):
+        for name in _EXAMPLE:
+            yield f"examples/{index}/{name}", getattr(example, name)
+        if example.calibrated_scores is not None:
+            yield f"examples/{index}/calibrated_scores", example.calibrated_scores
+
+
+def _checked_name(path: str | os.PathLike[str]) -> Path:
+    if Path(path).suffix != ".safetensors":
+        example = f"{Path(path).stem or 'profile'}.safetensors"
+        raise ProfileError(f"{path} doesn't end with .safetensors; pass e.g. {example}")
+    return Path(path)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from act_export.errors import ActExportError
 from act_export.profile.profiling import PromptStatistics
-from act_export.profile.sink_profile import (
+from act_export.profile.sink_statistics import (
     ABSOLUTE,
     GRID,
     MODES,

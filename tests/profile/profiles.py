@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration, ModelIdentity
-from act_export.profile.sink_profile import (
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import (
     ALL,
     GRID,
     MODES,
@@ -16,7 +17,6 @@ from act_export.profile.sink_profile import (
     RELATIVE_BINS,
     ExamplePrompt,
     LaterSinks,
-    SinkProfile,
     SinkStatistics,
     SinkTokens,
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from close import assert_close
 from safetensors.torch import save
-from test_profile_file import assert_same
+from test_sink_profile import assert_same
 from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint, tiny_tokenizer
 from tokenizers import decoders, models
 

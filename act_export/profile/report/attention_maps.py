@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.profile.sink_profile import ABSOLUTE, Floats, SinkProfile
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import ABSOLUTE, Floats
 
 STEPS = 10_000
 """Shares of attention are carried in ten-thousandths: what a page shows, 12.34%, is exactly what it carries."""

@@ -35,7 +35,8 @@ from act_export.profile.report.figures import (
 )
 from act_export.profile.report.theme import PAGE_COLOURS, RAMP_ON_DARK, RAMP_ON_LIGHT, page_config
 from act_export.profile.report.token_text import visible_text
-from act_export.profile.sink_profile import GRID, MODES, ExamplePrompt, Floats, SinkProfile, SinkStatistics
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import GRID, MODES, ExamplePrompt, Floats, SinkStatistics
 
 TOKENS = 50
 """Rows of the table of sink tokens."""

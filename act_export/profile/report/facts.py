@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from act_export.calibration.file import Calibration
 from act_export.profile.report.figure_data import calibrated_betas
-from act_export.profile.sink_profile import ABSOLUTE, LaterSinks, SinkStatistics
+from act_export.profile.sink_statistics import ABSOLUTE, LaterSinks, SinkStatistics
 
 
 def key_facts(statistics: SinkStatistics, mode: str, calibration: Calibration | None) -> list[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.token_text import visible_text
-from act_export.profile.sink_profile import ABSOLUTE, POSITION_EDGES, RELATIVE, RELATIVE_BINS, Floats, SinkStatistics
+from act_export.profile.sink_statistics import ABSOLUTE, POSITION_EDGES, RELATIVE, RELATIVE_BINS, Floats, SinkStatistics
 
 Columns = Mapping[str, Sequence[Any] | NDArray[Any]]
 """A table: its columns by name, all of one length."""

@@ -33,7 +33,8 @@ from act_export.profile.report.sections import (
     source_row,
     summary,
 )
-from act_export.profile.sink_profile import ABSOLUTE, ALL, GRID, MODES, RELATIVE, SinkProfile
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import ABSOLUTE, ALL, GRID, MODES, RELATIVE
 
 _MODE_NAMES = {ABSOLUTE: "absolute", RELATIVE: "relative to length"}
 

@@ -36,7 +36,8 @@ from act_export.profile.report.figures import (
     position_layers,
 )
 from act_export.profile.report.theme import PAPER_COLOURS, RAMP_ON_LIGHT, paper_config
-from act_export.profile.sink_profile import ABSOLUTE, SinkProfile
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import ABSOLUTE
 
 FORMATS = ("png", "svg")
 SINGLE_COLUMN, DOUBLE_COLUMN = 246, 510

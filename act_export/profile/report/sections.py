@@ -12,7 +12,8 @@ from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import ran_with
 from act_export.profile.report.facts import effect_facts, threshold_text
 from act_export.profile.report.figure_data import accuracy_names, have_intervals
-from act_export.profile.sink_profile import ALL, MODES, SinkProfile, SinkStatistics
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import ALL, MODES, SinkStatistics
 
 _NOTHING = "\N{EN DASH}"
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 from profiles import random_profile
 
-from act_export.profile.sink_profile import SinkProfile, SinkStatistics
+from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import SinkStatistics
 
 
 def one_token_profile(layers: int = 3, heads: int = 2, source: str = "text.jsonl") -> SinkProfile:

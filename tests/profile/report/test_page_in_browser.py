@@ -19,7 +19,7 @@ from act_export.profile.report.facts import effect_facts, key_facts
 from act_export.profile.report.page import plotting_library
 from act_export.profile.report.theme import RAMP_ON_DARK, RAMP_ON_LIGHT
 from act_export.profile.report.token_text import visible_text
-from act_export.profile.sink_profile import SinkProfile
+from act_export.profile.sink_statistics import SinkProfile
 
 LAYERS, HEADS = 6, 4
 HOSTILE = (

@@ -23,7 +23,7 @@ from act_export.errors import ActExportError
 from act_export.profile.report import write_report
 from act_export.profile.report.attention_maps import STEPS, encode_shares, head_maps
 from act_export.profile.report.page import plotting_library, report_html
-from act_export.profile.sink_profile import GRID, MODES
+from act_export.profile.sink_statistics import GRID, MODES
 
 EXACT = 0.5001 / 10_000
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
