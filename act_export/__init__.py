@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from act_export.runtime.sampling import Sampling as Sampling
     from act_export.runtime.session import Session as Session
     from act_export.search import search_heads as search_heads
-    from act_export.verify.bench.job import BenchRequest as BenchRequest
     from act_export.verify.bench.job import bench_file as bench_file
+    from act_export.verify.bench.measurements import BenchRequest as BenchRequest
     from act_export.verify.parity.sessions import verify_sessions as verify_sessions
 
 _HOMES = {

@@ -15,20 +15,10 @@ import time
 import pytest
 from no_file import KINDS, is_untouched, make
 
-from act_export import files
+from act_export import staging
 from act_export.errors import ActExportError
-from act_export.files import (
-    check_replaceable,
-    copy_content,
-    copy_folder,
-    flush,
-    locked,
-    path_inside,
-    staging_file,
-    staging_folder,
-    sweep,
-    write_whole,
-)
+from act_export.files import check_replaceable, copy_content, copy_folder, flush, path_inside, write_whole
+from act_export.staging import locked, staging_file, staging_folder, sweep
 
 
 @pytest.mark.parametrize(
@@ -174,7 +164,7 @@ def cannot(*_):
 def test_what_no_lock_tells_of_goes_when_nothing_in_it_was_modified_for_days(tmp_path, monkeypatch, case):
     if case == "can't be locked":
         monkeypatch.setattr(fcntl, "flock", cannot)
-    boot = files._this_boot() if case == "can't be locked" else "another0"
+    boot = staging._this_boot() if case == "can't be locked" else "another0"
     names = ("modified", "old", "held")
     for name in names:
         folder = tmp_path / f".{name}.act-export-{boot}-x"
@@ -204,7 +194,7 @@ def test_where_nothing_can_be_locked_results_are_put_together_all_the_same(tmp_p
 
 @pytest.mark.parametrize("holder", ["another program", "this process"])
 def test_a_lock_that_stays_held_is_gone_without(tmp_path, monkeypatch, holder):
-    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(staging, "_PATIENCE_S", 0.05)
     handle = os.open(tmp_path, os.O_RDONLY)
     with contextlib.ExitStack() as held:
         fcntl.flock(handle, fcntl.LOCK_EX) if holder == "another program" else held.enter_context(locked(tmp_path))
@@ -239,7 +229,7 @@ def test_long_names_are_cut_by_bytes(tmp_path):
     name = "模" * 83 + ".json"  # of 254 bytes
     write_whole(tmp_path / name, "x")
     assert (tmp_path / name).read_text() == "x"
-    assert files.beginning(name) == "模" * 33
+    assert staging.beginning(name) == "模" * 33
 
 
 def test_what_others_own_or_only_looks_alike_is_not_swept(tmp_path):

@@ -23,7 +23,6 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,

@@ -52,7 +52,8 @@ def bench_command(
 ) -> None:
     """Measures speed and memory, beside other files and PyTorch."""
     from act_export.commands.bench_table import print_bench_report
-    from act_export.verify.bench.job import BenchRequest, bench_file
+    from act_export.verify.bench.job import bench_file
+    from act_export.verify.bench.measurements import BenchRequest
 
     if json_file is not None:
         check_replaceable(json_file)

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 
 from act_export.commands.printing import PlainConsole, PlainTable, printable
-from act_export.verify.bench.job import BenchReport, Measured, Ratio, Ratios
+from act_export.verify.bench.measurements import BenchReport, Measured, Ratio, Ratios
 
 _STEADY = 1.5  # slowest by fastest round
 _LEAST_WIDTH = 100

@@ -16,7 +16,7 @@ from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
 from act_export.export.cut import LAYERS, cut_calibration, cut_checkpoint, describe_cut
 from act_export.export.embedding import write_embedding
-from act_export.files import copy_content, scratch_folder, staging_folder
+from act_export.files import copy_content
 from act_export.onnx_file.names import EMBEDDING_FILE
 from act_export.onnx_file.output import COMPANIONS, check_output, is_file_output, publish, staged
 from act_export.onnx_file.pack_sink_state import pack_file
@@ -24,6 +24,7 @@ from act_export.onnx_file.precision import BITS
 from act_export.ops.library import library_path
 from act_export.progress import Notice
 from act_export.search.resolve import refuse_search
+from act_export.staging import scratch_folder, staging_folder
 from act_export.verify.parity.dequantized import dequantized
 from act_export.verify.parity.job import describe_failures, verify_file
 from act_export.verify.parity.parity_report import ParityReport

@@ -96,10 +96,6 @@ class Part:
         self._weights = [_small(graph.initializers[name], output) for name in leaves if name in graph.initializers]
         self.inputs = tuple(name for name in self._leaves if name in graph.inputs)
 
-    def depends_on(self, value: str) -> bool:
-        """Whether a value that was given is used."""
-        return value in self._leaves
-
     def run(self, arrays: Arrays, call: Call | None = None) -> NDArray[Any]:
         """Computes the value.
 

@@ -14,20 +14,12 @@ import onnx
 import onnx_ir as ir
 
 from act_export.errors import ActExportError
-from act_export.files import (
-    check_replaceable,
-    check_writable,
-    flush,
-    is_staging,
-    locked,
-    path_inside,
-    staging_folder,
-    sweep,
-)
+from act_export.files import check_replaceable, check_writable, flush, path_inside
 from act_export.onnx_file.load import load_without_weights, properties_of
 from act_export.onnx_file.record import FileRecord
 from act_export.ops.library import NAMES
 from act_export.progress import BytesWritten
+from act_export.staging import is_staging, locked, staging_folder, sweep
 
 COMPANIONS = {
     "added_tokens.json",

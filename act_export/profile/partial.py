@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from act_export.files import check_writable, sweep, write_whole
+from act_export.files import check_writable, write_whole
 from act_export.profile.sink_statistics import ProfileError
 from act_export.profile.tally import Tally
+from act_export.staging import sweep
 
 
 class PartialTally:

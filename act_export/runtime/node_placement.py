@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from act_export.files import scratch_folder
 from act_export.runtime.device import CPU_PROVIDER, CUDA_PROVIDER, import_onnxruntime
+from act_export.staging import scratch_folder
 
 ATTENTION_OPERATORS = ("Attention", "CalibratedAttention", "GroupQueryAttention", "MultiHeadAttention")
 _COPIES = ("MemcpyFromHost", "MemcpyToHost")

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from act_export.errors import ActExportError
-from act_export.files import check_replaceable, sweep, try_lock, write_whole
+from act_export.files import check_replaceable, write_whole
 from act_export.json_file import parse_object, read_object
+from act_export.staging import sweep, try_lock
 
 FORMAT_VERSION = 2
 _DESCRIPTION = "journal.json"

@@ -35,8 +35,8 @@ import act_export.export.job
 import act_export.search.job  # noqa: F401
 from act_export.calibration.file import Calibration
 from act_export.commands.main import main as act_export_main
-from act_export.files import is_staging
 from act_export.graft.job import graft  # noqa: F401
+from act_export.staging import is_staging
 
 OUTPUT = "output"
 _WRITING_S = 0.05

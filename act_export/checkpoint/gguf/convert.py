@@ -20,7 +20,8 @@ from act_export.checkpoint.gguf.tokenizer import stop_tokens, tokenizer_by
 from act_export.checkpoint.gguf.witness import compare
 from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
 from act_export.errors import CheckpointError
-from act_export.files import cache_folder, staging_folder
+from act_export.files import cache_folder
+from act_export.staging import staging_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from act_export.errors import ActExportError
-from act_export.files import beginning, flush
+from act_export.files import flush
 from act_export.json_file import look_up, read_json
+from act_export.staging import beginning
 
 CONVERTER = 3  # raised whenever the same file would be converted to something else
 RECORD = "conversion.json"

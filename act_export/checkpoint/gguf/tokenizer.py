@@ -16,7 +16,7 @@ from act_export.checkpoint.gguf.header import GgufFile, read_header
 from act_export.checkpoint.gguf.keys import ids_of_no_token, special_tokens, token_id
 from act_export.checkpoint.gguf.split import SPLITS, Split
 from act_export.errors import CheckpointError, shown
-from act_export.files import scratch_folder
+from act_export.staging import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from act_export.errors import ActExportError
-from act_export.files import staging_file
-from act_export.onnx_file.external_data import load_graph
+from act_export.onnx_file.load import load_graph
+from act_export.staging import staging_file
 
 _FLOAT, _BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 

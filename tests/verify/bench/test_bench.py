@@ -28,7 +28,8 @@ from act_export.runtime import NodePlacement
 from act_export.runtime.cuda_driver import Gpu
 from act_export.verify.bench import job as bench
 from act_export.verify.bench.contenders import EXPORTED, FOREIGN, PYTORCH, Contender, running
-from act_export.verify.bench.job import BenchError, BenchReport, BenchRequest, Ratio, bench_file
+from act_export.verify.bench.job import bench_file
+from act_export.verify.bench.measurements import BenchError, BenchReport, BenchRequest, Ratio
 
 PROMPT, NEW, BATCH, ROUNDS = 40, 6, 2, 3
 
