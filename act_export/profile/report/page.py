@@ -37,6 +37,7 @@ from act_export.profile.sink_profile import SinkProfile
 from act_export.profile.sink_statistics import ABSOLUTE, ALL, GRID, MODES, RELATIVE
 
 _MODE_NAMES = {ABSOLUTE: "absolute", RELATIVE: "relative to length"}
+_SCRIPTS = ("page_parts.js", "page_charts.js", "page_maps.js", "page.js")
 
 
 def write_report(
@@ -75,7 +76,7 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
         calibration: Whose heads to mark; None for none.
         accuracies: Of tasks.
     """
-    bundle, script = plotting_library(), _as_script(_part("page.js"))
+    bundle, script = plotting_library(), _as_script(_script())
     overall = profile.overall
     return Template(_part("page.html")).substitute(
         model=html.escape(profile.model_name),
@@ -109,6 +110,11 @@ def plotting_library() -> str:
     """Vega, Vega-Lite and vega-embed as the page's script: it sets `vegaEmbed`, and nothing else is seen of it."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return _as_script(f"(() => {{{bundle}}})();")
+
+
+def _script() -> str:
+    """The page's own script, in a scope of its own."""
+    return '"use strict";\n(() => {\n' + "\n".join(map(_part, _SCRIPTS)) + "})();\n"
 
 
 def _part(name: str) -> str:
