@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-
 _STAGING = ".act-export-"  # in the names of folders in which results are put together
 _LONGEST_PART = 100  # bytes of a result's name in those names; a file system takes 255 in all
 _PATIENCE_S = 10.0  # a lock of ours is held for less

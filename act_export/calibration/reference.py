@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 THRESHOLD_MODES = ("absolute", "relative")
 SMALLEST_REST = 1e-6  # n[i] at or below this leaves row i as it is
@@ -77,10 +78,7 @@ def visible_rows(real: Tensor, sliding_window: int = -1) -> Tensor:
     rows_from = real.long().flip(-1).cumsum(-1).flip(-1)
     if sliding_window < 0:
         return rows_from
-    beyond = torch.zeros_like(rows_from)
-    reach = max(real.shape[-1] - sliding_window, 0)
-    beyond[..., :reach] = rows_from[..., sliding_window:]
-    return rows_from - beyond
+    return rows_from - pad(rows_from[..., sliding_window:], (0, min(sliding_window, real.shape[-1])))
 
 
 def later_sinks(
@@ -194,9 +192,7 @@ def calibrate_with_state(
     if real.shape[-1] != total:
         raise ValueError(f"real has length {real.shape[-1]}; the probabilities have {total} columns")
     if past_column_sums is not None and past_column_sums.shape[-1] != past:
-        raise ValueError(
-            f"past_column_sums has length {past_column_sums.shape[-1]}; {past} columns came before this call"
-        )
+        raise ValueError(f"past_column_sums has length {past_column_sums.shape[-1]}; {past} columns came before")
     real_rows = real[..., past:].unsqueeze(-1)
     column_sums = probabilities.masked_fill(~real_rows, 0).sum(-2)
     if past_column_sums is not None:
@@ -230,7 +226,7 @@ def calibrate_one_at_a_time(
     columns = torch.arange(total, device=probabilities.device)
     rows = columns[past:, None]
     own_sums = probabilities.masked_fill(~real[..., past:].unsqueeze(-1), 0).cumsum(-2)
-    column_sums = own_sums + torch.nn.functional.pad(past_column_sums, (0, sequence)).unsqueeze(-2)
+    column_sums = own_sums + pad(past_column_sums, (0, sequence)).unsqueeze(-2)
     seen = real.unsqueeze(-2) & (columns <= rows)
     sinks = later_sinks(
         column_sums, seen, threshold=threshold, threshold_mode=threshold_mode, sliding_window=sliding_window

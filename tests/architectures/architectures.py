@@ -1,9 +1,8 @@
 """The table of architectures: each proven on tiny random models, end to end.
 
-    .venv/bin/python tests/architectures/architectures.py              measures every row and writes
-    act_export/docs/architectures.md .venv/bin/python tests/architectures/architectures.py --only phi   measures and
-    prints the rows of one architecture .venv/bin/python tests/architectures/architectures.py --others     tries every
-    other causal language model of transformers
+    architectures.py              measures every row and writes act_export/docs/architectures.md
+    architectures.py --only phi   measures and prints the rows of one architecture
+    architectures.py --others     tries every other causal language model of transformers
 
 A row is a variant of `tiny_models.VARIANTS`: exported with calibrated heads, then compared with PyTorch running the
 reference in every case of `act-export verify`: prompts, left padding, chunks, decode, native library and portable

@@ -29,6 +29,7 @@ from act_export.search.job import SearchJob
 from act_export.search.journal import Journal
 from act_export.search.processes import Workers
 from act_export.search.rank import rank_heads
+from act_export.tasks import Questions
 
 NAIVE_HEADS = 4
 
@@ -43,11 +44,11 @@ def main() -> None:
 
     checkpoint = load_checkpoint(arguments.model)
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
-    (task,) = SearchJob(tasks=(arguments.task,), scoring=arguments.scoring).load()
+    (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     orders, rows = {}, []
     for method in ("gates", "exhaustive"):
         options = SearchOptions(method=method)
-        encoded = encode_task(checkpoint, task, options)
+        encoded = encode_task(checkpoint, task)
         journal = arguments.journal / method if arguments.journal is not None else None
         kept = Journal(journal, describe_search(checkpoint, [encoded], options)) if journal is not None else None
         with ProgressBar(console=Console(stderr=True)) as bar:

@@ -1,7 +1,6 @@
 """What a graft into models of onnxruntime-genai's builder keeps, costs and takes, on smollm2-135m.
 
-    .venv/bin/python tools/bench/measure_graft.py [parity] [int4] [tokens] [speed] [large] [--folder
-    build/measure_graft]
+    .venv/bin/python tools/bench/measure_graft.py [parity] [int4] [tokens] [speed] [large] [--folder F]
 
 Models are built once and kept in the folder: the checkpoint, the builder's models in float32 and in int4 at accuracy
 level 1 and 4, their grafts with the shipped recipe, with and without the native library, and with every head of every

@@ -29,7 +29,8 @@ from act_export.profile import PromptSource, profile_sinks
 from act_export.profile.job import ProfileJob, encode_prompts, load_prompts
 from act_export.profile.run import BATCH_TOKENS
 from act_export.runtime.sampling import left_pad
-from act_export.tasks import EncodedExample, batches, encode_examples, load_examples, split_examples
+from act_export.tasks import EncodedExample, Questions, encode_examples, load_examples, split_examples
+from act_export.tasks.scoring import batches
 
 Prompts = tuple[tuple[int, ...], ...]
 
@@ -57,7 +58,7 @@ def main() -> None:
         return
     print(f"{'prompts':>24} {'plain s':>9} {'profile s':>9} {'ratio':>6}")
     if arguments.effects:
-        job = ProfileJob(tasks=("sst2",))
+        job = ProfileJob(Questions(("sst2",)))
         sources = encode_prompts(checkpoint, job, load_prompts(job))
         report("96 of SST-2, effects", *speed(checkpoint, sources[0], arguments.rounds))
         return

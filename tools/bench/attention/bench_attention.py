@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The attention operator alone against ONNX Runtime's own, in ratios measured in one run.
 
-    .venv/bin/python tools/bench/attention/bench_attention.py [--quick] [--work decode] [--lengths 2048] [--shapes
-    9x3x64] ... .venv/bin/python tools/bench/attention/bench_attention.py --memory
-    python tools/bench/attention/bench_attention.py --device cuda [--library FILE] [--cuda-graph] [--batch 1 32] ...
+    bench_attention.py [--quick] [--work decode] [--lengths 2048] [--shapes 9x3x64] ...
+    bench_attention.py --memory
+    bench_attention.py --device cuda [--library FILE] [--cuda-graph] [--batch 1 32] ...
 
-What is compared is described in tools/bench/attention/attention_contenders.py. All get the same data, which holds later
+What is compared is described in attention_contenders.py. All get the same data, which holds later
 sinks, and are checked to agree before they are timed. Then they take turns: A, B, C, A, B, C, one turn a round. A turn
 lasts about 20 ms or more: short calls are repeated, after one that isn't timed. A time is the median of its rounds, a
 ratio that of two medians; beside it stands the spread of the rounds' own ratios. Each call also pays for ONNX Runtime's
@@ -20,8 +20,8 @@ threads are as awake for one contender as for the next.
 In decode the same token is appended again and again. Keys and values are overwritten, but the column sums grow in their
 shared buffer; every 16 calls they are put back, untimed, so that the work stays the same.
 
-With --memory nothing is timed; see tools/bench/attention/attention_memory.py. With --device cuda all of this is
-otherwise; see tools/bench/attention/attention_on_gpu.py.
+With --memory nothing is timed; see attention_memory.py. With --device cuda all of this is
+otherwise; see attention_on_gpu.py.
 """
 
 from __future__ import annotations
