@@ -6,7 +6,7 @@
 2. Some of them hurt and some help: calibrating heads of one kind raises held-out likelihood, of the other lowers it.
 
 Takes a few minutes on two cores. Needs: pip install 'act-export[cpu,smollm2,tasks]', and the rows of SST-2
-(tools/fetch_data in a source tree, or the hub).
+(act-export fetch-data, or the hub).
 """
 
 # %%
@@ -16,18 +16,13 @@ from act_export import Calibration, load_checkpoint
 from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
 from act_export.profile.job import ProfileJob, load_prompts, run_profile
-from act_export.tasks import (
-    TorchLanguageModel,
-    encode_examples,
-    load_examples,
-    predicted_choice,
-    score_choices,
-    split_examples,
-)
+from act_export.tasks import Questions, encode_examples, load_examples, split_examples
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import predicted_choice, score_choices
 
 # %% Profile the questions that a search ranks heads with.
 checkpoint = load_checkpoint("smollm2-135m")
-job = ProfileJob(tasks=("sst2",))
+job = ProfileJob(Questions(("sst2",)))
 profile = run_profile(checkpoint, job, load_prompts(job))
 sst2 = profile["sst2"]
 sinks = sst2.by["absolute"]

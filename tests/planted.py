@@ -16,17 +16,10 @@ from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.search import SearchTask
-from act_export.tasks import (
-    EncodedExample,
-    Example,
-    Generation,
-    TorchLanguageModel,
-    encode_examples,
-    predicted_choice,
-    score_choices,
-    split_examples,
-)
+from act_export.tasks import EncodedExample, Example, Generation, Questions, encode_examples, split_examples
 from act_export.tasks.generation import generate_answers
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import predicted_choice, score_choices
 
 PLANTED = Calibration({0: (1,)}, beta=0.0, threshold=0.1)
 GENERATION = Generation(max_new_tokens=4, stop=(), metric="f1")
@@ -103,7 +96,7 @@ def planted_task(
     answered = [replace(e, answer=predicted_choice(row)) for e, row in zip(examples, scores, strict=True)]
     rank, choose, report = sizes
     splits = split_examples(answered, rank=rank, choose=choose, report=report, seed=seed)
-    return SearchTask(name, splits, length_normalized)
+    return SearchTask(name, splits, length_normalized, questions=Questions(seed=seed))
 
 
 def written_by(

@@ -24,7 +24,7 @@ from act_export.commands.options import (
     TokenizerOption,
     TruncateOption,
     TrustOption,
-    names_of,
+    questions_of,
 )
 from act_export.errors import ActExportError
 
@@ -57,22 +57,14 @@ def eval_command(
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
     from act_export.commands.evaluate_table import print_evaluation_report, report_json
-    from act_export.search.resolve import DEFAULT_TASK
     from act_export.verify.evaluate.job import evaluate_files
     from act_export.verify.evaluate.results import EvaluationRequest
 
-    names = tuple(dict.fromkeys(names_of(task)))
     request = EvaluationRequest(
         file=file,
         against=against,
-        tasks=names if names or data else (DEFAULT_TASK,),
-        data=tuple(data or ()),
+        questions=questions_of(task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed),
         split=split,
-        seed=seed,
-        scoring=scoring,
-        shots=shots,
-        chat=chat,
-        truncate=truncate,
         limit=limit,
         batch_tokens=batch_tokens,
         portable=portable,

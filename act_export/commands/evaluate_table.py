@@ -25,11 +25,9 @@ _NOTHING = "-"
 
 def report_json(report: EvaluationReport) -> str:
     """The whole report; the keys are those of the documentation and stay."""
-    request = {
-        name: [str(item) for item in value] if name in ("tasks", "data") else value
-        for name, value in asdict(report.request).items()
-        if name not in ("file", "against")
-    }
+    request = asdict(report.request)
+    request = {name: request[name] for name in request if name not in ("file", "against", "questions")}
+    request |= asdict(report.request.questions) | {"data": list(map(str, report.request.questions.data))}
     document = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

@@ -86,6 +86,7 @@ def export_command(
     from act_export.onnx_file.output import check_output
     from act_export.onnx_file.precision import element_type, quantization_of
     from act_export.search.resolve import CalibrationRequest, resolve_calibration
+    from act_export.tasks import Questions
 
     element_type(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)
@@ -94,7 +95,8 @@ def export_command(
     if out is None:
         raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
     check_output(out)
-    request = CalibrationRequest(plain, calibration, task, data, beta, threshold, threshold_mode, seed)
+    questions = Questions((task,) if task else (), (data,) if data else (), seed=seed)
+    request = CalibrationRequest(plain, calibration, questions, beta, threshold, threshold_mode)
     if verify or quantization is not None:
         check_device(device if verify else None)
     checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)

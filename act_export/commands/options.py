@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from act_export.errors import ActExportError
+
+if TYPE_CHECKING:
+    from act_export.tasks import Questions
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
@@ -67,6 +70,26 @@ PortableOption = Annotated[
     bool, typer.Option("--portable", help="Run the portable functions instead of the native library.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def questions_of(
+    tasks: list[str] | None,
+    data: list[Path] | None,
+    *,
+    scoring: str | None,
+    shots: int,
+    chat: bool,
+    truncate: bool,
+    seed: int | None,
+    default: bool = True,
+) -> Questions:
+    """What the options of questions say; where neither a task nor data is named, the default task, unless it's off."""
+    from act_export.tasks import DEFAULT_TASK, Questions
+
+    names = names_of(tasks)
+    if default and not names and not data:
+        names = (DEFAULT_TASK,)
+    return Questions(names, tuple(data or ()), scoring, shots, chat, truncate, seed)
 
 
 def names_of(given: list[str] | None) -> tuple[str, ...]:

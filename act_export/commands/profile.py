@@ -24,7 +24,7 @@ from act_export.commands.options import (
     TasksOption,
     TruncateOption,
     TrustOption,
-    names_of,
+    questions_of,
 )
 from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable
@@ -82,20 +82,22 @@ def profile_command(
     from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts
     from act_export.profile.run import BATCH_TOKENS
-    from act_export.search.resolve import DEFAULT_TASK, calibration_to_show
+    from act_export.search.resolve import calibration_to_show
 
-    names = names_of(task)
     job = ProfileJob(
-        tasks=names if names or data or text else (DEFAULT_TASK,),
-        data=tuple(data or ()),
+        questions_of(
+            task,
+            data,
+            scoring=scoring,
+            shots=shots,
+            chat=chat,
+            truncate=truncate,
+            seed=seed,
+            default=not text,
+        ),
         texts=tuple(text or ()),
         prompts=prompts,
         length=length,
-        scoring=scoring,
-        shots=shots,
-        chat=chat,
-        truncate=truncate,
-        seed=seed,
         effects=effects,
         options=ProfileOptions(
             absolute_threshold, relative_threshold, BATCH_TOKENS if batch_tokens is None else batch_tokens

@@ -31,8 +31,8 @@ from act_export.commands.options import (
     TruncateOption,
     TrustOption,
     WeightsOption,
-    names_of,
     numbers_of,
+    questions_of,
 )
 from act_export.commands.printing import PlainConsole, PlainTable
 
@@ -85,35 +85,25 @@ def search_command(
     Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
     """
     from act_export.attention.hook import check_supported
-    from act_export.onnx_file.load import model_file
+    from act_export.onnx_file.names import model_file
     from act_export.search import SearchOptions, process_group
     from act_export.search.job import SearchJob, check_output, run_search, save_result
     from act_export.search.processes import own_device, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
-    from act_export.search.resolve import DEFAULT_TASK
-
-    pass
     from act_export.verify.parity.dequantized import dequantized
 
-    names = names_of(task)
     options = SearchOptions(
         method=method,
         betas=numbers_of("--beta", beta) or SearchOptions().betas,
         thresholds=thresholds_of(numbers_of("--threshold", threshold), threshold_mode),
         head_counts=tuple(map(int, numbers_of("--heads", heads, whole=True))) or HEAD_COUNTS,
         confirm=confirm,
-        seed=seed,
         batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
         gradient_checkpointing=gradient_checkpointing,
         random_draws=random_draws,
-        chat=chat,
-        truncate=truncate,
     )
     job = SearchJob(
-        tasks=names if names or data else (DEFAULT_TASK,),
-        data=tuple(data or ()),
-        scoring=scoring,
-        shots=shots,
+        questions_of(task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed),
         rank=rank,
         choose=choose,
         report=report,
@@ -121,7 +111,7 @@ def search_command(
         joint=joint,
         journal=journal,
     )
-    several = len(job.tasks) + len(job.data) > 1
+    several = len(job.questions.sources) > 1
     target = out or Path("calibrations" if several else "calibration.json")
     check_output(target, job)
     tasks = job.load()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,11 +19,10 @@ from act_export.search.gates import gate_gradients
 from act_export.tasks import (
     EncodedExample,
     Example,
+    Questions,
     TaskError,
     TaskExamples,
-    TaskOptions,
     encode_examples,
-    load_questions,
     split_examples,
 )
 from act_export.tasks.splits import RANK, drawn
@@ -36,31 +35,20 @@ class ProfileJob:
     """What to profile, and how.
 
     Attributes:
-        tasks: Names of tasks, or paths of task files. The questions are those that a search with the same seed ranks
-            heads with, at most 96 of each and fewer of a small set, so none that it reports accuracies on.
-        data: JSON Lines files of questions, for which the same holds, or of prompts alone.
+        questions: What to ask, and how; its data files may also be of prompts alone. Of each source they are those
+            that a search with the same seed ranks heads with, at most 96 and fewer of a small set, so none that it
+            reports accuracies on. The scoring matters for effects.
         texts: Text files.
         prompts: Of each source at the most.
         length: Tokens of a sequence that texts are cut into; None for 1024, or what the model takes where that is less.
-        scoring: As in `act_export.tasks.TaskOptions`; matters for effects.
-        shots: Few-shot examples before each question.
-        chat: Put questions into the model's chat template.
-        truncate: Cut prompts that are too long on the left.
-        seed: Of the draw.
         effects: Measure what calibrating each head would change, where questions have answers.
         options: Thresholds and batches.
     """
 
-    tasks: tuple[str, ...] = ()
-    data: tuple[Path, ...] = ()
+    questions: Questions = field(default_factory=Questions)
     texts: tuple[Path, ...] = ()
     prompts: int = RANK
     length: int | None = None
-    scoring: str | None = None
-    shots: int = 0
-    chat: bool = False
-    truncate: bool = False
-    seed: int = 0
     effects: bool = True
     options: ProfileOptions = field(default_factory=ProfileOptions)
 
@@ -91,17 +79,14 @@ def load_prompts(job: ProfileJob) -> list[SourceQuestions]:
     """The questions of tasks and data files, before any model is loaded.
 
     Raises:
-        ActExportError: If there is no such task or file, or it can't be used, see `act_export.tasks.load_questions`.
+        ActExportError: If there is no such task or file, or it can't be used, see `act_export.tasks.Questions.load`.
     """
-    unanswered = {path: rows_without_answers(path) for path in dict.fromkeys(job.data)}
-    answered = load_questions(
-        job.tasks,
-        [path for path, rows in unanswered.items() if rows is None],
-        TaskOptions(job.scoring, job.shots, job.seed),
-    )
+    unanswered = {path: rows_without_answers(path) for path in job.questions.data}
+    with_answers = tuple(path for path, rows in unanswered.items() if rows is None)
+    answered = replace(job.questions, data=with_answers).load()
     found = [SourceQuestions(task.name, tuple(_ranking(task.examples, job)), task) for task in answered]
     found += [
-        SourceQuestions(path.name, tuple(drawn(rows, job.seed)[: job.prompts]), None)
+        SourceQuestions(path.name, tuple(drawn(rows, job.questions.drawing_seed)[: job.prompts]), None)
         for path, rows in unanswered.items()
         if rows is not None
     ]
@@ -120,12 +105,11 @@ def encode_prompts(checkpoint: Checkpoint, job: ProfileJob, questions: Sequence[
         ProfileError: If a text can't be used.
     """
     longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    chat, truncate = job.questions.chat, job.questions.truncate
     sources = []
     for asked in questions:
         encoded = tuple(
-            encode_examples(
-                checkpoint.tokenizer, asked.examples, max_length=longest, chat=job.chat, truncate=job.truncate
-            )
+            encode_examples(checkpoint.tokenizer, asked.examples, max_length=longest, chat=chat, truncate=truncate)
         )
         measured = job.effects and asked.task is not None
         sources.append(
@@ -170,7 +154,8 @@ def run_profile(
         ActExportError: As `encode_prompts` and `act_export.profile.profile_sinks`.
     """
     sources = encode_prompts(checkpoint, job, questions)
-    notes: dict[str, object] = {"seed": job.seed, "shots": job.shots, "chat": job.chat}
+    asked = job.questions
+    notes: dict[str, object] = {"seed": asked.drawing_seed, "shots": asked.shots, "chat": asked.chat}
     if any(source.effects is not None for source in sources):
         notes |= {"effects_beta": DEFAULT_BETA, "effects_threshold": job.options.absolute_threshold}
     return profile_sinks(
@@ -188,9 +173,9 @@ def run_profile(
 def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
     """The questions that a search would rank heads with; of a set that can't be searched on, the first drawn."""
     try:
-        return split_examples(examples, seed=job.seed).rank[: job.prompts]
+        return split_examples(examples, seed=job.questions.drawing_seed).rank[: job.prompts]
     except TaskError:  # too few, or too few with one of the answers: no matter here
-        return drawn(examples, job.seed)[: job.prompts]
+        return drawn(examples, job.questions.drawing_seed)[: job.prompts]
 
 
 def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> EffectsOf:

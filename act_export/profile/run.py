@@ -23,7 +23,8 @@ from act_export.profile.sink_profile import SinkProfile
 from act_export.profile.sink_statistics import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError
 from act_export.profile.tally import Tally, statistics_of
 from act_export.progress import Progress
-from act_export.tasks import EncodedExample, batches
+from act_export.tasks import EncodedExample
+from act_export.tasks.scoring import batches
 from act_export.version import __version__
 
 BATCH_TOKENS = 2048

@@ -17,19 +17,12 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, SearchTask
-from act_export.tasks import (
-    EncodedExample,
-    Example,
-    TorchLanguageModel,
-    batches,
-    encode_examples,
-    predicted_choice,
-    score_choices,
-)
+from act_export.tasks import EncodedExample, Example, encode_examples
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.label_prior import content_free_examples
+from act_export.tasks.language_model import TorchLanguageModel
 from act_export.tasks.metrics import exact_match, token_f1
-from act_export.tasks.scoring import positions_of
+from act_export.tasks.scoring import batches, positions_of, predicted_choice, score_choices
 
 RANK, CHOOSE, REPORT, CONTENT_FREE = "rank", "choose", "report", "content-free"
 METRICS = {"exact": exact_match, "f1": token_f1}
@@ -78,7 +71,7 @@ class Answers:
         return sum(self.credits) / len(self.credits)
 
 
-def encode_task(checkpoint: Checkpoint, task: SearchTask, options: SearchOptions) -> EncodedTask:
+def encode_task(checkpoint: Checkpoint, task: SearchTask) -> EncodedTask:
     """Encodes a task's splits.
 
     Raises:
@@ -89,9 +82,10 @@ def encode_task(checkpoint: Checkpoint, task: SearchTask, options: SearchOptions
         longest -= task.generation.max_new_tokens
 
     def encode(examples: Sequence[Example]) -> tuple[EncodedExample, ...]:
+        asked = task.questions
         return tuple(
             encode_examples(
-                checkpoint.tokenizer, examples, max_length=longest, chat=options.chat, truncate=options.truncate
+                checkpoint.tokenizer, examples, max_length=longest, chat=asked.chat, truncate=asked.truncate
             )
         )
 

@@ -34,7 +34,9 @@ from act_export.calibration.reference import attention_probabilities, calibrate_
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
 from act_export.search.gates import log_likelihoods
 from act_export.search.request import Threshold
-from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores, predicted_choice
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import batches, choice_scores, predicted_choice
 
 
 @dataclass(frozen=True)

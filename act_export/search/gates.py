@@ -27,7 +27,9 @@ from act_export.attention.fast_attention import (
 from act_export.attention.hook import attention_hook
 from act_export.calibration.file import LayerCalibration
 from act_export.search.decoder_layers import checkpointed
-from act_export.tasks import EncodedExample, ScoringError, TorchLanguageModel, choice_scores
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import ScoringError, choice_scores
 
 # float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
 _LOSS_SCALES = (4096, 64, 1)

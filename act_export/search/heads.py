@@ -91,10 +91,13 @@ def search_heads(
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
-    encoded = [encode_task(checkpoint, task, options) for task in _apart(tasks)]
+    encoded = [encode_task(checkpoint, task) for task in _apart(tasks)]
     description = describe_search(checkpoint, encoded, options)
     joint = joint and len(encoded) > 1
-    same_everywhere({**description, **asdict(options), "joint": joint, "published": sorted(published or ())})
+    seeds = {task.name: task.questions.drawing_seed for task in tasks}
+    same_everywhere(
+        {**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published or ())}
+    )
     if journal is None and journals is not None:
         journal = Path(journals) / hashlib.sha256(json.dumps([FORMAT_VERSION, description]).encode()).hexdigest()[:16]
         kept = _open_if_possible(journal, description)
@@ -242,7 +245,7 @@ class _Search:
             if own.heads:
                 ask(task, "own", own)
                 for draw in range(self.options.random_draws):
-                    seed = self.options.seed + draw
+                    seed = task.task.questions.drawing_seed + draw
                     ask(task, f"random {draw}", other_heads(own, self.checkpoint.identity, seed=seed))
             if together is not None and together.calibration.heads:
                 ask(task, JOINT, together.calibration)

@@ -14,7 +14,7 @@ from act_export.errors import ActExportError
 from act_export.files import cache_folder, check_replaceable, check_writable, write_whole
 from act_export.progress import Progress
 from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
-from act_export.tasks import TaskExamples, TaskOptions, load_questions, split_examples
+from act_export.tasks import Questions, TaskExamples, split_examples
 from act_export.tasks.splits import check_sizes
 
 JOINT_FILE, REPORT_FILE = "joint.json", "search.json"
@@ -25,10 +25,7 @@ class SearchJob:
     """What to search on, and how.
 
     Attributes:
-        tasks: Names of tasks, or paths of task files.
-        data: JSON Lines files of questions.
-        scoring: Instead of the tasks' own, see `act_export.tasks.TaskOptions`.
-        shots: Few-shot examples before each question.
+        questions: What to ask, and how.
         rank: Questions to rank heads with; None for the usual number.
         choose: Questions to choose the number of heads with; None for the usual number.
         report: Questions to report accuracies on; None for the usual number.
@@ -37,10 +34,7 @@ class SearchJob:
         journal: Folder for finished work; None for one of the search's own in the cache folder.
     """
 
-    tasks: tuple[str, ...] = ()
-    data: tuple[Path, ...] = ()
-    scoring: str | None = None
-    shots: int = 0
+    questions: Questions
     rank: int | None = None
     choose: int | None = None
     report: int | None = None
@@ -49,9 +43,7 @@ class SearchJob:
     journal: Path | None = None
 
     def __post_init__(self) -> None:
-        """What is named twice counts once; raises TaskError for a split of less than one question."""
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
-        object.__setattr__(self, "data", tuple(dict.fromkeys(self.data)))
+        """Raises TaskError for a split of less than one question."""
         check_sizes(rank=self.rank, choose=self.choose, report=self.report)
 
     def load(self) -> list[SearchTask]:
@@ -61,17 +53,15 @@ class SearchJob:
             ActExportError: If the results of two tasks would have the same file name.
             TaskError: If there is no such task or file, its questions can't be had, or there are too few.
         """
-        found = load_questions(self.tasks, self.data, TaskOptions(self.scoring, self.shots, self.options.seed))
+        found = self.questions.load()
         if len(found) > 1:
             _calibration_files(task.name for task in found)
         return [self._split(task) for task in found]
 
     def _split(self, task: TaskExamples) -> SearchTask:
-        splits = split_examples(
-            task.examples, rank=self.rank, choose=self.choose, report=self.report, seed=self.options.seed
-        )
-        form: dict[str, str | int] = {"scoring": self.scoring or "the task's own", "shots": self.shots}
-        return SearchTask(task.name, splits, task.length_normalized, task.generation, form)
+        seed = self.questions.drawing_seed
+        splits = split_examples(task.examples, rank=self.rank, choose=self.choose, report=self.report, seed=seed)
+        return SearchTask(task.name, splits, task.length_normalized, task.generation, self.questions)
 
 
 def run_search(
@@ -120,7 +110,7 @@ def check_output(out: Path, job: SearchJob) -> None:
     Raises:
         ActExportError: With the place, and what to pass instead.
     """
-    several = len(job.tasks) + len(job.data) > 1
+    several = len(job.questions.sources) > 1
     if several and (out.suffix == ".json" or out.is_file()):
         raise ActExportError(
             f"{out} is one file, but a search on several tasks writes one for each; pass a folder, e.g. --out recipes"

@@ -45,6 +45,7 @@ def search_provenance(
         model: The model on the hub, see `hub_model`; None where it isn't from there.
         average: Mean gain over the tasks, where the set was found on all of them together.
     """
+    asked = tasks[0].questions
     used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
     accuracies = [
         gain.accuracy if gain is not None else report.plain_accuracy
@@ -55,7 +56,12 @@ def search_provenance(
         "choose_p": round(choice.p, 4),
         "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
         "dtype": str(dtype).removeprefix("torch."),
-        "questions": {**tasks[0].form, "chat": options.chat, "truncate": options.truncate},
+        "questions": {
+            "scoring": asked.scoring or "the task's own",
+            "shots": asked.shots,
+            "chat": asked.chat,
+            "truncate": asked.truncate,
+        },
     }
     if weights:
         notes["weights"] = weights
@@ -74,7 +80,7 @@ def search_provenance(
         method=options.method,
         tasks=tuple(task.name for task in tasks),
         samples={name: sum(report.sizes[name] for report in reports) for name in (RANK, CHOOSE, REPORT)},
-        seed=options.seed,
+        seed=asked.drawing_seed,
         plain_accuracy=round(sum(report.plain_accuracy for report in reports) / len(reports), 4),
         calibrated_accuracy=round(sum(accuracies) / len(accuracies), 4),
         versions=package_versions(),

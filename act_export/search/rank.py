@@ -16,7 +16,8 @@ from act_export.search.gates import gate_gradients
 from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, Threshold
-from act_export.tasks import EncodedExample, batches
+from act_export.tasks import EncodedExample
+from act_export.tasks.scoring import batches
 
 GRADIENT_COST = 3  # of a batch, in forward passes: the backward pass computes twice what the forward pass does
 

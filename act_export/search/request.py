@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from act_export.calibration.file import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
 from act_export.errors import ActExportError, shown
-from act_export.tasks import Generation, Splits
+from act_export.tasks import Generation, Questions, Splits
 
 METHODS = ("gates", "gates+confirm", "exhaustive")
 HEAD_COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60)
 BATCH_TOKENS = 2048
 _MOST_HEADS = 1_000_000
-_RANGES = (("confirm", 1, _MOST_HEADS), ("batch_tokens", 1, 2**40), ("random_draws", 0, 10_000), ("seed", 0, 2**63 - 1))
+_RANGES = (("confirm", 1, _MOST_HEADS), ("batch_tokens", 1, 2**40), ("random_draws", 0, 10_000))
 
 
 class SearchError(ActExportError):
@@ -22,21 +22,21 @@ class SearchError(ActExportError):
 
 @dataclass(frozen=True)
 class SearchTask:
-    """Questions to search on.
+    """One task's questions to search on.
 
     Attributes:
         name: What to call them.
         splits: To rank heads, to choose how many, and to report what that gains.
         length_normalized: Compare choices by log-likelihood per token.
         generation: How answers are generated and compared; None where there are choices.
-        form: How the questions are put, for the record, e.g. {"scoring": "likelihood", "shots": 0}.
+        questions: How they are put. With its seed random heads are drawn too.
     """
 
     name: str
     splits: Splits
     length_normalized: bool = False
     generation: Generation | None = None
-    form: Mapping[str, str | int] = field(default_factory=dict)
+    questions: Questions = field(default_factory=Questions)
 
     def __post_init__(self) -> None:
         """Raises SearchError for questions that every answer would be right to."""
@@ -89,13 +89,10 @@ class SearchOptions:
         thresholds: To try.
         head_counts: Numbers of heads to try.
         confirm: How many of the heads that gates rank first "gates+confirm" measures exactly, for each beta.
-        seed: Of the statistics and of the random heads; the splits' own seed, for the record.
         batch_tokens: Positions that run together at the most, which bounds memory; see
             `act_export.tasks.scoring.positions_of`. One example alone may have more.
         gradient_checkpointing: A third of the memory for ranking, for a third more time.
         random_draws: How often as many random heads are measured instead, as a control.
-        chat: Prompts are a user's messages in the model's chat template.
-        truncate: Cut prompts that are too long for the model on the left.
     """
 
     method: str = "gates"
@@ -103,12 +100,9 @@ class SearchOptions:
     thresholds: tuple[Threshold, ...] = (Threshold(),)
     head_counts: tuple[int, ...] = HEAD_COUNTS
     confirm: int = 40
-    seed: int = 0
     batch_tokens: int = BATCH_TOKENS
     gradient_checkpointing: bool = False
     random_draws: int = 3
-    chat: bool = False
-    truncate: bool = False
 
     def __post_init__(self) -> None:
         """Checks every value.

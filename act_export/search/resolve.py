@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import announce, find_recipes, named_calibration, named_recipe
@@ -14,9 +13,7 @@ from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
 from act_export.search import SearchOptions, Threshold
 from act_export.search.job import SearchJob, run_search
-
-DEFAULT_TASK = "sst2"
-DEFAULT_SEED = 0
+from act_export.tasks import DEFAULT_TASK, Questions
 
 
 @dataclass(frozen=True)
@@ -26,22 +23,18 @@ class CalibrationRequest:
     Attributes:
         plain: No calibrated heads: the baseline.
         calibration: A calibration file, or the name of a shipped recipe.
-        task: Search on this task.
-        data: Search on this JSON Lines file of prompts, choices and answers.
+        questions: Search on these.
         beta: Instead of the calibration's.
         threshold: Instead of the calibration's.
         threshold_mode: Instead of the calibration's.
-        seed: Of a search's splits.
     """
 
     plain: bool = False
     calibration: str | os.PathLike[str] | None = None
-    task: str | None = None
-    data: Path | None = None
+    questions: Questions = field(default_factory=Questions)
     beta: float | None = None
     threshold: float | None = None
     threshold_mode: str | None = None
-    seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
         """Raises ActExportError for options that contradict each other, or a calibration that isn't there."""
@@ -50,8 +43,8 @@ class CalibrationRequest:
             for name, given in (
                 ("--plain", self.plain),
                 ("--calibration", self.calibration),
-                ("--task", self.task),
-                ("--data", self.data),
+                ("--task", self.questions.tasks),
+                ("--data", self.questions.data),
             )
             if given
         ]
@@ -117,9 +110,9 @@ def _calibration_without_search(
         named.calibration.check_fits(checkpoint.identity)
         notice(announce(named, [recipe for recipe in recipes if recipe.name != named.name]))
         return named.calibration
-    if request.task is not None or request.data is not None:
+    if request.questions.sources:
         for recipe in recipes:
-            if recipe.tasks == (request.task,):
+            if recipe.tasks == request.questions.tasks:
                 notice(f"a recipe for this model is shipped: --calibration {recipe.name} needs no search")
         return None
     if recipes:
@@ -151,11 +144,9 @@ def search_calibration(
     options = SearchOptions(
         betas=(defaults.beta,),
         thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
-        seed=request.seed,
     )
-    data = (request.data,) if request.data is not None else ()
-    tasks = () if data else (request.task or DEFAULT_TASK,)
-    result = run_search(checkpoint, SearchJob(tasks, data, options=options), progress=progress)
+    asked = request.questions if request.questions.sources else replace(request.questions, tasks=(DEFAULT_TASK,))
+    result = run_search(checkpoint, SearchJob(asked, options=options), progress=progress)
     (calibration,) = result.calibrations.values()
     return calibration
 

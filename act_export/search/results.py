@@ -10,8 +10,8 @@ import numpy as np
 from act_export.calibration.file import Calibration
 from act_export.search.answers import CONTENT_FREE, REPORT, Answers, EncodedTask
 from act_export.search.choice_bias import same_choices, without_choice_bias
-from act_export.tasks import predicted_choice
 from act_export.tasks.label_prior import without_label_prior
+from act_export.tasks.scoring import predicted_choice
 from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
 
 

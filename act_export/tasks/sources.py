@@ -109,8 +109,8 @@ def cached_rows(name: str, source: HubSource) -> Rows:
         except HubError as error:
             raise HubError(f"the rows of {name} are not at {path}, and {error}") from error
         if found.shots is not None:  # the questions come last: without them nothing counts as kept
-            _write_rows(shots_path, found.shots)
-        _write_rows(path, found.questions)
+            keep_rows(shots_path, (row.fields for row in found.shots))
+        keep_rows(path, (row.fields for row in found.questions))
     questions = _kept(path, name)
     if not questions:
         raise TaskError(f"{path} has no rows; delete it to fetch it anew")
@@ -242,9 +242,14 @@ def _kept(path: Path, name: str) -> tuple[Row, ...]:
     return tuple(Row(row, f"row {number} of {name}") for number, row in read_rows(path))
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+def keep_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a task's rows to where they are kept.
+
+    Raises:
+        TaskError: If that can't be written.
+    """
     try:
-        write_whole(path, "".join(json.dumps(row.fields, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), error=TaskError)
     except OSError as error:
         raise TaskError(
             f"can't write {path}: {error}; make the folder writable, or set XDG_CACHE_HOME to one that is"

@@ -87,7 +87,7 @@ class Task:
         shots_alike: Few-shot examples agree with the question in this; None for any.
         key: What the question is; None for its zero-shot prompt.
         unique: What no two splits may share; None for the key alone.
-        package: The Python package that `tools/fetch_data` takes the rows from; "" for none.
+        package: The Python package that `act-export fetch-data` takes the rows from; "" for none.
     """
 
     name: str

@@ -19,6 +19,7 @@ from act_export.export.job import export_model
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
 from act_export.search.resolve import CalibrationRequest, resolve_calibration
+from act_export.tasks import Questions
 
 IDENTITY = ModelIdentity("llama", 2, 4, "sha256:ab")
 BY_NAME = ModelIdentity("llama", 2, 4, name="Owner/Model-1")
@@ -159,10 +160,13 @@ def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
     monkeypatch.setattr("act_export.search.resolve.search_calibration", lambda *_, **__: found)
     checkpoint = with_tokenizer(tiny)
     said: list[str] = []
-    assert resolve_calibration(checkpoint, CalibrationRequest(task="boolq"), notice=said.append) is found
+    assert (
+        resolve_calibration(checkpoint, CalibrationRequest(questions=Questions(("boolq",))), notice=said.append)
+        is found
+    )
     assert said == ["a recipe for this model is shipped: --calibration tiny-boolq needs no search"]
     said.clear()
-    resolve_calibration(checkpoint, CalibrationRequest(task="sst2"), notice=said.append)
+    resolve_calibration(checkpoint, CalibrationRequest(questions=Questions(("sst2",))), notice=said.append)
     assert said == []
 
 
@@ -197,7 +201,7 @@ def test_a_recipe_without_a_fingerprint_is_exported_with_the_models_own(folder, 
     assert inspect_file(tmp_path / "m.onnx").calibration == recipe
     with Session.open(tmp_path / "m.onnx") as session:
         assert session.calibration == recipe
-        assert session.model_identity == tiny.identity
+        assert session.record.model == tiny.identity
 
 
 def of_the_papers_shape(folder: Path, architecture: str, recorded: str | None = None) -> Path:

@@ -14,7 +14,9 @@ from act_export.checkpoint.placement import DTYPES, Placement, PlacementError
 from act_export.errors import CheckpointError
 from act_export.search import FastAttention
 from act_export.search.gates import gate_gradients
-from act_export.tasks import EncodedExample, TorchLanguageModel, score_choices
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import score_choices
 
 LAYERS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
 MAPS = ["auto", "cpu", {"": "cpu"}, dict.fromkeys(LAYERS, "cpu")]

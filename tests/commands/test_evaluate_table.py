@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from act_export.commands.evaluate_table import print_evaluation_report
+from act_export.tasks import Questions
 from act_export.verify.evaluate.answers import Evaluation
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
 
@@ -29,7 +30,7 @@ def of(correct: list[bool]) -> Evaluation:
 )
 def test_no_name_and_no_number_is_ever_cut(tasks: list[tuple[str, list[bool], list[bool]]], width: int) -> None:
     results = tuple(TaskResult(name, ("q",) * 3, of(new), of(old), of(old)) for name, old, new in tasks)
-    request = EvaluationRequest(Path("calibrated.onnx"), Path("plain.onnx"), tasks=("sst2",))
+    request = EvaluationRequest(Path("calibrated.onnx"), Path("plain.onnx"), Questions(("sst2",)))
     text = io.StringIO()
     print_evaluation_report(
         EvaluationReport(request, results, average_over(results)), Console(file=text, width=width, highlight=False)

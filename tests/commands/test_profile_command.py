@@ -68,13 +68,13 @@ def test_three_files_and_the_findings(planted, here):
 def test_prompts_of_a_task_are_those_that_a_search_ranks_with(planted, here, monkeypatch):
     """And never those that it reports on."""
     from act_export.profile.job import ProfileJob, load_prompts
-    from act_export.tasks import read_examples, split_examples
+    from act_export.tasks import Questions, read_examples, split_examples
 
     _, rows = planted
     splits = split_examples(read_examples(rows).examples, seed=3)
-    (found,) = load_prompts(ProfileJob(data=(rows,), seed=3))
+    (found,) = load_prompts(ProfileJob(Questions(data=(rows,), seed=3)))
     assert found.examples == splits.rank
-    (found,) = load_prompts(ProfileJob(data=(rows,), seed=3, prompts=7))
+    (found,) = load_prompts(ProfileJob(Questions(data=(rows,), seed=3), prompts=7))
     assert found.examples == splits.rank[:7]
 
 
@@ -194,9 +194,10 @@ def test_bad_input_of_a_report(planted, here):
 
 def test_data_that_is_too_little_or_too_uneven_to_search_on_can_be_profiled(here):
     from act_export.profile.job import ProfileJob, load_prompts
+    from act_export.tasks import Questions
 
     rows = [{"prompt": f"w{n}", "choices": [" w97", " w98"], "answer": int(n == 7)} for n in range(40)]
     for count in (1, 40):
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
-        (found,) = load_prompts(ProfileJob(data=(Path("rows.jsonl"),)))
+        (found,) = load_prompts(ProfileJob(Questions(data=(Path("rows.jsonl"),))))
         assert len(found.examples) == count

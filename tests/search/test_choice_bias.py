@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from act_export.search.choice_bias import same_choices, without_choice_bias
-from act_export.tasks import EncodedExample, predicted_choice
+from act_export.tasks import EncodedExample
+from act_export.tasks.scoring import predicted_choice
 
 number = st.floats(-9, 9)
 rows = st.lists(st.tuples(number, number, number), min_size=1, max_size=8)

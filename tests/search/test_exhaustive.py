@@ -15,7 +15,9 @@ from act_export.search.decoder_layers import decoder_layers
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import log_likelihoods
 from act_export.search.request import Threshold
-from act_export.tasks import EncodedExample, TorchLanguageModel, choice_scores, predicted_choice
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import choice_scores, predicted_choice
 
 BETA, THRESHOLD = 0.2, Threshold(0.15)
 SHAPE = {"num_layers": 3, "num_heads": 4}

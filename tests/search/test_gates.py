@@ -14,7 +14,9 @@ from act_export.calibration.file import Calibration
 from act_export.calibration.reference import attention_probabilities, calibrate_with_state
 from act_export.search import FastAttention, GatedAttention, gate_gradients
 from act_export.search.decoder_layers import decoder_layers
-from act_export.tasks import EncodedExample, TorchLanguageModel, batches, choice_scores
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.scoring import batches, choice_scores
 
 KNOBS = {"beta": 0.2, "threshold": 0.08}
 ONE_TOKEN = [

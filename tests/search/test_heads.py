@@ -15,9 +15,10 @@ from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import METHODS, SearchError, SearchOptions, SearchTask, Threshold, search_heads
 from act_export.search.request import thresholds_of
-from act_export.tasks import Example, ScoringError, Splits, TaskError, prompt_digest, unused
+from act_export.tasks import Example, Questions, Splits, TaskError, prompt_digest, unused
+from act_export.tasks.scoring import ScoringError
 
-OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4, seed=3)
+OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4)
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def test_what_cannot_be_searched_is_refused(checkpoint: Checkpoint) -> None:
     long = Splits((Example("w5 " * 299 + "w5", CHOICES, 0),), splits.choose, splits.report)
     with pytest.raises(TaskError, match="has 301 tokens; the model takes 256"):
         search_heads(checkpoint, [SearchTask("long", long)])
-    shortened = search_heads(checkpoint, [SearchTask("long", long)], replace(OPTIONS, truncate=True))
+    shortened = search_heads(checkpoint, [SearchTask("long", long, questions=Questions(truncate=True))], OPTIONS)
     assert shortened.reports["long"].sizes == {"rank": 1, "choose": 6, "report": 6}
 
 

@@ -15,7 +15,7 @@ from act_export.search import METHODS, SearchOptions, Threshold
 from act_export.search.answers import RANK, EncodedTask, encode_task
 from act_export.search.processes import Workers
 from act_export.search.rank import first_heads, rank_heads, ranking_cost
-from act_export.tasks import predicted_choice
+from act_export.tasks.scoring import predicted_choice
 
 THRESHOLD = Threshold(0.1)
 OPTIONS = SearchOptions(method="exhaustive", betas=(0.2, 1.5), confirm=3, batch_tokens=100)
@@ -34,7 +34,7 @@ def task(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> EncodedTask:
     else:
         choices = (" w97", " w98") if request.param == "one token" else (" w97 w5", " w98 w9 w4")
         made = planted_task(checkpoint, None, choices=choices, sizes=sizes, length_normalized=True)
-    return encode_task(checkpoint, made, OPTIONS)
+    return encode_task(checkpoint, made)
 
 
 def naive_effects(checkpoint: Checkpoint, task: EncodedTask, beta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,8 +25,9 @@ from act_export.search import SearchOptions, SearchResult, SearchTask, search_he
 from act_export.search.answers import Answers
 from act_export.search.choose import other_heads
 from act_export.search.results import average_gain, gain_of, predicted_shares
-from act_export.tasks import EncodedExample, Example, encode_examples, predicted_choice, prompt_digest
+from act_export.tasks import EncodedExample, Example, encode_examples, prompt_digest
 from act_export.tasks.metrics import token_f1
+from act_export.tasks.scoring import predicted_choice
 
 OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4))
 PUBLISHED = {

@@ -17,7 +17,7 @@ from act_export.errors import ActExportError
 from act_export.files import cache_folder
 from act_export.search import SearchOptions, SearchResult
 from act_export.search.job import SearchJob, check_output, published_sets, run_search, save_result
-from act_export.tasks import TaskError
+from act_export.tasks import Questions, TaskError
 
 OPTIONS = SearchOptions(method="gates+confirm", betas=(0.0,), head_counts=(1, 2))
 
@@ -44,7 +44,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
 
 
 def job(*data: Path) -> SearchJob:
-    return SearchJob(data=data, rank=40, choose=50, report=40, options=OPTIONS)
+    return SearchJob(Questions(data=data), rank=40, choose=50, report=40, options=OPTIONS)
 
 
 def copies(rows: Path, folder: Path, *names: str) -> list[Path]:
@@ -81,26 +81,28 @@ def test_splits_are_of_the_sizes_asked_for(rows: Path) -> None:
     (task,) = job(rows).load()
     assert task.name == "rows.jsonl"
     assert [len(part) for part in (task.splits.rank, task.splits.choose, task.splits.report)] == [40, 50, 40]
-    other = replace(job(rows), options=replace(OPTIONS, seed=1)).load()[0]
+    other = replace(job(rows), questions=Questions(data=(rows,), seed=1)).load()[0]
     assert other.splits.rank != task.splits.rank
     assert job(rows).load()[0].splits == task.splits
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("sizes", "asked", "message"),
     [
-        ({"rank": 0}, "the rank split has 0 examples; it needs at least 1"),
-        ({"report": -3}, "the report split has -3 examples"),
-        ({"report": 41}, "there are 130 different prompts; .* make 131"),
-        ({"tasks": ("sst22",)}, "there is no task 'sst22'; did you mean sst2 or"),
-        ({"tasks": ("missing.json",)}, r"can't read the task file missing\.json"),
-        ({"data": (Path("missing.jsonl"),)}, r"missing\.jsonl"),
-        ({"shots": -1}, "number of few-shot examples is -1"),
+        ({"rank": 0}, {}, "the rank split has 0 examples; it needs at least 1"),
+        ({"report": -3}, {}, "the report split has -3 examples"),
+        ({"report": 41}, {}, "there are 130 different prompts; .* make 131"),
+        ({}, {"tasks": ("sst22",)}, "there is no task 'sst22'; did you mean sst2 or"),
+        ({}, {"tasks": ("missing.json",)}, r"can't read the task file missing\.json"),
+        ({}, {"data": (Path("missing.jsonl"),)}, r"missing\.jsonl"),
+        ({}, {"shots": -1}, "number of few-shot examples is -1"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(rows: Path, changes: dict[str, object], message: str) -> None:
+def test_what_cannot_be_loaded_is_refused(
+    rows: Path, sizes: dict[str, int], asked: dict[str, object], message: str
+) -> None:
     with pytest.raises(TaskError, match=message):
-        replace(job(rows), **changes).load()
+        replace(job(rows), questions=replace(job(rows).questions, **asked), **sizes).load()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_several_tasks_give_a_file_each_the_joint_set_and_a_report(
 def test_a_task_file(checkpoint: Checkpoint, rows: Path, tmp_path: Path) -> None:
     """Tasks and data together; a task's file is named after the task."""
     path = task_file(tmp_path, "mine", rows)
-    searched = SearchJob((str(path),), (rows,), None, 0, 40, 50, 40, OPTIONS)
+    searched = SearchJob(Questions((str(path),), (rows,)), 40, 50, 40, OPTIONS)
     result = run_search(checkpoint, searched)
     assert list(result.calibrations) == ["mine", "rows.jsonl"]
     names = [path.name for path in save_result(result, tmp_path / "out")]
@@ -235,7 +237,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, out: str, sev
     places(tmp_path)
     tasks = ("sst2", "rte") if several else ("sst2",)
     with pytest.raises(ActExportError, match=message):
-        check_output(tmp_path / out, SearchJob(tasks))
+        check_output(tmp_path / out, SearchJob(Questions(tasks)))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path, out: str, sev
 def test_places_that_can_be_written(tmp_path: Path, out: str, several: bool) -> None:
     places(tmp_path)
     before = sorted(tmp_path.iterdir())
-    check_output(tmp_path / out, SearchJob(("sst2", "rte") if several else ("sst2",)))
+    check_output(tmp_path / out, SearchJob(Questions(("sst2", "rte") if several else ("sst2",))))
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -15,8 +15,10 @@ from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import Checkpoint
 from act_export.runtime import Sampling, Session, generate
-from act_export.tasks import EncodedExample, ScoringError, SessionLanguageModel, TorchLanguageModel
+from act_export.tasks import EncodedExample
 from act_export.tasks.generation import cut_at_stop, generate_answers
+from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
+from act_export.tasks.scoring import ScoringError
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id

@@ -14,16 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
-from act_export.tasks import (
-    EncodedExample,
-    ScoringError,
-    SessionLanguageModel,
-    TorchLanguageModel,
-    batches,
-    predicted_choice,
-    score_choices,
-)
-from act_export.tasks.scoring import positions_of
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
+from act_export.tasks.scoring import ScoringError, batches, positions_of, predicted_choice, score_choices
 
 VOCABULARY = 23
 token = st.integers(0, VOCABULARY - 1)

@@ -12,7 +12,7 @@ import platformdirs
 import pytest
 from datasets import Dataset
 
-from act_export.tasks import TaskError, TaskOptions, load_examples, load_task, rows_path, task_names
+from act_export.tasks import Questions, TaskError, load_examples, load_task, rows_path, task_names
 
 SST2 = [{"sentence": "good", "label": 1}, {"sentence": "so-so é", "label": 0}]
 
@@ -75,7 +75,7 @@ def test_rows_come_from_the_hub_once(cache: Path, hub: Hub) -> None:
     assert hub.asked == [("nyu-mll/glue", "sst2", "validation", None), ("nyu-mll/glue", "sst2", "train", None)]
     assert first == second
     assert first.examples == tuple(load_task("sst2").question(row).example for row in SST2)
-    few = load_examples("sst2", TaskOptions(shots=1))
+    few = load_examples("sst2", shots=1)
     assert all("Sentence: bad  \nSentiment: negative\n\nSentence: " in example.prompt for example in few.examples)
     assert len(hub.asked) == 2
 
@@ -118,7 +118,7 @@ def test_two_fetches_at_once_do_not_meet(cache: Path, hub: Hub) -> None:
 def test_without_cache_and_hub_the_error_says_what_to_run(cache: Path, hub: Hub) -> None:
     with pytest.raises(
         TaskError,
-        match=r"rows of sst2 are not at .*ConnectionError: no network.* run tools/fetch_data sst2.*--data FILE",
+        match=r"rows of sst2 are not at .*ConnectionError: no network.* run act-export fetch-data sst2.*--data FILE",
     ):
         load_examples("sst2")
     with pytest.raises(TaskError, match=r"rows of trec are not at .* it has those of arc_challenge, .*sst2; or use"):
@@ -131,7 +131,7 @@ def test_without_the_datasets_library_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(
-        TaskError, match=r"pip install 'act-export\[tasks\]'.* Without the hub run tools/fetch_data sst2"
+        TaskError, match=r"pip install 'act-export\[tasks\]'.* Without the hub run act-export fetch-data sst2"
     ):
         load_examples("sst2")
 
@@ -181,22 +181,22 @@ def test_options_that_cannot_be_chosen_from_are_refused(options: object) -> None
 def test_how_a_task_is_scored_can_be_chosen(cache: Path) -> None:
     keep("csqa", json.dumps({"question": "a?", "options": ["b", "c"], "answer": 1}))
     letters, options, mean = (
-        load_examples("csqa", TaskOptions(scoring=scoring)) for scoring in (None, "likelihood", "likelihood-per-token")
+        load_examples("csqa", scoring=scoring) for scoring in (None, "likelihood", "likelihood-per-token")
     )
     assert letters.examples[0].choices == (" A", " B")
     assert options.examples == mean.examples
     assert (letters.length_normalized, options.length_normalized, mean.length_normalized) == (False, False, True)
     with pytest.raises(TaskError, match="csqa can't be scored by 'generation'; it can by letter or likelihood or"):
-        load_examples("csqa", TaskOptions(scoring="generation"))
+        load_examples("csqa", scoring="generation")
     with pytest.raises(
         TaskError, match="sst2 can't be scored by 'letter'; it can by likelihood or likelihood-per-token"
     ):
-        load_examples("sst2", TaskOptions(scoring="letter"))
+        load_examples("sst2", scoring="letter")
 
 
 def test_a_number_of_shots_below_zero_is_refused() -> None:
     with pytest.raises(TaskError, match="the number of few-shot examples is -1"):
-        TaskOptions(shots=-1)
+        Questions(shots=-1)
 
 
 def test_every_name_loads() -> None:

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from act_export.tasks import Generation, TaskError, TaskOptions, load_examples, load_task
+from act_export.tasks import Generation, TaskError, load_examples, load_task
 
 ROWS = [{"text": f"text {index}", "mood": ("bad", "good")[index % 2], "id": index} for index in range(30)]
 TASK: dict[str, Any] = {
@@ -142,7 +142,7 @@ def test_shots_have_a_file_of_their_own(tmp_path: Path) -> None:
     jsonl(tmp_path / "rows.jsonl", ROWS)
     jsonl(tmp_path / "train.jsonl", [{"text": "seen before", "mood": 1}])
     path = task_file(tmp_path, {**TASK, "path": {"file": "rows.jsonl", "shots": "train.jsonl"}})
-    examples = load_examples(path, TaskOptions(shots=1)).examples
+    examples = load_examples(path, shots=1).examples
     assert len(examples) == 30
     assert examples[0].prompt == "seen before\nMood: good\n\ntext 0\nMood:"
 

@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING
 
 from act_export.attention.hook import HookedModel
 from act_export.runtime.session import Session
-from act_export.tasks import (
-    EncodedExample,
-    Example,
-    Generation,
-    LanguageModel,
-    SessionLanguageModel,
-    TorchLanguageModel,
-    encode_examples,
-    predicted_choice,
-    score_choices,
-)
+from act_export.tasks import EncodedExample, Example, Generation, encode_examples
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.label_prior import without_label_prior as scores_without_label_prior
+from act_export.tasks.language_model import LanguageModel, SessionLanguageModel, TorchLanguageModel
 from act_export.tasks.metrics import exact_match, token_f1
-from act_export.tasks.scoring import BATCH_SIZE
+from act_export.tasks.scoring import BATCH_SIZE, predicted_choice, score_choices
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p, mean_interval
 from act_export.verify.evaluate.held_out import EvaluationError, held_out
 

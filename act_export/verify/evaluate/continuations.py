@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from act_export.tasks import EncodedExample, LanguageModel, score_choices
-from act_export.tasks.scoring import BATCH_SIZE, positions_of
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import LanguageModel
+from act_export.tasks.scoring import BATCH_SIZE, positions_of, score_choices
 
 
 @dataclass(frozen=True)

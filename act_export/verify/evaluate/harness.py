@@ -27,8 +27,9 @@ from act_export.errors import ActExportError
 from act_export.runtime import Sampling, Session
 from act_export.runtime.chat import render_chat
 from act_export.runtime.text import load_tokenizer
-from act_export.tasks import EncodedExample, SessionLanguageModel
+from act_export.tasks import EncodedExample
 from act_export.tasks.generation import generate_answers
+from act_export.tasks.language_model import SessionLanguageModel
 from act_export.tasks.scoring import BATCH_SIZE
 from act_export.verify.evaluate.answers import default_batch_tokens
 from act_export.verify.evaluate.continuations import Continuation, passes, score_continuations

@@ -11,7 +11,7 @@ from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
-from act_export.tasks import EncodedExample, Example, TaskOptions, encode_examples, load_questions, prompt_digest
+from act_export.tasks import EncodedExample, Example, Questions, encode_examples, prompt_digest
 from act_export.tasks.examples import TaskExamples
 from act_export.tasks.label_prior import content_free_examples
 from act_export.tasks.scoring import BATCH_SIZE
@@ -61,8 +61,7 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     """
     files = _read_files(request)
     calibrations = {name: _calibration(file) for name, file in files.items()}
-    options = TaskOptions(request.scoring, request.shots, _seed(request, list(calibrations.values())))
-    asked = load_questions(request.tasks, request.data, options)
+    asked = replace(request.questions, seed=_seed(request.questions, list(calibrations.values()))).load()
     tasks = [_questions(task, list(calibrations.values()), request) for task in asked]
     plain = list(files)[-1]
     has_control = _is_plain(calibrations[plain])
@@ -90,10 +89,10 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     return EvaluationReport(request, results, average_over(results))
 
 
-def _seed(request: EvaluationRequest, calibrations: Sequence[Calibration | None]) -> int:
+def _seed(questions: Questions, calibrations: Sequence[Calibration | None]) -> int:
     """What few-shot examples are drawn with: what the file's search drew them with, unless another is asked for."""
     origins = [calibration.provenance for calibration in calibrations if calibration is not None]
-    seeds = [request.seed, *(origin.seed for origin in origins if origin is not None)]
+    seeds = [questions.seed, *(origin.seed for origin in origins if origin is not None)]
     return next((seed for seed in seeds if seed is not None), 0)
 
 
@@ -135,9 +134,9 @@ def _questions(
     task: TaskExamples, calibrations: Sequence[Calibration | None], request: EvaluationRequest
 ) -> TaskExamples:
     """The task with the questions that may be counted, no more than the limit."""
-    left = held_out(task.examples, calibrations, split=request.split, seed=request.seed, task=task.name)
+    left = held_out(task.examples, calibrations, split=request.split, seed=request.questions.seed, task=task.name)
     if request.limit is not None and request.limit < len(left):
-        left = sorted(left, key=lambda example: place(example, request.seed or 0))[: request.limit]
+        left = sorted(left, key=lambda example: place(example, request.questions.drawing_seed))[: request.limit]
     return replace(task, examples=tuple(left))
 
 
@@ -157,7 +156,8 @@ def _encode(
         context -= task.generation.max_new_tokens
 
     def encode(examples: Sequence[Example]) -> list[EncodedExample]:
-        return encode_examples(tokenizer, examples, max_length=context, chat=request.chat, truncate=request.truncate)
+        asked = request.questions
+        return encode_examples(tokenizer, examples, max_length=context, chat=asked.chat, truncate=asked.truncate)
 
     content_free = content_free_examples(task.examples) if has_control and task.generation is None else ()
     return _Work(task, encode(task.examples), encode(content_free) if content_free else ())

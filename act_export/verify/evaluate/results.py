@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from act_export.runtime.device import Device
+from act_export.tasks import Questions
 from act_export.tasks.statistics import mean_interval
 from act_export.verify.evaluate.answers import AnswerEvaluation, Comparison, Evaluation, compare
 from act_export.verify.evaluate.held_out import DEFAULT_SPLIT, SPLITS, EvaluationError
@@ -113,14 +114,8 @@ class EvaluationRequest:
     Attributes:
         file: The exported model, or its folder.
         against: A plain export of the same model to compare with; None for none.
-        tasks: Names of tasks, or paths of task files.
-        data: JSON Lines files of questions.
+        questions: What to ask, and how. Without a seed, that of the file's own search.
         split: "report", "held-out" or "all", see `act_export.verify.evaluate.held_out`.
-        seed: Of the splits and of the shots; None for that of the file's own search, or 0.
-        scoring: How answers are told, see `act_export.tasks.TaskOptions`; None for each task's own.
-        shots: Examples before each question.
-        chat: Put prompts into the tokenizer's chat template.
-        truncate: Cut prompts that are too long, on the left.
         limit: Questions of each task at the most; None for all.
         batch_tokens: Tokens that run together at the most; None leaves it to act-export.
         portable: Run the portable functions, not the native library.
@@ -131,14 +126,8 @@ class EvaluationRequest:
 
     file: Path
     against: Path | None = None
-    tasks: tuple[str, ...] = ()
-    data: tuple[Path, ...] = ()
+    questions: Questions = field(default_factory=Questions)
     split: str = DEFAULT_SPLIT
-    seed: int | None = None
-    scoring: str | None = None
-    shots: int = 0
-    chat: bool = False
-    truncate: bool = False
     limit: int | None = None
     batch_tokens: int | None = None
     portable: bool = False
@@ -151,7 +140,7 @@ class EvaluationRequest:
         Device.parse(self.device)
         if self.split not in SPLITS:
             raise EvaluationError(f"there is no split {self.split!r}; pass report, held-out or all")
-        if not self.tasks and not self.data:
+        if not self.questions.sources:
             raise EvaluationError("there is nothing to evaluate on; pass a task or a data file")
         for name, value in (("limit", self.limit), ("batch tokens", self.batch_tokens)):
             if value is not None and value < 1:

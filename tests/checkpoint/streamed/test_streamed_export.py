@@ -32,6 +32,7 @@ from act_export.export.trace import trace
 from act_export.onnx_file.inspect import inspect_file
 from act_export.onnx_file.output import save_model
 from act_export.search.resolve import CalibrationRequest, resolve_calibration
+from act_export.tasks import Questions
 from act_export.verify.parity.metrics import Metrics
 from act_export.verify.parity.parity_report import ParityReport
 
@@ -177,7 +178,7 @@ def test_what_was_compared_is_said(folder):
 
 def test_what_needs_the_model_in_memory_says_so(folder, tmp_path):
     checkpoint = load_checkpoint(str(folder), stream=True)
-    for request in (CalibrationRequest(), CalibrationRequest(task="sst2")):
+    for request in (CalibrationRequest(), CalibrationRequest(questions=Questions(("sst2",)))):
         with pytest.raises(ActExportError, match="a search needs it in memory; pass --plain, --calibration"):
             resolve_calibration(checkpoint, request)
     assert resolve_calibration(checkpoint, CalibrationRequest(plain=True)) is None

@@ -16,6 +16,7 @@ from act_export.profile.report import TaskAccuracy, accuracies_of
 from act_export.profile.report.figure_data import accuracy_names
 from act_export.search.job import report_json as search_json
 from act_export.search.results import Gain, SearchResult, TaskReport
+from act_export.tasks import Questions
 from act_export.tasks.statistics import accuracy_interval
 from act_export.verify.evaluate.answers import Evaluation, compare
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
@@ -40,7 +41,7 @@ def write(folder: Path, document: Any) -> Path:
 
 def evaluation(plain: Evaluation | None = PLAIN) -> str:
     results = (TaskResult("sst2", ("q",) * 4, CALIBRATED, plain),)
-    request = EvaluationRequest(Path("calibrated.onnx"), Path("plain.onnx") if plain else None, tasks=("sst2",))
+    request = EvaluationRequest(Path("calibrated.onnx"), Path("plain.onnx") if plain else None, Questions(("sst2",)))
     return evaluation_json(EvaluationReport(request, results, average_over(results)))
 
 

@@ -6,8 +6,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from act_export.runtime import Session, generate
-from act_export.tasks import EncodedExample, SessionLanguageModel, score_choices
-from act_export.tasks.scoring import positions_of
+from act_export.tasks import EncodedExample
+from act_export.tasks.language_model import SessionLanguageModel
+from act_export.tasks.scoring import positions_of, score_choices
 from act_export.verify.evaluate.continuations import Continuation, passes, score_continuations
 
 tokens = st.lists(st.integers(3, 40), min_size=1, max_size=6).map(tuple)

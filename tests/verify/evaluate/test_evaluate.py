@@ -14,14 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration, Provenance
-from act_export.tasks import (
-    Example,
-    ScoringError,
-    SessionLanguageModel,
-    TaskError,
-    prompt_digest,
-    split_examples,
-)
+from act_export.tasks import Example, TaskError, prompt_digest, split_examples
+from act_export.tasks.language_model import SessionLanguageModel
+from act_export.tasks.scoring import ScoringError
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p
 from act_export.verify.evaluate import answers as evaluation_module
 from act_export.verify.evaluate.answers import Evaluation, EvaluationError, compare, evaluate, held_out

@@ -14,7 +14,7 @@ from act_export.commands.evaluate_table import print_evaluation_report, report_j
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import Session, generate
-from act_export.tasks import TaskError, prompt_digest, read_examples, split_examples
+from act_export.tasks import Questions, TaskError, prompt_digest, read_examples, split_examples
 from act_export.tasks.metrics import token_f1
 from act_export.tasks.statistics import mean_interval
 from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare, evaluate
@@ -63,7 +63,7 @@ def files(tiny_file, tiny_plain_file, checkpoint_folder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def report(files, choosing, without_control, writing) -> EvaluationReport:
-    return evaluate_files(EvaluationRequest(**files, data=(choosing, without_control, writing)))
+    return evaluate_files(EvaluationRequest(**files, questions=Questions(data=(choosing, without_control, writing))))
 
 
 def test_tasks_come_in_the_order_of_the_request_each_on_its_report_split(
@@ -185,12 +185,16 @@ def test_the_table_has_every_metric_and_the_average(report) -> None:
 
 
 def test_a_file_alone(files, choosing) -> None:
-    found = evaluate_files(EvaluationRequest(files["file"], tokenizer=files["tokenizer"], data=(choosing,)))
+    found = evaluate_files(
+        EvaluationRequest(files["file"], tokenizer=files["tokenizer"], questions=Questions(data=(choosing,)))
+    )
     assert (found.tasks[0].plain, found.tasks[0].control, found.tasks[0].comparisons) == (None, None, {})
     assert "value" in printed(found)
     assert "average" not in printed(found)
     assert json.loads(report_json(found))["tasks"][0]["comparison"] is None
-    plain = evaluate_files(EvaluationRequest(files["against"], tokenizer=files["tokenizer"], data=(choosing,)))
+    plain = evaluate_files(
+        EvaluationRequest(files["against"], tokenizer=files["tokenizer"], questions=Questions(data=(choosing,)))
+    )
     assert plain.tasks[0].control is not None  # the file is the plain model
     assert "plain, prior off" in printed(plain)
 
@@ -200,14 +204,17 @@ def test_a_limit_draws_the_same_questions_whatever_the_rows_order(files, choosin
     rows = [json.loads(line) for line in choosing.read_text().splitlines()]
     turned = write_rows(folder / "turned.jsonl", rows[::-1])
     request = {"file": files["against"], "tokenizer": files["tokenizer"], "split": split, "limit": 5}
-    first, second = (evaluate_files(EvaluationRequest(**request, data=(path,))).tasks[0] for path in (choosing, turned))
+    first, second = (
+        evaluate_files(EvaluationRequest(**request, questions=Questions(data=(path,)))).tasks[0]
+        for path in (choosing, turned)
+    )
     assert first.questions == second.questions
     assert len(first.questions) == 5
     assert first.plain is None
 
 
 def test_batch_tokens_change_nothing_but_the_batches(report, files, choosing, writing) -> None:
-    found = evaluate_files(EvaluationRequest(**files, data=(choosing, writing), batch_tokens=1))
+    found = evaluate_files(EvaluationRequest(**files, questions=Questions(data=(choosing, writing)), batch_tokens=1))
     for mine, theirs in zip(found.tasks, (report.tasks[0], report.tasks[2]), strict=True):
         assert mine.calibrated.metrics == theirs.calibrated.metrics
 
@@ -215,7 +222,8 @@ def test_batch_tokens_change_nothing_but_the_batches(report, files, choosing, wr
 def test_progress_begins_at_nothing_and_ends_with_all(files, choosing, writing) -> None:
     steps: list[tuple[str, float]] = []
     evaluate_files(
-        EvaluationRequest(**files, data=(choosing, writing)), progress=lambda step, done: steps.append((step, done))
+        EvaluationRequest(**files, questions=Questions(data=(choosing, writing))),
+        progress=lambda step, done: steps.append((step, done)),
     )
     done = [part for _, part in steps]
     assert done == sorted(done)
@@ -231,9 +239,11 @@ def test_progress_begins_at_nothing_and_ends_with_all(files, choosing, writing) 
 
 
 def test_scoring_of_data(files, without_control) -> None:
-    request = {"file": files["file"], "tokenizer": files["tokenizer"], "data": (without_control,)}
+    request = {"file": files["file"], "tokenizer": files["tokenizer"]}
     sums, means = (
-        evaluate_files(EvaluationRequest(**request, scoring=scoring)).tasks[0].calibrated.log_likelihoods
+        evaluate_files(EvaluationRequest(**request, questions=Questions(data=(without_control,), scoring=scoring)))
+        .tasks[0]
+        .calibrated.log_likelihoods
         for scoring in ("likelihood", "likelihood-per-token")
     )
     for row, shorter in zip(sums, means, strict=True):
@@ -244,38 +254,40 @@ def test_prompts_that_are_too_long(files, folder) -> None:
     rows = [{"prompt": "x" * 300 + f"{i}?", "choices": [" a", " b"], "answer": i % 2} for i in range(30)]
     path = write_rows(folder / "long.jsonl", rows)
     with pytest.raises(TaskError, match=r"line 1 of long\.jsonl"):
-        evaluate_files(EvaluationRequest(**files, data=(path,), split="all"))
-    found = evaluate_files(EvaluationRequest(**files, data=(path,), truncate=True, limit=3))
+        evaluate_files(EvaluationRequest(**files, questions=Questions(data=(path,)), split="all"))
+    found = evaluate_files(EvaluationRequest(**files, questions=Questions(data=(path,), truncate=True), limit=3))
     assert len(found.tasks[0].questions) == 3
 
 
 def test_an_answer_needs_room(tiny_plain_file, checkpoint_folder, writing, tmp_path) -> None:
     small = tiny_checkpoint(max_position_embeddings=40)
     build_model(small, None, tmp_path / "small.onnx", source="tiny")
-    request = EvaluationRequest(tmp_path / "small.onnx", data=(writing,), tokenizer=str(checkpoint_folder))
+    request = EvaluationRequest(
+        tmp_path / "small.onnx", questions=Questions(data=(writing,)), tokenizer=str(checkpoint_folder)
+    )
     with pytest.raises(EvaluationError, match=r"may have 50 tokens; the context of .*small.onnx holds 40"):
         evaluate_files(request)
 
 
 def test_files_of_different_models_are_not_compared(files, choosing, tmp_path) -> None:
     build_model(tiny_checkpoint(seed=1), None, tmp_path / "other.onnx", source="tiny")
-    request = EvaluationRequest(**{**files, "against": tmp_path / "other.onnx"}, data=(choosing,))
+    request = EvaluationRequest(**{**files, "against": tmp_path / "other.onnx"}, questions=Questions(data=(choosing,)))
     with pytest.raises(EvaluationError, match=r"other.onnx isn't the model of .* fingerprint of the weights is sha256"):
         evaluate_files(request)
 
 
 def test_a_file_without_a_tokenizer(tiny_file, choosing) -> None:
     with pytest.raises(ActExportError, match=r"no tokenizer beside .*; name the checkpoint that has it: --tokenizer"):
-        evaluate_files(EvaluationRequest(tiny_file, data=(choosing,)))
+        evaluate_files(EvaluationRequest(tiny_file, questions=Questions(data=(choosing,))))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, "nothing to evaluate on"),
-        ({"tasks": ("sst2",), "split": "test"}, "there is no split 'test'"),
-        ({"tasks": ("sst2",), "limit": 0}, "limit is 0; give 1 or more"),
-        ({"tasks": ("sst2",), "batch_tokens": -1}, "batch tokens is -1"),
+        ({"questions": Questions(("sst2",)), "split": "test"}, "there is no split 'test'"),
+        ({"questions": Questions(("sst2",)), "limit": 0}, "limit is 0; give 1 or more"),
+        ({"questions": Questions(("sst2",)), "batch_tokens": -1}, "batch tokens is -1"),
     ],
 )
 def test_requests_that_make_no_sense(options, message) -> None:
@@ -287,4 +299,4 @@ def test_two_data_files_of_one_name(files, choosing, tmp_path) -> None:
     copy = tmp_path / choosing.name
     copy.write_text(choosing.read_text())
     with pytest.raises(TaskError, match=r"two of the tasks are called choosing.jsonl; rename a file"):
-        evaluate_files(EvaluationRequest(**files, data=(choosing, copy)))
+        evaluate_files(EvaluationRequest(**files, questions=Questions(data=(choosing, copy))))

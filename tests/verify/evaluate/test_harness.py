@@ -13,7 +13,9 @@ from tiny import tiny_tokenizer
 
 from act_export.errors import ActExportError
 from act_export.runtime import Session, generate
-from act_export.tasks import EncodedExample, SessionLanguageModel, read_examples, score_choices
+from act_export.tasks import EncodedExample, read_examples
+from act_export.tasks.language_model import SessionLanguageModel
+from act_export.tasks.scoring import score_choices
 from act_export.verify.evaluate.answers import evaluate
 
 pytest.importorskip("lm_eval", reason="needs act-export[lm-eval]")
