@@ -116,7 +116,7 @@ def answer(
         One for each request.
 
     Raises:
-        ScoringError: If a score isn't finite, naming the prompt.
+        ActExportError: If a score isn't finite, naming the prompt.
     """
     units: list[Unit] = []
     parts: list[list[list[int]]] = []

@@ -78,7 +78,7 @@ class PlainRun:
             length_normalized: Compare choices by log-likelihood per token.
 
         Raises:
-            ScoringError: If a score isn't finite, naming the prompt.
+            ActExportError: If a score isn't finite, naming the prompt.
             UnsupportedModelError: If the model has no list of its decoder layers.
         """
         self.model = model
@@ -117,7 +117,7 @@ class PlainRun:
             batch_tokens: Positions that run together at the most, as in `act_export.tasks.score_choices`.
 
         Raises:
-            ScoringError: If a score isn't finite, naming the prompt.
+            ActExportError: If a score isn't finite, naming the prompt.
         """
         pairs = [
             (example, head)

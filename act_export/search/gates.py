@@ -26,10 +26,11 @@ from act_export.attention.fast_attention import (
 )
 from act_export.attention.hook import attention_hook
 from act_export.calibration.file import LayerCalibration
+from act_export.errors import ActExportError
 from act_export.search.decoder_layers import checkpointed
 from act_export.tasks import EncodedExample
 from act_export.tasks.language_model import TorchLanguageModel
-from act_export.tasks.scoring import ScoringError, choice_scores
+from act_export.tasks.scoring import choice_scores
 
 # float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
 _LOSS_SCALES = (4096, 64, 1)
@@ -102,7 +103,7 @@ def gate_gradients(
         float64 (num_layers, num_heads); positive where calibrating the head makes the right answers likelier.
 
     Raises:
-        ScoringError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch.
+        ActExportError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch.
         UnsupportedModelError: If gradient checkpointing doesn't know the model's layers.
     """
     for scale in _LOSS_SCALES if model.dtype == torch.float16 else (1,):
@@ -116,7 +117,7 @@ def gate_gradients(
         if gradient.isfinite().all():
             break
     else:
-        raise ScoringError(
+        raise ActExportError(
             f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}; the weights "
             f"or their precision are at fault, float32 or bfloat16 may help"
         )

@@ -13,6 +13,7 @@ from typing import Any
 from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
 from act_export.progress import Progress
 from act_export.search.answers import (
     CHOOSE,
@@ -30,7 +31,7 @@ from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.provenance import hub_model, package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
-from act_export.search.request import SearchError, SearchOptions, SearchTask
+from act_export.search.request import SearchOptions, SearchTask
 from act_export.search.results import (
     Gain,
     SearchResult,
@@ -80,17 +81,16 @@ def search_heads(
         Calibrations that fit this checkpoint only, and what they gain.
 
     Raises:
-        SearchError: For no task, or two of one name.
+        ActExportError: For no task, or two of one name; if the model's scores aren't finite, naming the prompt; if the
+            processes don't do the same search.
         TaskError: If the checkpoint has no tokenizer or an example can't be scored.
-        ScoringError: If the model's scores aren't finite, naming the prompt.
         JournalError: If the journal is another search's.
-        ProcessError: If the processes don't do the same search.
         UnsupportedModelError: If the model's attention can't be replaced.
     """
     options = options or SearchOptions()
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
-        raise SearchError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
+        raise ActExportError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
     encoded = [encode_task(checkpoint, task) for task in _apart(tasks)]
     description = describe_search(checkpoint, encoded, options)
     joint = joint and len(encoded) > 1
@@ -353,7 +353,7 @@ def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:
     """The tasks without questions to report on that another task ranks or chooses with.
 
     Raises:
-        SearchError: If a task has none left.
+        ActExportError: If a task has none left.
     """
     used = [
         {digest for e in (*task.splits.rank, *task.splits.choose) for digest in question_digests(e)} for task in tasks
@@ -363,7 +363,7 @@ def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:
         others = set().union(*used[:index], *used[index + 1 :])
         left = tuple(e for e in task.splits.report if others.isdisjoint(question_digests(e)))
         if not left:
-            raise SearchError(
+            raise ActExportError(
                 f"all questions that {task.name} would be reported on are used by another task's search; search on "
                 f"them one at a time"
             )

@@ -25,10 +25,6 @@ _PATIENCE = timedelta(days=1)  # of a process that has done its units, for the o
 """Called with what is being done and how much of the whole is done, from 0 to 1."""
 
 
-class ProcessError(ActExportError):
-    """Processes that don't work on the same search."""
-
-
 @dataclass(frozen=True)
 class Unit:
     """A piece of work that one process does at a time.
@@ -55,7 +51,7 @@ def process_group() -> Iterator[None]:
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
-        raise ProcessError(
+        raise ActExportError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes can't be joined: {error}; start them with "
             f"torchrun, or unset WORLD_SIZE"
         ) from error
@@ -69,12 +65,12 @@ def own_device(device: str | None, device_map: str | None) -> str | None:
     """The GPU of this process, where each of several on a machine was given "cuda".
 
     Raises:
-        ProcessError: For a device map, which would spread each process over all GPUs.
+        ActExportError: For a device map, which would spread each process over all GPUs.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2:
         return device
     if device_map is not None:
-        raise ProcessError(
+        raise ActExportError(
             f"device map {device_map!r} spreads the model of each process over all devices of this machine; start one "
             f"process per machine, or pass --device cuda"
         )
@@ -103,7 +99,7 @@ class Workers:
             progress: Called after each unit of this process.
 
         Raises:
-            ProcessError: If another process ended.
+            ActExportError: If another process ended.
         """
         self.journal = journal
         self.planned_cost = planned_cost
@@ -121,7 +117,7 @@ class Workers:
             units: The same on every process. Of units with the same key one is computed.
 
         Raises:
-            ProcessError: If another process ended.
+            ActExportError: If another process ended.
         """
         missing = list({unit.key: unit for unit in units if not self._has(unit)}.values())
         mine = _share(missing, process_index(), process_count())
@@ -160,12 +156,12 @@ def same_everywhere(search: Mapping[str, Any]) -> None:
     """Checks that all processes do the same search.
 
     Raises:
-        ProcessError: If they don't, on every process, or if one ended.
+        ActExportError: If they don't, on every process, or if one ended.
     """
     first, *others = _gather(search)
     for number, other in enumerate(others, start=1):
         if other != first:
-            raise ProcessError(
+            raise ActExportError(
                 f"the processes do different searches; in process 0 and then in process {number}, "
                 f"{difference(first, other)}. Start all with the same command, the same versions and the same data"
             )
@@ -193,7 +189,7 @@ def _gather(mine: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         try:
             distributed.all_gather_object(parts, mine)
         except RuntimeError as error:
-            raise ProcessError(
+            raise ActExportError(
                 f"another process ended before its work was done; its own message says why. Start all again: finished "
                 f"work is in the journal ({error})"
             ) from error

@@ -72,7 +72,7 @@ def rank_heads(
         joint: The ranking for all tasks together will be used: "gates+confirm" measures its first heads too.
 
     Raises:
-        ScoringError: If a score or a gradient isn't finite.
+        ActExportError: If a score or a gradient isn't finite.
         UnsupportedModelError: If the method needs the model's decoder layers and can't find them.
     """
     if options.method == "exhaustive":

@@ -16,10 +16,6 @@ _MOST_HEADS = 1_000_000
 _RANGES = (("confirm", 1, _MOST_HEADS), ("batch_tokens", 1, 2**40), ("random_draws", 0, 10_000))
 
 
-class SearchError(ActExportError):
-    """A search that can't be done as it was asked for."""
-
-
 @dataclass(frozen=True)
 class SearchTask:
     """One task's questions to search on.
@@ -39,11 +35,11 @@ class SearchTask:
     questions: Questions = field(default_factory=Questions)
 
     def __post_init__(self) -> None:
-        """Raises SearchError for questions that every answer would be right to."""
+        """Raises ActExportError for questions that every answer would be right to."""
         if self.generation is None:
             for example in (*self.splits.rank, *self.splits.choose, *self.splits.report):
                 if len(example.choices) < 2:
-                    raise SearchError(
+                    raise ActExportError(
                         f"{self.name} has a question with fewer than two choices "
                         f"({example.where or example.prompt}); it needs them, or generation settings"
                     )
@@ -109,14 +105,14 @@ class SearchOptions:
 
         Raises:
             CalibrationError: For a beta or threshold that no calibration may have.
-            SearchError: For any other value, naming it.
+            ActExportError: For any other value, naming it.
         """
         if self.method not in METHODS:
-            raise SearchError(f"there is no method {self.method!r}; it must be {', '.join(METHODS)}")
+            raise ActExportError(f"there is no method {self.method!r}; it must be {', '.join(METHODS)}")
         for name in ("betas", "thresholds", "head_counts"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise SearchError(f"{name} are {values}; name at least one, and none twice")
+                raise ActExportError(f"{name} are {values}; name at least one, and none twice")
         for beta in self.betas:
             Calibration({}, beta)
             if beta == 1:
@@ -129,8 +125,8 @@ class SearchOptions:
             value = getattr(self, name)
             if not least <= value <= most:
                 bound = f"at least {least}" if value < least else f"at most {most}"
-                raise SearchError(f"{name} is {value}; it must be {bound}")
+                raise ActExportError(f"{name} is {value}; it must be {bound}")
         if not all(1 <= count <= _MOST_HEADS for count in self.head_counts):
-            raise SearchError(
+            raise ActExportError(
                 f"the numbers of heads are {shown(self.head_counts)}; each must be at least 1 and at most {_MOST_HEADS}"
             )

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from act_export.errors import ActExportError
 from act_export.runtime.sampling import Sampling, left_pad, next_tokens
 from act_export.tasks.encoding import EncodedExample
 from act_export.tasks.language_model import LanguageModel
-from act_export.tasks.scoring import BATCH_SIZE, ScoringError
+from act_export.tasks.scoring import BATCH_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def generate_answers(
         In the order of `examples`, each without the prompt, special tokens and what ended it.
 
     Raises:
-        ScoringError: If the model's logits aren't finite, naming the prompt.
+        ActExportError: If the model's logits aren't finite, naming the prompt.
     """
     ending = _ending(tokenizer, max_new_tokens, stop, stop_tokens)
     answers = [""] * len(examples)
@@ -135,7 +136,7 @@ def _generate(
         logits, state = model(input_ids, attention_mask, state)
         for answer, likeliest in zip(running, logits.amax(-1).tolist(), strict=True):
             if not math.isfinite(likeliest):
-                raise ScoringError(
+                raise ActExportError(
                     f"the model's logits after the prompt {batch[answer.index].text} aren't finite numbers; its "
                     f"weights or its precision are at fault"
                 )

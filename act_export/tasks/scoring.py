@@ -23,10 +23,6 @@ from act_export.tasks.language_model import ContinuesAtOnce, LanguageModel
 BATCH_SIZE = 16
 
 
-class ScoringError(ActExportError):
-    """A model that gives no usable scores."""
-
-
 def score_choices(
     model: LanguageModel,
     examples: Sequence[EncodedExample],
@@ -51,7 +47,7 @@ def score_choices(
         In the order of `examples`, one number per choice.
 
     Raises:
-        ScoringError: If a log-likelihood isn't finite, naming the prompt.
+        ActExportError: If a log-likelihood isn't finite, naming the prompt.
     """
     scores: list[tuple[float, ...]] = [()] * len(examples)
     with torch.no_grad():
@@ -104,7 +100,7 @@ def choice_scores(
         One per example, shape (choices,).
 
     Raises:
-        ScoringError: If one isn't finite, naming the prompt.
+        ActExportError: If one isn't finite, naming the prompt.
     """
     input_ids, attention_mask = map(torch.from_numpy, left_pad([example.prompt for example in batch]))
     logits, state = model(input_ids, attention_mask, None)
@@ -127,7 +123,7 @@ def choice_scores(
     by_example = list(torch.split(scores, [len(example.choices) for example in batch]))
     for example, row in zip(batch, by_example, strict=True):
         if not row.isfinite().all():
-            raise ScoringError(
+            raise ActExportError(
                 f"the model's log-likelihoods of the choices after the prompt {example.text} are {row.tolist()}, not "
                 f"all finite numbers; its weights or its precision are at fault"
             )

@@ -13,10 +13,10 @@ from planted import CHOICES, PLANTED, planted_task, words_checkpoint, written_by
 import act_export
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.load import Checkpoint
-from act_export.search import METHODS, SearchError, SearchOptions, SearchTask, Threshold, search_heads
+from act_export.errors import ActExportError
+from act_export.search import METHODS, SearchOptions, SearchTask, Threshold, search_heads
 from act_export.search.request import thresholds_of
 from act_export.tasks import Example, Questions, Splits, TaskError, prompt_digest, unused
-from act_export.tasks.scoring import ScoringError
 
 OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4)
 
@@ -213,27 +213,27 @@ def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, method
     task = planted_task(checkpoint, None)
     with torch.no_grad():
         checkpoint.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ScoringError, match=r"after the prompt '[w0-9 .]+' are .*nan"):
+    with pytest.raises(ActExportError, match=r"after the prompt '[w0-9 .]+' are .*nan"):
         search_heads(checkpoint, [task], replace(OPTIONS, method=method))
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "random"}, SearchError, "no method 'random'; it must be gates, gates.confirm, exhaustive"),
-        ({"betas": ()}, SearchError, r"betas are \(\); name at least one"),
-        ({"betas": (0.4, 0.4)}, SearchError, r"betas are \(0.4, 0.4\); .* none twice"),
+        ({"method": "random"}, ActExportError, "no method 'random'; it must be gates, gates.confirm, exhaustive"),
+        ({"betas": ()}, ActExportError, r"betas are \(\); name at least one"),
+        ({"betas": (0.4, 0.4)}, ActExportError, r"betas are \(0.4, 0.4\); .* none twice"),
         ({"betas": (0.4, 3)}, CalibrationError, "beta is 3; it must lie in"),
         ({"betas": (float("nan"),)}, CalibrationError, "beta is nan"),
         ({"betas": (1.0,)}, CalibrationError, "beta is 1, which changes nothing"),
-        ({"thresholds": ()}, SearchError, r"thresholds are \(\)"),
+        ({"thresholds": ()}, ActExportError, r"thresholds are \(\)"),
         ({"thresholds": (Threshold(-1),)}, CalibrationError, "threshold is -1"),
         ({"thresholds": (Threshold(0.1, "absolut"),)}, CalibrationError, "threshold_mode is 'absolut'"),
-        ({"head_counts": (4, 0)}, SearchError, r"the numbers of heads are \(4, 0\); each must be at least 1"),
-        ({"head_counts": (4, 4)}, SearchError, r"head_counts are \(4, 4\); name at least one, and none twice"),
-        ({"confirm": 0}, SearchError, "confirm is 0; it must be at least 1"),
-        ({"batch_tokens": 0}, SearchError, "batch_tokens is 0; it must be at least 1"),
-        ({"random_draws": -1}, SearchError, "random_draws is -1; it must be at least 0"),
+        ({"head_counts": (4, 0)}, ActExportError, r"the numbers of heads are \(4, 0\); each must be at least 1"),
+        ({"head_counts": (4, 4)}, ActExportError, r"head_counts are \(4, 4\); name at least one, and none twice"),
+        ({"confirm": 0}, ActExportError, "confirm is 0; it must be at least 1"),
+        ({"batch_tokens": 0}, ActExportError, "batch_tokens is 0; it must be at least 1"),
+        ({"random_draws": -1}, ActExportError, "random_draws is -1; it must be at least 0"),
     ],
 )
 def test_bad_options_are_refused(options: Mapping[str, object], error: type[Exception], message: str) -> None:
@@ -253,9 +253,9 @@ def test_thresholds_of_modes() -> None:
 
 def test_what_cannot_be_searched_is_refused(checkpoint: Checkpoint) -> None:
     task = planted_task(checkpoint, None, sizes=(6, 6, 6))
-    with pytest.raises(SearchError, match="the tasks are none; name at least one"):
+    with pytest.raises(ActExportError, match="the tasks are none; name at least one"):
         search_heads(checkpoint, [])
-    with pytest.raises(SearchError, match=r"the tasks are planted, planted; .* none twice"):
+    with pytest.raises(ActExportError, match=r"the tasks are planted, planted; .* none twice"):
         search_heads(checkpoint, [task, task])
     with pytest.raises(TaskError, match="the model has no tokenizer"):
         search_heads(replace(checkpoint, tokenizer=None), [task])
@@ -283,14 +283,14 @@ def test_questions_that_another_task_uses_are_not_reported_on(checkpoint: Checkp
     assert result.reports["other"].sizes["report"] == len(other.splits.report)
     assert result.reports["one"].sizes["report"] == len(one.splits.report)
     copy = replace(one, name="copy", splits=Splits(one.splits.report, one.splits.choose, one.splits.rank))
-    with pytest.raises(SearchError, match="all questions that one would be reported on are used by another task"):
+    with pytest.raises(ActExportError, match="all questions that one would be reported on are used by another task"):
         search_heads(checkpoint, [one, copy], OPTIONS)
 
 
 def test_a_question_with_one_choice_needs_generation_settings(checkpoint: Checkpoint) -> None:
     splits = planted_task(checkpoint, PLANTED, seed=3).splits
     alone = Splits((Example("w3", (" w4",), 0),), splits.choose, splits.report)
-    with pytest.raises(SearchError, match=r"lonely has a question with fewer than two choices \(w3\)"):
+    with pytest.raises(ActExportError, match=r"lonely has a question with fewer than two choices \(w3\)"):
         SearchTask("lonely", alone)
 
 

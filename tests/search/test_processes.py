@@ -17,17 +17,9 @@ from planted import save_planted
 from typer.testing import CliRunner
 
 from act_export.commands.main import app
+from act_export.errors import ActExportError
 from act_export.search.journal import Journal
-from act_export.search.processes import (
-    ProcessError,
-    Unit,
-    Workers,
-    _share,
-    own_device,
-    process_count,
-    process_group,
-    process_index,
-)
+from act_export.search.processes import Unit, Workers, _share, own_device, process_count, process_group, process_index
 
 # Each process runs its commands one after the other, in one process group, and says how each ended.
 PROGRAM = """
@@ -221,7 +213,7 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
     assert own_device("cuda", None) == "cuda:1"
     assert own_device("cuda:0", None) == "cuda:0"
     assert own_device(None, None) is None
-    with pytest.raises(ProcessError, match="device map 'auto' spreads the model of each process"):
+    with pytest.raises(ActExportError, match="device map 'auto' spreads the model of each process"):
         own_device(None, "auto")
 
 
@@ -229,5 +221,5 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ProcessError, match=r"WORLD_SIZE is 2, but .* torchrun"), process_group():
+    with pytest.raises(ActExportError, match=r"WORLD_SIZE is 2, but .* torchrun"), process_group():
         pass

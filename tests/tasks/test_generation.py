@@ -14,11 +14,11 @@ from torch import Tensor
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
 from act_export.runtime import Sampling, Session, generate
 from act_export.tasks import EncodedExample
 from act_export.tasks.generation import cut_at_stop, generate_answers
 from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
-from act_export.tasks.scoring import ScoringError
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -164,7 +164,7 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
             return logits, state
 
     model = Broken({10: (3,), 11: (3,)})
-    with pytest.raises(ScoringError, match="after the prompt number 0 aren't finite numbers"):
+    with pytest.raises(ActExportError, match="after the prompt number 0 aren't finite numbers"):
         generate_answers(model, encoded([(10,), (11, 4)]), tokenizer=TOKENIZER, max_new_tokens=1)
 
 

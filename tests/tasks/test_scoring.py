@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
+from act_export.errors import ActExportError
 from act_export.tasks import EncodedExample
 from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
-from act_export.tasks.scoring import ScoringError, batches, positions_of, predicted_choice, score_choices
+from act_export.tasks.scoring import batches, positions_of, predicted_choice, score_choices
 
 VOCABULARY = 23
 token = st.integers(0, VOCABULARY - 1)
@@ -170,7 +171,7 @@ def test_scores_that_are_no_numbers_are_refused_with_the_prompt(wrong: float) ->
     good = EncodedExample((1, 2), ((3,), (4,)), 0, "'the good one'")
     bad = EncodedExample((1, 7), ((3,), (4,)), 0, "'the bad one'")
     assert len(score_choices(broken, [good, good])) == 2
-    with pytest.raises(ScoringError, match=r"after the prompt 'the bad one' are \[.*, not all finite numbers"):
+    with pytest.raises(ActExportError, match=r"after the prompt 'the bad one' are \[.*, not all finite numbers"):
         score_choices(broken, [good, bad, good])
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from act_export.attention.hook import HookedModel
+from act_export.errors import ActExportError
 from act_export.runtime.session import Session
 from act_export.tasks import EncodedExample, Example, Generation, encode_examples
 from act_export.tasks.generation import generate_answers
@@ -15,7 +16,7 @@ from act_export.tasks.language_model import LanguageModel, SessionLanguageModel,
 from act_export.tasks.metrics import exact_match, token_f1
 from act_export.tasks.scoring import BATCH_SIZE, predicted_choice, score_choices
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p, mean_interval
-from act_export.verify.evaluate.held_out import EvaluationError, held_out
+from act_export.verify.evaluate.held_out import held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,6 @@ __all__ = [
     "AnswerEvaluation",
     "Comparison",
     "Evaluation",
-    "EvaluationError",
     "compare",
     "evaluate",
     "evaluate_answers",
@@ -158,7 +158,7 @@ def evaluate(
 
     Raises:
         TaskError: If there is no tokenizer or no example, or an example can't be scored.
-        ScoringError: If the model's scores aren't finite, naming the prompt.
+        ActExportError: If the model's scores aren't finite, naming the prompt.
     """
     encoded = encode_examples(tokenizer, examples)
     assert tokenizer is not None  # else refused above
@@ -219,7 +219,7 @@ def evaluate_answers(
         on_batch: Called after each batch with the number of examples in it.
 
     Raises:
-        ScoringError: If the model's logits aren't finite, naming the prompt.
+        ActExportError: If the model's logits aren't finite, naming the prompt.
     """
     texts = generate_answers(
         model,
@@ -253,10 +253,10 @@ def compare(
         metric: One of the evaluations' `metrics`; None for the main one.
 
     Raises:
-        EvaluationError: If they aren't of the same examples.
+        ActExportError: If they aren't of the same examples.
     """
     if plain.questions_asked != calibrated.questions_asked:
-        raise EvaluationError(
+        raise ActExportError(
             f"the evaluations have {len(plain.questions_asked)} and {len(calibrated.questions_asked)} examples with "
             f"different answers; compare two models on the same examples"
         )

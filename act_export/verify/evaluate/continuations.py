@@ -48,7 +48,7 @@ def score_continuations(
         on_batch: Called after each batch with the number of passes over a context in it, see `passes`.
 
     Raises:
-        ScoringError: If a log-likelihood isn't finite.
+        ActExportError: If a log-likelihood isn't finite.
     """
     examples = passes(continuations, batch_tokens)
     recording = _RecordsLikeliest(model)

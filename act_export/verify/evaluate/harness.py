@@ -38,11 +38,7 @@ MODEL_TYPE = "act-onnx"
 _NO_CONTEXT = 2048  # tokens at the most of a model whose file records no context
 _MAX_NEW_TOKENS = 256
 
-__all__ = ["MODEL_TYPE", "ActOnnxLM", "HarnessError", "run_harness"]
-
-
-class HarnessError(ActExportError):
-    """A request of lm-evaluation-harness that an exported model can't answer, or options that the harness refuses."""
+__all__ = ["MODEL_TYPE", "ActOnnxLM", "run_harness"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         if path is None or others:
             problem = f"there is no {', '.join(others)}" if others else "path is missing"
-            raise HarnessError(
+            raise ActExportError(
                 f"{problem}; the arguments are path=FILE, tokenizer, portable, onnx_device, max_length and others, "
                 f"see the documentation of evaluation"
             )
@@ -109,7 +105,9 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self.batch_tokens = batch_tokens or default_batch_tokens(self.tokenizer)
         context = self.session.limits.context
         if max_length is not None and (max_length < 2 or (context is not None and max_length > context)):
-            raise HarnessError(f"max_length is {max_length}; give 2 to {context or 'any number'}, the model's context")
+            raise ActExportError(
+                f"max_length is {max_length}; give 2 to {context or 'any number'}, the model's context"
+            )
         self.max_length = max_length or context or _NO_CONTEXT
         self.model = SessionLanguageModel(self.session)
 
@@ -141,16 +139,15 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """The messages in the tokenizer's chat template.
 
         Raises:
-            HarnessError: If it has none, or that fails.
+            ActExportError: If it has none, or that fails.
         """
         if not self.tokenizer.chat_template:
-            raise HarnessError("the tokenizer has no chat template; leave out --apply_chat_template")
+            raise ActExportError("the tokenizer has no chat template; leave out --apply_chat_template")
         return render_chat(
             self.tokenizer,
             chat_history,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            error=HarnessError,
         )
 
     def get_model_info(self) -> dict[str, Any]:
@@ -226,7 +223,7 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """Both, with the context cut on the left where they are too long; the last token is never an input."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
-            raise HarnessError(
+            raise ActExportError(
                 f"a continuation has {len(continuation)} tokens; sequences may have {self.max_length}: raise max_length"
             )
         return Continuation(tuple(context[-room:]), tuple(continuation))
@@ -234,7 +231,7 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _prompt(self, context: str, max_new_tokens: int) -> EncodedExample:
         room = self.max_length - max_new_tokens
         if room < 1:
-            raise HarnessError(
+            raise ActExportError(
                 f"an answer may have {max_new_tokens} tokens, which leaves no room for the context in {self.max_length}"
                 f"; lower max_gen_toks, of the task by --gen_kwargs max_gen_toks=N"
             )
@@ -249,7 +246,7 @@ def run_harness(arguments: Sequence[str]) -> None:
         arguments: Its own, without the program's name.
 
     Raises:
-        HarnessError: If the harness refuses them.
+        ActExportError: If the harness refuses them.
     """
     from lm_eval.__main__ import cli_evaluate
 
@@ -258,7 +255,7 @@ def run_harness(arguments: Sequence[str]) -> None:
     try:
         cli_evaluate()
     except (OSError, ValueError) as error:  # the harness reports wrong options and data by these
-        raise HarnessError(f"lm-evaluation-harness: {error}") from error
+        raise ActExportError(f"lm-evaluation-harness: {error}") from error
     finally:
         sys.argv = before
 
@@ -269,7 +266,7 @@ def _batch_size(asked: int | str | None, largest: int | None) -> int:
     elif str(asked).isdecimal() and int(asked) > 0:
         size = int(asked)
     else:
-        raise HarnessError(f"batch_size is {asked!r}; give a number, or auto")
+        raise ActExportError(f"batch_size is {asked!r}; give a number, or auto")
     return min(size, largest) if largest else size
 
 
@@ -280,7 +277,7 @@ def _manner(asked: dict[str, Any], max_new_tokens: int) -> _Manner:
     known = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
     others = [name for name in found if name not in known]
     if others:
-        raise HarnessError(f"{MODEL_TYPE} can't generate with {', '.join(others)}; it takes {', '.join(known)}")
+        raise ActExportError(f"{MODEL_TYPE} can't generate with {', '.join(others)}; it takes {', '.join(known)}")
     temperature = float(found.get("temperature") or 0.0) if found["do_sample"] else 0.0
     sampling = Sampling(temperature, int(found.get("top_k") or 0), float(found.get("top_p") or 1.0))
     return _Manner(found["max_gen_toks"], tuple(found["until"]), sampling)

@@ -13,10 +13,6 @@ DEFAULT_SPLIT = "report"
 _NO_SEARCH = "none"
 
 
-class EvaluationError(ActExportError):
-    """Two evaluations that can't be compared, or examples that can't be held out."""
-
-
 def held_out(
     examples: Sequence[Example],
     calibrations: Sequence[Calibration | None],
@@ -40,11 +36,11 @@ def held_out(
         task: What a search would call the examples; None where any search was on them.
 
     Raises:
-        EvaluationError: For another split, a seed that isn't the search's, or where no example is left.
+        ActExportError: For another split, a seed that isn't the search's, or where no example is left.
         TaskError: If there are too few examples to draw the search's splits again.
     """
     if split not in SPLITS:
-        raise EvaluationError(f"there is no split {split!r}; pass report, held-out or all")
+        raise ActExportError(f"there is no split {split!r}; pass report, held-out or all")
     if split == "all":
         return examples
     origins = [calibration.provenance for calibration in calibrations if calibration is not None]
@@ -55,7 +51,7 @@ def held_out(
     used.update(*(_recorded(search) or () for search in searches))
     left = unused(_drawn_again(drawing, examples).report if split == "report" else examples, used)
     if not left:
-        raise EvaluationError(
+        raise ActExportError(
             f"heads were ranked or chosen with all of these examples{f' of {task}' if task else ''}; evaluate on others"
         )
     return left
@@ -75,7 +71,7 @@ def _drawing(searches: Sequence[Provenance], seed: int | None) -> Provenance:
     for search in searches:
         if seed in (None, search.seed):
             return search
-    raise EvaluationError(
+    raise ActExportError(
         f"the seed is {seed}, but the heads were searched with seed "
         f"{' and '.join(str(search.seed) for search in searches)}; leave it out to evaluate on what that search "
         f"didn't use"
@@ -85,7 +81,7 @@ def _drawing(searches: Sequence[Provenance], seed: int | None) -> Provenance:
 def _recorded(search: Provenance) -> Collection[str] | None:
     found = search.notes.get("used")
     if found is not None and not (isinstance(found, list | tuple) and all(isinstance(each, str) for each in found)):
-        raise EvaluationError(f"the calibration's notes have used = {shown(found)}; it must be a list of digests")
+        raise ActExportError(f"the calibration's notes have used = {shown(found)}; it must be a list of digests")
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from act_export.calibration.file import Calibration
+from act_export.errors import ActExportError
 from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
 from act_export.runtime.session import Session
@@ -26,7 +27,7 @@ from act_export.verify.evaluate.answers import (
     language_model,
     without_label_prior,
 )
-from act_export.verify.evaluate.held_out import EvaluationError, held_out
+from act_export.verify.evaluate.held_out import held_out
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
 
 if TYPE_CHECKING:
@@ -54,10 +55,9 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
         progress: Called after every batch.
 
     Raises:
-        EvaluationError: If the files are of different models, or a task has no question left.
+        ActExportError: If the files are of different models, or a task has no question left; if the model's scores
+            aren't finite; if a file can't be read or run, or has no tokenizer.
         TaskError: If there is no such task, its rows can't be had, or an example can't be scored.
-        ScoringError: If the model's scores aren't finite.
-        ActExportError: If a file can't be read or run, or has no tokenizer.
     """
     files = _read_files(request)
     calibrations = {name: _calibration(file) for name, file in files.items()}
@@ -102,12 +102,12 @@ def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
         files[PLAIN] = read_model_file(request.against)
     mine, other = files[CALIBRATED], files.get(PLAIN)
     if not mine.ours:
-        raise EvaluationError(
+        raise ActExportError(
             f"{mine.path} has no act-export metadata; it wasn't written by act-export. A model that somebody else "
             f"exported can be what a graft of it is measured against: --against {mine.path}"
         )
     if other is not None and other.cache_shape != mine.cache_shape:
-        raise EvaluationError(
+        raise ActExportError(
             f"{other.path} isn't the model of {mine.path}: layers, heads or head sizes of the cache differ; compare "
             f"exports of the same model"
         )
@@ -115,7 +115,7 @@ def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
         differences = mine.identity.differences(other.identity)
         if differences:
             what, first, second = differences[0]
-            raise EvaluationError(
+            raise ActExportError(
                 f"{other.path} isn't the model of {mine.path}: its {what} is {second}, not {first}; compare exports of "
                 f"the same model"
             )
@@ -149,7 +149,7 @@ def _encode(
 ) -> _Work:
     if task.generation is not None and context is not None:
         if context <= task.generation.max_new_tokens:
-            raise EvaluationError(
+            raise ActExportError(
                 f"an answer of {task.name} may have {task.generation.max_new_tokens} tokens; the context of "
                 f"{request.file} holds {context}, so there is no room for a question"
             )

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from act_export.errors import ActExportError
 from act_export.runtime.device import Device
 from act_export.tasks import Questions
 from act_export.tasks.statistics import mean_interval
 from act_export.verify.evaluate.answers import AnswerEvaluation, Comparison, Evaluation, compare
-from act_export.verify.evaluate.held_out import DEFAULT_SPLIT, SPLITS, EvaluationError
+from act_export.verify.evaluate.held_out import DEFAULT_SPLIT, SPLITS
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,12 @@ class EvaluationRequest:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Raises EvaluationError for a value out of range, SessionError for a device that isn't one."""
+        """Raises ActExportError for a value out of range, SessionError for a device that isn't one."""
         Device.parse(self.device)
         if self.split not in SPLITS:
-            raise EvaluationError(f"there is no split {self.split!r}; pass report, held-out or all")
+            raise ActExportError(f"there is no split {self.split!r}; pass report, held-out or all")
         if not self.questions.sources:
-            raise EvaluationError("there is nothing to evaluate on; pass a task or a data file")
+            raise ActExportError("there is nothing to evaluate on; pass a task or a data file")
         for name, value in (("limit", self.limit), ("batch tokens", self.batch_tokens)):
             if value is not None and value < 1:
-                raise EvaluationError(f"{name} is {value}; give 1 or more")
+                raise ActExportError(f"{name} is {value}; give 1 or more")

@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration, Provenance
+from act_export.errors import ActExportError
 from act_export.tasks import Example, TaskError, prompt_digest, split_examples
 from act_export.tasks.language_model import SessionLanguageModel
-from act_export.tasks.scoring import ScoringError
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p
 from act_export.verify.evaluate import answers as evaluation_module
-from act_export.verify.evaluate.answers import Evaluation, EvaluationError, compare, evaluate, held_out
+from act_export.verify.evaluate.answers import Evaluation, compare, evaluate, held_out
 
 QUESTIONS = [Example(prompt, (" n", " y"), len(prompt) % 2) for prompt in ("is it", "is it not so", "why", "so", "and")]
 
@@ -129,9 +129,7 @@ def test_a_comparison_is_that_of_the_paired_answers(pairs: list[tuple[bool, bool
 
 
 def test_evaluations_of_other_examples_are_not_compared() -> None:
-    with pytest.raises(
-        EvaluationError, match="have 2 and 3 examples with different answers; compare two models on the"
-    ):
+    with pytest.raises(ActExportError, match="have 2 and 3 examples with different answers; compare two models on the"):
         compare(of([True, False]), of([True, False, True]))
 
 
@@ -140,7 +138,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         evaluate(Stubborn({}), None, QUESTIONS)
     with pytest.raises(TaskError, match="there are no examples to score"):
         evaluate(Stubborn({}), Letters(), [])
-    with pytest.raises(ScoringError, match="after the prompt 'is it not so' are"):
+    with pytest.raises(ActExportError, match="after the prompt 'is it not so' are"):
         evaluate(Stubborn({" ": float("nan")}), Letters(), QUESTIONS)
 
 
@@ -203,15 +201,15 @@ def test_what_cannot_be_held_out_is_refused() -> None:
     calibration = searched(DATA, 5)
     for split in ("report", "held-out"):
         with pytest.raises(
-            EvaluationError, match="the seed is 0, but the heads were searched with seed 5; leave it out"
+            ActExportError, match="the seed is 0, but the heads were searched with seed 5; leave it out"
         ):
             held_out(DATA, [None, calibration], split=split, seed=0)
-    with pytest.raises(EvaluationError, match="there is no split 'test'; pass report, held-out or all"):
+    with pytest.raises(ActExportError, match="there is no split 'test'; pass report, held-out or all"):
         held_out(DATA, [calibration], split="test")
     with pytest.raises(
         TaskError, match=r"splits can't be drawn again: there are 9 different .*; or pass another split"
     ):
         held_out(DATA[:9], [calibration], split="report")
     used = [e for e in DATA if prompt_digest(e.prompt) in calibration.provenance.notes["used"]]
-    with pytest.raises(EvaluationError, match="ranked or chosen with all of these examples"):
+    with pytest.raises(ActExportError, match="ranked or chosen with all of these examples"):
         held_out(used, [calibration], split="held-out")

@@ -18,7 +18,6 @@ from act_export.tasks import Questions, TaskError, prompt_digest, read_examples,
 from act_export.tasks.metrics import token_f1
 from act_export.tasks.statistics import mean_interval
 from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare, evaluate
-from act_export.verify.evaluate.held_out import EvaluationError
 from act_export.verify.evaluate.job import evaluate_files
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
 
@@ -265,14 +264,14 @@ def test_an_answer_needs_room(tiny_plain_file, checkpoint_folder, writing, tmp_p
     request = EvaluationRequest(
         tmp_path / "small.onnx", questions=Questions(data=(writing,)), tokenizer=str(checkpoint_folder)
     )
-    with pytest.raises(EvaluationError, match=r"may have 50 tokens; the context of .*small.onnx holds 40"):
+    with pytest.raises(ActExportError, match=r"may have 50 tokens; the context of .*small.onnx holds 40"):
         evaluate_files(request)
 
 
 def test_files_of_different_models_are_not_compared(files, choosing, tmp_path) -> None:
     build_model(tiny_checkpoint(seed=1), None, tmp_path / "other.onnx", source="tiny")
     request = EvaluationRequest(**{**files, "against": tmp_path / "other.onnx"}, questions=Questions(data=(choosing,)))
-    with pytest.raises(EvaluationError, match=r"other.onnx isn't the model of .* fingerprint of the weights is sha256"):
+    with pytest.raises(ActExportError, match=r"other.onnx isn't the model of .* fingerprint of the weights is sha256"):
         evaluate_files(request)
 
 
@@ -291,7 +290,7 @@ def test_a_file_without_a_tokenizer(tiny_file, choosing) -> None:
     ],
 )
 def test_requests_that_make_no_sense(options, message) -> None:
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(ActExportError, match=message):
         EvaluationRequest(Path("model.onnx"), **options)
 
 

@@ -24,7 +24,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from act_export.verify.evaluate.harness import MODEL_TYPE, ActOnnxLM, HarnessError, run_harness
+from act_export.verify.evaluate.harness import MODEL_TYPE, ActOnnxLM, run_harness
 
 TOKENIZER = tiny_tokenizer()
 CHOOSING = """
@@ -177,9 +177,9 @@ def test_a_context_that_is_too_long_is_cut_on_the_left(exported) -> None:
         for text in (long, "cdefg")
     ]
     assert answers[0] == answers[1]
-    with pytest.raises(HarnessError, match="a continuation has 9 tokens; sequences may have 8"):
+    with pytest.raises(ActExportError, match="a continuation has 9 tokens; sequences may have 8"):
         short.loglikelihood([ask("a", " 23456789")], disable_tqdm=True)
-    with pytest.raises(HarnessError, match="may have 256 tokens, which leaves no room for the context in 8"):
+    with pytest.raises(ActExportError, match="may have 256 tokens, which leaves no room for the context in 8"):
         short.generate_until([ask("a", {})], disable_tqdm=True)
 
 
@@ -197,13 +197,13 @@ def test_sampling_and_greedy_requests_do_not_mix(model) -> None:
         [ask("One light", greedy), ask("One light", sampled), ask("One light", greedy)], disable_tqdm=True
     )
     assert first == again != hot
-    with pytest.raises(HarnessError, match="can't generate with num_beams; it takes until, max_gen_toks"):
+    with pytest.raises(ActExportError, match="can't generate with num_beams; it takes until, max_gen_toks"):
         model.generate_until([ask("One", {"num_beams": 4})], disable_tqdm=True)
 
 
 def test_chat_templates(model, monkeypatch) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(HarnessError, match="no chat template; leave out --apply_chat_template"):
+    with pytest.raises(ActExportError, match="no chat template; leave out --apply_chat_template"):
         model.apply_chat_template(messages)
     template = "<s>{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     monkeypatch.setattr(model.tokenizer, "chat_template", template)
@@ -228,7 +228,7 @@ def test_wrong_arguments(arguments, message) -> None:
 
 
 def test_a_length_beyond_the_context(exported) -> None:
-    with pytest.raises(HarnessError, match="max_length is 9999; give 2 to 256, the model's context"):
+    with pytest.raises(ActExportError, match="max_length is 9999; give 2 to 256, the model's context"):
         ActOnnxLM(str(exported), max_length=9999)
     assert ActOnnxLM(str(exported), batch_size="auto").batch_size == 16
     assert ActOnnxLM(str(exported), batch_size=32, max_batch_size=8, portable=True).batch_size == 8
@@ -236,7 +236,7 @@ def test_a_length_beyond_the_context(exported) -> None:
 
 def test_what_the_harness_refuses_is_no_defect(exported) -> None:
     before = list(sys.argv)
-    with pytest.raises(HarnessError, match="lm-evaluation-harness: Tasks not found: no_such_task"):
+    with pytest.raises(ActExportError, match="lm-evaluation-harness: Tasks not found: no_such_task"):
         run_harness(["--model", MODEL_TYPE, "--model_args", f"path={exported}", "--tasks", "no_such_task"])
     assert sys.argv == before
 

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from act_export.calibration.file import Calibration, Provenance
+from act_export.errors import ActExportError
 from act_export.tasks import Example, TaskError, prompt_digest, split_examples
-from act_export.verify.evaluate.held_out import EvaluationError, held_out
+from act_export.verify.evaluate.held_out import held_out
 
 
 def questions(task: str, count: int) -> list[Example]:
@@ -75,7 +76,7 @@ def test_a_question_in_other_words_around_it_is_the_same_question() -> None:
 
 def test_the_seed_must_be_that_of_the_search_of_the_task() -> None:
     calibration = searched("first", seed=5)
-    with pytest.raises(EvaluationError, match="the seed is 0, but the heads were searched with seed 5"):
+    with pytest.raises(ActExportError, match="the seed is 0, but the heads were searched with seed 5"):
         held_out(FIRST, [calibration], split="report", seed=0, task="first")
     assert held_out(SECOND, [calibration], split="report", seed=0, task="second")
 
@@ -83,7 +84,7 @@ def test_the_seed_must_be_that_of_the_search_of_the_task() -> None:
 def test_the_message_names_the_task_of_which_nothing_is_left() -> None:
     calibration = searched("first")
     used = [e for e in FIRST if prompt_digest(e.question) in calibration.provenance.notes["used"]]
-    with pytest.raises(EvaluationError, match="all of these examples of first; evaluate on others"):
+    with pytest.raises(ActExportError, match="all of these examples of first; evaluate on others"):
         held_out(used, [calibration], split="held-out", task="first")
 
 
