@@ -6,6 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST_SHOWN = 100
+_EXTRAS = {  # by imported package, the extra of act-export that installs it
+    **dict.fromkeys(("accelerate", "gguf", "huggingface_hub", "onnx", "onnx_ir", "onnxscript"), "export"),
+    **dict.fromkeys(("optimum", "safetensors", "tokenizers", "torch", "transformers"), "export"),
+    **dict.fromkeys(("altair", "vl_convert"), "report"),
+    **dict.fromkeys(("datasets", "pyarrow"), "tasks"),
+    "lm_eval": "lm-eval",
+}
 
 
 class ActExportError(Exception):
@@ -44,6 +51,25 @@ def others_errors(message: str, advice: str = "", *, error: type[ActExportError]
         if type(cause).__name__ == "OutOfMemoryError":
             raise
         raise error(f"{message}: {first_line(cause)}" + (f"; {advice}" if advice else "")) from cause
+
+
+@contextmanager
+def needs_extras(what: str, *, error: type[ActExportError] = ActExportError) -> Iterator[None]:
+    """Turns a package of one of act-export's extras that isn't installed into an error that says what to install.
+
+    Args:
+        what: What needs it, e.g. "this command".
+        error: What is raised.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as cause:
+        package = (cause.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise error(
+            f"{what} needs {package}, which isn't installed: pip install 'act-export[{_EXTRAS[package]}]'"
+        ) from cause
 
 
 def first_line(error: BaseException) -> str:

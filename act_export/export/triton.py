@@ -20,7 +20,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable, copy_content
 from act_export.onnx_file.external_data import data_files
-from act_export.onnx_file.load import load_without_weights, model_file
+from act_export.onnx_file.load import load_without_weights
+from act_export.onnx_file.names import model_file
 from act_export.onnx_file.output import OutputError, check_free_space, publish, staged
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_info, library_path
@@ -267,7 +268,7 @@ def read_signature(path: str | os.PathLike[str]) -> Signature:
         path=file,
         inputs=tuple(_tensor(file, given, optional=given.name in defaults) for given in inputs),
         outputs=tuple(_tensor(file, output) for output in graph.output),
-        data=tuple(sorted(data_files(file, model, HostError))),
+        data=tuple(sorted(data_files(file, HostError))),
         uses_library=any(node.domain == schema.DOMAIN for node in _nodes(model)),
     )
 

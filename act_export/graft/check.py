@@ -21,7 +21,7 @@ from act_export.errors import VerificationError
 from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewrite import MASK, RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
-from act_export.onnx_file.external_data import is_external, place_of
+from act_export.onnx_file.external_data import ExternalTensor
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.device import import_onnxruntime
@@ -234,10 +234,11 @@ def _without_effect(node: onnx.NodeProto) -> onnx.NodeProto:
 def _loaded(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
-    if is_external(copy):
-        begin, length = place_of(copy)
-        location = next(entry.value for entry in copy.external_data if entry.key == "location")
-        with (folder / location).open("rb") as file:
+    if copy.data_location == TensorProto.EXTERNAL:
+        place = {entry.key: entry.value for entry in copy.external_data}
+        stored = ExternalTensor(copy.name, tuple(copy.dims), copy.data_type, place)
+        begin, length = stored.begin_and_length()
+        with (folder / place["location"]).open("rb") as file:
             file.seek(begin)
             copy.raw_data = file.read(length)
         copy.data_location = TensorProto.DEFAULT

@@ -96,7 +96,7 @@ def add_metadata(
     states = [layer.state for layer in rewritten.layers.values()]
     record = GraftRecord(
         digest=digest(before),
-        removed=tuple(removed),
+        removed=tuple((index, node.SerializeToString(deterministic=True)) for index, node in removed),
         inputs=packed.inputs if packed else tuple(name for each in states for name in each.past),
         outputs=packed.outputs if packed else tuple(name for each in states for name in each.present),
         functions=tuple(each.name for each in rewritten.functions if (each.domain, each.name) not in functions_before),

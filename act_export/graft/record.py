@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 
+from act_export.errors import others_errors
 from act_export.graft.graph import GraftError
 from act_export.onnx_file.node_builder import PREFIX
 from act_export.onnx_file.record import GRAFT, GraftRecord
@@ -25,6 +26,12 @@ def record_of(model: onnx.ModelProto) -> GraftRecord | None:
     return GraftRecord.from_json(text, error=GraftError) if text is not None else None
 
 
+def removed_nodes(record: GraftRecord) -> list[tuple[int, onnx.NodeProto]]:
+    """Index among the nodes, and the node, in ascending order; GraftError where one can't be read."""
+    with others_errors("a node in the record of the graft can't be read", error=GraftError):
+        return [(index, onnx.NodeProto.FromString(node)) for index, node in record.removed]
+
+
 def undo(model: onnx.ModelProto) -> GraftRecord:
     """Gives a grafted model its own attention back, node for node.
 
@@ -39,7 +46,7 @@ def undo(model: onnx.ModelProto) -> GraftRecord:
         raise GraftError("this model wasn't grafted; there is nothing to remove")
     graph = model.graph
     kept = [node for node in graph.node if not node.name.startswith(PREFIX)]
-    for index, node in record.removed:
+    for index, node in removed_nodes(record):
         kept.insert(index, node)
     _replace(graph.node, kept)
     _replace(graph.input, [info for info in graph.input if info.name not in record.inputs])

@@ -67,7 +67,7 @@ def read_source(path: str | os.PathLike[str]) -> ModelSource:
     file = _model_of(folder, config if config_name == GENAI_CONFIG else {}) if folder is not None else given
     model = load_without_weights(file, GraftError)
     _check_whole(file, model)
-    return ModelSource(file, folder, model, tuple(data_files(file, model, GraftError)), config, config_name)
+    return ModelSource(file, folder, model, tuple(data_files(file, GraftError)), config, config_name)
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], str]:

@@ -8,68 +8,151 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-import onnx
-import onnx_ir as ir
-from onnx import TensorProto, helper
-
-from act_export.errors import ActExportError, others_errors, shown
+from act_export.errors import ActExportError, shown
 from act_export.files import path_inside
-from act_export.onnx_file.load import load_without_weights
+from act_export.onnx_file.wire import Content, MalformedError, Span, fields, varint
 
-_LOCATION = b"location"  # the key that names a file; who names none hasn't got these bytes
 _NUMBER = re.compile("[0-9]{1,19}")
-_HALF_BYTES = ("INT4", "UINT4", "FLOAT4E2M1")
-_QUARTER_BYTES = ("INT2", "UINT2")
+_DEEPEST = 128  # messages within each other; protobuf itself reads 100
+_FIELDS: Mapping[str, Mapping[int, str]] = {  # messages of onnx.proto, and which others they hold in which fields
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
+    "sparse tensor": {1: "tensor", 2: "tensor"},
+}
+_MAY_BE_IN_PARTS = {("attribute", 5), ("attribute", 22), ("sparse tensor", 1), ("sparse tensor", 2)}
+_DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14  # fields of a tensor
+_KEY, _VALUE = 1, 2
+_EXTERNAL = 1
+_BITS = {  # of an element, by ONNX's number of the type; texts have no fixed size
+    **dict.fromkeys((11, 7, 13, 14), 64),  # float64, int64, uint64, complex64
+    **dict.fromkeys((1, 6, 12), 32),  # float32, int32, uint32
+    **dict.fromkeys((4, 5, 10, 16), 16),  # uint16, int16, float16, bfloat16
+    **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24, 27, 28), 8),  # uint8, int8, bool, kinds of float8, float6
+    **dict.fromkeys((21, 22, 23), 4),  # uint4, int4, float4
+    **dict.fromkeys((25, 26), 2),  # uint2, int2
+    15: 128,  # complex128
+}
 
 
-def tensors_of(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model: weights, dense and sparse, and constants, also in graphs in nodes, functions, training.
+@dataclass(frozen=True)
+class ExternalTensor:
+    """A tensor whose numbers lie in another file.
 
-    ONNX has no other place for one.
+    Attributes:
+        name: Of the tensor.
+        dims: Shape.
+        data_type: ONNX's number of the type.
+        place: What it says of the place, by key: location, offset, length and others.
     """
-    graphs = [model.graph]
-    for training in model.training_info:
-        graphs += [training.initialization, training.algorithm]
-    nodes = [node for function in model.functions for node in function.node]
-    attributes = [given for function in model.functions for given in function.attribute_proto]
-    while graphs or nodes or attributes:
-        sparse: list[onnx.SparseTensorProto] = []
-        if graphs:
-            graph = graphs.pop()
-            yield from graph.initializer
-            sparse += graph.sparse_initializer
-            nodes += graph.node
-        elif nodes:
-            attributes += nodes.pop().attribute
+
+    name: str
+    dims: tuple[int, ...]
+    data_type: int
+    place: Mapping[str, str]
+
+    @classmethod
+    def read(cls, content: Content, spans: Iterable[Span]) -> Self | None:
+        """The tensor of a `TensorProto`; None if its numbers don't lie in another file."""
+        name, data_type, dims, place, external = "", 0, list[int](), dict[str, str](), False
+        for number, value in fields(content, spans):
+            if isinstance(value, int):
+                if number == _DIMS:
+                    dims.append(value)
+                elif number == _DATA_TYPE:
+                    data_type = value
+                elif number == _DATA_LOCATION:  # any: a reader skips numbers that it doesn't know
+                    external |= value & 0xFFFFFFFF == _EXTERNAL
+            elif number == _DIMS:
+                at, end = value
+                while at < end:
+                    dim, at = varint(content, at, end)
+                    dims.append(dim)
+            elif number == _NAME:
+                name = _text(content, value)
+            elif number == _EXTERNAL_DATA:
+                entry = {key: _text(content, each) for key, each in fields(content, [value]) if isinstance(each, tuple)}
+                place[entry.get(_KEY, "")] = entry.get(_VALUE, "")
+        signed = tuple(dim - (1 << 64) if dim >> 63 else dim for dim in dims)
+        return cls(name, signed, data_type, place) if external else None
+
+    def begin_and_length(
+        self, what: str = "the weights", error: type[ActExportError] = ActExportError
+    ) -> tuple[int, int]:
+        """First byte and number of bytes in the file that the numbers lie in.
+
+        Args:
+            what: Whose they are, for errors.
+            error: What is raised.
+
+        Raises:
+            ActExportError: Or `error`, if they are no numbers, or not what type and shape make.
+        """
+        for key in ("offset", "length"):
+            if not _NUMBER.fullmatch(self.place.get(key, "0")):
+                raise error(
+                    f"{what}: {shown(self.name)} has the {key} {shown(self.place[key])}, which is no number of bytes"
+                )
+        if self.data_type not in _BITS or any(dim < 0 for dim in self.dims):
+            raise error(
+                f"{what}: {shown(self.name)} is of type {self.data_type} and shape {shown(list(self.dims))}, which "
+                f"no tensor in another file can be"
+            )
+        needed = -(-math.prod(self.dims) * _BITS[self.data_type] // 8)
+        length = int(self.place.get("length", needed))
+        if length != needed:
+            raise error(f"{what}: {shown(self.name)} has {length} bytes; its type and shape make {needed}")
+        return int(self.place.get("offset", 0)), needed
+
+
+def external_tensors(file: Path) -> Iterator[ExternalTensor]:
+    """Every tensor of an ONNX file that names another: weights, dense and sparse, and constants.
+
+    They may be in graphs, also those in nodes, in functions and in training; ONNX has no other place for one. What
+    can't be read or is no model ends early, which whoever opens the file says in its own words.
+    """
+    try:
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for spans in _tensors(content, "model", [(0, len(content))]):
+                if (tensor := ExternalTensor.read(content, spans)) is not None:
+                    yield tensor
+    except (OSError, ValueError):  # the latter of an empty file, and of a malformed one
+        return
+
+
+def _tensors(content: Content, kind: str, spans: list[Span], depth: int = 0) -> Iterator[list[Span]]:
+    """Where the tensors in a message lie."""
+    if kind == "tensor":
+        yield spans
+        return
+    if depth > _DEEPEST:
+        raise MalformedError("messages too deep within each other")
+    parts: dict[int, list[Span]] = {}
+    for number, value in fields(content, spans):
+        inner = _FIELDS[kind].get(number)
+        if inner is None or isinstance(value, int):
+            continue
+        if (kind, number) in _MAY_BE_IN_PARTS:
+            parts.setdefault(number, []).append(value)
         else:
-            given = attributes.pop()
-            yield from [given.t] if given.HasField("t") else []
-            yield from given.tensors
-            graphs += [given.g] if given.HasField("g") else []
-            graphs += given.graphs
-            sparse += [given.sparse_tensor] if given.HasField("sparse_tensor") else []
-            sparse += given.sparse_tensors
-        for each in sparse:
-            yield each.values
-            yield each.indices
+            yield from _tensors(content, inner, [value], depth + 1)
+    for number, together in parts.items():
+        yield from _tensors(content, _FIELDS[kind][number], together, depth + 1)
 
 
-def is_external(tensor: TensorProto) -> bool:
-    """Whether a tensor's numbers lie in another file."""
-    return bool(tensor.data_location == TensorProto.EXTERNAL)
-
-
-def data_files(
-    file: Path, model: onnx.ModelProto, error: type[ActExportError] = ActExportError, *, missing: bool = False
-) -> dict[str, int]:
+def data_files(file: Path, error: type[ActExportError] = ActExportError, *, missing: bool = False) -> dict[str, int]:
     """The files that a model's weights lie in: in its folder, there, and long enough for every tensor.
 
     Args:
         file: The ONNX file. Where it is a link, they may also be links into the folder that it leads to.
-        model: As it was read from the file, without these weights.
         error: What is raised.
         missing: Whether files may be missing.
 
@@ -80,17 +163,15 @@ def data_files(
         ActExportError: Or `error`, naming the tensor and what is wrong with its place.
     """
     sizes: dict[str, int] = {}
-    for tensor in tensors_of(model):
-        if not is_external(tensor):
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+    for tensor in external_tensors(file):
+        location = tensor.place.get("location", "")
         if location not in sizes:
             also = (file.resolve().parent,) if file.is_symlink() else ()
             path = path_inside(file.parent, location, f"the weights of {file}", error=error, also=also)
             if not path.is_file() and not missing:
                 raise error(f"{file} needs its weights in {path}, which isn't there; put it beside the model")
             sizes[location] = path.stat().st_size if path.is_file() else 0
-        begin, length = place_of(tensor, f"the weights of {file}", error)
+        begin, length = tensor.begin_and_length(f"the weights of {file}", error)
         if begin + length > sizes[location] and not (missing and not sizes[location]):
             raise error(
                 f"{file.parent / location} has {sizes[location]} bytes, and {shown(tensor.name)} ends at byte "
@@ -99,76 +180,6 @@ def data_files(
     return sizes
 
 
-def check_before_opening(file: Path, error: type[ActExportError] = ActExportError) -> None:
-    """As `data_files`, of a file that somebody else will open; one without such weights isn't even parsed.
-
-    Raises:
-        ActExportError: Or `error`.
-    """
-    try:
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(_LOCATION) < 0:
-                return
-        model = onnx.load(file, format="protobuf", load_external_data=False)
-    except Exception:  # it is empty, can't be read or is no model, which the other will say in its own words
-        return
-    data_files(file, model, error)
-
-
-def place_of(
-    tensor: TensorProto, what: str = "the weights", error: type[ActExportError] = ActExportError
-) -> tuple[int, int]:
-    """First byte and number of bytes of a tensor in the file that its numbers lie in.
-
-    Args:
-        tensor: One that `is_external`.
-        what: Whose it is, for errors.
-        error: What is raised.
-
-    Raises:
-        ActExportError: Or `error`, if they are no numbers, or not what type and shape make.
-    """
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    for key in ("offset", "length"):
-        if not _NUMBER.fullmatch(place.get(key, "0")):
-            raise error(f"{what}: {shown(tensor.name)} has the {key} {shown(place[key])}, which is no number of bytes")
-    needed = _bytes_of(tensor)
-    if needed is None:
-        raise error(
-            f"{what}: {shown(tensor.name)} is of type {tensor.data_type} and shape {shown(list(tensor.dims))}, which "
-            f"no tensor in another file can be"
-        )
-    length = int(place.get("length", needed))
-    if length != needed:
-        raise error(f"{what}: {shown(tensor.name)} has {length} bytes; its type and shape make {needed}")
-    return int(place.get("offset", 0)), needed
-
-
-def _bytes_of(tensor: TensorProto) -> int | None:
-    """What a tensor's type and shape make; None if one of them is none, or elements have no fixed size."""
-    if any(dim < 0 for dim in tensor.dims) or tensor.data_type in (TensorProto.UNDEFINED, TensorProto.STRING):
-        return None
-    elements = int(math.prod(tensor.dims))
-    try:
-        name = TensorProto.DataType.Name(tensor.data_type)
-        if name in _HALF_BYTES + _QUARTER_BYTES:
-            per_byte = 2 if name in _HALF_BYTES else 4
-            return -(-elements // per_byte)
-        return elements * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
-    except (KeyError, ValueError):
-        return None
-
-
-def load_graph(file: Path, error: type[ActExportError] = ActExportError) -> ir.Model:
-    """The model of a file, to be rewritten or taken apart; weights in other files are read when they are asked for.
-
-    Args:
-        file: The ONNX file.
-        error: Raised if it can't be read, or has weights where they may not be, see `data_files`.
-    """
-    proto = load_without_weights(file, error)
-    data_files(file, proto, error)
-    with others_errors(f"can't read {file} as an ONNX file", error=error):
-        model = ir.serde.deserialize_model(proto)
-        ir.external_data.set_base_dir(model.graph, file.parent)
-    return model
+def _text(content: Content, span: Span) -> str:
+    """A text; bytes that aren't UTF-8 stay what they are when it is the name of a file."""
+    return content[slice(*span)].decode(errors="surrogateescape")

@@ -14,8 +14,8 @@ from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.graph_state import declared_shape
-from act_export.onnx_file.load import load_without_weights, model_file, properties_of
-from act_export.onnx_file.names import EMBEDDINGS, POSITIONS
+from act_export.onnx_file.load import load_without_weights, properties_of
+from act_export.onnx_file.names import EMBEDDINGS, POSITIONS, model_file
 from act_export.onnx_file.record import FileRecord
 
 
@@ -103,7 +103,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         opset=next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0),
         nodes=len(model.graph.node),
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
-        weights_bytes=sum(data_files(file, model, missing=True).values()),
+        weights_bytes=sum(data_files(file, missing=True).values()),
         calibration=record.calibration,
         accuracy_level=record.accuracy_level,
         block_size=record.block_size,

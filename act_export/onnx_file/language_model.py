@@ -23,8 +23,8 @@ from act_export.onnx_file.graph_state import (
     present_name,
     state_input,
 )
-from act_export.onnx_file.load import load_without_weights, model_file, properties_of
-from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, PAST_SINKS, POSITIONS
+from act_export.onnx_file.load import load_without_weights, properties_of
+from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, PAST_SINKS, POSITIONS, model_file
 from act_export.onnx_file.record import FileRecord, Limits
 from act_export.onnx_file.state import StateInput
 
@@ -149,7 +149,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
         attention={
             name: sum(node.op_type == name for node in attention) for name in sorted({n.op_type for n in attention})
         },
-        weights_bytes=file.stat().st_size + sum(data_files(file, model, missing=True).values()),
+        weights_bytes=file.stat().st_size + sum(data_files(file, missing=True).values()),
         record=record,
     )
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 
-from act_export.errors import ActExportError, SessionError, others_errors
-from act_export.files import path_inside
-from act_export.json_file import look_up, read_json
-from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.errors import ActExportError, others_errors
+from act_export.onnx_file.external_data import data_files
 
 if TYPE_CHECKING:
-    pass
+    import onnx_ir as ir
 
 
 def load_without_weights(file: Path, error: type[ActExportError] = ActExportError) -> onnx.ModelProto:
@@ -28,6 +25,23 @@ def load_without_weights(file: Path, error: type[ActExportError] = ActExportErro
         return onnx.load(file, format="protobuf", load_external_data=False)
 
 
+def load_graph(file: Path, error: type[ActExportError] = ActExportError) -> ir.Model:
+    """The model of a file, to be rewritten or taken apart; weights in other files are read when they are asked for.
+
+    Args:
+        file: The ONNX file.
+        error: Raised if it can't be read, or has weights where they may not be, see `data_files`.
+    """
+    import onnx_ir as ir
+
+    proto = load_without_weights(file, error)
+    data_files(file, error)
+    with others_errors(f"can't read {file} as an ONNX file", error=error):
+        model = ir.serde.deserialize_model(proto)
+        ir.external_data.set_base_dir(model.graph, file.parent)
+    return model
+
+
 def properties_of(model: onnx.ModelProto, file: Path, error: type[ActExportError] = ActExportError) -> dict[str, str]:
     """A model's metadata, by key.
 
@@ -38,13 +52,3 @@ def properties_of(model: onnx.ModelProto, file: Path, error: type[ActExportError
     """
     with others_errors(f"can't read the metadata of {file}", error=error):
         return {entry.key: entry.value for entry in model.metadata_props}
-
-
-def model_file(path: str | os.PathLike[str]) -> Path:
-    """The ONNX file of a path: itself, or of a folder the one that genai_config.json names, else `model.onnx`."""
-    file = Path(path)
-    if not file.is_dir():
-        return file
-    genai = file / GENAI_CONFIG
-    name = look_up(read_json(genai, error=SessionError), "model", "decoder", "filename") if genai.is_file() else None
-    return path_inside(file, "model.onnx" if name is None else name, f"the model of {file}", error=SessionError)

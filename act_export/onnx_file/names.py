@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from act_export.calibration.file import Calibration
+from act_export.errors import SessionError
+from act_export.files import path_inside
+from act_export.json_file import look_up, read_json
 
 IDS, EMBEDDINGS = "input_ids", "inputs_embeds"  # what new tokens are given as: one of them
 MASK, POSITIONS = "attention_mask", "position_ids"
@@ -41,3 +46,13 @@ class GraphNames:
                 *(f"{PRESENT_SINKS}{layer}" for layer in sinks),
             ),
         )
+
+
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """The ONNX file of a path: itself, or of a folder the one that genai_config.json names, else `model.onnx`."""
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    genai = file / GENAI_CONFIG
+    name = look_up(read_json(genai, error=SessionError), "model", "decoder", "filename") if genai.is_file() else None
+    return path_inside(file, "model.onnx" if name is None else name, f"the model of {file}", error=SessionError)

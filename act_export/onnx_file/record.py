@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import onnx
-
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError, others_errors
 from act_export.json_fields import LARGEST, Fields
 from act_export.json_file import parse_json
 from act_export.onnx_file.packed_state import PROPERTY, PackedState
+from act_export.onnx_file.wire import fields as wire_fields
 
 PREFIX = "act_export."
 GRAFT, PACKED = PREFIX + "graft", PREFIX + PROPERTY
@@ -60,7 +59,7 @@ class GraftRecord:
 
     Attributes:
         digest: sha256 of the model before, without the weights in other files.
-        removed: Index among the nodes, and the node, in ascending order.
+        removed: Index among the nodes, and the node as protobuf writes it, in ascending order.
         inputs: Graph inputs that were added.
         outputs: Graph outputs that were added.
         functions: Functions that were added, by name.
@@ -74,7 +73,7 @@ class GraftRecord:
     """
 
     digest: str
-    removed: tuple[tuple[int, onnx.NodeProto], ...]
+    removed: tuple[tuple[int, bytes], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     functions: tuple[str, ...]
@@ -89,10 +88,7 @@ class GraftRecord:
     def to_json(self) -> str:
         """The text that travels in the file's metadata."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "removed"}
-        removed = [
-            [index, base64.b64encode(node.SerializeToString(deterministic=True)).decode()]
-            for index, node in self.removed
-        ]
+        removed = [[index, base64.b64encode(node).decode()] for index, node in self.removed]
         return json.dumps({"format": _GRAFT_FORMAT, **fields, "removed": removed})
 
     @classmethod
@@ -124,14 +120,15 @@ class GraftRecord:
         )
 
 
-def _removed(entry: Any, fields: Fields) -> tuple[int, onnx.NodeProto]:
+def _removed(entry: Any, fields: Fields) -> tuple[int, bytes]:
     if not isinstance(entry, list) or len(entry) != 2:
         raise fields.refused("has something in removed that is no index with a node")
     given = Fields(dict(zip(("index", "node"), entry, strict=True)), f"{fields.what}: removed", error=fields.error)
     with others_errors(f"{fields.what}: a node in removed can't be read", _ADVICE, error=fields.error):
-        return given.whole("index"), onnx.NodeProto.FromString(
-            base64.b64decode(given.text("node", 16 << 20), validate=True)
-        )
+        index, node = given.whole("index"), base64.b64decode(given.text("node", 16 << 20), validate=True)
+        for _ in wire_fields(node, [(0, len(node))]):
+            pass  # a message, at least: what it says is for who puts it back
+        return index, node
 
 
 @dataclass(frozen=True)

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
+from act_export.onnx_file.names import LOGITS, LOGITS_TO_KEEP, MASK, POSITIONS
 from act_export.onnx_file.state import State, StateInput, bound_type
+from act_export.runtime.engine import Engine
+from act_export.runtime.memory import Buffer, Memory
 from act_export.runtime.token_input import checked_mask
-
-if TYPE_CHECKING:
-    from act_export.runtime.session import Session
 
 DEFAULT_CAPACITY = 256
 
 
-class Cache(ABC):
+class Cache:
     """What a session keeps of a batch of sequences; `Session.allocate` makes it, `step` runs the model and extends it.
 
     Sequences of a batch have the same number of positions, padding included. A step that fails or is interrupted while
     the model runs leaves the cache in between: it refuses to go on until `reset`.
 
+    In place, past and present of every layer are the same memory, longer than what is in it: the native library writes
+    new keys, values and column sums there, sees by the attention mask how much is in it, and nothing is copied. The
+    portable functions and other exporters' operators can't do that; with them every step copies the cache.
+
     Attributes:
         session: That it was allocated by.
+        memory: That keys, values and column sums are in; token ids, mask and logits are the host's.
+        in_place: Whether steps write into that memory.
         batch: Number of sequences.
         length: Positions so far.
         tokens: (batch,), how many of them are real tokens.
         next_positions: (batch,), what the next real token's position is where none is given.
     """
 
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
-        """Reserves room; use `Session.allocate`."""
+    def __init__(self, session: Engine, memory: Memory, batch: int, capacity: int, *, in_place: bool) -> None:
+        """Reserves room and binds it; use `Session.allocate`."""
         self.session = session
+        self.memory = memory
+        self.in_place = in_place
         self.batch = batch
-        self.length = 0
-        self.tokens = np.zeros(batch, np.int64)
-        self.next_positions = np.zeros(batch, np.int64)
+        self.length: int
+        self.tokens: NDArray[np.int64]
+        self.next_positions: NDArray[np.int64]
         self._capacity = capacity
         self._mask = np.zeros((batch, capacity), np.int64)
-        self._whole = True
+        self._inner = session.onnxruntime_session  # which the binding doesn't keep alive itself in older versions
+        self._binding = self._inner.io_binding()
+        self._inputs: dict[str, NDArray[Any]] = {}  # keeps alive what is bound
+        self._buffers: dict[str, Buffer] = {}  # the same
+        self.reset()
 
     @property
     def capacity(self) -> int:
@@ -51,9 +62,9 @@ class Cache(ABC):
         return self._capacity
 
     @property
-    @abstractmethod
     def nbytes(self) -> int:
         """Size of the keys, values and column sums in bytes, room that isn't used yet included."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def step(
         self,
@@ -116,11 +127,23 @@ class Cache(ABC):
             SessionError: If the step before was interrupted.
         """
         self._check_whole()
-        return self._copied_state()
+        room = self._capacity if self.in_place else self.length
+        return {
+            part.name: self.memory.read(self._buffers[part.name], part.dtype, part.shape(self.batch, room))[
+                :, :, : self.length
+            ].copy()
+            for part in self.session.state_inputs
+        }
 
     def reset(self) -> None:
         """Forgets the sequences, and keeps the room."""
-        self._forget()
+        new, room = (self.memory.zeros, self._capacity) if self.in_place else (self.memory.allocate, 0)
+        for part in self.session.state_inputs:
+            buffer, size = self._buffers.get(part.name), self._size(part, room)
+            # Growing may have been interrupted, between two buffers or while one was bound.
+            if buffer is None or (buffer.rows, buffer.row_bytes) != size:
+                buffer = new(*size)
+            self._keep(part, buffer)
         self.length = 0
         self.tokens = np.zeros(self.batch, np.int64)
         self.next_positions = np.zeros(self.batch, np.int64)
@@ -143,36 +166,13 @@ class Cache(ABC):
         return max(needed, doubled)
 
     def _grow(self, capacity: int) -> None:
+        """Takes more room, and copies layer by layer."""
+        for part in self.session.state_inputs if self.in_place else ():
+            _, row_bytes = self._size(part, capacity)
+            self._keep(part, self.memory.widened(self._buffers[part.name], row_bytes))
         mask = np.zeros((self.batch, capacity), np.int64)
         mask[:, : self.length] = self._mask[:, : self.length]
         self._mask, self._capacity = mask, capacity
-
-    @abstractmethod
-    def _copied_state(self) -> State: ...
-
-    @abstractmethod
-    def _forget(self) -> None: ...
-
-    @abstractmethod
-    def _run(
-        self,
-        tokens: NDArray[Any],
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        logits_to_keep: int,
-    ) -> NDArray[np.float32]: ...
-
-
-class BoundCache(Cache):
-    """Runs the model over bound memory; what keys, values and column sums are bound to is the subclasses' affair."""
-
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
-        """Binds nothing yet."""
-        super().__init__(session, batch, capacity)
-        inner = session.onnxruntime_session
-        self._binding = inner.io_binding()
-        self._inner = inner  # which the binding doesn't keep alive itself in older versions
-        self._inputs: dict[str, NDArray[Any]] = {}  # keeps alive what is bound
 
     def _run(
         self,
@@ -181,106 +181,52 @@ class BoundCache(Cache):
         position_ids: NDArray[np.int64],
         logits_to_keep: int,
     ) -> NDArray[np.float32]:
-        session = self.session
+        session, present = self.session, self._buffers
+        if not self.in_place:
+            total = attention_mask.shape[1]
+            present = {part.name: self.memory.allocate(*self._size(part, total)) for part in session.state_inputs}
+            for part in session.state_inputs:
+                self._bind(part, self._buffers[part.name], present[part.name])
         self._give(session.token_input.name, tokens)
         if session.takes_positions:
-            self._give("position_ids", position_ids)
-        self._bind_input("attention_mask", np.ascontiguousarray(attention_mask))
+            self._give(POSITIONS, position_ids)
+        self._bind_input(MASK, np.ascontiguousarray(attention_mask))
         if session.keeps_logits:
-            self._give("logits_to_keep", np.array(logits_to_keep))
+            self._give(LOGITS_TO_KEEP, np.array(logits_to_keep))
         logits = session.logits_array(self.batch, tokens.shape[1], logits_to_keep)
         where = ("cpu", 0, bound_type(logits.dtype), logits.shape, logits.ctypes.data)
-        self._binding.bind_output("logits", *where)
+        self._binding.bind_output(LOGITS, *where)
         session.run_bound(self._binding)
+        self._buffers = present
         return session.last(logits, logits_to_keep)
 
     def _give(self, name: str, values: NDArray[Any]) -> None:
-        """Binds a copy, which goes to the device at once."""
-        self._bind_input(name, np.array(values, order="C"))
+        """Binds a copy, which goes to the device at once; the host's is written over where the shape is the same."""
+        bound = self._inputs.get(name)
+        if self.memory.is_shared and bound is not None and bound.shape == values.shape:
+            bound[...] = values
+        else:
+            self._bind_input(name, np.array(values, order="C"))
 
     def _bind_input(self, name: str, values: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, bound_type(values.dtype), values.shape, values.ctypes.data)
         self._inputs[name] = values
 
-
-class InPlaceCache(BoundCache):
-    """Buffers that the native library writes new keys, values and column sums into: nothing is copied in a step.
-
-    Past and present of every layer are bound to the same memory, longer than what is in it; the operator sees by the
-    attention mask how much is. Memory is taken from the system as it is filled. Growing copies layer by layer.
-    """
-
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
-        """Reserves and binds the buffers; use `Session.allocate`."""
-        super().__init__(session, batch, capacity)
-        self._buffers: State = {}  # keeps alive what is bound
-        for part in session.state_inputs:
-            self._bind_buffer(part, part.zeros(batch, capacity))
-
-    @property
-    def nbytes(self) -> int:
-        """See `Cache`."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
-    def _copied_state(self) -> State:
-        return {name: buffer[:, :, : self.length].copy() for name, buffer in self._buffers.items()}
-
-    def _forget(self) -> None:
-        for part in self.session.state_inputs:
-            buffer = self._buffers[part.name]
-            # Growing may have been interrupted, between two buffers or while one was bound.
-            fits = buffer.shape[2] == self._capacity
-            self._bind_buffer(part, buffer if fits else part.zeros(self.batch, self._capacity))
-
-    def _grow(self, capacity: int) -> None:
-        for part in self.session.state_inputs:
-            larger = part.zeros(self.batch, capacity)
-            larger[:, :, : self.length] = self._buffers[part.name][:, :, : self.length]
-            self._bind_buffer(part, larger)
-        super()._grow(capacity)
-
-    def _bind_buffer(self, part: StateInput, buffer: NDArray[Any]) -> None:
-        where = ("cpu", 0, bound_type(part.dtype), buffer.shape, buffer.ctypes.data)
-        self._binding.bind_input(part.name, *where)
-        self._binding.bind_output(part.present, *where)
+    def _keep(self, part: StateInput, buffer: Buffer) -> None:
+        if self.in_place:
+            self._bind(part, buffer, buffer)
         self._buffers[part.name] = buffer
 
-    def _give(self, name: str, values: NDArray[Any]) -> None:
-        """Binds a copy; where the shape is that of the step before, writes into what is bound."""
-        bound = self._inputs.get(name)
-        if bound is not None and bound.shape == values.shape:
-            bound[...] = values
-        else:
-            super()._give(name, values)
+    def _bind(self, part: StateInput, past: Buffer, present: Buffer) -> None:
+        self._binding.bind_input(part.name, *self._place(part, past))
+        self._binding.bind_output(part.present, *self._place(part, present))
 
+    def _place(self, part: StateInput, buffer: Buffer) -> tuple[object, ...]:
+        """A buffer as bindings take it."""
+        device, token_bytes = self.memory.device, part.size * part.dtype.itemsize
+        shape = part.shape(self.batch, buffer.row_bytes // token_bytes)
+        return device.kind, device.index, bound_type(part.dtype), shape, buffer.address
 
-class CopiedCache(Cache):
-    """States by value, for the portable functions, which can't write in place: every step copies the cache."""
-
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
-        """Begins with an empty state; use `Session.allocate`."""
-        super().__init__(session, batch, capacity)
-        self._state = session.empty_state(batch)
-
-    @property
-    def nbytes(self) -> int:
-        """See `Cache`."""
-        return sum(array.nbytes for array in self._state.values())
-
-    def _copied_state(self) -> State:
-        return {name: array.copy() for name, array in self._state.items()}
-
-    def _forget(self) -> None:
-        self._state = self.session.empty_state(self.batch)
-
-    def _run(
-        self,
-        tokens: NDArray[Any],
-        attention_mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        logits_to_keep: int,
-    ) -> NDArray[np.float32]:
-        logits, self._state = self.session.run(
-            tokens, attention_mask, self._state, position_ids, logits_to_keep=logits_to_keep
-        )
-        return logits
+    def _size(self, part: StateInput, tokens: int) -> tuple[int, int]:
+        """Rows, one for each head of each sequence, and bytes of a row."""
+        return self.batch * part.heads, tokens * part.size * part.dtype.itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -93,6 +92,8 @@ def import_onnxruntime() -> ModuleType:
 
 
 def _is_installed(package: str) -> bool:
+    from importlib import metadata  # it brings a mail reader along
+
     try:
         metadata.version(package)
     except metadata.PackageNotFoundError:

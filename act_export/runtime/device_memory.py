@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from act_export.errors import SessionError
+from act_export.onnx_file.wire import message
 from act_export.runtime.device import Device, import_onnxruntime
+from act_export.runtime.memory import Buffer, Memory
 
 _WORD = np.dtype(
     np.float32
 )  # every provider pads it as it is; float16 goes through float32 on the CPU, which alters NaNs
 _IR_VERSION, _OPSET = 10, 18
+_FLOAT, _INT64 = 1, 7  # ONNX's numbers of types
 
 
-@dataclass(frozen=True)
-class DeviceBuffer:
-    """(rows, row_bytes) bytes on a device, without a type: whoever binds it says which.
-
-    Attributes:
-        value: The `onnxruntime.OrtValue` that owns them.
-        rows: Number of rows.
-        row_bytes: Of one row.
-    """
-
-    value: Any
-    rows: int
-    row_bytes: int
-
-    @property
-    def address(self) -> int:
-        """Of the first byte, on the device."""
-        return int(self.value.data_ptr())
-
-    @property
-    def nbytes(self) -> int:
-        """Size."""
-        return self.rows * self.row_bytes
-
-
-class DeviceMemory:
-    """Allocates on a device, zeroes, widens and reads back.
+class DeviceMemory(Memory):
+    """A device's. Rows that are zeroed or widened must be whole words of 4 bytes.
 
     Zeroing and widening is done there, by a small model of its own whose one operator pads rows.
     """
+
+    is_shared = False
 
     def __init__(self, device: Device, *, shared_threads: bool = False) -> None:
         """Opens the model.
@@ -71,16 +49,8 @@ class DeviceMemory:
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't use {device}: {error}") from error
 
-    def allocate(self, rows: int, row_bytes: int) -> DeviceBuffer:
-        """Memory that holds anything.
-
-        Args:
-            rows: Number of rows.
-            row_bytes: Of one row.
-
-        Raises:
-            SessionError: If the device has no room.
-        """
+    def allocate(self, rows: int, row_bytes: int) -> Buffer:
+        """See `Memory`; SessionError if the device has no room."""
         words = -(-rows * row_bytes // _WORD.itemsize)
         try:
             value = self._onnxruntime.OrtValue.ortvalue_from_shape_and_type(
@@ -88,28 +58,28 @@ class DeviceMemory:
             )
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise SessionError(f"ONNX Runtime can't take {rows * row_bytes} bytes of {self.device}: {error}") from error
-        return DeviceBuffer(value, rows, row_bytes)
+        return Buffer(value, int(value.data_ptr()), rows, row_bytes)
 
-    def zeros(self, rows: int, row_bytes: int) -> DeviceBuffer:
-        """Memory of zeros; arguments and errors as of `allocate`, and rows must be whole words of 4 bytes."""
+    def zeros(self, rows: int, row_bytes: int) -> Buffer:
+        """See `Memory`; errors as of `allocate`."""
         larger = self.allocate(rows, row_bytes)
         one_word = np.zeros((rows, 1), _WORD)
         self._pad("cpu", 0, one_word.shape, one_word.ctypes.data, larger)
         return larger
 
-    def widened(self, buffer: DeviceBuffer, row_bytes: int) -> DeviceBuffer:
-        """A copy with longer rows, zeros after what they have; arguments and errors as of `zeros`."""
+    def widened(self, buffer: Buffer, row_bytes: int) -> Buffer:
+        """See `Memory`; errors as of `allocate`."""
         larger = self.allocate(buffer.rows, row_bytes)
         shape = (buffer.rows, buffer.row_bytes // _WORD.itemsize)
         self._pad(self.device.kind, self.device.index, shape, buffer.address, larger)
         return larger
 
-    def read(self, buffer: DeviceBuffer, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """A copy of a whole buffer in an array of the host."""
-        words: NDArray[Any] = buffer.value.numpy()
+    def read(self, buffer: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """See `Memory`."""
+        words: NDArray[Any] = buffer.owner.numpy()
         return words.view(np.uint8)[: buffer.nbytes].copy().view(dtype).reshape(shape)
 
-    def _pad(self, kind: str, index: int, shape: tuple[int, int], address: int, larger: DeviceBuffer) -> None:
+    def _pad(self, kind: str, index: int, shape: tuple[int, int], address: int, larger: Buffer) -> None:
         words, rest = divmod(larger.row_bytes, _WORD.itemsize)
         if rest:
             raise SessionError(
@@ -130,10 +100,17 @@ class DeviceMemory:
 
 
 def _padding_model() -> bytes:
-    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["rows", "words"])
-    pads = helper.make_tensor_value_info("pads", TensorProto.INT64, [4])
-    padded = helper.make_tensor_value_info("padded", TensorProto.FLOAT, ["rows", "more words"])
-    graph = helper.make_graph([helper.make_node("Pad", ["rows", "pads"], ["padded"])], "pad", [rows, pads], [padded])
-    model = helper.make_model(graph, ir_version=_IR_VERSION, opset_imports=[helper.make_opsetid("", _OPSET)])
-    serialized: bytes = model.SerializeToString()
-    return serialized
+    """One Pad from `rows` and `pads` to `padded`, as onnx would write it; fields as in onnx.proto."""
+
+    def value(name: str, kind: int, *dims: str | int) -> bytes:
+        shape = message(*((1, message((1 if isinstance(dim, int) else 2, dim))) for dim in dims))
+        return message((1, name), (2, message((1, message((1, kind), (2, shape))))))
+
+    graph = message(
+        (1, message((1, "rows"), (1, "pads"), (2, "padded"), (4, "Pad"))),
+        (2, "pad"),
+        (11, value("rows", _FLOAT, "rows", "words")),
+        (11, value("pads", _INT64, 4)),
+        (12, value("padded", _FLOAT, "rows", "more words")),
+    )
+    return message((1, _IR_VERSION), (7, graph), (8, message((1, ""), (2, _OPSET))))

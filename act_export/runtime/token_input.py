@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from act_export.errors import SessionError
 from act_export.files import path_inside
-from act_export.onnx_file.external_data import check_before_opening
+from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.names import EMBEDDING_FILE, EMBEDDINGS, IDS, POSITIONS
 from act_export.onnx_file.state import DTYPES, bound_type
 from act_export.runtime.device import import_onnxruntime
@@ -196,7 +196,7 @@ class EmbeddingFile:
             SessionError: If ONNX Runtime refuses it.
         """
         onnxruntime = import_onnxruntime()
-        check_before_opening(path, SessionError)
+        data_files(path, SessionError)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1

@@ -105,7 +105,7 @@ def test_a_shipped_recipe(tmp_path: Path) -> None:
     assert f"of {known.num_layers} layers" in result.stderr
     with Session.open(tmp_path / "out") as session:
         assert session.calibration == recipe.calibration
-        assert session.model_identity == ModelIdentity("llama", known.num_layers, known.num_heads)
+        assert session.record.model == ModelIdentity("llama", known.num_layers, known.num_heads)
     small = Decoder().save(tmp_path / "small.onnx")
     message = refused(small, "--calibration", "smollm2-135m", "--out", tmp_path / "out.onnx")
     assert "number of layers is 30 in the calibration, 2 in the model" in message

@@ -402,7 +402,7 @@ def test_a_type_that_is_no_name(tmp_path: Path) -> None:
     identity = ModelIdentity("llama", 2, 4)
     written = graft(folder, replace(CALIBRATION, model=identity), tmp_path / "out")
     with Session.open(written.path) as session:
-        assert session.model_identity == identity
+        assert session.record.model == identity
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\ufeff{}x"])

@@ -18,7 +18,7 @@ from onnx import helper
 from act_export.calibration.file import Calibration
 from act_export.graft import GraftError, StateLayout, remove_graft
 from act_export.graft.job import graft
-from act_export.graft.record import digest, record_of
+from act_export.graft.record import digest, record_of, removed_nodes
 from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops.library import library_path
 
@@ -125,9 +125,9 @@ def change_removed_node(model: onnx.ModelProto) -> None:
     """The record itself: another window in the attention that was there."""
     record = record_of(model)
     assert record is not None
-    (index, node), *rest = record.removed
+    (index, node), *_ = removed_nodes(record)
     node.attribute.append(helper.make_attribute("causal", 1))
-    changed = replace(record, removed=((index, node), *rest)).to_json()
+    changed = replace(record, removed=((index, node.SerializeToString()), *record.removed[1:])).to_json()
     next(entry for entry in model.metadata_props if entry.key == GRAFT).value = changed
 
 
@@ -188,8 +188,9 @@ def test_what_the_record_says(tmp_path: Path) -> None:
     assert record is not None
     assert record.digest == digest(original)
     assert record.layers == (0, 1)
-    assert [node.op_type for _, node in record.removed] == ["GroupQueryAttention"] * 2
-    assert [original.graph.node[index] for index, _ in record.removed] == [node for _, node in record.removed]
+    removed = removed_nodes(record)
+    assert [node.op_type for _, node in removed] == ["GroupQueryAttention"] * 2
+    assert [original.graph.node[index] for index, _ in removed] == [node for _, node in removed]
     assert (record.shares_buffers, record.pads_left) == (True, False)
     assert record.genai_config == (folder / "genai_config.json").read_text()
     assert record.inputs == tuple(f"past_key_values.{layer}.{part}" for layer in (3, 4) for part in ("key", "value"))

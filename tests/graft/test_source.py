@@ -465,7 +465,7 @@ def test_the_configuration_of_optimum(file: Path, tmp_path: Path) -> None:
     with Session.open(written.path) as session:
         assert (session.limits.vocabulary, session.limits.context) == (64, 192)
         assert session.limits.stop_tokens == (1, 2)
-        assert session.model_identity == ModelIdentity("llama", 2, 4)
+        assert session.record.model == ModelIdentity("llama", 2, 4)
 
 
 def test_a_companion_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from act_export.calibration.file import ModelIdentity
 from act_export.errors import ActExportError, SessionError
 from act_export.export.triton import read_signature
 from act_export.graft.source import read_source
-from act_export.onnx_file.external_data import check_before_opening, data_files, load_graph, tensors_of
+from act_export.onnx_file.external_data import _BITS, data_files, external_tensors
 from act_export.onnx_file.inspect import inspect_file
+from act_export.onnx_file.load import load_graph
 from act_export.onnx_file.record import FileRecord
+from act_export.onnx_file.wire import message
 from act_export.runtime import Session
 from act_export.verify.parity.quantized_file import quantized_weights
 
@@ -95,8 +98,8 @@ def saved(folder: Path, made: ModelProto) -> Path:
 def test_a_tensor_anywhere_is_seen(place: str, tmp_path: Path) -> None:
     made = model()
     PLACES[place](made, outside())
-    assert any(tensor.name == "weight" for tensor in tensors_of(made))
     file = saved(tmp_path, made)
+    assert [tensor.name for tensor in external_tensors(file)] == ["weight"]
     for name, read in READERS.items():
         with pytest.raises(ActExportError, match=r"'\.\./secret' leads out of"):
             print(name, read(file))
@@ -154,20 +157,79 @@ def test_weights_beside_a_model_are_found(tmp_path: Path) -> None:
     (file.parent / "data").write_bytes(bytes(32))
     (file.parent / "below").mkdir()
     (file.parent / "below" / "more").write_bytes(bytes(16))
-    assert data_files(file, made) == {"data": 32, "below/more": 16}
-    check_before_opening(file, SessionError)
+    assert data_files(file) == {"data": 32, "below/more": 16}
     assert load_graph(file).graph.name == "any"
     (file.parent / "data").unlink()
-    assert data_files(file, made, missing=True) == {"data": 0, "below/more": 16}
+    assert data_files(file, missing=True) == {"data": 0, "below/more": 16}
 
 
-def test_a_file_without_other_files_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = saved(tmp_path, model())
-    monkeypatch.delattr(onnx, "load")
-    check_before_opening(file, SessionError)
+def number(value: int) -> bytes:
+    return message((0, value))[1:]
 
 
-@pytest.mark.parametrize("content", [b"", b"location", b"no model"])
+def written(*parts: bytes, tensor: TensorProto | None = None) -> bytes:
+    """A model whose only tensor is written as protobuf's rules allow, though no library writes it so."""
+    return message((7, message((5, b"".join(parts) + (tensor or outside()).SerializeToString()))))
+
+
+END_OF_GROUP, GROUP, FIXED_4, FIXED_8 = (number(99 << 3 | kind) for kind in (4, 3, 5, 1))
+ODD_FILES: dict[str, bytes] = {
+    "unknown groups": written(GROUP, GROUP, message((5, "x")), END_OF_GROUP, END_OF_GROUP),
+    "unknown numbers of fixed size": written(FIXED_4, bytes(4), FIXED_8, bytes(8)),
+    "a longer number than needed": written(message((1, 4))[:-1], b"\x84\x80\x00"),
+    "a location of data that isn't known, after": message(
+        (7, message((5, outside().SerializeToString() + b"\x70\x07")))
+    ),
+    "a location of data of too many bits": message(
+        (7, message((5, outside().SerializeToString() + message((14, 1 << 32 | 1)))))
+    ),
+    "the graph in two parts": message((7, b""), (7, message((5, outside().SerializeToString())))),
+    "a constant in two parts": message(
+        (7, message((1, message((5, message((5, message((14, 1))), (5, outside().SerializeToString()[:-2])))))))
+    ),
+    "two locations": written(message((13, message((1, "location"), (2, "inside"))))),
+}
+
+
+@pytest.mark.parametrize("content", ODD_FILES.values(), ids=ODD_FILES)
+def test_what_no_library_writes_is_read_as_protobuf_does(content: bytes, tmp_path: Path) -> None:
+    assert onnx.load_model_from_string(content).HasField("graph")
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(SessionError, match=r"'\.\./secret' leads out of"):
+        Session.open(tmp_path / "a.onnx")
+
+
+def test_sizes_of_elements_are_onnxs(tmp_path: Path) -> None:
+    for name, kind in TensorProto.DataType.items():
+        if name in ("UNDEFINED", "STRING"):
+            assert kind not in _BITS
+            continue
+        per_byte = {"UINT4": 2, "INT4": 2, "FLOAT4E2M1": 2, "UINT2": 4, "INT2": 4}.get(name, 1)
+        assert _BITS[kind] * per_byte == 8 * helper.tensor_dtype_to_np_dtype(kind).itemsize, name
+
+
+@pytest.mark.parametrize("content", [b"", b"location", b"no model", b"\x3a\xff\xff\xff\xff\x0f", 99 * b"\x3a\x7f"])
 def test_what_is_no_model_is_for_others_to_refuse(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(content)
-    check_before_opening(tmp_path / "a.onnx", SessionError)
+    assert data_files(tmp_path / "a.onnx", SessionError) == {}
+
+
+def test_messages_without_end_within_each_other(tmp_path: Path) -> None:
+    content = message((7, b""))
+    for _ in range(3000):
+        content = message((1, message((5, message((6, content))))))
+    (tmp_path / "a.onnx").write_bytes(message((7, content)))
+    assert data_files(tmp_path / "a.onnx", SessionError) == {}
+
+
+def test_weights_in_the_file_are_skipped(tmp_path: Path) -> None:
+    """A gigabyte, of a file with holes, takes no time and no memory."""
+    size = 1 << 30
+    with (tmp_path / "a.onnx").open("wb") as file:
+        tensor = b"\x4a" + number(size)  # raw_data
+        graph = b"\x2a" + number(len(tensor) + size) + tensor
+        file.write(b"\x3a" + number(len(graph) + size) + graph)
+        file.truncate(file.tell() + size)
+    begin = time.process_time()
+    assert data_files(tmp_path / "a.onnx") == {}
+    assert time.process_time() - begin < 0.1

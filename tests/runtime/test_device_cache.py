@@ -13,9 +13,9 @@ from tiny import VOCABULARY
 from act_export.errors import SessionError
 from act_export.onnx_file.state import BFLOAT16, select
 from act_export.runtime import Sampling, Session, generate
+from act_export.runtime.cache import Cache
 from act_export.runtime.device import Device
-from act_export.runtime.device_cache import CopiedDeviceCache, DeviceCache, InPlaceDeviceCache
-from act_export.runtime.device_memory import DeviceMemory
+from act_export.runtime.device_memory import DeviceMemory, _padding_model
 
 PROMPTS = [[5, 9, 200, 31, 7, 7, 40], [12, 3], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55]]
 
@@ -25,8 +25,8 @@ def memory() -> DeviceMemory:
     return DeviceMemory(Device())
 
 
-def device_cache(session: Session, memory: DeviceMemory, batch: int, capacity: int) -> DeviceCache:
-    return (InPlaceDeviceCache if session.native else CopiedDeviceCache)(session, batch, capacity, memory)
+def device_cache(session: Session, memory: DeviceMemory, batch: int, capacity: int) -> Cache:
+    return Cache(session, memory, batch, capacity, in_place=session.native)
 
 
 def some_tokens(batch: int, length: int, seed: int = 0):
@@ -125,13 +125,22 @@ def test_widening_keeps_every_bit_and_adds_zeros(memory, dtype, size) -> None:
     rows, tokens, more = 6, 5, 12
     bits = np.random.default_rng(0).integers(0, 256, (rows, tokens * size * dtype.itemsize), np.uint8)  # NaNs too
     buffer = memory.zeros(rows, bits.shape[1])
-    buffer.value.numpy().view(np.uint8)[...] = bits.ravel()
+    buffer.owner.numpy().view(np.uint8)[...] = bits.ravel()
     wider = memory.widened(buffer, more * size * dtype.itemsize)
     found = memory.read(wider, dtype, (2, 3, more, size))
     assert found.dtype == dtype
     as_bits = found.view(np.uint8).reshape(rows, -1)
     np.testing.assert_array_equal(as_bits[:, : bits.shape[1]], bits)
     assert not as_bits[:, bits.shape[1] :].any()
+
+
+def test_the_model_that_pads_is_as_onnx_writes_it() -> None:
+    rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["rows", "words"])
+    pads = helper.make_tensor_value_info("pads", TensorProto.INT64, [4])
+    padded = helper.make_tensor_value_info("padded", TensorProto.FLOAT, ["rows", "more words"])
+    graph = helper.make_graph([helper.make_node("Pad", ["rows", "pads"], ["padded"])], "pad", [rows, pads], [padded])
+    expected = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+    assert _padding_model() == expected.SerializeToString()
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +194,7 @@ def test_bfloat16_by_value_and_in_caches(half_file, memory) -> None:
         outputs = session.run(ids, np.ones_like(ids))
         assert {array.dtype for array in outputs.state.values()} == {np.dtype(ml_dtypes.bfloat16)}
         state, seen = None, np.ones((2, 0), np.int64)
-        host, device = session.allocate(2), CopiedDeviceCache(session, 2, 8, memory)
+        host, device = session.allocate(2), Cache(session, memory, 2, 8, in_place=False)
         for column in range(ids.shape[1]):
             step = ids[:, column : column + 1]
             seen = np.concatenate([seen, np.ones((2, 1), np.int64)], 1)

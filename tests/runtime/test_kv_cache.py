@@ -15,7 +15,7 @@ from tiny import CALIBRATION, VOCABULARY, tiny_checkpoint
 from act_export.errors import SessionError
 from act_export.export import build_model
 from act_export.runtime import Sampling, Session, generate
-from act_export.runtime.cache import CopiedCache, InPlaceCache
+from act_export.runtime.memory import HostMemory
 from act_export.runtime.sampling import left_pad, next_tokens
 
 PROMPTS = [[5, 9, 200, 31, 7, 7, 40], [12, 3], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55]]
@@ -97,11 +97,11 @@ def test_any_steps_equal_runs_by_value(tiny_file, chunks, batch, capacity, seed)
 
 def test_the_library_writes_in_place_and_portable_functions_copy(tiny_file, tiny_session):
     cache = tiny_session.allocate(2)
-    assert isinstance(cache, InPlaceCache if tiny_session.native else CopiedCache)
+    assert cache.in_place == tiny_session.native
     cache.step(some_tokens(2, 9))
-    places = {name: buffer.ctypes.data for name, buffer in getattr(cache, "_buffers", {}).items()}
+    places = {name: buffer.address for name, buffer in cache._buffers.items()}
     cache.step(some_tokens(2, 1))
-    assert places == {name: buffer.ctypes.data for name, buffer in getattr(cache, "_buffers", {}).items()}
+    assert (places == {name: buffer.address for name, buffer in cache._buffers.items()}) == cache.in_place
 
 
 def test_a_prompts_logits_are_of_its_last_position(tiny_session):
@@ -215,16 +215,16 @@ def test_growing_that_is_interrupted(session, monkeypatch):
     expected = session.allocate(1).step(ids)
     cache = session.allocate(1, capacity=8)
     cache.step(ids[:, :5])
-    bind, bound = InPlaceCache._bind_buffer, []
+    widen, widened = HostMemory.widened, []
 
-    def full_memory(cache, part, buffer):
-        if len(bound) == 3:
+    def full_memory(memory, buffer, row_bytes):
+        if len(widened) == 3:
             raise MemoryError
-        bound.append(part)
-        bind(cache, part, buffer)
+        widened.append(buffer)
+        return widen(memory, buffer, row_bytes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(InPlaceCache, "_bind_buffer", full_memory)
+        patch.setattr(HostMemory, "widened", full_memory)
         with pytest.raises(MemoryError):
             cache.step(ids[:, 5:])
     with pytest.raises(SessionError, match="reset the cache"):
@@ -310,4 +310,4 @@ def test_a_file_of_others_is_not_written_in_place(tiny_file, tmp_path):
     """It may join past and new keys by operators of its own, which know nothing of spare room."""
     path = changed_copy(tiny_file, tmp_path, lambda model: model.ClearField("metadata_props"))
     with Session.open(path) as session:
-        assert isinstance(session.allocate(1), CopiedCache)
+        assert not session.allocate(1).in_place

@@ -24,7 +24,7 @@ def prompt(length, batch=1, seed=0):
 
 def test_properties(tiny, tiny_session, tiny_plain_file):
     assert tiny_session.calibration == CALIBRATION
-    assert tiny_session.model_identity == tiny.identity
+    assert tiny_session.record.model == tiny.identity
     with Session.open(tiny_plain_file) as plain:
         assert plain.calibration is None
 
@@ -109,7 +109,7 @@ def test_no_library(tiny_file, monkeypatch):
     def missing():
         raise library.LibraryNotFoundError("no library")
 
-    monkeypatch.setattr("act_export.runtime.session.library_path", missing)
+    monkeypatch.setattr("act_export.runtime.engine.library_path", missing)
     with pytest.raises(SessionError, match="--portable"):
         Session.open(tiny_file)
     with Session.open(tiny_file, native=False) as session:

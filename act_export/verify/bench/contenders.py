@@ -17,8 +17,9 @@ from act_export.onnx_file.state import StateInput, bound_type
 from act_export.runtime.cache import Cache
 from act_export.runtime.device import Device, import_onnxruntime
 from act_export.runtime.device_memory import DeviceMemory
+from act_export.runtime.engine import load_inner
 from act_export.runtime.node_placement import NodePlacement, profile_run
-from act_export.runtime.session import Session, load_inner, placement_of
+from act_export.runtime.session import Session, placement_of
 
 if TYPE_CHECKING:
     from act_export.attention.call import LayerState

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
-from act_export.onnx_file.external_data import load_graph
+from act_export.onnx_file.load import load_graph
 from act_export.onnx_file.precision import DOMAIN
 
 PRODUCT, LOOKUP = "MatMulNBits", "GatherBlockQuantized"

@@ -17,7 +17,7 @@ from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import RunOutputs, Session
-from act_export.runtime.cache import InPlaceCache
+from act_export.runtime.cache import Cache
 from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.parity.cases import parity_cases
 from act_export.verify.parity.half_model import half_model
@@ -185,11 +185,11 @@ def test_a_cache_that_loses_its_sums_is_caught(tiny, tiny_file, monkeypatch):
     def forgetful(cache, *arguments):
         for name, buffer in cache._buffers.items():
             if "sink" in name:
-                buffer[...] = 0
+                buffer.owner[...] = 0
         return run(cache, *arguments)
 
-    run = InPlaceCache._run
-    monkeypatch.setattr(InPlaceCache, "_run", forgetful)
+    run = Cache._run
+    monkeypatch.setattr(Cache, "_run", forgetful)
     report = verify(tiny, CALIBRATION, tiny_file)
     failed = [result.case for result in report.engines[0].results if not result.passed]
     assert failed == ["prompts in 3 chunks: as generation runs them"]
