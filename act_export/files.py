@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
-import platformdirs
-
 from act_export.errors import ActExportError, shown
 from act_export.staging import staging_folder
 
@@ -30,6 +28,8 @@ _KINDS = (
 
 def cache_folder() -> Path:
     """Where converted checkpoints and fetched task data are kept."""
+    import platformdirs  # only for this: running a file does without
+
     return Path(platformdirs.user_cache_dir("act-export"))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.errors import ActExportError, others_errors, shown
+from act_export.errors import ActExportError, SessionError, needs_extras, others_errors, shown
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -127,11 +127,13 @@ class GenerationSettings:
 
         Raises:
             ActExportError: If transformers refuses a value.
+            SessionError: If it isn't installed.
         """
         used = self.used(drawing=drawing)
         if not used:
             return None
-        import torch
+        with needs_extras(self.source, error=SessionError):
+            import torch
 
         with others_errors(f"the settings of {self.source} can't be applied", _ADVICE):
             config = _configuration(used, stop_tokens, input_ids.shape[1] + max_new_tokens, drawing=drawing)

@@ -10,7 +10,7 @@ from act_export.checkpoint.fetch import fetch_checkpoint
 from act_export.checkpoint.gguf.built_in import BUILT_IN
 from act_export.checkpoint.hub import HubId, is_on_hub
 from act_export.checkpoint.tokenizer import load_tokenizer_of
-from act_export.errors import ActExportError, CheckpointError
+from act_export.errors import ActExportError, CheckpointError, SessionError, needs_extras
 from act_export.json_file import read_object
 from act_export.runtime.generate import generate_steps
 from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens
@@ -28,6 +28,7 @@ _FILE_IN_FOLDER = "model.onnx"
 _ADVICE = "correct it, or leave it out: --ignore-generation-config on the command line"
 
 
+@needs_extras("a tokenizer", error=SessionError)
 def load_tokenizer(
     session: Session, source: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -41,6 +42,7 @@ def load_tokenizer(
 
     Raises:
         ActExportError: If there is none.
+        SessionError: If transformers isn't installed.
     """
     if source is not None:
         return load_tokenizer_of(source, trust_remote_code=trust_remote_code)
