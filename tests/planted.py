@@ -17,6 +17,7 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.search import SearchTask
 from act_export.tasks import EncodedExample, Example, Generation, Questions, encode_examples, split_examples
+from act_export.tasks.batching import Batching
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.language_model import TorchLanguageModel
 from act_export.tasks.scoring import predicted_choice, score_choices
@@ -53,7 +54,7 @@ def reference_scores(
 ) -> list[tuple[float, ...]]:
     """One prompt at a time, through the reference hook."""
     with attention_hook(checkpoint.model, ReferenceAttention(calibration)) as hooked:
-        return score_choices(TorchLanguageModel(hooked), examples, batch_size=1, length_normalized=length_normalized)
+        return score_choices(TorchLanguageModel(hooked), examples, Batching(1), length_normalized=length_normalized)
 
 
 def reference_texts(
@@ -64,10 +65,10 @@ def reference_texts(
         return generate_answers(
             TorchLanguageModel(hooked),
             examples,
+            Batching(1),
             tokenizer=checkpoint.tokenizer,
             max_new_tokens=generation.max_new_tokens,
             stop=generation.stop,
-            batch_size=1,
         )
 
 

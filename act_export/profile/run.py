@@ -24,7 +24,7 @@ from act_export.profile.sink_statistics import ABSOLUTE, ALL, RELATIVE, ExampleP
 from act_export.profile.tally import Tally, statistics_of
 from act_export.progress import Progress
 from act_export.tasks import EncodedExample
-from act_export.tasks.scoring import batches
+from act_export.tasks.batching import Batching, batches
 from act_export.version import __version__
 
 BATCH_TOKENS = 2048
@@ -213,14 +213,14 @@ def _steps(
         return lambda: tally.add_effects(gradients, len(batch))
 
     rest = [prompt for index, prompt in enumerate(source.prompts) if index != example]
-    together = batches([EncodedExample(prompt, (), 0) for prompt in rest], None, options.batch_tokens)
+    together = batches([EncodedExample(prompt, (), 0) for prompt in rest], Batching(None, options.batch_tokens))
     first = [[source.prompts[example]]] if example is not None else []
     for batch in (*first, *([rest[index] for index in indices] for indices in together)):
         cost = float(sum(map(len, batch)))
         yield _Step(source.name, cost, lambda batch=batch: profile(batch))  # type: ignore[misc]
     if source.effects is None:
         return
-    for indices in batches(source.questions, None, options.batch_tokens):
+    for indices in batches(source.questions, Batching(None, options.batch_tokens)):
         asked = [source.questions[index] for index in indices]
         cost = float(_EFFECT_COST * sum(len(question.prompt) for question in asked))
         yield _Step(

@@ -18,11 +18,12 @@ from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, SearchTask
 from act_export.tasks import EncodedExample, Example, encode_examples
+from act_export.tasks.batching import Batching, batches, positions_of
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.label_prior import content_free_examples
 from act_export.tasks.language_model import TorchLanguageModel
 from act_export.tasks.metrics import exact_match, token_f1
-from act_export.tasks.scoring import batches, positions_of, predicted_choice, score_choices
+from act_export.tasks.scoring import predicted_choice, score_choices
 
 RANK, CHOOSE, REPORT, CONTENT_FREE = "rank", "choose", "report", "content-free"
 METRICS = {"exact": exact_match, "f1": token_f1}
@@ -122,7 +123,7 @@ def answer(
     parts: list[list[list[int]]] = []
     for task, split, calibration in requests:
         examples = task.splits[split]
-        parts.append(list(batches(examples, None, options.batch_tokens)))
+        parts.append(list(batches(examples, Batching(None, options.batch_tokens))))
         for number, indices in enumerate(parts[-1]):
             batch = [examples[index] for index in indices]
             counts = [1 if task.task.generation is not None else len(example.choices) for example in batch]
@@ -166,7 +167,7 @@ def _answer_batch(
         model = TorchLanguageModel(hooked)
         generation = task.task.generation
         if generation is None:
-            scores = score_choices(model, batch, batch_size=None, length_normalized=task.task.length_normalized)
+            scores = score_choices(model, batch, Batching(None), length_normalized=task.task.length_normalized)
             return [list(row) for row in scores]
         assert checkpoint.tokenizer is not None  # or nothing could have been encoded
         texts = generate_answers(

@@ -35,8 +35,9 @@ from act_export.search.decoder_layers import Forward, decoder_layers, interposed
 from act_export.search.gates import log_likelihoods
 from act_export.search.request import Threshold
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import Batching, batches
 from act_export.tasks.language_model import TorchLanguageModel
-from act_export.tasks.scoring import batches, choice_scores, predicted_choice
+from act_export.tasks.scoring import choice_scores, predicted_choice
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class PlainRun:
             layer: Their layer.
             beta: How strongly.
             heads: Query heads; None for all. Those left out get 0.
-            batch_tokens: Positions that run together at the most, as in `act_export.tasks.score_choices`.
+            batch_tokens: Positions that run together at the most, as in `act_export.tasks.batching`.
 
         Raises:
             ActExportError: If a score isn't finite, naming the prompt.
@@ -127,7 +128,7 @@ class PlainRun:
         ]
         gains, correct = [0.0] * self.num_heads, [0] * self.num_heads
         plain = log_likelihoods(self.batch, self.scores).tolist()
-        for indices in batches([self.batch[example] for example, _ in pairs], None, batch_tokens):
+        for indices in batches([self.batch[example] for example, _ in pairs], Batching(None, batch_tokens)):
             together = [pairs[index] for index in indices]
             copies = [self.batch[example] for example, _ in together]
             scores = self._scores_from(layer, together, beta)

@@ -17,7 +17,7 @@ from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample
-from act_export.tasks.scoring import batches
+from act_export.tasks.batching import Batching, batches
 
 GRADIENT_COST = 3  # of a batch, in forward passes: the backward pass computes twice what the forward pass does
 
@@ -146,7 +146,9 @@ def _with_passes(
 
 def _batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExample]]:
     examples = task.splits[RANK]
-    return [[examples[index] for index in indices] for indices in batches(examples, None, options.batch_tokens)]
+    return [
+        [examples[index] for index in indices] for indices in batches(examples, Batching(None, options.batch_tokens))
+    ]
 
 
 def _compares_per_token(task: EncodedTask) -> bool:

@@ -86,7 +86,7 @@ class SearchOptions:
         head_counts: Numbers of heads to try.
         confirm: How many of the heads that gates rank first "gates+confirm" measures exactly, for each beta.
         batch_tokens: Positions that run together at the most, which bounds memory; see
-            `act_export.tasks.scoring.positions_of`. One example alone may have more.
+            `act_export.tasks.batching.positions_of`. One example alone may have more.
         gradient_checkpointing: A third of the memory for ranking, for a third more time.
         random_draws: How often as many random heads are measured instead, as a control.
     """

@@ -6,7 +6,7 @@ A sequence leaves its batch when it has ended, so long answers don't make short 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,9 @@ import torch
 
 from act_export.errors import ActExportError
 from act_export.runtime.sampling import Sampling, left_pad, next_tokens
+from act_export.tasks.batching import USUAL, Batching, batches
 from act_export.tasks.encoding import EncodedExample
 from act_export.tasks.language_model import LanguageModel
-from act_export.tasks.scoring import BATCH_SIZE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,30 +47,25 @@ class _Answer:
 def generate_answers(
     model: LanguageModel,
     examples: Sequence[EncodedExample],
+    batching: Batching = USUAL,
     *,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     stop: Sequence[str] = (),
     stop_tokens: Collection[int] = (),
     sampling: Sampling | None = None,
-    batch_size: int | None = BATCH_SIZE,
-    batch_tokens: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Answers every prompt.
 
     Args:
         model: PyTorch or ONNX Runtime.
         examples: In any order; only their prompts are used.
+        batching: How many run together; tokens to come count.
         tokenizer: Of the model. Its end-of-sequence token ends an answer.
         max_new_tokens: Tokens of an answer at the most.
         stop: An answer ends before the first of these texts.
         stop_tokens: Other tokens that end an answer.
         sampling: How tokens are drawn; None is greedy. What is drawn depends on which prompts share a batch.
-        batch_size: Prompts that run together at the most; None for any number.
-        batch_tokens: Tokens that run together at the most, those to come and padding included, unless one prompt alone
-            has more; None for any number.
-        on_batch: Called after each batch with the number of prompts in it.
 
     Returns:
         In the order of `examples`, each without the prompt, special tokens and what ended it.
@@ -81,14 +76,17 @@ def generate_answers(
     ending = _ending(tokenizer, max_new_tokens, stop, stop_tokens)
     answers = [""] * len(examples)
     random = np.random.default_rng(sampling.seed if sampling is not None else 0)
+
+    def positions(batch: Sequence[EncodedExample]) -> int:
+        return len(batch) * (max(len(example.prompt) for example in batch) + max_new_tokens)
+
     with torch.no_grad():
-        for indices in _batches(examples, max_new_tokens, batch_size, batch_tokens):
+        for indices in batches(examples, batching, positions):
             batch = [examples[index] for index in indices]
             texts = _generate(model, batch, tokenizer, ending, sampling or Sampling(), random)
             for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
-            if on_batch is not None:
-                on_batch(len(indices))
+            batching.done(len(indices))
     return answers
 
 
@@ -104,20 +102,6 @@ def _ending(
     tokens = {*stop_tokens, tokenizer.eos_token_id} - {None}
     tokens.update(tokenizer.added_tokens_encoder[text] for text in stop if text in special)
     return _Ending(max_new_tokens, tuple(text for text in stop if text not in special), frozenset(tokens))
-
-
-def _batches(
-    examples: Sequence[EncodedExample], max_new_tokens: int, batch_size: int | None, batch_tokens: int | None
-) -> Iterator[list[int]]:
-    """Indices of examples with prompts of about the same length, the longest first."""
-    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
-    start = 0
-    while start < len(by_length):
-        size = batch_size or len(by_length)
-        if batch_tokens is not None:
-            size = max(1, min(size, batch_tokens // (len(examples[by_length[start]].prompt) + max_new_tokens)))
-        yield by_length[start : start + size]
-        start += size
 
 
 def _generate(

@@ -9,7 +9,7 @@ statistics of tokens that have not been generated yet, and differently for every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,31 +17,25 @@ from torch import Tensor
 
 from act_export.errors import ActExportError
 from act_export.runtime.sampling import left_pad
+from act_export.tasks.batching import USUAL, Batching, batches
 from act_export.tasks.encoding import EncodedExample
 from act_export.tasks.language_model import ContinuesAtOnce, LanguageModel
-
-BATCH_SIZE = 16
 
 
 def score_choices(
     model: LanguageModel,
     examples: Sequence[EncodedExample],
+    batching: Batching = USUAL,
     *,
-    batch_size: int | None = BATCH_SIZE,
-    batch_tokens: int | None = None,
     length_normalized: bool = False,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[tuple[float, ...]]:
     """Log-likelihood of every choice of every example.
 
     Args:
         model: PyTorch or ONNX Runtime.
         examples: In any order.
-        batch_size: Prompts that run together at the most; changes speed and memory, not the result.
-        batch_tokens: Positions that run together at the most, see `positions_of`, unless one example alone has more;
-            None for any number.
+        batching: How many run together.
         length_normalized: Divide by the number of the choice's tokens.
-        on_batch: Called after each batch with the number of examples in it.
 
     Returns:
         In the order of `examples`, one number per choice.
@@ -51,44 +45,19 @@ def score_choices(
     """
     scores: list[tuple[float, ...]] = [()] * len(examples)
     with torch.no_grad():
-        for indices in batches(examples, batch_size, batch_tokens):
+        for indices in batches(examples, batching):
             batch = [examples[index] for index in indices]
             for index, row in zip(
                 indices, choice_scores(model, batch, length_normalized=length_normalized), strict=True
             ):
                 scores[index] = tuple(row.tolist())
-            if on_batch is not None:
-                on_batch(len(indices))
+            batching.done(len(indices))
     return scores
 
 
 def predicted_choice(scores: Sequence[float]) -> int:
     """Index of the likeliest choice; of equals the first."""
     return max(range(len(scores)), key=lambda index: scores[index])
-
-
-def batches(
-    examples: Sequence[EncodedExample], batch_size: int | None = None, batch_tokens: int | None = None
-) -> Iterator[list[int]]:
-    """Indices of examples with prompts of about the same length, the longest first; limits as in `score_choices`."""
-    by_length = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
-    batch: list[int] = []
-    for index in by_length:
-        grown = [*batch, index]
-        full = batch_size is not None and len(grown) > batch_size
-        if batch and (full or (batch_tokens is not None and positions_of([examples[i] for i in grown]) > batch_tokens)):
-            yield batch
-            grown = [index]
-        batch = grown
-    if batch:
-        yield batch
-
-
-def positions_of(batch: Sequence[EncodedExample]) -> int:
-    """Positions that a batch's states hold, padding included: those of its prompts, and of each choice that goes on."""
-    longest = max(len(example.prompt) for example in batch)
-    going_on = [len(tokens) for example in batch for tokens in example.choices if len(tokens) > 1]
-    return len(batch) * longest + len(going_on) * (longest + max(going_on, default=1) - 1)
 
 
 def choice_scores(

@@ -15,8 +15,9 @@ from act_export.calibration.reference import attention_probabilities, calibrate_
 from act_export.search import FastAttention, GatedAttention, gate_gradients
 from act_export.search.decoder_layers import decoder_layers
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import Batching, batches
 from act_export.tasks.language_model import TorchLanguageModel
-from act_export.tasks.scoring import batches, choice_scores
+from act_export.tasks.scoring import choice_scores
 
 KNOBS = {"beta": 0.2, "threshold": 0.08}
 ONE_TOKEN = [
@@ -80,7 +81,7 @@ def gradients(
 ) -> Tensor:
     """Mean over the examples, batch by batch."""
     total = torch.zeros(3, 4, dtype=torch.float64)
-    for indices in batches(examples, batch_size):
+    for indices in batches(examples, Batching(batch_size)):
         batch = [examples[index] for index in indices]
         total += gate_gradients(model, batch, num_layers=3, num_heads=4, **(KNOBS | options))
     return total / len(examples)

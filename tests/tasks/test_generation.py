@@ -17,6 +17,7 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.runtime import Sampling, Session, generate
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import Batching
 from act_export.tasks.generation import cut_at_stop, generate_answers
 from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
 
@@ -75,9 +76,9 @@ def test_answers_of_a_session_are_those_of_generate(
     texts = generate_answers(
         SessionLanguageModel(tiny_file_session),
         encoded(prompts),
+        Batching(batch_size),
         tokenizer=TOKENIZER,
         max_new_tokens=9,
-        batch_size=batch_size,
     )
     for prompt, text in zip(prompts, texts, strict=True):
         (tokens,) = generate(tiny_file_session, [prompt], max_new_tokens=9, stop_tokens={EOS})
@@ -94,7 +95,7 @@ def test_pytorch_and_onnx_runtime_say_the_same(tiny: Checkpoint, tiny_file_sessi
     options = {"tokenizer": TOKENIZER, "max_new_tokens": 12}
     by_session = generate_answers(SessionLanguageModel(tiny_file_session), examples, **options)
     with attention_hook(tiny.model, ReferenceAttention(CALIBRATION)) as hooked:
-        by_torch = generate_answers(TorchLanguageModel(hooked), examples, batch_size=1, **options)
+        by_torch = generate_answers(TorchLanguageModel(hooked), examples, Batching(1), **options)
     assert by_session == by_torch
     assert all(by_session)
 
@@ -128,9 +129,7 @@ def test_batches_keep_their_limits_and_the_order(
 ) -> None:
     lines = [tokens_of(chr(97 + index) * length) for index, length in enumerate(lengths)]
     counts: list[int] = []
-    texts, model = say(
-        lines, batch_size=batch_size, batch_tokens=batch_tokens, max_new_tokens=9, on_batch=counts.append
-    )
+    texts, model = say(lines, batching=Batching(batch_size, batch_tokens, counts.append), max_new_tokens=9)
     assert texts == [chr(97 + index) * length for index, length in enumerate(lengths)]
     assert sum(counts) == len(lines)
     assert max(counts) <= (batch_size or len(lines))

@@ -16,8 +16,9 @@ from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import Batching, batches, positions_of
 from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
-from act_export.tasks.scoring import batches, positions_of, predicted_choice, score_choices
+from act_export.tasks.scoring import predicted_choice, score_choices
 
 VOCABULARY = 23
 token = st.integers(0, VOCABULARY - 1)
@@ -86,10 +87,10 @@ def brute_force(example: EncodedExample) -> list[float]:
 @given(examples=st.lists(an_example(), min_size=1, max_size=7), batch_size=st.integers(1, 4))
 def test_scores_are_those_of_every_choice_alone(examples: list[EncodedExample], batch_size: int) -> None:
     expected = [brute_force(example) for example in examples]
-    scores = score_choices(Recurrent(), examples, batch_size=batch_size)
+    scores = score_choices(Recurrent(), examples, Batching(batch_size))
     for row, brute in zip(scores, expected, strict=True):
         assert row == pytest.approx(brute, abs=1e-9)
-    by_session = score_choices(SessionLanguageModel(RecurrentSession()), examples, batch_size=batch_size)
+    by_session = score_choices(SessionLanguageModel(RecurrentSession()), examples, Batching(batch_size))
     for row, brute in zip(by_session, expected, strict=True):
         assert row == pytest.approx(brute, abs=1e-4, rel=1e-4)
 
@@ -112,7 +113,7 @@ def test_one_token_answers_take_one_pass_and_longer_ones_only_their_own_steps() 
 
 @given(examples=st.lists(an_example(), min_size=1, max_size=20), batch_size=st.integers(1, 6))
 def test_batches_hold_every_example_once_sorted_by_length(examples: list[EncodedExample], batch_size: int) -> None:
-    parts = list(batches(examples, batch_size))
+    parts = list(batches(examples, Batching(batch_size)))
     flat = [index for part in parts for index in part]
     assert sorted(flat) == list(range(len(examples)))
     assert all(len(part) == batch_size for part in parts[:-1])
@@ -126,8 +127,8 @@ def test_batches_hold_every_example_once_sorted_by_length(examples: list[Encoded
     tokens=st.integers(1, 40),
 )
 def test_batches_stay_within_their_tokens(examples: list[EncodedExample], batch_size: int | None, tokens: int) -> None:
-    parts = list(batches(examples, batch_size, tokens))
-    assert [i for part in parts for i in part] == [i for part in batches(examples, None) for i in part]
+    parts = list(batches(examples, Batching(batch_size, tokens)))
+    assert [i for part in parts for i in part] == [i for part in batches(examples, Batching(None)) for i in part]
     for part, following in zip(parts, [*parts[1:], []], strict=True):
         held = positions_of([examples[index] for index in part])
         assert len(part) == 1 or (held <= tokens and len(part) <= (batch_size or 20))
@@ -156,7 +157,7 @@ class AtOnce(Recurrent):
 
 @given(examples=st.lists(an_example(), min_size=1, max_size=7), batch_size=st.integers(1, 4))
 def test_a_model_that_continues_at_once_gives_the_same(examples: list[EncodedExample], batch_size: int) -> None:
-    at_once = score_choices(AtOnce(), examples, batch_size=batch_size)
+    at_once = score_choices(AtOnce(), examples, Batching(batch_size))
     for row, example in zip(at_once, examples, strict=True):
         assert row == pytest.approx(brute_force(example), abs=1e-9)
 
@@ -177,7 +178,7 @@ def test_scores_that_are_no_numbers_are_refused_with_the_prompt(wrong: float) ->
 
 def test_progress_counts_every_example() -> None:
     counts: list[int] = []
-    score_choices(Recurrent(), [EncodedExample((1,), ((2,), (3,)), 0)] * 7, batch_size=3, on_batch=counts.append)
+    score_choices(Recurrent(), [EncodedExample((1,), ((2,), (3,)), 0)] * 7, Batching(3, done=counts.append))
     assert counts == [3, 3, 1]
 
 
@@ -211,7 +212,7 @@ def test_a_calibrated_answer_is_decoded_as_generation_would(
 ) -> None:
     hook = ReferenceAttention(Calibration({0: (0, 3), 1: (1,)}, beta=0.0, threshold=0.05))
     with attention_hook(llama, hook) as hooked, torch.no_grad():
-        scores = score_choices(TorchLanguageModel(hooked), examples, batch_size=3)
+        scores = score_choices(TorchLanguageModel(hooked), examples, Batching(3))
         for example, row in zip(examples, scores, strict=True):
             for choice, score in zip(example.choices, row, strict=True):
                 logits, state = hooked(torch.tensor([example.prompt]), torch.ones(1, len(example.prompt)).long())

@@ -30,7 +30,7 @@ from act_export.profile.job import ProfileJob, encode_prompts, load_prompts
 from act_export.profile.run import BATCH_TOKENS
 from act_export.runtime.sampling import left_pad
 from act_export.tasks import EncodedExample, Questions, encode_examples, load_examples, split_examples
-from act_export.tasks.scoring import batches
+from act_export.tasks.batching import Batching, batches
 
 Prompts = tuple[tuple[int, ...], ...]
 
@@ -89,7 +89,7 @@ def speed(checkpoint: Checkpoint, source: PromptSource, rounds: int) -> tuple[li
 
 def plain_passes(checkpoint: Checkpoint, prompts: Prompts) -> None:
     """The same batches through the model's own attention."""
-    for indices in batches([EncodedExample(prompt, (), 0) for prompt in prompts], None, BATCH_TOKENS):
+    for indices in batches([EncodedExample(prompt, (), 0) for prompt in prompts], Batching(None, BATCH_TOKENS)):
         input_ids, mask = map(torch.from_numpy, left_pad([prompts[index] for index in indices]))
         with torch.no_grad():
             checkpoint.model(input_ids=input_ids, attention_mask=mask, logits_to_keep=1, use_cache=False)

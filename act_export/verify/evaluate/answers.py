@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from act_export.attention.hook import HookedModel
 from act_export.errors import ActExportError
-from act_export.runtime.session import Session
-from act_export.tasks import EncodedExample, Example, Generation, encode_examples
-from act_export.tasks.generation import generate_answers
-from act_export.tasks.label_prior import without_label_prior as scores_without_label_prior
-from act_export.tasks.language_model import LanguageModel, SessionLanguageModel, TorchLanguageModel
 from act_export.tasks.metrics import exact_match, token_f1
-from act_export.tasks.scoring import BATCH_SIZE, predicted_choice, score_choices
+from act_export.tasks.scoring import predicted_choice
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p, mean_interval
-from act_export.verify.evaluate.held_out import held_out
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
-
-__all__ = [
-    "AnswerEvaluation",
-    "Comparison",
-    "Evaluation",
-    "compare",
-    "evaluate",
-    "evaluate_answers",
-    "evaluate_choices",
-    "held_out",
-    "language_model",
-    "metric_interval",
-]
 
 ACCURACY, EXACT_MATCH, F1 = "accuracy", "exact_match", "f1"
-LOGITS_BYTES = 10**9  # of one call at the most, as if it computed the logits of all positions: older files do
-_LOGIT_BYTES = 4
-
-OnBatch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -55,6 +31,11 @@ class Evaluation:
     log_likelihoods: tuple[tuple[float, ...], ...]
     predictions: tuple[int, ...]
     answers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, scores: Sequence[tuple[float, ...]], answers: Iterable[int]) -> Evaluation:
+        """Of log-likelihoods, and the right choices."""
+        return cls(tuple(scores), tuple(map(predicted_choice, scores)), tuple(answers))
 
     @property
     def correct(self) -> tuple[bool, ...]:
@@ -105,6 +86,12 @@ class AnswerEvaluation:
     f1: tuple[float, ...]
     main_metric: str
 
+    @classmethod
+    def of(cls, texts: Sequence[str], references: Sequence[tuple[str, ...]], metric: str) -> AnswerEvaluation:
+        """Of what was said, the texts that count as right, and a task's metric, "exact" or "f1"."""
+        exact, f1 = tuple(map(exact_match, texts, references)), tuple(map(token_f1, texts, references))
+        return cls(tuple(texts), tuple(references), exact, f1, EXACT_MATCH if metric == "exact" else F1)
+
     @property
     def metrics(self) -> Mapping[str, tuple[float, ...]]:
         """By metric, each example's number, in [0, 1]."""
@@ -134,112 +121,6 @@ class Comparison:
     p: float | None
     gained: int
     lost: int
-
-
-def evaluate(
-    model: Session | HookedModel | LanguageModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    examples: Sequence[Example],
-    *,
-    batch_size: int | None = BATCH_SIZE,
-    length_normalized: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Evaluation:
-    """Encodes examples and answers every one with its likeliest choice.
-
-    Args:
-        model: An open session, a PyTorch model under `act_export.attention.hook.attention_hook`, or another that can be
-        scored. tokenizer: The model's.
-        examples: At least one, with choices.
-        batch_size: Prompts that run together at the most; fewer where logits of all positions would take over
-            `LOGITS_BYTES`.
-        length_normalized: Compare choices by log-likelihood per token.
-        on_batch: Called after each batch with the number of examples in it.
-
-    Raises:
-        TaskError: If there is no tokenizer or no example, or an example can't be scored.
-        ActExportError: If the model's scores aren't finite, naming the prompt.
-    """
-    encoded = encode_examples(tokenizer, examples)
-    assert tokenizer is not None  # else refused above
-    return evaluate_choices(
-        language_model(model),
-        encoded,
-        batch_size=batch_size,
-        batch_tokens=default_batch_tokens(tokenizer),
-        length_normalized=length_normalized,
-        on_batch=on_batch,
-    )
-
-
-def evaluate_choices(
-    model: LanguageModel,
-    examples: Sequence[EncodedExample],
-    *,
-    batch_size: int | None = BATCH_SIZE,
-    batch_tokens: int | None = None,
-    length_normalized: bool = False,
-    on_batch: OnBatch | None = None,
-) -> Evaluation:
-    """Answers every example with its likeliest choice; arguments and errors as of `act_export.tasks.score_choices`."""
-    scores = score_choices(
-        model,
-        examples,
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        length_normalized=length_normalized,
-        on_batch=on_batch,
-    )
-    return Evaluation(
-        tuple(scores), tuple(map(predicted_choice, scores)), tuple(example.answer for example in examples)
-    )
-
-
-def evaluate_answers(
-    model: LanguageModel,
-    examples: Sequence[EncodedExample],
-    generation: Generation,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_tokens: Sequence[int] = (),
-    batch_size: int | None = BATCH_SIZE,
-    batch_tokens: int | None = None,
-    on_batch: OnBatch | None = None,
-) -> AnswerEvaluation:
-    """Lets the model answer every example in its own words, greedily.
-
-    Args:
-        model: PyTorch or ONNX Runtime.
-        examples: With references.
-        generation: How long an answer may be, what ends it, and the metric that counts.
-        tokenizer: Of the model.
-        stop_tokens: Tokens that end an answer, beside the tokenizer's own.
-        batch_size: See `act_export.tasks.generation.generate_answers`, as for the rest.
-        batch_tokens: Tokens that run together at the most.
-        on_batch: Called after each batch with the number of examples in it.
-
-    Raises:
-        ActExportError: If the model's logits aren't finite, naming the prompt.
-    """
-    texts = generate_answers(
-        model,
-        examples,
-        tokenizer=tokenizer,
-        max_new_tokens=generation.max_new_tokens,
-        stop=generation.stop,
-        stop_tokens=stop_tokens,
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        on_batch=on_batch,
-    )
-    references = tuple(example.references for example in examples)
-    return AnswerEvaluation(
-        texts=tuple(texts),
-        references=references,
-        exact_match=tuple(map(exact_match, texts, references)),
-        f1=tuple(map(token_f1, texts, references)),
-        main_metric=EXACT_MATCH if generation.metric == "exact" else F1,
-    )
 
 
 def compare(
@@ -277,27 +158,3 @@ def metric_interval(evaluation: Evaluation | AnswerEvaluation, metric: str) -> t
     """95% interval of a metric's mean: by Wilson's score, of F1 by a bootstrap."""
     values = evaluation.metrics[metric]
     return mean_interval([values]) if metric == F1 else accuracy_interval(int(sum(values)), len(values))
-
-
-def language_model(model: Session | HookedModel | LanguageModel) -> LanguageModel:
-    """What scoring and generation run, of a session or a PyTorch model under a hook."""
-    if isinstance(model, HookedModel):
-        return TorchLanguageModel(model)
-    return SessionLanguageModel(model) if isinstance(model, Session) else model
-
-
-def default_batch_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that run together at the most, so that logits of all of them take no more than `LOGITS_BYTES`."""
-    return LOGITS_BYTES // (_LOGIT_BYTES * len(tokenizer))
-
-
-def without_label_prior(evaluation: Evaluation, examples: Sequence[Example], content_free: Evaluation) -> Evaluation:
-    """The evaluation with each choice's log-likelihood less that after the content-free prompt.
-
-    Args:
-        evaluation: Of `examples`.
-        examples: Each with a content-free prompt.
-        content_free: The same model's, of `content_free_examples(examples)`.
-    """
-    scores = tuple(scores_without_label_prior(evaluation.log_likelihoods, examples, content_free.log_likelihoods))
-    return Evaluation(scores, tuple(map(predicted_choice, scores)), evaluation.answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import USUAL, Batching, positions_of
 from act_export.tasks.language_model import LanguageModel
-from act_export.tasks.scoring import BATCH_SIZE, positions_of, score_choices
+from act_export.tasks.scoring import score_choices
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,7 @@ class Continuation:
 def score_continuations(
     model: LanguageModel,
     continuations: Sequence[Continuation],
-    *,
-    batch_size: int | None = BATCH_SIZE,
-    batch_tokens: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    batching: Batching = USUAL,
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation, and whether each of its tokens is the likeliest where it stands.
 
@@ -43,16 +41,14 @@ def score_continuations(
     Args:
         model: PyTorch or ONNX Runtime.
         continuations: In any order.
-        batch_size: Contexts that run together at the most; None for any number.
-        batch_tokens: Tokens that run together at the most, see `act_export.tasks.score_choices`.
-        on_batch: Called after each batch with the number of passes over a context in it, see `passes`.
+        batching: How many passes over a context run together, see `passes`.
 
     Raises:
         ActExportError: If a log-likelihood isn't finite.
     """
-    examples = passes(continuations, batch_tokens)
+    examples = passes(continuations, batching.tokens)
     recording = _RecordsLikeliest(model)
-    scores = score_choices(recording, examples, batch_size=batch_size, batch_tokens=batch_tokens, on_batch=on_batch)
+    scores = score_choices(recording, examples, batching)
     found = {continuation: (0.0, True) for continuation in continuations if not continuation.tokens}
     for example, row in zip(examples, scores, strict=True):
         for tokens, log_likelihood in zip(example.choices, row, strict=True):
@@ -66,7 +62,7 @@ def passes(continuations: Sequence[Continuation], batch_tokens: int | None = Non
 
     Args:
         continuations: In any order; those without tokens are left out.
-        batch_tokens: As in `score_continuations`.
+        batch_tokens: At the most; None for any number.
     """
     by_context: dict[tuple[int, ...], list[list[tuple[int, ...]]]] = {}
     for continuation in dict.fromkeys(continuations):

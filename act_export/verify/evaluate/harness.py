@@ -28,10 +28,9 @@ from act_export.runtime import Sampling, Session
 from act_export.runtime.chat import render_chat
 from act_export.runtime.text import load_tokenizer
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import BATCH_SIZE, Batching, default_batch_tokens
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.language_model import SessionLanguageModel
-from act_export.tasks.scoring import BATCH_SIZE
-from act_export.verify.evaluate.answers import default_batch_tokens
 from act_export.verify.evaluate.continuations import Continuation, passes, score_continuations
 
 MODEL_TYPE = "act-onnx"
@@ -189,14 +188,12 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 said = generate_answers(
                     self.model,
                     prompts,
+                    Batching(self.batch_size, self.batch_tokens, bar.update),
                     tokenizer=self.tokenizer,
                     max_new_tokens=manner.max_new_tokens,
                     stop=manner.until,
                     stop_tokens=self.session.limits.stop_tokens,
                     sampling=manner.sampling,
-                    batch_size=self.batch_size,
-                    batch_tokens=self.batch_tokens,
-                    on_batch=bar.update,
                 )
                 for number, text in zip(numbers, said, strict=True):
                     answers[number] = text
@@ -211,9 +208,8 @@ class ActOnnxLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> list[tuple[float, bool]]:
         pairs = [self._continuation(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(passes(pairs, self.batch_tokens)), disable=disable_tqdm, desc="scoring") as bar:
-            scores = score_continuations(
-                self.model, pairs, batch_size=self.batch_size, batch_tokens=self.batch_tokens, on_batch=bar.update
-            )
+            batching = Batching(self.batch_size, self.batch_tokens, bar.update)
+            scores = score_continuations(self.model, pairs, batching)
         for request, score in zip(requests, scores, strict=True):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], score)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,16 @@ from act_export.progress import Progress
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
 from act_export.tasks import EncodedExample, Example, Questions, encode_examples, prompt_digest
+from act_export.tasks.batching import BATCH_SIZE, Batching, default_batch_tokens
 from act_export.tasks.examples import TaskExamples
-from act_export.tasks.label_prior import content_free_examples
-from act_export.tasks.scoring import BATCH_SIZE
+from act_export.tasks.generation import generate_answers
+from act_export.tasks.label_prior import content_free_examples, without_label_prior
+from act_export.tasks.language_model import SessionLanguageModel
+from act_export.tasks.scoring import score_choices
 from act_export.tasks.splits import place
 from act_export.verify.evaluate.answers import (
     AnswerEvaluation,
     Evaluation,
-    OnBatch,
-    default_batch_tokens,
-    evaluate_answers,
-    evaluate_choices,
-    language_model,
-    without_label_prior,
 )
 from act_export.verify.evaluate.held_out import held_out
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
@@ -174,7 +171,7 @@ class _Steps:
     def plan(self, work: Sequence[_Work], files: int) -> None:
         self.total = sum(files * _tokens(one.encoded) + _tokens(one.content_free) for one in work)
 
-    def counter(self, step: str, examples: Sequence[EncodedExample]) -> OnBatch:
+    def counter(self, step: str, examples: Sequence[EncodedExample]) -> Callable[[int], None]:
         tokens_of_one = _tokens(examples) / len(examples)
         self.progress(step, min(1.0, self.passed / self.total))
 
@@ -199,37 +196,30 @@ def _evaluate(
     with_control: bool,
 ) -> tuple[Evaluation | AnswerEvaluation, Evaluation | None]:
     """What a file answers, and its control."""
-    model = language_model(session)
-    batch_size = BATCH_SIZE if request.batch_tokens is None else None
+    model = SessionLanguageModel(session)
+    size = BATCH_SIZE if request.batch_tokens is None else None
     if not session.pads_left:
-        batch_size = 1
-    batch_tokens = request.batch_tokens or default_batch_tokens(tokenizer)
-    step = f"{work.task.name}, {name}"
-    if work.task.generation is not None:
-        answered = evaluate_answers(
+        size = 1
+    tokens = request.batch_tokens or default_batch_tokens(tokenizer)
+    step, generation = f"{work.task.name}, {name}", work.task.generation
+    batching = Batching(size, tokens, steps.counter(step, work.encoded))
+    if generation is not None:
+        texts = generate_answers(
             model,
             work.encoded,
-            work.task.generation,
+            batching,
             tokenizer=tokenizer,
+            max_new_tokens=generation.max_new_tokens,
+            stop=generation.stop,
             stop_tokens=session.limits.stop_tokens,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            on_batch=steps.counter(step, work.encoded),
         )
-        return answered, None
-
-    def choose(step: str, encoded: Sequence[EncodedExample]) -> Evaluation:
-        return evaluate_choices(
-            model,
-            encoded,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            length_normalized=work.task.length_normalized,
-            on_batch=steps.counter(step, encoded),
-        )
-
-    chosen = choose(step, work.encoded)
+        return AnswerEvaluation.of(texts, [example.references for example in work.encoded], generation.metric), None
+    per_token = work.task.length_normalized
+    answers = [example.answer for example in work.encoded]
+    scores = score_choices(model, work.encoded, batching, length_normalized=per_token)
     if not with_control or not work.content_free:
-        return chosen, None
-    prior = choose(f"{work.task.name}, label prior", work.content_free)
-    return chosen, without_label_prior(chosen, work.task.examples, prior)
+        return Evaluation.of(scores, answers), None
+    counter = steps.counter(f"{work.task.name}, label prior", work.content_free)
+    prior = score_choices(model, work.content_free, replace(batching, done=counter), length_normalized=per_token)
+    control = without_label_prior(scores, work.task.examples, prior)
+    return Evaluation.of(scores, answers), Evaluation.of(control, answers)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from act_export.runtime import Session, generate
 from act_export.tasks import EncodedExample
+from act_export.tasks.batching import Batching, positions_of
 from act_export.tasks.language_model import SessionLanguageModel
-from act_export.tasks.scoring import positions_of, score_choices
+from act_export.tasks.scoring import score_choices
 from act_export.verify.evaluate.continuations import Continuation, passes, score_continuations
 
 tokens = st.lists(st.integers(3, 40), min_size=1, max_size=6).map(tuple)
@@ -29,7 +30,7 @@ def model(tiny_file) -> SessionLanguageModel:
 def test_log_likelihoods_are_those_of_choices(
     model: SessionLanguageModel, asked: list[Continuation], batch_tokens: int | None
 ) -> None:
-    found = score_continuations(model, asked, batch_tokens=batch_tokens)
+    found = score_continuations(model, asked, Batching(tokens=batch_tokens))
     for (log_likelihood, _), one in zip(found, asked, strict=True):
         ((alone,),) = score_choices(model, [EncodedExample(one.context, (one.tokens,), 0)])
         assert log_likelihood == pytest.approx(alone, abs=1e-5, rel=1e-5)

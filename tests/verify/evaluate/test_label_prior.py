@@ -7,18 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from act_export.tasks import Example
-from act_export.tasks.label_prior import content_free_examples
-from act_export.verify.evaluate.answers import Evaluation, without_label_prior
+from act_export.tasks.label_prior import content_free_examples, without_label_prior
+from act_export.verify.evaluate.answers import Evaluation
 
 scores = st.tuples(st.floats(-20, 0), st.floats(-20, 0))
 
 
 def example(index: int, content_free: str = "N/A is", choices: tuple[str, ...] = (" n", " y")) -> Example:
     return Example(f"{index} is", choices, index % 2, key=f"k{index}", content_free=content_free)
-
-
-def of(rows: list[tuple[float, float]]) -> Evaluation:
-    return Evaluation(tuple(rows), tuple(int(second > first) for first, second in rows), (0, 1, 0, 1)[: len(rows)])
 
 
 def test_each_content_free_prompt_is_scored_once() -> None:
@@ -41,15 +37,15 @@ def test_the_prior_of_its_own_prompt_is_taken_off(
     rows: list[tuple[float, float]], first: tuple[float, float], second: tuple[float, float]
 ) -> None:
     examples = [example(0), example(1, "N/A was"), example(2), example(3, "N/A was")]
-    corrected = without_label_prior(of(rows), examples, of([first, second]))
-    for row, mine, prior in zip(corrected.log_likelihoods, rows, (first, second, first, second), strict=True):
+    corrected = without_label_prior(rows, examples, [first, second])
+    for row, mine, prior in zip(corrected, rows, (first, second, first, second), strict=True):
         assert row == pytest.approx([mine[0] - prior[0], mine[1] - prior[1]])
-    assert corrected.predictions == tuple(int(b > a) for a, b in corrected.log_likelihoods)
-    assert corrected.answers == (0, 1, 0, 1)
 
 
 def test_a_model_that_always_leans_to_one_answer_is_set_right() -> None:
-    leaning = of([(-5.0, -1.0), (-6.0, -0.5), (-4.8, -1.1), (-7.0, -0.1)])
-    assert leaning.accuracy == 0.5
+    leaning = [(-5.0, -1.0), (-6.0, -0.5), (-4.8, -1.1), (-7.0, -0.1)]
     examples = [example(index) for index in range(4)]
-    assert without_label_prior(leaning, examples, of([(-5.5, -0.8)])).accuracy == 1.0
+    corrected = without_label_prior(leaning, examples, [(-5.5, -0.8)])
+    plain, control = (Evaluation.of(scores, (0, 1, 0, 1)) for scores in (leaning, corrected))
+    assert (plain.accuracy, control.accuracy) == (0.5, 1.0)
+    assert control.predictions == (0, 1, 0, 1)
