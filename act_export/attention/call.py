@@ -14,10 +14,6 @@ from transformers.cache_utils import Cache
 from act_export.errors import ActExportError
 
 
-class UnsupportedModelError(ActExportError):
-    """A model whose attention can't be replaced faithfully."""
-
-
 class LayerState(NamedTuple):
     """What one layer keeps between calls.
 
@@ -231,12 +227,12 @@ def attend(
         (batch, sequence, num_heads * head size of the value).
 
     Raises:
-        UnsupportedModelError: If the layer's attention ran before in this forward pass.
+        ActExportError: If the layer's attention ran before in this forward pass.
     """
     hook, cache = active()
     cache.calls[layer] += 1
     if cache.calls[layer] > 1:
-        raise UnsupportedModelError(f"{not_routed(type(module).__name__)}: layer {layer} called it twice")
+        raise ActExportError(f"{not_routed(type(module).__name__)}: layer {layer} called it twice")
     output, cache.states[layer] = hook.attend(
         AttentionCall(
             layer=layer,

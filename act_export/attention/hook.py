@@ -19,15 +19,7 @@ import torch
 from torch import Tensor
 
 from act_export.attention.adapters import ADAPTERS, adapted
-from act_export.attention.call import (
-    AttentionHook,
-    LayerState,
-    SinkCache,
-    UnsupportedModelError,
-    activated,
-    not_routed,
-    positions,
-)
+from act_export.attention.call import AttentionHook, LayerState, SinkCache, activated, not_routed, positions
 from act_export.attention.interface import ATTENTION_NAME
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.identity import layers_and_heads
@@ -87,7 +79,7 @@ class HookedModel:
             one_at_a_time: Gives what a call for each token would, which is how a decoder calls.
 
         Raises:
-            UnsupportedModelError: If the model's attention didn't pass through the hook exactly once per layer, or asks
+            ActExportError: If the model's attention didn't pass through the hook exactly once per layer, or asks
                 for something the operator doesn't have.
         """
         tokens = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
@@ -115,7 +107,7 @@ def check_supported(model: PreTrainedModel) -> None:
     """Runs the model once under the hook, on a few tokens.
 
     Raises:
-        UnsupportedModelError: If its attention can't be replaced, with the reason.
+        ActExportError: If its attention can't be replaced, with the reason.
     """
     ids = torch.zeros(2, 5, dtype=torch.long, device=model.device)
     with (
@@ -129,7 +121,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 @contextmanager
 def as_unsupported(architecture: str) -> Iterator[None]:
-    """Turns whatever a model's own code raises where it doesn't fit into an UnsupportedModelError with the cause."""
+    """Turns whatever a model's own code raises where it doesn't fit into an ActExportError with the cause."""
     try:
         yield
     except (ActExportError, MemoryError, torch.OutOfMemoryError):
@@ -138,7 +130,7 @@ def as_unsupported(architecture: str) -> Iterator[None]:
         if is_low_memory(error):
             raise MemoryError(str(error)) from error
         first_line = next(iter(str(error).strip().splitlines()), "")
-        raise UnsupportedModelError(
+        raise ActExportError(
             f"{architecture} models can't be exported yet: {type(error).__name__}: {first_line[:300]}"
         ) from error
 
@@ -148,11 +140,11 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[Hook
     """Routes the model's attention through `hook` for the duration of the block.
 
     Raises:
-        UnsupportedModelError: If the attention can't be exchanged, or needs what the operator can't express.
+        ActExportError: If the attention can't be exchanged, or needs what the operator can't express.
     """
     reason = why_unsupported_model(model)
     if reason is not None:
-        raise UnsupportedModelError(reason)
+        raise ActExportError(reason)
     num_layers, _ = layers_and_heads(model.config)
     with _routed(model):
         yield HookedModel(model, hook, num_layers)
@@ -170,7 +162,7 @@ def _routed(model: PreTrainedModel) -> Iterator[None]:
     try:
         model.set_attn_implementation(ATTENTION_NAME)
     except ValueError as error:
-        raise UnsupportedModelError(not_routed(model.config.model_type)) from error
+        raise ActExportError(not_routed(model.config.model_type)) from error
     try:
         yield
     finally:
@@ -184,4 +176,4 @@ def _cache_argument(model: PreTrainedModel) -> str:
 
 def _check_calls(calls: Sequence[int], architecture: str) -> None:
     if any(count != 1 for count in calls):
-        raise UnsupportedModelError(f"{not_routed(architecture)} (calls by layer, expected one each: {list(calls)})")
+        raise ActExportError(f"{not_routed(architecture)} (calls by layer, expected one each: {list(calls)})")

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from act_export.attention.call import ACTIVE, SinkCache, UnsupportedModelError, active, attend
+from act_export.attention.call import ACTIVE, SinkCache, active, attend
+from act_export.errors import ActExportError
 
 ATTENTION_NAME = "act_export"
 _HARMLESS_KEYWORDS = {"position_ids", "cache_position", "position_embeddings"}  # used before the attention
@@ -34,19 +35,19 @@ def _attention(
     layer = getattr(module, "layer_idx", None)
     name = type(module).__name__
     if layer is None:
-        raise UnsupportedModelError(f"{name} doesn't know its layer_idx")
+        raise ActExportError(f"{name} doesn't know its layer_idx")
     if position_bias is not None:
-        raise UnsupportedModelError(f"{name} adds a position bias to its attention, which the operator can't express")
+        raise ActExportError(f"{name} adds a position bias to its attention, which the operator can't express")
     if s_aux is not None and s_aux.shape != (query.shape[1],):
-        raise UnsupportedModelError(
+        raise ActExportError(
             f"{name} has sink logits of shape {tuple(s_aux.shape)}; the operator takes one for each of its "
             f"{query.shape[1]} heads"
         )
     if attention_mask is None or attention_mask.ndim != 2:
-        raise UnsupportedModelError(f"{name} builds an attention mask of its own, which the operator can't express")
+        raise ActExportError(f"{name} builds an attention mask of its own, which the operator can't express")
     for keyword, value_given in others.items():
         if keyword not in _HARMLESS_KEYWORDS and not isinstance(value_given, bool | int | float | str | None):
-            raise UnsupportedModelError(f"{name} passes {keyword!r} to its attention, which the operator doesn't know")
+            raise ActExportError(f"{name} passes {keyword!r} to its attention, which the operator doesn't know")
     output = attend(
         module,
         layer,
@@ -72,7 +73,7 @@ def _plain_mask(
 ) -> Tensor | None:
     """Hands the 2-D mask on; refuses masks that are more than causal, windowed and padded."""
     if use_vmap or not (allow_is_causal_skip or mask_function is causal_mask_function):
-        raise UnsupportedModelError(
+        raise ActExportError(
             "the model overlays its causal mask with another (packed, blockwise or bidirectional); the operator can't "
             "express that"
         )
@@ -91,7 +92,7 @@ def _window_of(attention_mask: Tensor, asked: int | None, cache: SinkCache, name
     build their mask themselves, and some models ask for a window that their masks don't have.
 
     Raises:
-        UnsupportedModelError: If the mask was made anew on its way to the layer and there are windows to tell apart.
+        ActExportError: If the mask was made anew on its way to the layer and there are windows to tell apart.
     """
     for mask, window in cache.masks:
         if mask is attention_mask:
@@ -100,9 +101,7 @@ def _window_of(attention_mask: Tensor, asked: int | None, cache: SinkCache, name
     if len(windows) == 1 and all(mask.device != attention_mask.device for mask, _ in cache.masks):
         return windows.pop()  # a copy for a layer on another device
     if asked or any(window > 0 for _, window in cache.masks):
-        raise UnsupportedModelError(
-            f"{name} changes its attention mask on the way, so its sliding window can't be told"
-        )
+        raise ActExportError(f"{name} changes its attention mask on the way, so its sliding window can't be told")
     return -1
 
 

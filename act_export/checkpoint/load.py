@@ -84,7 +84,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: If there is no such model, or it can't be read, or it isn't a causal language model.
-        PlacementError: If the precision isn't known, the device isn't there, or the model doesn't fit on the devices.
+        ActExportError: If the precision isn't known, the device isn't there, or the model doesn't fit on the devices.
     """
     placement = Placement(dtype, device, device_map)
     if device_map is not None and is_gguf(source):
@@ -110,7 +110,7 @@ def load_fetched(
 
     Raises:
         CheckpointError: As `load_checkpoint`.
-        PlacementError: The same.
+        ActExportError: The same.
     """
     return _load(fetched, Placement(dtype, device, device_map), stream)
 

@@ -11,10 +11,6 @@ from act_export.errors import ActExportError, first_line
 _SAID = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad allocation")
 
 
-class LowMemoryError(ActExportError):
-    """There is too little memory for what was asked for."""
-
-
 def is_low_memory(error: BaseException) -> bool:
     """Whether an exception, or one that it was raised from, is about memory: Python's, PyTorch's or the system's."""
     seen: list[BaseException] = []
@@ -33,14 +29,14 @@ def is_low_memory(error: BaseException) -> bool:
 
 @contextmanager
 def low_memory_told(doing: str, advice: str) -> Iterator[None]:
-    """Turns an exception about memory into a LowMemoryError; others pass.
+    """Turns an exception about memory into a ActExportError; others pass.
 
     Args:
         doing: What there was too little memory for, e.g. "load smollm2".
         advice: What to do.
 
     Raises:
-        LowMemoryError: With what the library said.
+        ActExportError: With what the library said.
     """
     try:
         yield
@@ -49,4 +45,4 @@ def low_memory_told(doing: str, advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_low_memory(error):
             raise
-        raise LowMemoryError(f"there isn't enough memory to {doing}: {first_line(error)}; {advice}") from error
+        raise ActExportError(f"there isn't enough memory to {doing}: {first_line(error)}; {advice}") from error

@@ -16,10 +16,6 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 
 
-class PlacementError(ActExportError):
-    """A precision that isn't known, or a device that isn't there or too small."""
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where a model goes, and as what.
@@ -38,12 +34,12 @@ class Placement:
         """Checks all that can be told without the model.
 
         Raises:
-            PlacementError: Naming the value.
+            ActExportError: Naming the value.
         """
         if self.dtype not in DTYPES:
-            raise PlacementError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+            raise ActExportError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.device is not None and self.device_map is not None:
-            raise PlacementError(f"device is {self.device} and device_map is {self.device_map!r}; pass one of them")
+            raise ActExportError(f"device is {self.device} and device_map is {self.device_map!r}; pass one of them")
         places = self.device_map.values() if isinstance(self.device_map, Mapping) else [self.device_map, self.device]
         for place in places:
             if place is not None and place not in (*_SPREADS, "disk"):
@@ -66,11 +62,11 @@ class Placement:
         """Refuses a model that a device map left weights out of.
 
         Raises:
-            PlacementError: If some weights are on no device.
+            ActExportError: If some weights are on no device.
         """
         left_out = [weight for weight, parameter in model.named_parameters() if parameter.is_meta]
         if left_out:
-            raise PlacementError(
+            raise ActExportError(
                 f"{name} doesn't fit on the devices: device_map {self.device_map!r} leaves {len(left_out)} of its "
                 f"weights on the disk or in memory, e.g. {left_out[0]}; take a smaller dtype, more devices, or "
                 f"device_map 'cpu'"
@@ -80,7 +76,7 @@ class Placement:
         """Rounds and moves a loaded model, in place.
 
         Raises:
-            PlacementError: If the device's memory doesn't hold it.
+            ActExportError: If the device's memory doesn't hold it.
             CheckpointError: If float16 has no room for one of its numbers.
         """
         if self.dtype == "float16":
@@ -96,7 +92,7 @@ class Placement:
             except Exception as error:
                 if not is_low_memory(error):
                     raise
-                raise PlacementError(
+                raise ActExportError(
                     f"{name} doesn't fit on {self.device}: {first_line(error)}; take a smaller dtype, or device_map "
                     f"'auto' to use several GPUs"
                 ) from error
@@ -106,17 +102,17 @@ def _check_device(device: torch.device | str | int) -> None:
     try:
         place = torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
     except RuntimeError as error:
-        raise PlacementError(
+        raise ActExportError(
             f"device is {device!r}; pass e.g. cpu, cuda or cuda:1, or as device_map {' or '.join(_SPREADS)}"
         ) from error
     if place.type == "meta":
-        raise PlacementError("device is meta, which holds no weights; pass e.g. cpu, cuda or cuda:1")
+        raise ActExportError("device is meta, which holds no weights; pass e.g. cpu, cuda or cuda:1")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise PlacementError(
+        raise ActExportError(
             f"device is {place}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs; pass "
             f"another device, or install PyTorch with CUDA"
         )
     try:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise PlacementError(f"device is {place}, which PyTorch {torch.__version__} can't use here") from error
+        raise ActExportError(f"device is {place}, which PyTorch {torch.__version__} can't use here") from error

@@ -37,10 +37,6 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{name}" for kind in ("image", "video", "aud
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the largest logit
 
 
-class TowerError(ActExportError):
-    """A vision-language model whose text tower can't stand alone, or can't be given images."""
-
-
 class TextTower(PreTrainedModel):  # type: ignore[no-untyped-call]  # transformers registers it
     """Decoder and output matrix of a vision-language model, which stay the model's own modules.
 
@@ -57,7 +53,7 @@ class TextTower(PreTrainedModel):  # type: ignore[no-untyped-call]  # transforme
         """Takes the vision-language model.
 
         Raises:
-            TowerError: If it has no text tower that stands alone.
+            ActExportError: If it has no text tower that stands alone.
         """
         decoder, head = _decoder(whole), _head(whole)
         super().__init__(decoder.config)
@@ -140,10 +136,10 @@ def check_vision_configuration(config: Mapping[str, Any], name: str) -> None:
     """Refuses a vision-language model's config.json that doesn't say what its vision encoder is.
 
     Raises:
-        TowerError: transformers would make one up.
+        ActExportError: transformers would make one up.
     """
     if not config.get("vision_config"):
-        raise TowerError(
+        raise ActExportError(
             f"config.json of {name}, a {config.get('model_type')} model, has no vision_config; copy the config.json "
             f"that came with the weights"
         )
@@ -162,7 +158,7 @@ def text_tower(whole: PreTrainedModel, name: str) -> TextTower:
         name: Of the checkpoint, for errors.
 
     Raises:
-        TowerError: If there is none, or it computes something else.
+        ActExportError: If there is none, or it computes something else.
     """
     tower = TextTower(whole)
     tower.train(False)
@@ -175,7 +171,7 @@ def text_tower(whole: PreTrainedModel, name: str) -> TextTower:
     except Exception as error:
         if is_low_memory(error):
             raise
-        raise TowerError(
+        raise ActExportError(
             f"the text tower of {name}, a {tower.family} model, doesn't run alone: {first_line(error)}"
         ) from error
     found = found.to(expected.device)
@@ -183,7 +179,7 @@ def text_tower(whole: PreTrainedModel, name: str) -> TextTower:
     largest = float(finite.max()) if finite.numel() else 0.0
     difference = float(torch.where(found == expected, 0, found - expected).abs().max()) / max(largest, 1e-30)
     if not difference <= _TOLERANCE[tower.dtype]:
-        raise TowerError(
+        raise ActExportError(
             f"the text tower of {name}, a {tower.family} model, computes other logits than the whole model does, by "
             f"{difference:.1e} of the largest; such models can't be exported yet"
         )
@@ -194,12 +190,12 @@ def check_takes_embeddings(model: PreTrainedModel) -> None:
     """Refuses a vision-language model whose images need more than embeddings and positions.
 
     Raises:
-        TowerError: With the reason.
+        ActExportError: With the reason.
     """
     if not isinstance(model, TextTower) or model.family in IMAGES_AS_EMBEDDINGS:
         return
     reason = _OTHERWISE.get(model.family, "it isn't known that images reach it as embeddings alone")
-    raise TowerError(
+    raise ActExportError(
         f"--inputs-embeds isn't for {model.family} models: {reason}. Leave it out to export the model for text; "
         f"images go into {', '.join(IMAGES_AS_EMBEDDINGS)}"
     )
@@ -291,7 +287,7 @@ def _decoder(whole: PreTrainedModel) -> PreTrainedModel:
     decoder = next((module for module in found if isinstance(module, PreTrainedModel)), None)
     if decoder is None or _head(whole) is None:
         what = "no language_model or text_model" if decoder is None else "no output matrix"
-        raise TowerError(f"{type(whole).__name__} has {what} that could be exported as a causal language model")
+        raise ActExportError(f"{type(whole).__name__} has {what} that could be exported as a causal language model")
     return decoder
 
 

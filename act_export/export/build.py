@@ -52,14 +52,12 @@ def build_model(
         progress: Called before each weight is written, with the bytes that are written and all bytes.
 
     Raises:
-        ActExportError: If `dtype` isn't one of these, a weight is too large for it, or the model isn't float32.
-        QuantizationError: If the accuracy level or block size isn't one, or there is nothing to quantize.
-        RuntimeNotInstalledError: If int8 or int4 is asked for without ONNX Runtime, whose quantizer it takes.
+        ActExportError: If `dtype` isn't one of these, a weight is too large for it, or the model isn't float32; if the
+            accuracy level or block size isn't one, or there is nothing to quantize; if int8 or int4 is asked for
+            without ONNX Runtime, whose quantizer it takes; if the model's attention can't be replaced; if embeddings
+            are asked for and images need more than that; if the disk is too full.
         CalibrationError: If the calibration doesn't fit the model.
-        UnsupportedModelError: If the model's attention can't be replaced.
-        TowerError: If embeddings are asked for and images need more than that.
         CheckpointError: If the model is streamed, and its files can't be read any more.
-        OutputError: If the disk is too full.
     """
     if calibration is not None:
         calibration.check_fits(checkpoint.identity)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from act_export.attention.call import UnsupportedModelError
+from act_export.errors import ActExportError
 from act_export.onnx_file.output import check_model, save_model
 from act_export.onnx_file.precision import element_type
 from act_export.ops.functions import OPSET
@@ -32,8 +32,7 @@ def write_embedding(checkpoint: Checkpoint, path: Path, *, dtype: str = "float32
         dtype: Of the model that takes the embeddings; int8 and int4, which are of weights, take float32.
 
     Raises:
-        UnsupportedModelError: If its embedding is more than a table, or a table and a scale.
-        OutputError: If the disk is too full.
+        ActExportError: If its embedding is more than a table, or a table and a scale; if the disk is too full.
     """
     stored = element_type(dtype)
     weight, scale = _weight_and_scale(checkpoint.model.get_input_embeddings(), checkpoint.model.config.model_type)
@@ -61,7 +60,7 @@ def _weight_and_scale(module: nn.Module, architecture: str) -> tuple[Tensor, flo
         with torch.no_grad():
             if torch.allclose(module(ids), weight[ids] * scale, rtol=1e-5, atol=0):
                 return weight, scale
-    raise UnsupportedModelError(
+    raise ActExportError(
         f"the embedding of {architecture} is more than a table of tokens, so it can't be written to a file of its own"
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers.integrations.moe import ExpertsInterface
 
-from act_export.attention.call import UnsupportedModelError
+from act_export.errors import ActExportError
 from act_export.export.passes.unroll_experts import OPERATOR
 from act_export.ops import schema
 
@@ -97,7 +97,7 @@ def exportable_experts(model: PreTrainedModel) -> Iterator[None]:
     """Routes the model's experts through `sorted_experts` for the duration of the block; other models are left alone.
 
     Raises:
-        UnsupportedModelError: If it has experts that can't be replaced.
+        ActExportError: If it has experts that can't be replaced.
     """
     check_experts(model)
     # On the attribute itself, since the property would change configurations inside this one too.
@@ -117,16 +117,16 @@ def check_experts(model: PreTrainedModel) -> None:
     """Refuses a model whose experts don't pass through transformers' experts interface.
 
     Raises:
-        UnsupportedModelError: Naming the first such module.
+        ActExportError: Naming the first such module.
     """
     for name, module in model.named_modules():
         if _is_routed(module):
             if getattr(module, "_is_expert_parallel", False):
-                raise UnsupportedModelError(
+                raise ActExportError(
                     f"the experts of {name} are spread over several processes; load the model in one to export it"
                 )
         elif _holds_experts(name, module):
-            raise UnsupportedModelError(
+            raise ActExportError(
                 f"the experts of {model.config.model_type} models can't be exported: {name} "
                 f"({type(module).__name__}) doesn't pass through transformers' experts interface"
             )

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from act_export.errors import ActExportError
 from act_export.onnx_file.precision import Quantization
-from act_export.runtime.device import RuntimeNotInstalledError, import_onnxruntime
+from act_export.runtime.device import import_onnxruntime
 
 _OUTPUTS_AT_A_TIME = 4096  # bounds the copy that is made of a large weight
 _MODULE = "onnxruntime.quantization.matmul_nbits_quantizer"
@@ -37,7 +38,7 @@ def quantize_weight(weight: NDArray[np.float32], quantization: Quantization) -> 
     Inputs that don't fill the last block are followed by zeros.
 
     Raises:
-        RuntimeNotInstalledError: If ONNX Runtime isn't installed.
+        ActExportError: If ONNX Runtime isn't installed.
     """
     quantizer = _quantizer(quantization)
     parts = []
@@ -53,7 +54,7 @@ def _quantizer(quantization: Quantization) -> Any:
     try:
         module = _import_quietly(_MODULE)
     except ImportError as error:
-        raise RuntimeNotInstalledError(
+        raise ActExportError(
             f"ONNX Runtime's quantizer can't be imported: {error}; it is part of onnxruntime from 1.24 on"
         ) from error
     config = module.DefaultWeightOnlyQuantConfig(

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from act_export.attention.call import LayerState, UnsupportedModelError
+from act_export.attention.call import LayerState
 from act_export.attention.hook import HookedModel, as_unsupported, attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
@@ -88,7 +88,7 @@ def trace(
             for the model's own.
 
     Raises:
-        UnsupportedModelError: If attention or experts can't be replaced, or the graph doesn't hold one node per layer.
+        ActExportError: If attention or experts can't be replaced, or the graph doesn't hold one node per layer.
     """
     experts.check_experts(model)
     num_layers, _ = layers_and_heads(model.config)
@@ -155,13 +155,13 @@ def trace(
 
 
 def check_one_node_per_layer(model: ir.Model, num_layers: int, calibration: Calibration | None) -> None:
-    """Raises UnsupportedModelError unless the graph has exactly the attention nodes that it should have."""
+    """Raises ActExportError unless the graph has exactly the attention nodes that it should have."""
     found = [node.op_type for node in model.graph if node.domain == schema.DOMAIN]
     calibrated = len(calibration.heads) if calibration is not None else 0
     expected = {schema.CALIBRATED: calibrated, schema.PLAIN: num_layers - calibrated}
     counts = {operator: found.count(operator) for operator in expected}
     if counts != expected:
-        raise UnsupportedModelError(f"the exported graph holds {counts} attention nodes; expected {expected}")
+        raise ActExportError(f"the exported graph holds {counts} attention nodes; expected {expected}")
 
 
 @contextmanager

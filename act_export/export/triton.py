@@ -22,7 +22,7 @@ from act_export.files import check_replaceable, check_writable, copy_content
 from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.load import load_without_weights
 from act_export.onnx_file.names import model_file
-from act_export.onnx_file.output import OutputError, check_free_space, publish, staged
+from act_export.onnx_file.output import check_free_space, publish, staged
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_info, library_path
 from act_export.runtime.device import Device
@@ -73,9 +73,8 @@ def write_repository(
         The files.
 
     Raises:
-        HostError: If the model can't be served (see `read_signature`), has a type that Triton doesn't know, the name
-            or the library doesn't do, or the model's folder holds other files.
-        OutputError: If the repository can't be written.
+        ActExportError: If the model can't be served (see `read_signature`), has a type that Triton doesn't know, the
+            name or the library doesn't do, or the model's folder holds other files; if the repository can't be written.
         SessionError: For a malformed device.
     """
     place = Device.parse(device)
@@ -85,7 +84,7 @@ def write_repository(
     library = _library(place) if native and signature.uses_library else None
     seen = PurePosixPath(served_from) if served_from is not None else PurePosixPath(repository.resolve())
     if not seen.is_absolute():
-        raise HostError(f"the server's path of the repository is {str(seen)!r}; it must be absolute, e.g. /models")
+        raise ActExportError(f"the server's path of the repository is {str(seen)!r}; it must be absolute, e.g. /models")
     registered = str(seen / name / _VERSION / _LIBRARY) if library is not None else None
     config = model_config(name, signature, device=device, library=registered)
     sources = {f"{_VERSION}/{_MODEL}": signature.path}
@@ -114,7 +113,7 @@ def model_config(name: str, signature: Signature, *, device: str = "cpu", librar
         library: Of custom operators, as the server finds it; None for none.
 
     Raises:
-        HostError: If Triton has no word for a tensor's type.
+        ActExportError: If Triton has no word for a tensor's type.
         SessionError: For a malformed device.
     """
     place = Device.parse(device)
@@ -135,7 +134,9 @@ def _io(field: str, tensor: Tensor) -> str:
     if known is None:
         names = TensorProto.DataType
         named = names.Name(tensor.element_type) if tensor.element_type in names.values() else tensor.element_type
-        raise HostError(f"{tensor.name} is of type {named}, which Triton doesn't have; export the model without it")
+        raise ActExportError(
+            f"{tensor.name} is of type {named}, which Triton doesn't have; export the model without it"
+        )
     # Triton has no scalars and takes one element for them.
     dims = ", ".join("-1" if dim is None else str(dim) for dim in tensor.shape) or "1"
     optional = "  optional: true" if tensor.optional else ""
@@ -156,7 +157,7 @@ def _checked_name(file: Path, name: str | None) -> str:
     if name is None:
         name = file.stem if file.name != _MODEL else file.resolve().parent.name
     if not _NAME.fullmatch(name):
-        raise HostError(
+        raise ActExportError(
             f"{name!r} can't be the model's name in the server: pass a --name of letters, digits, '_', '-' and '.'"
         )
     return name
@@ -166,9 +167,9 @@ def _library(device: Device) -> Path:
     try:
         path = library_path()
     except LibraryNotFoundError as error:
-        raise HostError(f"{error} Or have the server run the portable functions: --portable") from error
+        raise ActExportError(f"{error} Or have the server run the portable functions: --portable") from error
     if device.is_cuda and not library_info(path).cuda:
-        raise HostError(
+        raise ActExportError(
             f"{path} has no CUDA kernels, and ONNX Runtime would move every layer to the CPU: install act-export with "
             f"them, or have the server run the portable functions: --portable"
         )
@@ -178,38 +179,34 @@ def _library(device: Device) -> Path:
 def _check_target(repository: Path, name: str, files: set[str]) -> set[str]:
     """Refuses to replace what isn't a model that was written here; the files of one that is."""
     target = repository / name
-    check_writable(repository, error=OutputError)
+    check_writable(repository)
     if not os.path.lexists(target):
         return set()
     if target.is_symlink() or not target.is_dir():
-        raise HostError(f"{target} is no folder; pass another --name, or remove it")
+        raise ActExportError(f"{target} is no folder; pass another --name, or remove it")
     there = {
         path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink() or not path.is_dir()
     }
     others = sorted(there - files)
     if others or (there and _CONFIG not in there):
-        raise HostError(
+        raise ActExportError(
             f"{target} holds other files, e.g. {(others or sorted(there))[0]}; pass another --name, or remove it"
         )
     for entry in there:
-        check_replaceable(target / entry, error=OutputError)
+        check_replaceable(target / entry)
     return there
 
 
 def _make_folder(repository: Path) -> None:
     if not repository.is_dir() and not repository.parent.is_dir():
-        raise OutputError(f"there is no folder {repository.parent}; create it, or pass another --out")
+        raise ActExportError(f"there is no folder {repository.parent}; create it, or pass another --out")
     try:
         repository.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"can't make the folder {repository}: {error.strerror}; pass another --out") from error
+        raise ActExportError(f"can't make the folder {repository}: {error.strerror}; pass another --out") from error
 
 
 _INITIALIZERS_ARE_NO_DEFAULTS = 3  # IR versions up to this one list every weight among the inputs
-
-
-class HostError(ActExportError):
-    """A model that can't be served, or can't be written where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -253,22 +250,22 @@ def read_signature(path: str | os.PathLike[str]) -> Signature:
     """Reads the graph of a file, or of `model.onnx` of a folder; weights beside it are looked for and not read.
 
     Raises:
-        HostError: If it isn't an ONNX file, an input or output is no tensor of known rank, or weights are missing.
+        ActExportError: If it isn't an ONNX file, an input or output is no tensor of known rank, or weights are missing.
     """
     file = model_file(path)
     if not file.is_file():
-        raise HostError(f"there is no model {file}")
-    model = load_without_weights(file, HostError)
+        raise ActExportError(f"there is no model {file}")
+    model = load_without_weights(file, ActExportError)
     graph = model.graph
     if not graph.output:
-        raise HostError(f"can't read {file} as an ONNX file: its graph has no outputs")
+        raise ActExportError(f"can't read {file} as an ONNX file: its graph has no outputs")
     defaults = {tensor.name: tensor for tensor in graph.initializer}
     inputs = [given for given in graph.input if given.name not in defaults or _is_setting(model, defaults[given.name])]
     return Signature(
         path=file,
         inputs=tuple(_tensor(file, given, optional=given.name in defaults) for given in inputs),
         outputs=tuple(_tensor(file, output) for output in graph.output),
-        data=tuple(sorted(data_files(file, HostError))),
+        data=tuple(sorted(data_files(file, ActExportError))),
         uses_library=any(node.domain == schema.DOMAIN for node in _nodes(model)),
     )
 
@@ -285,7 +282,7 @@ def _tensor(file: Path, value: ValueInfoProto, *, optional: bool = False) -> Ten
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type" or not value.type.tensor_type.HasField("shape"):
         what = "a tensor without a shape" if kind == "tensor_type" else f"no tensor ({kind or 'no type'})"
-        raise HostError(
+        raise ActExportError(
             f"{file}: {value.name} is {what}; a server has to be told the rank of every input and output: export the "
             f"model with shapes"
         )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from act_export.graft.graph import GraftError
+from act_export.errors import ActExportError
 from act_export.graft.rewrite import Templates
 from act_export.json_file import look_up
 from act_export.onnx_file.names import GENAI_CONFIG
@@ -26,15 +26,15 @@ def cache_templates(config: Mapping[str, Any]) -> Templates:
     """Names of a layer's cache, with %d for its number.
 
     Raises:
-        GraftError: If the configuration has no such fields, or is one of a pipeline.
+        ActExportError: If the configuration has no such fields, or is one of a pipeline.
     """
     decoder = _decoder(config)
     if decoder.get("pipeline"):
-        raise GraftError(f"{GENAI_CONFIG} describes a pipeline of models; act-export takes decoders of one model")
+        raise ActExportError(f"{GENAI_CONFIG} describes a pipeline of models; act-export takes decoders of one model")
     found = [look_up(decoder, part, name) for part, name in _TEMPLATES]
     for (part, name), template in zip(_TEMPLATES, found, strict=True):
         if not isinstance(template, str) or template.count("%d") != 1:
-            raise GraftError(
+            raise ActExportError(
                 f"{GENAI_CONFIG} has model.decoder.{part}.{name} = {template!r}; it must be a name with %d for the "
                 f"layer, as onnxruntime-genai's model builder writes it"
             )
@@ -58,7 +58,7 @@ def calibrated_config(
         The configuration, and a line for each thing that the user should know of.
 
     Raises:
-        GraftError: If it loads another library, or a field is of another form than onnxruntime-genai reads.
+        ActExportError: If it loads another library, or a field is of another form than onnxruntime-genai reads.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(config))
     decoder = _decoder(changed)
@@ -67,7 +67,7 @@ def calibrated_config(
     notes = []
     if library is not None:
         if options.get("custom_ops_library") not in (None, library):
-            raise GraftError(
+            raise ActExportError(
                 f"{GENAI_CONFIG} loads the operator library {options['custom_ops_library']!r} already, and "
                 f"onnxruntime-genai takes only one; pass --portable, which needs none"
             )
@@ -106,12 +106,14 @@ def _keep_whole(decoder: dict[str, Any], layers: set[int], num_layers: int) -> l
 def _decoder(config: Mapping[str, Any]) -> dict[str, Any]:
     decoder = look_up(config, "model", "decoder")
     if not isinstance(decoder, dict):
-        raise GraftError(f"{GENAI_CONFIG} has no model.decoder; it isn't one of a decoder that onnxruntime-genai runs")
+        raise ActExportError(
+            f"{GENAI_CONFIG} has no model.decoder; it isn't one of a decoder that onnxruntime-genai runs"
+        )
     return decoder
 
 
 def _expect(kind: type[_T], value: Any, field: str) -> _T:
     if not isinstance(value, kind):
         name = {dict: "object", list: "array"}[kind]
-        raise GraftError(f"{GENAI_CONFIG} has model.decoder.{field} = {value!r}; expected a JSON {name}")
+        raise ActExportError(f"{GENAI_CONFIG} has model.decoder.{field} = {value!r}; expected a JSON {name}")
     return value

@@ -88,7 +88,7 @@ class Graph:
             return None
         if math.prod(tensor.dims) > _LARGEST_CONSTANT:
             return None
-        with others_errors(f"the constant {shown(value)} can't be read", "export the model again", error=GraftError):
+        with others_errors(f"the constant {shown(value)} can't be read", "export the model again"):
             return numpy_helper.to_array(tensor)
 
     def between(self, outputs: Sequence[str], cuts: Sequence[str]) -> tuple[list[onnx.NodeProto], list[str]]:
@@ -108,7 +108,7 @@ class Graph:
             node = self.producer(name)
             if node is None:
                 if name not in self.inputs and name not in self.initializers:
-                    raise GraftError(f"nothing in the graph makes {name}; the model is damaged")
+                    raise ActExportError(f"nothing in the graph makes {name}; the model is damaged")
                 needed[name] = None
             elif self.position(node) not in nodes:
                 nodes[self.position(node)] = node
@@ -122,7 +122,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     if found is None:
         return default
     what = f"{describe(node)} has an attribute {shown(name)} that can't be read"
-    with others_errors(what, "export the model again", error=GraftError):
+    with others_errors(what, "export the model again"):
         value = helper.get_attribute_value(found)
         return value.decode("utf-8") if isinstance(value, bytes) else value
 
@@ -147,9 +147,5 @@ def reads(node: onnx.NodeProto) -> list[str]:
     return names
 
 
-class GraftError(ActExportError):
-    """A model or folder that can't be calibrated as it is; the message names the part and says what to do."""
-
-
-class UnsupportedPatternError(GraftError):
+class UnsupportedPatternError(ActExportError):
     """An attention that the operator can't stand in for; the message names the node."""

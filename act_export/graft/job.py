@@ -10,9 +10,10 @@ from pathlib import Path
 import onnx
 
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+from act_export.errors import ActExportError
 from act_export.graft import genai
 from act_export.graft.check import check_layer
-from act_export.graft.graph import GraftError, Graph
+from act_export.graft.graph import Graph
 from act_export.graft.metadata import add_metadata, identity_of
 from act_export.graft.output import check_target, write
 from act_export.graft.record import record_of, undo
@@ -91,7 +92,7 @@ def graft(
         progress: Called with what is being done.
 
     Raises:
-        GraftError: If the input isn't whole, was calibrated before, has an attention that can't be replaced, or the
+        ActExportError: If the input isn't whole, was calibrated before, has an attention that can't be replaced, or the
             output is in the way of something.
         CalibrationError: If the calibration doesn't fit the model.
         VerificationError: If a rewritten layer computes something else; nothing is written then.
@@ -110,7 +111,7 @@ def graft(
     identity = identity_of(source, sites, calibration)
     _check_fits(calibration, identity, sites)
     if layout is StateLayout.PACKED and source.is_genai_folder:
-        raise GraftError(
+        raise ActExportError(
             f"--state-in-cache is for hosts such as optimum; a folder with {GENAI_CONFIG} has the state in further "
             f"layers of the cache without it: leave it out"
         )
@@ -119,7 +120,7 @@ def graft(
     templates = None
     if layout is StateLayout.CACHE_LAYERS:
         if source.config_name != GENAI_CONFIG:
-            raise GraftError(f"the sink state can be layers of the cache only in a folder with {GENAI_CONFIG}")
+            raise ActExportError(f"the sink state can be layers of the cache only in a folder with {GENAI_CONFIG}")
         templates = genai.cache_templates(source.config)
     written_as = StateLayout.SCORES if layout is StateLayout.PACKED else layout
     rewritten = rewrite(after, graph, sites, calibration, written_as, templates)
@@ -165,7 +166,7 @@ def remove_graft(
         progress: Called with what is being done.
 
     Raises:
-        GraftError: If the input wasn't grafted, isn't whole, or was changed afterwards.
+        ActExportError: If the input wasn't grafted, isn't whole, or was changed afterwards.
     """
     out = Path(out)
     progress("reading the graph")
@@ -195,17 +196,17 @@ def _library() -> Path:
     try:
         return library_path()
     except LibraryNotFoundError as error:
-        raise GraftError(f"{error} Or pass --portable, which needs none") from error
+        raise ActExportError(f"{error} Or pass --portable, which needs none") from error
 
 
 def _refuse_calibrated(source: ModelSource) -> None:
     if record_of(source.model) is not None:
-        raise GraftError(
+        raise ActExportError(
             f"{source.path} was grafted before; take its graft out first: "
             f"act-export graft {source.folder or source.path} --remove --out PLAIN"
         )
     if any(node.op_type == schema.CALIBRATED and node.domain == schema.DOMAIN for node in source.model.graph.node):
-        raise GraftError(
+        raise ActExportError(
             f"{source.path} has a calibration already, from its export; graft the plain export, of act-export MODEL "
             f"--plain"
         )

@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from act_export.calibration.file import Calibration, ModelIdentity
-from act_export.graft.graph import GraftError, Graph, attribute
+from act_export.graft.graph import Graph, attribute
 from act_export.graft.record import digest
 from act_export.graft.rewrite import Rewritten
 from act_export.graft.site import AttentionSite
@@ -36,7 +36,7 @@ def identity_of(
 
     Weights may be quantised, so there is no fingerprint but that of act-export's own exports.
     """
-    recorded = FileRecord.read(source.properties, str(source.path), error=GraftError).model
+    recorded = FileRecord.read(source.properties, str(source.path)).model
     if recorded is not None:
         return recorded
     heads = max((site.terms.num_heads for site in sites.values() if site.terms is not None), default=0)
@@ -133,7 +133,7 @@ def _limits(source: ModelSource) -> Limits:
         "eos_token_id": stop if isinstance(stop, list) else [stop] if stop is not None else [],
     }
     advice = "correct it there, or take the file away"
-    fields = Fields(given, source.config_name or "the configuration", error=GraftError, advice=advice)
+    fields = Fields(given, source.config_name or "the configuration", advice=advice)
     return Limits(
         fields.whole("vocab_size", 1) if fields.given("vocab_size") else None,
         fields.whole("context", 1) if fields.given("context") else None,

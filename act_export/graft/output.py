@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from act_export.errors import ActExportError
 from act_export.files import check_replaceable, copy_content, copy_folder, path_inside
-from act_export.graft.graph import GraftError
 from act_export.graft.source import ModelSource
 from act_export.onnx_file.names import GENAI_CONFIG
 from act_export.onnx_file.output import COMPANIONS, check_free_space, check_output, is_file_output, publish, staged
@@ -22,16 +22,16 @@ _SPARE_BYTES = 16 << 20
 def check_target(source: ModelSource, out: Path) -> None:
     """Refuses outputs in the way of the input or of other files."""
     if source.folder is not None and is_file_output(out):
-        raise GraftError(f"{source.folder} is a folder, so --out must be one too; {out} is a name of a file")
+        raise ActExportError(f"{source.folder} is a folder, so --out must be one too; {out} is a name of a file")
     if source.folder is None and not is_file_output(out):
-        raise GraftError(f"{source.path} is a file, so --out must be a name ending in .onnx; {out} is none")
+        raise ActExportError(f"{source.path} is a file, so --out must be a name ending in .onnx; {out} is none")
     place = out.parent if is_file_output(out) else out
     if out.resolve() in (source.path.resolve(), source.folder.resolve() if source.folder is not None else None):
-        raise GraftError(f"{out} is the input, which stays as it is; pass another --out")
+        raise ActExportError(f"{out} is the input, which stays as it is; pass another --out")
     if source.folder is not None and place.resolve().is_relative_to(source.folder.resolve()):
-        raise GraftError(f"{out} lies inside the input; pass another --out")
+        raise ActExportError(f"{out} lies inside the input; pass another --out")
     if source.folder is not None and source.folder.resolve().is_relative_to(place.resolve()):
-        raise GraftError(f"{out} contains the input; pass another --out")
+        raise ActExportError(f"{out} contains the input; pass another --out")
     check_output(out)
 
 
@@ -57,8 +57,7 @@ def write(
         The ONNX file.
 
     Raises:
-        GraftError: If other weights, or a link out of the input's folder, are in the way.
-        OutputError: If it can't be written.
+        ActExportError: If other weights, or a link out of the input's folder, are in the way; if it can't be written.
     """
     target = out.parent if is_file_output(out) else out
     name = out.name if is_file_output(out) else source.path.name
@@ -75,7 +74,7 @@ def write(
             copy_content(path, folder / location)
         for path in others:
             if path.is_dir():
-                copy_folder(path, folder / path.name, skip=lambda inner: inner in weights, error=GraftError)
+                copy_folder(path, folder / path.name, skip=lambda inner: inner in weights)
             else:
                 copy_content(path, folder / path.name)
         if config is not None:
@@ -95,10 +94,12 @@ def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
     copies = {}
     for location in source.data:
         path, there = folder / location, target / location
-        check_replaceable(there, error=GraftError)
+        check_replaceable(there)
         if there.exists() and source.folder is None:
             if not filecmp.cmp(there, path, shallow=False):
-                raise GraftError(f"{there} is in the way of the weights, which have that name too; pass another folder")
+                raise ActExportError(
+                    f"{there} is in the way of the weights, which have that name too; pass another folder"
+                )
             continue
         copies[location] = path
     return copies
@@ -109,7 +110,7 @@ def _refuse_links(source: ModelSource) -> None:
     folder = source.path.parent
     for location in source.data:
         if not (folder / location).resolve().is_relative_to(folder.resolve()):
-            raise GraftError(
+            raise ActExportError(
                 f"{folder / location} is a link out of its folder, so that only {source.path.name} can use it; pass "
                 f"--out in another folder, where the weights are copied to"
             )
@@ -121,9 +122,9 @@ def _companions(source: ModelSource) -> list[Path]:
     skipped = {source.path.name, *NAMES, *source.data}
     found = [path for path in sorted(source.folder.iterdir()) if path.name not in skipped and not is_staging(path)]
     for path in found:
-        path_inside(source.folder, path.name, f"the copy of {source.folder}", error=GraftError)
+        path_inside(source.folder, path.name, f"the copy of {source.folder}")
         if not path.is_file() and (path.is_symlink() or not path.is_dir()):
-            raise GraftError(f"{path} is no file, and can't be copied; remove it from {source.folder}")
+            raise ActExportError(f"{path} is no file, and can't be copied; remove it from {source.folder}")
     return found
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import onnx
 
-from act_export.errors import others_errors
-from act_export.graft.graph import GraftError
+from act_export.errors import ActExportError, others_errors
 from act_export.onnx_file.node_builder import PREFIX
 from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops import schema
@@ -23,12 +22,12 @@ def digest(model: onnx.ModelProto) -> str:
 def record_of(model: onnx.ModelProto) -> GraftRecord | None:
     """The record in a model; None if it wasn't grafted."""
     text = next((entry.value for entry in model.metadata_props if entry.key == GRAFT), None)
-    return GraftRecord.from_json(text, error=GraftError) if text is not None else None
+    return GraftRecord.from_json(text) if text is not None else None
 
 
 def removed_nodes(record: GraftRecord) -> list[tuple[int, onnx.NodeProto]]:
-    """Index among the nodes, and the node, in ascending order; GraftError where one can't be read."""
-    with others_errors("a node in the record of the graft can't be read", error=GraftError):
+    """Index among the nodes, and the node, in ascending order; ActExportError where one can't be read."""
+    with others_errors("a node in the record of the graft can't be read"):
         return [(index, onnx.NodeProto.FromString(node)) for index, node in record.removed]
 
 
@@ -39,11 +38,11 @@ def undo(model: onnx.ModelProto) -> GraftRecord:
         model: Changed in place.
 
     Raises:
-        GraftError: If it wasn't grafted, or was changed afterwards so that the result isn't what it was.
+        ActExportError: If it wasn't grafted, or was changed afterwards so that the result isn't what it was.
     """
     record = record_of(model)
     if record is None:
-        raise GraftError("this model wasn't grafted; there is nothing to remove")
+        raise ActExportError("this model wasn't grafted; there is nothing to remove")
     graph = model.graph
     kept = [node for node in graph.node if not node.name.startswith(PREFIX)]
     for index, node in removed_nodes(record):
@@ -58,7 +57,7 @@ def undo(model: onnx.ModelProto) -> GraftRecord:
     _replace(model.opset_import, [each for each in model.opset_import if each.domain not in record.opsets])
     _replace(model.metadata_props, [each for each in model.metadata_props if each.key not in record.metadata])
     if digest(model) != record.digest:
-        raise GraftError(
+        raise ActExportError(
             "without the graft the model isn't what it was: something else was changed after it was grafted; take the "
             "original file"
         )

@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from act_export.calibration.file import Calibration, LayerCalibration
+from act_export.errors import ActExportError
 from act_export.graft import sink_state
-from act_export.graft.graph import GraftError, Graph, UnsupportedPatternError, describe
+from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewriters import FINDERS
 from act_export.graft.sink_state import StateLayout, StateNames
 from act_export.graft.site import AttentionSite, Layout
@@ -102,11 +103,11 @@ def rewrite(
 
     Raises:
         UnsupportedPatternError: If a calibrated layer's attention can't be replaced; it names the node.
-        GraftError: If the model has no mask, or operators older than the portable functions need.
+        ActExportError: If the model has no mask, or operators older than the portable functions need.
     """
     opset = next((each.version for each in model.opset_import if each.domain == ""), 0)
     if opset < _OLDEST_OPSET:
-        raise GraftError(
+        raise ActExportError(
             f"the model has opset {opset}; {_OLDEST_OPSET} or newer is needed: export it again, or convert it with "
             f"onnx.version_converter"
         )
@@ -267,7 +268,7 @@ def _check_names(graph: Graph) -> None:
     """Our nodes are known by their prefix, so nothing else may have it."""
     for node in graph.proto.node:
         if node.name.startswith(PREFIX) or any(name.startswith(PREFIX) for name in node.output):
-            raise GraftError(
+            raise ActExportError(
                 f"{describe(node)} has a name that begins with {PREFIX!r}, which act-export keeps for itself"
             )
 

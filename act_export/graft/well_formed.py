@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import onnx
 from onnx import AttributeProto
 
-from act_export.errors import shown
-from act_export.graft.graph import GraftError, describe
+from act_export.errors import ActExportError, shown
+from act_export.graft.graph import describe
 
 _LEAST_INPUTS: Mapping[str, int] = {
     "Attention": 3,
@@ -53,13 +53,13 @@ def check_nodes(graph: onnx.GraphProto, file: str) -> None:
         file: Named in errors.
 
     Raises:
-        GraftError: Naming the node, and the attribute with its value.
+        ActExportError: Naming the node, and the attribute with its value.
     """
     for node in graph.node:
         if not node.output:
-            raise GraftError(f"{file} is damaged: {describe(node)} has no outputs; export it again")
+            raise ActExportError(f"{file} is damaged: {describe(node)} has no outputs; export it again")
         if len(node.input) < _LEAST_INPUTS.get(node.op_type, 0):
-            raise GraftError(
+            raise ActExportError(
                 f"{file} is damaged: {describe(node)} has {len(node.input)} inputs of at least "
                 f"{_LEAST_INPUTS[node.op_type]}; export it again"
             )
@@ -83,7 +83,7 @@ def _check_attribute(node: onnx.NodeProto, given: AttributeProto, file: str) -> 
     fits = all(lowest <= value <= highest if whole else math.isfinite(value) for value in values)
     if given.type != wanted or not fits:
         kind = AttributeProto.AttributeType.Name(wanted).lower()
-        raise GraftError(
+        raise ActExportError(
             f"{file} is damaged: {describe(node)} has {given.name} = {shown(list(values))}; it must be of type {kind}"
             + (f", from {lowest} to {highest}" if whole else "")
             + "; export it again"

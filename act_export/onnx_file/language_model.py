@@ -32,10 +32,6 @@ _STATE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _GIVEN = {IDS, MASK, POSITIONS}
 
 
-class ModelFileError(ActExportError):
-    """A file that can't be run as a causal language model with a key-value cache."""
-
-
 @dataclass(frozen=True)
 class ModelFile:
     """A causal language model with a key-value cache.
@@ -91,14 +87,14 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     """Reads the graph of a file, or of `model.onnx` of a folder.
 
     Raises:
-        ModelFileError: If it isn't an ONNX file, or not a language model whose inputs and outputs have optimum's names.
+        ActExportError: If it isn't an ONNX file, or not a language model whose inputs and outputs have optimum's names.
     """
     file = model_file(path)
     if not file.is_file():
-        raise ModelFileError(f"there is no model {file}")
-    model = load_without_weights(file, ModelFileError)
+        raise ActExportError(f"there is no model {file}")
+    model = load_without_weights(file, ActExportError)
     graph = model.graph
-    record = FileRecord.read(properties_of(model, file), str(file), error=ModelFileError)
+    record = FileRecord.read(properties_of(model, file), str(file))
     ours = record.ours
     initializers = {tensor.name for tensor in graph.initializer}
     required = [given for given in graph.input if given.name not in initializers]
@@ -117,7 +113,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     missing += [name for name in ["logits", *map(present_name, states)] if name not in outputs]
     if not states or logits is None or missing or others:
         problem = f"it lacks {', '.join(missing[:3])}" if missing else f"it wants {', '.join(others[:3])}"
-        raise ModelFileError(
+        raise ActExportError(
             f"{file} isn't a causal language model that can be run here: "
             f"{problem if missing or others else 'it has no past_key_values'}; the inputs must be input_ids, "
             f"attention_mask, past_key_values.N.key and .value, the outputs logits, present.N.key and .value"
@@ -129,7 +125,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
     attention = [node for node in graph.node if node.op_type.endswith("Attention")]
     vocabulary = declared_shape(logits)[-1] or configuration.get("vocab_size")
     if vocabulary is None:
-        raise ModelFileError(
+        raise ActExportError(
             f"can't tell the vocabulary of {file}: the shape of its logits doesn't say, and there is no "
             f"genai_config.json or config.json with vocab_size beside it"
         )
@@ -159,4 +155,4 @@ def _as_model_file_error() -> Iterator[None]:
     try:
         yield
     except SessionError as error:
-        raise ModelFileError(str(error)) from error
+        raise ActExportError(str(error)) from error

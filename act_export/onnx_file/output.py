@@ -44,10 +44,6 @@ _SPARE_BYTES = 16 << 20
 _INLINE_BYTES = 256  # shapes and other small constants stay in the graph: shape inference reads them
 
 
-class OutputError(ActExportError):
-    """The output can't be written where it was asked for."""
-
-
 def save_model(model: ir.Model, path: Path, progress: BytesWritten | None = None) -> None:
     """Writes graph and weights: `path`, and beside it `path` + ".data".
 
@@ -59,7 +55,7 @@ def save_model(model: ir.Model, path: Path, progress: BytesWritten | None = None
         progress: Called before each weight is written, with the bytes that are written and all bytes.
 
     Raises:
-        OutputError: If the disk is too full.
+        ActExportError: If the disk is too full.
     """
     weights_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
@@ -83,37 +79,41 @@ def check_model(path: Path) -> None:
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Raises OutputError unless the folder's disk has room."""
+    """Raises ActExportError unless the folder's disk has room."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise OutputError(f"{folder} has {free_bytes / 1e6:.0f} MB free; the export needs {needed_bytes / 1e6:.0f} MB")
+        raise ActExportError(
+            f"{folder} has {free_bytes / 1e6:.0f} MB free; the export needs {needed_bytes / 1e6:.0f} MB"
+        )
 
 
 def check_output(out: Path) -> None:
     """Refuses early what can't become an output: a file `*.onnx`, or a folder, in a folder that can be written to.
 
     Raises:
-        OutputError: With what to do.
+        ActExportError: With what to do.
     """
     place = _staging_place(out)
     if is_file_output(out):
         if out.is_dir():
-            raise OutputError(f"{out} is a folder; pass --out {out / 'model.onnx'}, or a name without .onnx")
+            raise ActExportError(f"{out} is a folder; pass --out {out / 'model.onnx'}, or a name without .onnx")
         if ".." in out.name:  # onnx and ONNX Runtime read no weights from a file called so
-            raise OutputError(f"{out} has '..' in its name, which ONNX takes for a way out of the folder; pass another")
+            raise ActExportError(
+                f"{out} has '..' in its name, which ONNX takes for a way out of the folder; pass another"
+            )
         for file in (out, out.with_name(f"{out.name}.data")):
-            check_replaceable(file, error=OutputError)
+            check_replaceable(file)
     elif out.is_dir():
         _check_folder(out)
     else:
-        check_replaceable(out, error=OutputError)
+        check_replaceable(out)
         if out.exists() or out.suffix in _SUFFIXES_OF_FILES:
-            raise OutputError(
+            raise ActExportError(
                 f"{out} looks like a file but doesn't end in .onnx; pass a name ending in .onnx, or a folder"
             )
     if not place.is_dir():
-        raise OutputError(f"there is no folder {place}; create it, or pass another --out")
-    check_writable(place, error=OutputError)
+        raise ActExportError(f"there is no folder {place}; create it, or pass another --out")
+    check_writable(place)
 
 
 def _check_folder(out: Path) -> None:
@@ -121,19 +121,19 @@ def _check_folder(out: Path) -> None:
     there = sorted(out.iterdir())
     others = [path.name for path in there if not path.name.startswith(".")]
     if "model.onnx" in others:
-        check_replaceable(out / "model.onnx", error=OutputError)
+        check_replaceable(out / "model.onnx")
         if not _is_ours(out / "model.onnx"):
-            raise OutputError(
+            raise ActExportError(
                 f"{out} holds a model.onnx that act-export didn't write, or that can't be read; pass a new or empty "
                 f"folder"
             )
     elif others and not set(NAMES) & set(others) and not any(is_staging(path) for path in there):
-        raise OutputError(
+        raise ActExportError(
             f"{out} holds other files, e.g. {others[0]}; pass a new or empty folder, or one that act-export wrote"
         )
     for path in there:
         if path.name in COMPANIONS or path.name.startswith("model.onnx"):
-            check_replaceable(path, error=OutputError)
+            check_replaceable(path)
 
 
 def _is_ours(graph: Path) -> bool:
@@ -160,7 +160,7 @@ def staged(out: Path) -> Iterator[Path]:
     Whatever ends the block, the temporary folder is gone afterwards; if the process is killed, with the next one.
 
     Raises:
-        OutputError: If the files can't be written, for instance because the disk ran full.
+        ActExportError: If the files can't be written, for instance because the disk ran full.
     """
     place = _staging_place(out)
     try:
@@ -169,7 +169,7 @@ def staged(out: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise OutputError(
+        raise ActExportError(
             f"can't write to {place}: {reason}; no partial output was left, and an older one is as it was"
         ) from error
 
@@ -190,7 +190,7 @@ def publish(folder: Path, target: Path, *, stale: Collection[str] = ()) -> list[
         The final paths.
 
     Raises:
-        OutputError: If something other than a file is where one goes, or what was there can't be put back.
+        ActExportError: If something other than a file is where one goes, or what was there can't be put back.
         OSError: If the files can't be moved; what was there before is as it was.
     """
     new = [*folder.rglob("*")]
@@ -203,10 +203,10 @@ def publish(folder: Path, target: Path, *, stale: Collection[str] = ()) -> list[
     if not os.path.lexists(target) and _becomes(folder, target):
         return [target / name for name in names]
     with locked(target.resolve()):
-        finals = [path_inside(target, str(name), f"the output in {target}", error=OutputError) for name in names]
+        finals = [path_inside(target, str(name), f"the output in {target}") for name in names]
         replaced = [*finals, *(target / name for name in stale if Path(name) not in names)]
         for path in replaced:
-            check_replaceable(path, error=OutputError)
+            check_replaceable(path)
         for final in finals:
             final.parent.mkdir(parents=True, exist_ok=True)
         older = Path(tempfile.mkdtemp(dir=folder))
@@ -233,7 +233,7 @@ def _move_all(moves: Iterable[tuple[Path, Path]], target: Path) -> None:
     """Renames files, all or none of them, in this order; the folders that they come from or go to are flushed.
 
     Raises:
-        OutputError: If something failed and they can't be moved back.
+        ActExportError: If something failed and they can't be moved back.
         OSError: If they can't be moved, and are where they were.
     """
     begun: list[tuple[Path, Path]] = []
@@ -249,7 +249,7 @@ def _move_all(moves: Iterable[tuple[Path, Path]], target: Path) -> None:
                 if not os.path.lexists(source):  # else it wasn't moved yet
                     final.rename(source)
         except OSError as error:  # the rest stays where it is: older graphs would come last
-            raise OutputError(
+            raise ActExportError(
                 f"can't put the output in {target}: {cause}; and what was there before can't be put back: {error}. "
                 f"Write it again, when {target} can be written to"
             ) from cause

@@ -17,10 +17,6 @@ ACCURACY_LEVELS = range(5)
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
-class QuantizationError(ActExportError):
-    """A quantization that isn't one, or a model that can't be quantized."""
-
-
 @dataclass(frozen=True)
 class Quantization:
     """How weights are stored.
@@ -36,15 +32,15 @@ class Quantization:
     accuracy_level: int = DEFAULT_ACCURACY_LEVEL
 
     def __post_init__(self) -> None:
-        """Raises QuantizationError for values that the operators don't have."""
+        """Raises ActExportError for values that the operators don't have."""
         if self.bits not in BITS.values():
-            raise QuantizationError(f"weights of {self.bits} bits can't be stored; pass 4 or 8")
+            raise ActExportError(f"weights of {self.bits} bits can't be stored; pass 4 or 8")
         if self.block_size not in _BLOCK_SIZES:
-            raise QuantizationError(
+            raise ActExportError(
                 f"the block size is {self.block_size}; it must be one of {', '.join(map(str, _BLOCK_SIZES))}"
             )
         if self.accuracy_level not in ACCURACY_LEVELS:
-            raise QuantizationError(
+            raise ActExportError(
                 f"the accuracy level is {self.accuracy_level}; it must be 0 or 1 (float32), 2 (float16), 3 (bfloat16) "
                 f"or 4 (int8)"
             )
@@ -66,7 +62,7 @@ def quantization_of(
         block_size: None for the default.
 
     Raises:
-        QuantizationError: If a value isn't one, or is given to a float type, which has no use for it.
+        ActExportError: If a value isn't one, or is given to a float type, which has no use for it.
     """
     if dtype in BITS:
         return Quantization(
@@ -76,7 +72,7 @@ def quantization_of(
         )
     for what, given in (("accuracy level", accuracy_level), ("block size", block_size)):
         if given is not None:
-            raise QuantizationError(f"{dtype} has no {what}; leave it out, or pass {' or '.join(map(repr, BITS))}")
+            raise ActExportError(f"{dtype} has no {what}; leave it out, or pass {' or '.join(map(repr, BITS))}")
     return None
 
 

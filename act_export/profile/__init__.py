@@ -10,7 +10,6 @@ from act_export.profile.sink_statistics import (
     RELATIVE_BINS,
     ExamplePrompt,
     LaterSinks,
-    ProfileError,
     SinkStatistics,
     SinkTokens,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "RELATIVE_BINS",
     "ExamplePrompt",
     "LaterSinks",
-    "ProfileError",
     "ProfileOptions",
     "PromptSource",
     "SinkProfile",

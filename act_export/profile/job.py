@@ -10,8 +10,9 @@ from torch import Tensor
 
 from act_export.calibration.file import DEFAULT_BETA, Calibration
 from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
 from act_export.files import cache_folder
-from act_export.profile import ProfileError, ProfileOptions, PromptSource, SinkProfile, profile_sinks
+from act_export.profile import ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
 from act_export.profile.run import EffectsOf, check_names
 from act_export.progress import Progress
@@ -53,11 +54,11 @@ class ProfileJob:
     options: ProfileOptions = field(default_factory=ProfileOptions)
 
     def __post_init__(self) -> None:
-        """Raises ProfileError for a number out of range."""
+        """Raises ActExportError for a number out of range."""
         for name in ("prompts", "length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ProfileError(f"--{name} is {value}; it must be at least 1")
+                raise ActExportError(f"--{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def load_prompts(job: ProfileJob) -> list[SourceQuestions]:
     ]
     for path in job.texts:
         if not path.is_file():
-            raise ProfileError(f"there is no text file {path}")
+            raise ActExportError(f"there is no text file {path}")
     check_names([*(source.name for source in found), *(path.name for path in dict.fromkeys(job.texts))])
     return found
 
@@ -102,7 +103,7 @@ def encode_prompts(checkpoint: Checkpoint, job: ProfileJob, questions: Sequence[
 
     Raises:
         TaskError: If the checkpoint has no tokenizer, or a prompt is too long, naming it.
-        ProfileError: If a text can't be used.
+        ActExportError: If a text can't be used.
     """
     longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
     chat, truncate = job.questions.chat, job.questions.truncate
@@ -123,7 +124,7 @@ def encode_prompts(checkpoint: Checkpoint, job: ProfileJob, questions: Sequence[
         )
     length = job.length if job.length is not None else min(LENGTH, longest or LENGTH)
     if longest is not None and job.texts and length > longest:
-        raise ProfileError(f"--length is {length}; the model takes {longest} tokens")
+        raise ActExportError(f"--length is {length}; the model takes {longest} tokens")
     sources += [
         PromptSource(path.name, text_prompts(checkpoint.tokenizer, path, length=length, most=job.prompts))
         for path in dict.fromkeys(job.texts)

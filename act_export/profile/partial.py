@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from act_export.errors import ActExportError
 from act_export.files import check_writable, write_whole
-from act_export.profile.sink_statistics import ProfileError
 from act_export.profile.tally import Tally
 from act_export.staging import sweep
 
@@ -50,24 +50,24 @@ class PartialTally:
         """Refuses, before any work, a folder that can't be written to.
 
         Raises:
-            ProfileError: With the folder, and what to do.
+            ActExportError: With the folder, and what to do.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
-        check_writable(self.path.parent, error=ProfileError, advice="set XDG_CACHE_HOME to another folder")
+        check_writable(self.path.parent, advice="set XDG_CACHE_HOME to another folder")
         sweep(self.path.parent)
 
     def save(self, done: int) -> None:
         """Writes the sums of the first `done` steps, whole or not at all.
 
         Raises:
-            ProfileError: If they can't be written.
+            ActExportError: If they can't be written.
         """
         try:
             sums = self._sums()
-            write_whole(self.path, save(sums, {"done": str(done), "sha256": _digest(sums, done)}), error=ProfileError)
+            write_whole(self.path, save(sums, {"done": str(done), "sha256": _digest(sums, done)}))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -75,8 +75,8 @@ class PartialTally:
         """Removes the file: the work is finished."""
         self.path.unlink(missing_ok=True)
 
-    def _unwritable(self, error: OSError) -> ProfileError:
-        return ProfileError(
+    def _unwritable(self, error: OSError) -> ActExportError:
+        return ActExportError(
             f"can't keep unfinished work in {self.path.parent}: {error.strerror}; make room there, or set "
             f"XDG_CACHE_HOME to another folder"
         )

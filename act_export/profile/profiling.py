@@ -73,7 +73,7 @@ def profile_batch(
         calibration: To apply; None for the plain model.
 
     Raises:
-        UnsupportedModelError: If the model's attention can't be exchanged.
+        ActExportError: If the model's attention can't be exchanged.
     """
     input_ids, attention_mask = (torch.from_numpy(array).to(model.device) for array in left_pad(prompts))
     hook = ProfilingAttention(calibration)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from act_export.profile.sink_statistics import ProfileError
+from act_export.errors import ActExportError
 from act_export.tasks import Example
 from act_export.tasks.encoding import sequence_beginning
 from act_export.tasks.examples import read_rows
@@ -29,22 +29,24 @@ def text_prompts(
         most: Sequences at the most.
 
     Raises:
-        ProfileError: If there is no tokenizer, the file can't be read or has no tokens, or the length leaves no room.
+        ActExportError: If there is no tokenizer, the file can't be read or has no tokens, or the length leaves no room.
     """
     if tokenizer is None:
-        raise ProfileError("the model has no tokenizer, so texts can't be read; put tokenizer.json into its folder")
+        raise ActExportError("the model has no tokenizer, so texts can't be read; put tokenizer.json into its folder")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"can't read {path}: {error}") from error
+        raise ActExportError(f"can't read {path}: {error}") from error
     # Not in one go with special tokens: the tokenizer would put them around the whole text once.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     first = sequence_beginning(tokenizer)
     step = length - len(first)
     if step < 1:
-        raise ProfileError(f"--length is {length}; the tokenizer begins each sequence with {len(first)} tokens already")
+        raise ActExportError(
+            f"--length is {length}; the tokenizer begins each sequence with {len(first)} tokens already"
+        )
     if not ids:
-        raise ProfileError(f"{path} has no tokens; it needs text")
+        raise ActExportError(f"{path} has no tokens; it needs text")
     return tuple((*first, *ids[start : start + step]) for start in range(0, min(len(ids), most * step), step))
 
 
@@ -53,17 +55,19 @@ def rows_without_answers(path: str | os.PathLike[str]) -> list[Example] | None:
 
     Raises:
         TaskError: If the file can't be read, or naming the line that isn't a JSON object.
-        ProfileError: If it has no rows, or naming the line without a prompt.
+        ActExportError: If it has no rows, or naming the line without a prompt.
     """
     rows = read_rows(path)
     if any(not _OF_ANSWERS.isdisjoint(row) for _, row in rows):
         return None
     if not rows:
-        raise ProfileError(f'{path} has no rows; a line is {{"prompt": text}}, with choices and answer where there are')
+        raise ActExportError(
+            f'{path} has no rows; a line is {{"prompt": text}}, with choices and answer where there are'
+        )
     examples = []
     for number, row in rows:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
-            raise ProfileError(f"{path}, line {number}: prompt is {prompt!r}; it must be a text that is not empty")
+            raise ActExportError(f"{path}, line {number}: prompt is {prompt!r}; it must be a text that is not empty")
         examples.append(Example(prompt, (), 0, where=f"line {number} of {Path(path).name}"))
     return examples

@@ -17,10 +17,11 @@ from torch import Tensor
 from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
 from act_export.profile.partial import PartialTally
 from act_export.profile.profiling import profile_batch
 from act_export.profile.sink_profile import SinkProfile
-from act_export.profile.sink_statistics import ABSOLUTE, ALL, RELATIVE, ExamplePrompt, ProfileError
+from act_export.profile.sink_statistics import ABSOLUTE, ALL, RELATIVE, ExamplePrompt
 from act_export.profile.tally import Tally, statistics_of
 from act_export.progress import Progress
 from act_export.tasks import EncodedExample
@@ -73,11 +74,11 @@ class ProfileOptions:
     batch_tokens: int = BATCH_TOKENS
 
     def __post_init__(self) -> None:
-        """Raises CalibrationError or ProfileError for a value out of range, naming it."""
+        """Raises CalibrationError or ActExportError for a value out of range, naming it."""
         for mode, threshold in self.thresholds.items():
             Calibration({}, threshold=threshold, threshold_mode=mode)
         if self.batch_tokens < 1:
-            raise ProfileError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+            raise ActExportError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -122,9 +123,9 @@ def profile_sinks(
         notes: To be kept in the profile's options.
 
     Raises:
-        ProfileError: If there is no source or prompt, or two sources have the same name.
+        ActExportError: If there is no source or prompt, or two sources have the same name; if the model's attention
+            can't be exchanged.
         CalibrationError: If the calibration isn't for this model.
-        UnsupportedModelError: If the model's attention can't be exchanged.
     """
     _check(sources)
     identity = checkpoint.identity
@@ -171,19 +172,19 @@ def profile_sinks(
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ProfileError if two sources have the same name, or one that is taken."""
+    """Raises ActExportError if two sources have the same name, or one that is taken."""
     for name in names:
         if names.count(name) > 1 or name == ALL:
             taken = "is taken: it stands for all prompts together" if name == ALL else "names two sources"
-            raise ProfileError(f"the name {name!r} {taken}; rename a file")
+            raise ActExportError(f"the name {name!r} {taken}; rename a file")
 
 
 def _check(sources: Sequence[PromptSource]) -> None:
     if not sources:
-        raise ProfileError("there is nothing to profile; name at least one source of prompts")
+        raise ActExportError("there is nothing to profile; name at least one source of prompts")
     for source in sources:
         if not source.prompts or not all(source.prompts):
-            raise ProfileError(f"{source.name} has no prompts, or one without tokens; each source needs at least one")
+            raise ActExportError(f"{source.name} has no prompts, or one without tokens; each source needs at least one")
     check_names([source.name for source in sources])
 
 

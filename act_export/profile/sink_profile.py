@@ -19,7 +19,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
-from act_export.errors import others_errors, shortened, shown
+from act_export.errors import ActExportError, others_errors, shortened, shown
 from act_export.files import write_whole
 from act_export.json_fields import Fields
 from act_export.json_file import read_bytes, read_object
@@ -32,7 +32,6 @@ from act_export.profile.sink_statistics import (
     RELATIVE_BINS,
     ExamplePrompt,
     LaterSinks,
-    ProfileError,
     SinkStatistics,
     SinkTokens,
 )
@@ -116,19 +115,19 @@ class SinkProfile:
         """Statistics of one source, or of `ALL`.
 
         Raises:
-            ProfileError: If there is no such source, with those there are.
+            ActExportError: If there is no such source, with those there are.
         """
         if source == ALL:
             return self.overall
         if source not in self.sources:
-            raise ProfileError(f"the profile has no source {source!r}; it has {', '.join((*self.sources, ALL))}")
+            raise ActExportError(f"the profile has no source {source!r}; it has {', '.join((*self.sources, ALL))}")
         return self.sources[source]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes PATH (safetensors), and a JSON file of the same name beside it; see `save_profile`.
 
         Raises:
-            ProfileError: If the name doesn't end with .safetensors, or the files can't be written.
+            ActExportError: If the name doesn't end with .safetensors, or the files can't be written.
         """
         pass
 
@@ -139,7 +138,7 @@ class SinkProfile:
         """Reads and checks a profile.
 
         Raises:
-            ProfileError: If a file is missing or isn't a profile's, naming what doesn't fit.
+            ActExportError: If a file is missing or isn't a profile's, naming what doesn't fit.
         """
         pass
 
@@ -192,34 +191,34 @@ def save_profile(profile: SinkProfile, path: str | os.PathLike[str]) -> None:
         write_whole(path, content)
         write_whole(path.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise ProfileError(f"can't write {path}: {error.strerror}; pass another place with --out") from error
+        raise ActExportError(f"can't write {path}: {error.strerror}; pass another place with --out") from error
 
 
 def load_profile(path: str | os.PathLike[str]) -> SinkProfile:
     """Reads a profile by either of its files' names; see `SinkProfile.load`."""
     path = Path(path)
     if not path.name or path.is_dir():
-        raise ProfileError(f"{path} is a folder; pass a profile in it, e.g. {path / 'profile.safetensors'}")
+        raise ActExportError(f"{path} is a folder; pass a profile in it, e.g. {path / 'profile.safetensors'}")
     document_path, tensors_path = path.with_suffix(".json"), path.with_suffix(".safetensors")
     advice = f"a profile has two files, {tensors_path.name} and {document_path.name}, which act-export profile writes"
-    found = read_object(document_path, error=ProfileError, advice=advice)
-    fields = Fields(found, str(document_path), error=ProfileError, advice="make the profile again")
+    found = read_object(document_path, advice=advice)
+    fields = Fields(found, str(document_path), advice="make the profile again")
     if found.get("format") != FORMAT:
-        raise ProfileError(f"{document_path} is not a sink profile's; act-export profile writes one")
+        raise ActExportError(f"{document_path} is not a sink profile's; act-export profile writes one")
     if found.get("version") != FORMAT_VERSION:
         raise fields.refused(
             f"has version {shown(found.get('version'))}; this act-export reads version {FORMAT_VERSION}"
         )
-    content = read_bytes(tensors_path, error=ProfileError, advice=advice, largest_bytes=_LARGEST_TENSORS)
+    content = read_bytes(tensors_path, advice=advice, largest_bytes=_LARGEST_TENSORS)
     if fields.inner("tensors").text("sha256") != hashlib.sha256(content).hexdigest():
-        raise ProfileError(
+        raise ActExportError(
             f"{tensors_path} and {document_path} aren't of the same run; make the profile again, or put the right "
             f"files side by side"
         )
     for what, own in (("grid", GRID), ("position_edges", list(POSITION_EDGES)), ("relative_bins", RELATIVE_BINS)):
         if fields.value(what) != own:
             raise fields.refused(f"has {what} = {shown(found[what])}; this version has {shown(own)}")
-    with others_errors(f"{tensors_path} is not a safetensors file", "make the profile again", error=ProfileError):
+    with others_errors(f"{tensors_path} is not a safetensors file", "make the profile again"):
         tensors = load_tensors(content)
     return _Reader(tensors, fields).profile()
 
@@ -278,7 +277,7 @@ class _Reader:
             text = json.dumps(self.document.value("calibration"))
             return Calibration.from_json(text, source=f"{self.document.what}: calibration")
         except CalibrationError as error:
-            raise ProfileError(str(error)) from error
+            raise ActExportError(str(error)) from error
 
     def _statistics(self, given: Fields) -> SinkStatistics:
         name = given.text("name")
@@ -358,5 +357,5 @@ def _tensors(profile: SinkProfile) -> Iterator[tuple[str, NDArray[Any]]]:
 def _checked_name(path: str | os.PathLike[str]) -> Path:
     if Path(path).suffix != ".safetensors":
         example = f"{Path(path).stem or 'profile'}.safetensors"
-        raise ProfileError(f"{path} doesn't end with .safetensors; pass e.g. {example}")
+        raise ActExportError(f"{path} doesn't end with .safetensors; pass e.g. {example}")
     return Path(path)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.errors import ActExportError
-
 Floats = NDArray[np.float32]
 Counts = NDArray[np.int64]
 
@@ -27,10 +25,6 @@ POSITION_EDGES = (*range(1, 9), *(base << shift for shift in range(19) for base 
 RELATIVE_BINS = 20
 """Bin b of relative positions holds those whose share of the way, position / (tokens - 1), lies from b to b + 1
 twentieths; the last token is in the last bin."""
-
-
-class ProfileError(ActExportError):
-    """A profile that is malformed, or prompts that can't be profiled."""
 
 
 @dataclass(frozen=True, eq=False)

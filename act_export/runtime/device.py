@@ -66,19 +66,15 @@ class Device:
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
-class RuntimeNotInstalledError(ActExportError):
-    """There is no usable ONNX Runtime."""
-
-
 def import_onnxruntime() -> ModuleType:
     """The `onnxruntime` module.
 
     Raises:
-        RuntimeNotInstalledError: If neither package is installed, or both are: they overwrite each other's files.
+        ActExportError: If neither package is installed, or both are: they overwrite each other's files.
     """
     installed = [name for name in _PACKAGES if _is_installed(name)]
     if len(installed) > 1:
-        raise RuntimeNotInstalledError(
+        raise ActExportError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want"
         )
@@ -86,7 +82,7 @@ def import_onnxruntime() -> ModuleType:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         detail = f" ({error})" if installed else ""
-        raise RuntimeNotInstalledError(
+        raise ActExportError(
             f"ONNX Runtime isn't installed{detail}: pip install 'act-export[cpu]' or 'act-export[gpu]'"
         ) from error
 

@@ -66,7 +66,7 @@ class Session(Engine):
             SessionError: If there is no such file, ONNX Runtime refuses it, the native library or its CUDA kernels are
                 missing, or the device can't be used: the message says what is missing. A model never runs on the CPU
                 because the GPU can't be used.
-            RuntimeNotInstalledError: If there is no ONNX Runtime, or two.
+            ActExportError: If there is no ONNX Runtime, or two.
         """
         file = model_file(path)
         if not file.is_file():

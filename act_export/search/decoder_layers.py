@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from act_export.attention.call import UnsupportedModelError, activated, active
+from act_export.attention.call import activated, active
+from act_export.errors import ActExportError
 
 Forward = Callable[..., Any]
 Interposed = Callable[[int, Forward, Tensor, Sequence[Any], dict[str, Any]], Any]
@@ -21,12 +22,12 @@ def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     """The model's list of decoder layers.
 
     Raises:
-        UnsupportedModelError: If it has no list of as many layers as it has attentions.
+        ActExportError: If it has no list of as many layers as it has attentions.
     """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers and all(map(_has_attention, module)):
             return module
-    raise UnsupportedModelError(
+    raise ActExportError(
         f"{model.config.model_type} has no list of {num_layers} decoder layers, so it can't be run from a layer on; "
         f"search with --method gates and without gradient checkpointing"
     )
@@ -67,7 +68,7 @@ def checkpointed(model: PreTrainedModel, num_layers: int) -> Iterator[None]:
     """Hooked forward passes inside the block keep each decoder layer's input alone for their backward pass.
 
     Raises:
-        UnsupportedModelError: If the model has no list of its decoder layers.
+        ActExportError: If the model has no list of its decoder layers.
     """
     with interposed(decoder_layers(model, num_layers), _checkpoint_layer):
         yield

@@ -79,8 +79,7 @@ class PlainRun:
             length_normalized: Compare choices by log-likelihood per token.
 
         Raises:
-            ActExportError: If a score isn't finite, naming the prompt.
-            UnsupportedModelError: If the model has no list of its decoder layers.
+            ActExportError: If a score isn't finite, naming the prompt; if the model has no list of its decoder layers.
         """
         self.model = model
         self.batch = batch

@@ -103,8 +103,8 @@ def gate_gradients(
         float64 (num_layers, num_heads); positive where calibrating the head makes the right answers likelier.
 
     Raises:
-        ActExportError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch.
-        UnsupportedModelError: If gradient checkpointing doesn't know the model's layers.
+        ActExportError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch;
+            if gradient checkpointing doesn't know the model's layers.
     """
     for scale in _LOSS_SCALES if model.dtype == torch.float16 else (1,):
         gates = torch.zeros(num_layers, num_heads, device=model.device, requires_grad=True)

@@ -82,10 +82,9 @@ def search_heads(
 
     Raises:
         ActExportError: For no task, or two of one name; if the model's scores aren't finite, naming the prompt; if the
-            processes don't do the same search.
+            processes don't do the same search; if the model's attention can't be replaced.
         TaskError: If the checkpoint has no tokenizer or an example can't be scored.
         JournalError: If the journal is another search's.
-        UnsupportedModelError: If the model's attention can't be replaced.
     """
     options = options or SearchOptions()
     names = [task.name for task in tasks]

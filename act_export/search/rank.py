@@ -72,8 +72,8 @@ def rank_heads(
         joint: The ranking for all tasks together will be used: "gates+confirm" measures its first heads too.
 
     Raises:
-        ActExportError: If a score or a gradient isn't finite.
-        UnsupportedModelError: If the method needs the model's decoder layers and can't find them.
+        ActExportError: If a score or a gradient isn't finite; if the method needs the model's decoder layers and can't
+            find them.
     """
     if options.method == "exhaustive":
         own = _exact(checkpoint, tasks, options, workers, [[None] * len(options.thresholds)] * len(tasks))

@@ -8,10 +8,11 @@ from close import assert_logits_close
 from hooked import assert_same_model, padded_batch
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint, tiny_model
 
-from act_export.attention.call import UnsupportedModelError, positions
+from act_export.attention.call import positions
 from act_export.attention.hook import attention_hook, check_supported
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
+from act_export.errors import ActExportError
 
 
 @pytest.mark.parametrize("architecture", ROUTED)
@@ -64,7 +65,7 @@ def test_an_architecture_is_either_refused_or_the_same_model(architecture):
         with attention_hook(model, ReferenceAttention(None)) as hooked:
             try:
                 ours = hooked(ids, mask).logits
-            except UnsupportedModelError as error:
+            except ActExportError as error:
                 refusal = str(error)
             else:
                 refusal = ""
@@ -80,7 +81,7 @@ def test_attention_outside_the_interface_is_refused():
     with (
         torch.no_grad(),
         attention_hook(model, ReferenceAttention(None)) as hooked,
-        pytest.raises(UnsupportedModelError, match=r"attention of llama.*\[1, 0\]"),
+        pytest.raises(ActExportError, match=r"attention of llama.*\[1, 0\]"),
     ):
         hooked(ids, mask)
 
@@ -132,7 +133,7 @@ def test_sink_logits_that_are_not_one_for_each_head_are_refused(shape):
     with (
         torch.no_grad(),
         attention_hook(model, ReferenceAttention(None)) as hooked,
-        pytest.raises(UnsupportedModelError, match=r"sink logits of shape .*one for each of its 4 heads"),
+        pytest.raises(ActExportError, match=r"sink logits of shape .*one for each of its 4 heads"),
     ):
         hooked(ids, mask)
 
@@ -141,7 +142,7 @@ def test_a_mask_with_an_overlay_is_refused():
     from transformers.masking_utils import create_causal_mask
 
     model = tiny_model()
-    with attention_hook(model, ReferenceAttention(None)), pytest.raises(UnsupportedModelError, match="overlays"):
+    with attention_hook(model, ReferenceAttention(None)), pytest.raises(ActExportError, match="overlays"):
         create_causal_mask(
             model.config,
             torch.zeros(1, 4, 32),
@@ -155,7 +156,7 @@ def test_chunked_attention_is_refused():
     model = tiny_model()
     model.config.layer_types = ["chunked_attention", "full_attention"]
     with (
-        pytest.raises(UnsupportedModelError, match="layers of type chunked_attention"),
+        pytest.raises(ActExportError, match="layers of type chunked_attention"),
         attention_hook(model, ReferenceAttention(None)),
     ):
         pass
@@ -203,7 +204,7 @@ def test_a_mask_made_anew_is_refused_where_there_is_a_window(monkeypatch):
     ids, mask = padded_batch()
     with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
         monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
-        with pytest.raises(UnsupportedModelError, match="sliding window can't be told"):
+        with pytest.raises(ActExportError, match="sliding window can't be told"):
             hooked(ids, mask)
 
 
@@ -220,7 +221,7 @@ def test_an_unknown_keyword_with_data_is_refused(monkeypatch):
     ids, mask = padded_batch()
     with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
         monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
-        with pytest.raises(UnsupportedModelError, match="passes 'indices'"):
+        with pytest.raises(ActExportError, match="passes 'indices'"):
             hooked(ids, mask)
 
 
@@ -229,5 +230,5 @@ def test_an_unknown_keyword_with_data_is_refused(monkeypatch):
     [("diffllama", "once per layer"), ("jamba", "can't be exported yet|layers of type")],
 )
 def test_unsupported_models_are_refused_whatever_they_raise(architecture, message):
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(ActExportError, match=message):
         check_supported(tiny_model(architecture))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from act_export.checkpoint.low_memory import LowMemoryError, is_low_memory, low_memory_told
+from act_export.checkpoint.low_memory import is_low_memory, low_memory_told
 from act_export.commands.main import app
+from act_export.errors import ActExportError
 from act_export.export import build_model
 
 
@@ -36,7 +37,7 @@ def test_errors_about_memory(error):
     other.__cause__ = error
     assert is_low_memory(other)
     with (
-        pytest.raises(LowMemoryError, match=r"isn't enough memory to try: .*; do something"),
+        pytest.raises(ActExportError, match=r"isn't enough memory to try: .*; do something"),
         low_memory_told("try", "do something"),
     ):
         raise error
@@ -73,5 +74,5 @@ def test_while_the_graph_is_traced(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr("act_export.export.operator.calibrated_attention", fail)
     monkeypatch.setattr("act_export.attention.hook.calibrated_attention", fail)
-    with pytest.raises(LowMemoryError, match="isn't enough memory to export the model"):
+    with pytest.raises(ActExportError, match="isn't enough memory to export the model"):
         build_model(tiny, None, tmp_path / "a.onnx")

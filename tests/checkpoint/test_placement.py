@@ -10,8 +10,8 @@ from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import load_checkpoint
-from act_export.checkpoint.placement import DTYPES, Placement, PlacementError
-from act_export.errors import CheckpointError
+from act_export.checkpoint.placement import DTYPES, Placement
+from act_export.errors import ActExportError, CheckpointError
 from act_export.search import FastAttention
 from act_export.search.gates import gate_gradients
 from act_export.tasks import EncodedExample
@@ -119,27 +119,27 @@ def test_a_gpu(checkpoint_folder, options):
     ],
 )
 def test_bad_placements_are_refused_before_anything_is_read(options, message):
-    with pytest.raises(PlacementError, match=message):
+    with pytest.raises(ActExportError, match=message):
         load_checkpoint("/nowhere/at/all", **options)
 
 
 def test_cuda_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(PlacementError, match=r"device is cuda, but PyTorch .* sees 0 CUDA GPUs"):
+    with pytest.raises(ActExportError, match=r"device is cuda, but PyTorch .* sees 0 CUDA GPUs"):
         Placement(device="cuda")
 
 
 def test_an_incomplete_device_map(checkpoint_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     device_map = {**dict.fromkeys(LAYERS, "cpu"), "model.layers.0": "disk"}
-    with pytest.raises((PlacementError, CheckpointError), match=r"disk|offload"):
+    with pytest.raises((ActExportError, CheckpointError), match=r"disk|offload"):
         load_checkpoint(str(checkpoint_folder), device_map=device_map)
 
 
 def test_weights_that_are_nowhere():
     with torch.device("meta"):
         model = torch.nn.Linear(2, 2)
-    with pytest.raises(PlacementError, match=r"leaves 2 of its weights .*e\.g\. weight; take a smaller dtype"):
+    with pytest.raises(ActExportError, match=r"leaves 2 of its weights .*e\.g\. weight; take a smaller dtype"):
         Placement(device_map="auto").check_complete(model, "a model")
 
 

@@ -10,12 +10,12 @@ from tiny import ROUTED, VOCABULARY, tiny_model
 from tiny_models import tiny_config
 from transformers import AutoConfig
 
-from act_export.attention.call import UnsupportedModelError, positions
+from act_export.attention.call import positions
 from act_export.attention.hook import attention_hook, check_supported
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.support import why_unsupported, why_unsupported_model
-from act_export.errors import CheckpointError
+from act_export.errors import ActExportError, CheckpointError
 
 LATENT = "multi-head latent attention, whose cache holds compressed"
 STATE = "keep a state instead of keys"
@@ -88,9 +88,9 @@ def test_refused_before_anything_runs(monkeypatch):
     model = tiny_model("llama")
     model.config.kv_lora_rank = 512
     monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the model ran"))
-    with pytest.raises(UnsupportedModelError, match=LATENT):
+    with pytest.raises(ActExportError, match=LATENT):
         check_supported(model)
-    with pytest.raises(UnsupportedModelError, match=LATENT), attention_hook(model, ReferenceAttention(None)):
+    with pytest.raises(ActExportError, match=LATENT), attention_hook(model, ReferenceAttention(None)):
         pytest.fail("the block was entered")
 
 

@@ -22,15 +22,9 @@ import act_export
 from act_export.attention.hook import attention_hook, check_supported
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.load import load_checkpoint
-from act_export.checkpoint.text_tower import (
-    IMAGES_AS_EMBEDDINGS,
-    TowerError,
-    check_takes_embeddings,
-    one_rotation,
-    text_tower,
-)
+from act_export.checkpoint.text_tower import IMAGES_AS_EMBEDDINGS, check_takes_embeddings, one_rotation, text_tower
 from act_export.commands.main import app
-from act_export.errors import CheckpointError, SessionError
+from act_export.errors import ActExportError, CheckpointError, SessionError
 from act_export.export import build_model
 from act_export.export.embedding import write_embedding
 from act_export.export.job import export_model
@@ -240,22 +234,24 @@ def test_a_configuration_without_its_vision_encoder(checkpoint_folder_with_visio
     config = json.loads((tmp_path / "config.json").read_text())
     del config["vision_config"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TowerError, match=r"qwen2_vl model, has no vision_config; copy the config\.json"):
+    with pytest.raises(ActExportError, match=r"qwen2_vl model, has no vision_config; copy the config\.json"):
         load_checkpoint(str(tmp_path))
 
 
 def test_families_whose_images_need_more_than_embeddings(tmp_path):
     tower = tower_checkpoint(tiny_whole("gemma3"))
-    with pytest.raises(TowerError, match=r"gemma3 models: tokens of an image attend to each other in both directions"):
+    with pytest.raises(
+        ActExportError, match=r"gemma3 models: tokens of an image attend to each other in both directions"
+    ):
         build_model(tower, None, tmp_path / "m.onnx", inputs_embeds=True)
-    with pytest.raises(TowerError, match="it isn't known that images reach it"):
+    with pytest.raises(ActExportError, match="it isn't known that images reach it"):
         check_takes_embeddings(tower_checkpoint(tiny_whole("idefics3")).model)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tower_that_computes_something_else(whole, monkeypatch):
     monkeypatch.setattr(whole, "forward", scaled(whole.forward))
-    with pytest.raises(TowerError, match=r"computes other logits than the whole model does, by 5\.0e-01"):
+    with pytest.raises(ActExportError, match=r"computes other logits than the whole model does, by 5\.0e-01"):
         text_tower(whole, "tiny")
 
 
@@ -269,7 +265,7 @@ def scaled(forward):
 
 
 def test_a_model_without_a_tower():
-    with pytest.raises(TowerError, match="has no language_model or text_model"):
+    with pytest.raises(ActExportError, match="has no language_model or text_model"):
         text_tower(tower_checkpoint(tiny_whole()).model, "tiny")
 
 

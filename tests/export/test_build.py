@@ -10,10 +10,9 @@ import onnx_ir as ir
 import pytest
 from tiny import CALIBRATION, tiny_checkpoint
 
-from act_export.attention.call import UnsupportedModelError
 from act_export.calibration.file import Calibration, CalibrationError
+from act_export.errors import ActExportError
 from act_export.export import build_model
-from act_export.onnx_file.output import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +111,13 @@ def test_a_calibration_of_another_model_is_refused(tiny, tmp_path):
 
 
 def test_attention_that_misses_the_hook_is_refused(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="once per layer"):
+    with pytest.raises(ActExportError, match="once per layer"):
         build_model(tiny_checkpoint("gpt_neox_japanese"), None, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_refused_before_writing(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(OutputError, match=r"0 MB free; the export needs \d+ MB"):
+    with pytest.raises(ActExportError, match=r"0 MB free; the export needs \d+ MB"):
         build_model(tiny, None, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

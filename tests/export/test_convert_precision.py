@@ -13,11 +13,10 @@ import pytest
 import torch
 from tiny import CALIBRATION, ROUTED, tiny_checkpoint
 
-from act_export.attention.call import UnsupportedModelError
 from act_export.checkpoint.placement import Placement
 from act_export.errors import ActExportError
 from act_export.export import build_model
-from act_export.export.passes.convert_precision import ConvertPrecisionPass, WeightRangeError
+from act_export.export.passes.convert_precision import ConvertPrecisionPass
 from act_export.verify.parity.job import verify_file
 
 HALVES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -130,7 +129,7 @@ def test_a_weight_too_large_for_float16(value, shown):
     weights[2, 1] = value
     model.graph.initializers["head"].const_value = ir.tensor(weights)
     ConvertPrecisionPass(ir.DataType.FLOAT16)(model)
-    with pytest.raises(WeightRangeError, match=rf"head has the value {shown}.*--dtype bfloat16"):
+    with pytest.raises(ActExportError, match=rf"head has the value {shown}.*--dtype bfloat16"):
         model.graph.initializers["head"].const_value.numpy()
 
 
@@ -148,14 +147,14 @@ def test_a_graph_inside_an_operator_is_refused():
         "  logits = MatMul (y, head)",
         ", bool flag = {1}",
     )
-    with pytest.raises(UnsupportedModelError, match="operator If with a graph inside"):
+    with pytest.raises(ActExportError, match="operator If with a graph inside"):
         ConvertPrecisionPass(ir.DataType.FLOAT16)(model)
 
 
 def test_a_value_of_unknown_type_is_refused():
     model = parse("x = Gather (table, ids)  logits = MatMul (x, head)")
     model.graph[0].outputs[0].type = None
-    with pytest.raises(UnsupportedModelError, match="type of x, a result of Gather, isn't known"):
+    with pytest.raises(ActExportError, match="type of x, a result of Gather, isn't known"):
         ConvertPrecisionPass(ir.DataType.FLOAT16)(model)
 
 
@@ -222,7 +221,7 @@ def test_weights_take_half_the_room(tiny, tiny_file, tmp_path):
 def test_an_overflow_leaves_nothing_and_names_the_weight(tmp_path):
     checkpoint = tiny_checkpoint("mistral")
     checkpoint.model.lm_head.weight[3, 5] = 1e5
-    with pytest.raises(WeightRangeError, match=r"lm_head\.weight.* has the value 100000; float16 goes up to 65504"):
+    with pytest.raises(ActExportError, match=r"lm_head\.weight.* has the value 100000; float16 goes up to 65504"):
         build_model(checkpoint, None, tmp_path / "m.onnx", dtype="float16")
     build_model(checkpoint, None, tmp_path / "m.onnx", dtype="bfloat16")
 

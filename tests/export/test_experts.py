@@ -21,9 +21,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from act_export.attention.call import UnsupportedModelError
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.export.experts import check_experts, exportable_experts, sorted_experts, translation_table
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
@@ -194,7 +194,7 @@ def test_weights_that_the_graph_computes_are_refused(rolled: dict[str, onnx.Mode
     model.graph.insert_before(model.graph[0], negated)
     for node, index in users:
         node.replace_input_with(index, negated.outputs[0])
-    with pytest.raises(UnsupportedModelError, match="are computed"):
+    with pytest.raises(ActExportError, match="are computed"):
         UnrollExpertsPass()(model)
 
 
@@ -301,14 +301,14 @@ def test_experts_that_do_not_pass_through_the_interface_are_refused(tmp_path: Pa
     checkpoint = tiny_checkpoint("qwen3_moe")
     layer = checkpoint.model.model.layers[1].mlp
     layer.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
-    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts \(ModuleList\).*experts interface"):
+    with pytest.raises(ActExportError, match=r"layers\.1\.mlp\.experts \(ModuleList\).*experts interface"):
         build_model(checkpoint, None, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_stacked_experts_of_another_kind_are_refused():
     config = AutoConfig.for_model("jetmoe", hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, vocab_size=99)
-    with pytest.raises(UnsupportedModelError, match="JetMoeParallelExperts"):
+    with pytest.raises(ActExportError, match="JetMoeParallelExperts"):
         check_experts(AutoModelForCausalLM.from_config(config))
 
 
@@ -320,5 +320,5 @@ def test_other_modules_are_no_reason_to_refuse(architecture: str):
 def test_experts_of_several_processes_are_refused():
     model = tiny_model("mixtral")
     model.model.layers[0].mlp.experts._is_expert_parallel = True
-    with pytest.raises(UnsupportedModelError, match="spread over several processes"):
+    with pytest.raises(ActExportError, match="spread over several processes"):
         check_experts(model)

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import act_export
 from act_export.commands.main import app
 from act_export.errors import ActExportError
-from act_export.export.triton import HostError, Signature, Tensor, model_config, read_signature, write_repository
+from act_export.export.triton import Signature, Tensor, model_config, read_signature, write_repository
 from act_export.ops.library import library_path
 from act_export.runtime.session import Session
 
@@ -168,7 +168,7 @@ def test_library_without_cuda_kernels_is_refused(tiny_file, tmp_path, monkeypatc
     from act_export.ops.library import LibraryInfo
 
     monkeypatch.setattr(triton, "library_info", lambda path: LibraryInfo(path, cuda=()))
-    with pytest.raises(HostError, match=r"no CUDA kernels.*--portable"):
+    with pytest.raises(ActExportError, match=r"no CUDA kernels.*--portable"):
         write_repository(tiny_file, tmp_path, name="tiny", device="cuda")
     assert not list(tmp_path.iterdir())
 
@@ -177,7 +177,7 @@ def test_where_the_server_sees_it(tiny_file, tmp_path, parse):
     write_repository(tiny_file, tmp_path, name="tiny", served_from="/models")
     config = parse(tmp_path / "tiny" / "config.pbtxt")
     assert list(config.model_operations.op_library_filename) == ["/models/tiny/1/libact_ops.so"]
-    with pytest.raises(HostError, match="must be absolute"):
+    with pytest.raises(ActExportError, match="must be absolute"):
         write_repository(tiny_file, tmp_path, name="tiny", served_from="models")
 
 
@@ -187,7 +187,7 @@ def test_name_comes_from_the_file_or_its_folder(tiny_file, tmp_path):
     write_repository(copy, tmp_path / "out")
     assert (tmp_path / "out" / "chat-model" / "1" / "model.onnx").is_file()
     for name in ("a/b", "", ".hidden", "two words"):
-        with pytest.raises(HostError, match="--name"):
+        with pytest.raises(ActExportError, match="--name"):
             write_repository(copy, tmp_path / "out", name=name)
 
 
@@ -217,24 +217,24 @@ def test_what_cannot_be_served(tiny_file, tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
     (tmp_path / "empty.onnx").write_bytes(b"")
     for name in ("text.onnx", "empty.onnx"):
-        with pytest.raises(HostError, match="as an ONNX file"):
+        with pytest.raises(ActExportError, match="as an ONNX file"):
             write_repository(tmp_path / name, out)
-    with pytest.raises(HostError, match="there is no model"):
+    with pytest.raises(ActExportError, match="there is no model"):
         write_repository(tmp_path / "missing.onnx", out)
     lone = tmp_path / "lone" / "model.onnx"
     lone.parent.mkdir()
     shutil.copy(tiny_file, lone)
-    with pytest.raises(HostError, match=r"model\.onnx\.data, which isn't there"):
+    with pytest.raises(ActExportError, match=r"model\.onnx\.data, which isn't there"):
         write_repository(lone, out)
     weights = Path(f"{tiny_file}.data").read_bytes()
     Path(f"{lone}.data").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(HostError, match="the file isn't whole"):
+    with pytest.raises(ActExportError, match="the file isn't whole"):
         write_repository(lone, out)
     model = onnx.load(tiny_file, load_external_data=False)
     model.graph.output[0].type.tensor_type.ClearField("shape")
     Path(f"{lone}.data").write_bytes(weights)
     onnx.save(model, lone)
-    with pytest.raises(HostError, match="without a shape"):
+    with pytest.raises(ActExportError, match="without a shape"):
         write_repository(lone, out)
     assert not out.exists()
 
@@ -266,7 +266,7 @@ def test_of_another_exporter(tmp_path, parse):
 
 def test_a_type_that_triton_lacks(tmp_path):
     tensor = Tensor("x", TensorProto.COMPLEX64, (None,))
-    with pytest.raises(HostError, match="x is of type"):
+    with pytest.raises(ActExportError, match="x is of type"):
         model_config("m", Signature(tmp_path, (tensor,), (tensor,), (), False))
 
 
@@ -329,6 +329,6 @@ def test_weights_behind_links_are_copied_or_refused(tiny_file, tmp_path):
     (folder / "weights").rename(tmp_path / "elsewhere")
     (folder / "model.onnx.data").unlink()
     (folder / "model.onnx.data").symlink_to("../elsewhere")
-    with pytest.raises(HostError, match="is a link to"):
+    with pytest.raises(ActExportError, match="is a link to"):
         write_repository(folder, tmp_path / "models", name="n")
     assert not (tmp_path / "models" / "n").exists()

@@ -16,7 +16,8 @@ from foreign_models import CALIBRATION, CONTEXT, PAD, VOCABULARY, Decoder, hashe
 from onnx import TensorProto
 
 from act_export.calibration.file import ModelIdentity
-from act_export.graft import GraftError, StateLayout, remove_graft
+from act_export.errors import ActExportError
+from act_export.graft import StateLayout, remove_graft
 from act_export.graft.genai import cache_templates, calibrated_config
 from act_export.graft.job import graft
 from act_export.onnx_file.state import State
@@ -322,7 +323,7 @@ def test_layers_of_a_window(layers: list[int] | None, calibrated: list[int], kep
 def test_another_library() -> None:
     config = Decoder().genai_config()
     config["model"]["decoder"]["session_options"]["custom_ops_library"] = "libothers.so"
-    with pytest.raises(GraftError, match=r"loads the operator library 'libothers.so' already.*--portable"):
+    with pytest.raises(ActExportError, match=r"loads the operator library 'libothers.so' already.*--portable"):
         calibrated_config(config, [0], 2, "model.onnx", "libact_ops.so")
     changed, _ = calibrated_config(config, [0], 2, "model.onnx", None)
     assert changed["model"]["decoder"]["session_options"]["custom_ops_library"] == "libothers.so"
@@ -344,7 +345,7 @@ def test_a_field_that_is_missing_or_no_template(part: str, field: str, value: An
         del config["model"]["decoder"][part][field]
     else:
         config["model"]["decoder"][part][field] = value
-    with pytest.raises(GraftError, match=rf"genai_config.json has model.decoder.{part}.{field} = "):
+    with pytest.raises(ActExportError, match=rf"genai_config.json has model.decoder.{part}.{field} = "):
         cache_templates(config)
 
 
@@ -386,7 +387,7 @@ def test_a_broken_configuration(kind: str, tmp_path: Path) -> None:
     change(config)
     (folder / "genai_config.json").write_text(json.dumps(config))
     before = hashes(tmp_path)
-    with pytest.raises(GraftError) as caught:
+    with pytest.raises(ActExportError) as caught:
         graft(folder, CALIBRATION, tmp_path / "out")
     assert named in str(caught.value)
     assert "genai_config.json" in str(caught.value)
@@ -409,7 +410,7 @@ def test_a_type_that_is_no_name(tmp_path: Path) -> None:
 def test_a_configuration_that_cant_be_read(text: str, tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
     (folder / "genai_config.json").write_text(text)
-    with pytest.raises(GraftError, match=r"genai_config\.json"):
+    with pytest.raises(ActExportError, match=r"genai_config\.json"):
         graft(folder, CALIBRATION, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -20,14 +20,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
-from act_export.graft import GraftError, StateLayout, UnsupportedPatternError
+from act_export.graft import StateLayout, UnsupportedPatternError
 from act_export.graft.job import graft
 from act_export.graft.source import read_source
-from act_export.onnx_file.output import OutputError
 from act_export.runtime import Session
 
 
-def refused(place: Path, out: Path, reason: str, kind: type[ActExportError] = GraftError, **options: object) -> None:
+def refused(
+    place: Path, out: Path, reason: str, kind: type[ActExportError] = ActExportError, **options: object
+) -> None:
     """By its reason; nothing below the temporary folder is another than it was."""
     root = out.parent
     before = hashes(root)
@@ -81,7 +82,7 @@ def test_the_first_part_of_a_file(length: int, tmp_path_factory: pytest.TempPath
     """Refused wherever it ends."""
     folder = tmp_path_factory.mktemp("cut")
     (folder / "in.onnx").write_bytes(WHOLE[:length])
-    with pytest.raises(GraftError):
+    with pytest.raises(ActExportError):
         graft(folder / "in.onnx", CALIBRATION, folder / "out.onnx")
     assert [path.name for path in folder.iterdir()] == ["in.onnx"]
 
@@ -267,10 +268,10 @@ def test_kinds_of_output(file: Path, tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
     refused(folder, tmp_path / "out.onnx", r"is a folder, so --out must be one too; .*out\.onnx is a name of a file")
     refused(file, tmp_path / "out", r"is a file, so --out must be a name ending in \.onnx")
-    refused(file, tmp_path / "gone" / "out.onnx", "there is no folder", OutputError)
+    refused(file, tmp_path / "gone" / "out.onnx", "there is no folder", ActExportError)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letter.txt").write_text("dear")
-    refused(folder, tmp_path / "others", "holds other files", OutputError)
+    refused(folder, tmp_path / "others", "holds other files", ActExportError)
 
 
 def test_weights_of_another_model_in_the_way(external: Path, tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_an_interrupted_write_leaves_nothing(
     before = hashes(tmp_path)
     module = import_module("act_export.graft.output")
     monkeypatch.setattr(onnx if at == "save" else module, at, fails)
-    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+    with pytest.raises(ActExportError if isinstance(error, OSError) else type(error)):
         graft(folder, CALIBRATION, tmp_path / "out")
     assert hashes(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
@@ -410,7 +411,7 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     folder = Decoder().save_folder(tmp_path / "in")
-    refused(folder, tmp_path / "out", "has 0 MB free; the export needs", OutputError)
+    refused(folder, tmp_path / "out", "has 0 MB free; the export needs", ActExportError)
 
 
 def test_another_output_is_replaced(tmp_path: Path) -> None:
@@ -488,7 +489,7 @@ def test_what_an_earlier_output_left_goes(tmp_path: Path) -> None:
 
 def test_state_in_cache_is_not_for_genai(tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
-    with pytest.raises(GraftError, match="--state-in-cache is for hosts such as optimum"):
+    with pytest.raises(ActExportError, match="--state-in-cache is for hosts such as optimum"):
         graft(folder, CALIBRATION, tmp_path / "out", layout=StateLayout.PACKED)
 
 

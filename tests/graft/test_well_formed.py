@@ -9,7 +9,7 @@ import pytest
 from foreign_models import CALIBRATION, Decoder
 from onnx import helper
 
-from act_export.graft import GraftError
+from act_export.errors import ActExportError
 from act_export.graft.graph import Graph
 from act_export.graft.job import graft
 from act_export.graft.well_formed import check_nodes
@@ -34,7 +34,7 @@ def test_attributes(name: str, value: object, reason: str, tmp_path: Path) -> No
     del node.attribute[:]
     node.attribute.extend([*kept, helper.make_attribute(name, value)])
     onnx.save(model, path)
-    with pytest.raises(GraftError, match=f"is damaged: .*GroupQueryAttention.* has {reason}"):
+    with pytest.raises(ActExportError, match=f"is damaged: .*GroupQueryAttention.* has {reason}"):
         graft(path, CALIBRATION, tmp_path / "out.onnx")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
@@ -48,7 +48,7 @@ def test_attributes(name: str, value: object, reason: str, tmp_path: Path) -> No
     ],
 )
 def test_inputs_and_outputs(node: onnx.NodeProto, reason: str) -> None:
-    with pytest.raises(GraftError, match=reason) as caught:
+    with pytest.raises(ActExportError, match=reason) as caught:
         check_nodes(helper.make_graph([node], "g", [], []), "a.onnx")
     assert len(str(caught.value)) < 300
 
@@ -57,7 +57,7 @@ def test_constants_that_cant_be_read() -> None:
     tensor = onnx.TensorProto(name="c", data_type=999, dims=[1], raw_data=b"1")
     huge = onnx.TensorProto(name="h", data_type=1, dims=[2**62, 2**62])
     graph = Graph(helper.make_graph([helper.make_node("Constant", [], ["n"])], "g", [], [], [tensor, huge]))
-    with pytest.raises(GraftError, match="the constant 'c' can't be read"):
+    with pytest.raises(ActExportError, match="the constant 'c' can't be read"):
         graph.constant("c")
     assert graph.constant("h") is None
     assert graph.constant("n") is None

@@ -10,7 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny import VOCABULARY
 
-from act_export.onnx_file.language_model import ModelFileError, read_model_file
+from act_export.errors import ActExportError
+from act_export.onnx_file.language_model import read_model_file
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
@@ -79,7 +80,7 @@ def test_head_size_of_packed_weights(tmp_path):
 
 def test_configuration_beside_the_file(tmp_path):
     onnx.save(packed_model(kv_heads="kv_heads", width=7, vocabulary="vocabulary"), tmp_path / "model.onnx")
-    with pytest.raises(ModelFileError, match="can't tell the vocabulary"):
+    with pytest.raises(ActExportError, match="can't tell the vocabulary"):
         read_model_file(tmp_path)
     decoder = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 3}
     genai = {"model": {"context_length": 77, "vocab_size": 55, "decoder": decoder}}
@@ -91,13 +92,13 @@ def test_configuration_beside_the_file(tmp_path):
 
 def test_a_head_size_that_nothing_tells(tmp_path):
     onnx.save(packed_model(width=7), tmp_path / "model.onnx")
-    with pytest.raises(ModelFileError, match=r"can't tell the head size .* genai_config.json"):
+    with pytest.raises(ActExportError, match=r"can't tell the head size .* genai_config.json"):
         read_model_file(tmp_path)
 
 
 def test_an_input_that_nobody_can_give(tmp_path):
     onnx.save(packed_model(extra=[("pixels", TensorProto.FLOAT, [1])]), tmp_path / "model.onnx")
-    with pytest.raises(ModelFileError, match="it wants pixels"):
+    with pytest.raises(ActExportError, match="it wants pixels"):
         read_model_file(tmp_path)
 
 
@@ -106,7 +107,7 @@ def test_no_language_model(tmp_path):
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
-    with pytest.raises(ModelFileError, match="it lacks input_ids"):
+    with pytest.raises(ActExportError, match="it lacks input_ids"):
         read_model_file(tmp_path)
 
 
@@ -114,5 +115,5 @@ def test_no_language_model(tmp_path):
 def test_no_onnx_file(tmp_path, text, message):
     if text is not None:
         (tmp_path / "model.onnx").write_text(text)
-    with pytest.raises(ModelFileError, match=message):
+    with pytest.raises(ActExportError, match=message):
         read_model_file(tmp_path)

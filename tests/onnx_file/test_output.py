@@ -14,7 +14,8 @@ from no_file import KINDS, is_untouched, make
 
 import act_export.files
 from act_export import __version__
-from act_export.onnx_file.output import COMPANIONS, OutputError, check_output, publish, staged
+from act_export.errors import ActExportError
+from act_export.onnx_file.output import COMPANIONS, check_output, publish, staged
 from act_export.onnx_file.record import FileRecord
 
 
@@ -41,13 +42,13 @@ def test_good_outputs(tmp_path, name):
 
 
 def test_missing_parent(tmp_path):
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(ActExportError, match="there is no folder"):
         check_output(tmp_path / "none" / "a.onnx")
 
 
 def test_folder_with_a_files_name(tmp_path):
     (tmp_path / "a.onnx").mkdir()
-    with pytest.raises(OutputError, match="is a folder"):
+    with pytest.raises(ActExportError, match="is a folder"):
         check_output(tmp_path / "a.onnx")
 
 
@@ -55,7 +56,7 @@ def test_folder_with_a_files_name(tmp_path):
 def test_file_without_the_suffix(tmp_path, exists):
     if exists:
         (tmp_path / "a.bin").touch()
-    with pytest.raises(OutputError, match=r"doesn't end in \.onnx"):
+    with pytest.raises(ActExportError, match=r"doesn't end in \.onnx"):
         check_output(tmp_path / "a.bin")
 
 
@@ -64,7 +65,7 @@ def test_unwritable_folder(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(OutputError, match=r"can't write to .*Permission denied"):
+    with pytest.raises(ActExportError, match=r"can't write to .*Permission denied"):
         check_output(tmp_path / "a.onnx")
 
 
@@ -93,7 +94,10 @@ def test_nothing_stays_after_an_interruption(tmp_path, error):
 
 
 def test_a_disk_that_runs_full_is_an_error_of_ours(tmp_path):
-    with pytest.raises(OutputError, match="the disk is full; no partial output was left"), staged(tmp_path / "a.onnx"):
+    with (
+        pytest.raises(ActExportError, match="the disk is full; no partial output was left"),
+        staged(tmp_path / "a.onnx"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -133,7 +137,7 @@ def test_an_existing_folder_is_written_in_itself(tmp_path):
 
 def test_a_folder_with_other_files(tmp_path):
     (tmp_path / "notes.md").touch()
-    with pytest.raises(OutputError, match=r"holds other files, e\.g\. notes\.md"):
+    with pytest.raises(ActExportError, match=r"holds other files, e\.g\. notes\.md"):
         check_output(tmp_path)
 
 
@@ -149,7 +153,7 @@ def test_a_folder_with_another_programs_model(tmp_path, content):
     if content == "no model":
         (tmp_path / "model.onnx").write_text("an essay")
     (tmp_path / "config.json").touch()
-    with pytest.raises(OutputError, match=r"holds a model\.onnx that act-export didn't write"):
+    with pytest.raises(ActExportError, match=r"holds a model\.onnx that act-export didn't write"):
         check_output(tmp_path)
 
 
@@ -161,11 +165,11 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind, name):
     if (kind, name) == ("folder", "folder"):
         check_output(out)
         return
-    with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+    with pytest.raises(ActExportError, match=f"is a {kind.split()[-1]}"):
         check_output(out)
     if name == "folder":
         return
-    with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+    with pytest.raises(ActExportError, match=f"is a {kind.split()[-1]}"):
         written(out, [name])
     assert is_untouched(tmp_path / name, before)
 
@@ -178,9 +182,9 @@ def test_what_is_no_file_in_an_output_folder_is_neither_followed_nor_replaced(tm
     graph = (out / "model.onnx").read_bytes()
     before = make(out / "tokenizer.json", kind)
     for names in (["model.onnx", "tokenizer.json"], ["model.onnx"]):
-        with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+        with pytest.raises(ActExportError, match=f"is a {kind.split()[-1]}"):
             written(out, names, stale=COMPANIONS)
-    with pytest.raises(OutputError, match=f"is a {kind.split()[-1]}"):
+    with pytest.raises(ActExportError, match=f"is a {kind.split()[-1]}"):
         check_output(out)
     assert is_untouched(out / "tokenizer.json", before)
     assert (out / "model.onnx").read_bytes() == graph
@@ -199,7 +203,7 @@ def test_a_folder_within_an_output_that_leads_out_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "weights").symlink_to("../elsewhere")
-    with pytest.raises(OutputError, match="is a link to"):
+    with pytest.raises(ActExportError, match="is a link to"):
         written(tmp_path / "out", ["weights/all.bin"])
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -209,7 +213,7 @@ def test_an_output_that_was_being_published_when_its_process_was_killed_is_taken
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="holds other files"):
+    with pytest.raises(ActExportError, match="holds other files"):
         check_output(out)
     child = os.fork()
     if not child:
@@ -260,7 +264,7 @@ def test_an_older_output_is_put_back_where_one_of_the_moves_fails(tmp_path, monk
         raise error(errno.EIO, "Input/output error")
 
     nth_rename(monkeypatch, number, refuse)
-    with pytest.raises(OutputError if error is OSError else error, match="Input/output error"):
+    with pytest.raises(ActExportError if error is OSError else error, match="Input/output error"):
         over_an_older_output(tmp_path / "out")
     assert read(tmp_path / "out") == older
     assert len(list((tmp_path / "out").iterdir())) == 3
@@ -272,7 +276,7 @@ def test_that_an_older_output_could_not_be_put_back_is_said(tmp_path, monkeypatc
         raise OSError(errno.EIO, "Input/output error")
 
     nth_rename(monkeypatch, 3, refuse)
-    with pytest.raises(OutputError, match="what was there before can't be put back"):
+    with pytest.raises(ActExportError, match="what was there before can't be put back"):
         over_an_older_output(tmp_path / "out")
     assert "model.onnx" not in read(tmp_path / "out")
 

@@ -21,7 +21,6 @@ from act_export.calibration.reference import attention_probabilities, calibrate_
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.profile import (
-    ProfileError,
     ProfileOptions,
     PromptSource,
     SinkProfile,
@@ -183,7 +182,7 @@ def test_other_work_is_not_gone_on_from(checkpoint, tmp_path):
 def test_a_place_that_can_not_be_written_to(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     called: list[str] = []
-    with pytest.raises(ProfileError, match=r"can't keep unfinished work.*XDG_CACHE_HOME"):
+    with pytest.raises(ActExportError, match=r"can't keep unfinished work.*XDG_CACHE_HOME"):
         profiled(checkpoint, partial=tmp_path / "file", progress=lambda step, _: called.append(step))
     assert called == []  # before any work
 
@@ -326,12 +325,12 @@ def test_texts_of_tokens(checkpoint):
     ],
 )
 def test_sources_that_can_not_be_profiled(checkpoint, given, message):
-    with pytest.raises(ProfileError, match=message):
+    with pytest.raises(ActExportError, match=message):
         profile_sinks(checkpoint, given)
 
 
 def test_numbers_out_of_range(checkpoint):
-    with pytest.raises(ProfileError, match="batch_tokens is 0"):
+    with pytest.raises(ActExportError, match="batch_tokens is 0"):
         ProfileOptions(batch_tokens=0)
     with pytest.raises(CalibrationError, match="threshold is -1"):
         ProfileOptions(relative_threshold=-1)

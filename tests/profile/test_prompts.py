@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from act_export.profile import ProfileError
+from act_export.errors import ActExportError
 from act_export.profile.prompts import rows_without_answers, text_prompts
 from act_export.tasks import TaskError
 
@@ -45,15 +45,15 @@ def test_a_text_is_cut_and_nothing_is_lost(tmp_path_factory, text, length, most,
 
 
 def test_texts_that_can_not_be_used(tmp_path):
-    with pytest.raises(ProfileError, match="has no tokenizer"):
+    with pytest.raises(ActExportError, match="has no tokenizer"):
         text_prompts(None, tmp_path / "text.txt", length=8, most=1)
-    with pytest.raises(ProfileError, match=r"can't read .*text\.txt"):
+    with pytest.raises(ActExportError, match=r"can't read .*text\.txt"):
         text_prompts(tokenizer(begins=False), tmp_path / "text.txt", length=8, most=1)
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(ProfileError, match="has no tokens"):
+    with pytest.raises(ActExportError, match="has no tokens"):
         text_prompts(tokenizer(begins=True), tmp_path / "text.txt", length=8, most=1)
     (tmp_path / "text.txt").write_text("abc")
-    with pytest.raises(ProfileError, match="--length is 1; the tokenizer begins each sequence with 1 tokens"):
+    with pytest.raises(ActExportError, match="--length is 1; the tokenizer begins each sequence with 1 tokens"):
         text_prompts(tokenizer(begins=True), tmp_path / "text.txt", length=1, most=1)
 
 
@@ -68,10 +68,10 @@ def test_rows_without_answers(tmp_path):
     path.write_text('{"prompt": "one"}\n{"prompt": "two", "choices": [" a", " b"], "answer": 0}\n')
     assert rows_without_answers(path) is None
     path.write_text('{"prompt": "one"}\n{"text": "two"}\n')
-    with pytest.raises(ProfileError, match="line 2: prompt is None"):
+    with pytest.raises(ActExportError, match="line 2: prompt is None"):
         rows_without_answers(path)
     path.write_text("\n")
-    with pytest.raises(ProfileError, match="has no rows"):
+    with pytest.raises(ActExportError, match="has no rows"):
         rows_without_answers(path)
     path.write_text("[]\n")
     with pytest.raises(TaskError, match="line 1"):

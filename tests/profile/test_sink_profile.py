@@ -15,7 +15,8 @@ from profiles import random_profile
 from safetensors.numpy import load_file, save
 
 from act_export.calibration.file import Calibration
-from act_export.profile import ALL, ProfileError, SinkProfile
+from act_export.errors import ActExportError
+from act_export.profile import ALL, SinkProfile
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -112,7 +113,7 @@ def rewrite(path: Path, change: Any) -> None:
 )
 def test_a_tensor_that_is_not_as_it_must_be_is_named(saved, change, message):
     rewrite(saved, change)
-    with pytest.raises(ProfileError, match=message):
+    with pytest.raises(ActExportError, match=message):
         SinkProfile.load(saved)
 
 
@@ -135,31 +136,31 @@ def test_a_description_that_does_not_fit_is_refused(saved, change, message):
     document = json.loads(description.read_text())
     change(document)
     description.write_text(json.dumps(document))
-    with pytest.raises(ProfileError, match=message):
+    with pytest.raises(ActExportError, match=message):
         SinkProfile.load(saved)
 
 
 def test_files_that_are_missing_or_no_profile(tmp_path, saved):
-    with pytest.raises(ProfileError, match=r"a profile has two files, nowhere.safetensors and nowhere.json"):
+    with pytest.raises(ActExportError, match=r"a profile has two files, nowhere.safetensors and nowhere.json"):
         SinkProfile.load(tmp_path / "nowhere.safetensors")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "list.safetensors").write_text("")
-    with pytest.raises(ProfileError, match="is no JSON object but a list"):
+    with pytest.raises(ActExportError, match="is no JSON object but a list"):
         SinkProfile.load(tmp_path / "list.json")
     saved.write_bytes(b"no tensors")
     document = json.loads(saved.with_suffix(".json").read_text())
     document["tensors"]["sha256"] = hashlib.sha256(b"no tensors").hexdigest()
     saved.with_suffix(".json").write_text(json.dumps(document))
-    with pytest.raises(ProfileError, match="is not a safetensors file"):
+    with pytest.raises(ActExportError, match="is not a safetensors file"):
         SinkProfile.load(saved)
 
 
 def test_where_it_can_not_be_written(tmp_path):
     profile = random_profile()
-    with pytest.raises(ProfileError, match=r"pass e\.g\. profile\.safetensors"):
+    with pytest.raises(ActExportError, match=r"pass e\.g\. profile\.safetensors"):
         profile.save(tmp_path / "profile.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ProfileError, match="pass another place with --out"):
+    with pytest.raises(ActExportError, match="pass another place with --out"):
         profile.save(tmp_path / "file" / "profile.safetensors")
 
 
@@ -167,5 +168,5 @@ def test_a_source_by_its_name():
     profile = random_profile(sources=("sst2", "cb"))
     assert profile["cb"] is profile.sources["cb"]
     assert profile[ALL] is profile.overall
-    with pytest.raises(ProfileError, match="no source 'rte'; it has sst2, cb, all"):
+    with pytest.raises(ActExportError, match="no source 'rte'; it has sst2, cb, all"):
         profile["rte"]

@@ -11,10 +11,10 @@ import pytest
 from close import assert_close, assert_logits_close
 from tiny import CALIBRATION, VOCABULARY
 
-from act_export.errors import SessionError
+from act_export.errors import ActExportError, SessionError
 from act_export.ops import library
 from act_export.runtime import Session, select
-from act_export.runtime.device import RuntimeNotInstalledError, import_onnxruntime
+from act_export.runtime.device import import_onnxruntime
 
 
 def prompt(length, batch=1, seed=0):
@@ -95,13 +95,13 @@ def test_no_onnxruntime(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", missing)
     monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(RuntimeNotInstalledError, match=r"pip install 'act-export\[cpu\]'"):
+    with pytest.raises(ActExportError, match=r"pip install 'act-export\[cpu\]'"):
         import_onnxruntime()
 
 
 def test_both_onnxruntimes(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda _: "1.32.0")
-    with pytest.raises(RuntimeNotInstalledError, match="both installed and overwrite each other"):
+    with pytest.raises(ActExportError, match="both installed and overwrite each other"):
         import_onnxruntime()
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from act_export.attention.call import UnsupportedModelError
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
+from act_export.errors import ActExportError
 from act_export.search.decoder_layers import decoder_layers
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import log_likelihoods
@@ -99,5 +99,5 @@ def test_layers_below_are_not_computed_again(llama: PreTrainedModel) -> None:
 
 
 def test_a_model_without_a_list_of_layers_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(UnsupportedModelError, match="no list of 5 decoder layers"):
+    with pytest.raises(ActExportError, match="no list of 5 decoder layers"):
         decoder_layers(llama, 5)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from act_export.attention.adapters.key_bias import with_key_bias
-from act_export.attention.call import UnsupportedModelError, attend
+from act_export.attention.call import attend
+from act_export.errors import ActExportError
 
 
 def forward(module: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -20,10 +21,10 @@ def forward(module: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor,
         alibi: (batch * num_heads, 1, past + sequence), added after the scale.
 
     Raises:
-        UnsupportedModelError: If its output is computed in slices.
+        ActExportError: If its output is computed in slices.
     """
     if module.pretraining_tp > 1 and module.slow_but_exact:
-        raise UnsupportedModelError(
+        raise ActExportError(
             f"bloom with slow_but_exact and pretraining_tp {module.pretraining_tp} computes its output in slices, "
             f"without the bias; set slow_but_exact to false in config.json"
         )

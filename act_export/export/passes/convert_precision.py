@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from act_export.attention.call import UnsupportedModelError
 from act_export.errors import ActExportError
 from act_export.ops import schema
 
@@ -19,10 +18,6 @@ _LOGITS = "logits"
 _SCALING = {"Add", "Div", "Mul", "Sub", "Tanh"}
 _LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 255 * 2.0**120}
 _OF_ATTRIBUTES = {"Constant", "ConstantOfShape"}  # what they make is as their attribute says
-
-
-class WeightRangeError(ActExportError):
-    """A weight that the type has no number for."""
 
 
 class ConvertPrecisionPass(ir.passes.InPlacePass):
@@ -39,7 +34,7 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
 
     Norms and attention compute in float32 inside their operator. No layer gets a Cast, but for two around a choice of
     experts. Weights are rounded when they are written, one at a time; one too large for the type raises
-    `WeightRangeError` then.
+    `ActExportError` then.
     """
 
     def __init__(self, dtype: ir.DataType) -> None:
@@ -51,7 +46,7 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
         """Rewrites the main graph, which must be sorted.
 
         Raises:
-            UnsupportedModelError: If a value has no type, or an operator has a graph of its own.
+            ActExportError: If a value has no type, or an operator has a graph of its own.
         """
         graph = model.graph
         _check(graph)
@@ -119,13 +114,13 @@ class _Casts:
 def _check(graph: ir.Graph) -> None:
     for node in graph:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _attributes(node)):
-            raise UnsupportedModelError(
+            raise ActExportError(
                 f"the graph has an operator {node.op_type} with a graph inside, which can't be stored in a half type; "
                 f"export it as float32"
             )
         untyped = [value for value in node.outputs if value.dtype is None and (value.uses() or value.is_graph_output())]
         if untyped:
-            raise UnsupportedModelError(
+            raise ActExportError(
                 f"the type of {untyped[0].name}, a result of {node.op_type}, isn't known, so it can't be stored in a "
                 f"half type; export it as float32"
             )
@@ -255,7 +250,7 @@ def _check_range(values: np.ndarray, name: str, dtype: ir.DataType) -> None:
         extreme = float(np.abs(values[np.isfinite(values)]).max(initial=0))
     if abs(extreme) > most:
         advice = "--dtype bfloat16" if dtype == ir.DataType.FLOAT16 else "--dtype float32"
-        raise WeightRangeError(
+        raise ActExportError(
             f"{name} has the value {extreme:g}; {_name(dtype)} goes up to {most:g}, so it can't store this model: "
             f"export it with {advice}"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from act_export.attention.call import UnsupportedModelError
+from act_export.errors import ActExportError
 
 INPUT = "logits_to_keep"
 _OUTPUT = "logits"
@@ -41,15 +41,15 @@ class KeepLastLogitsPass(ir.passes.InPlacePass):
         """Rewrites the main graph, which must be sorted and have `logits` (batch, sequence, vocabulary).
 
         Raises:
-            UnsupportedModelError: If it doesn't have such an output, or has an input of this name.
+            ActExportError: If it doesn't have such an output, or has an input of this name.
         """
         graph = model.graph
         logits = next((value for value in graph.outputs if value.name == _OUTPUT), None)
         if logits is None or not _has_named_positions(logits):
             shape = None if logits is None else logits.shape
-            raise UnsupportedModelError(f"logits have shape {shape}; expected (batch, sequence, vocabulary)")
+            raise ActExportError(f"logits have shape {shape}; expected (batch, sequence, vocabulary)")
         if any(value.name == INPUT for value in graph.inputs):
-            raise UnsupportedModelError(f"the graph has an input {INPUT} already")
+            raise ActExportError(f"the graph has an input {INPUT} already")
         region = _region(graph, logits)
         kept = _Kept(graph)
         for node in region:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from act_export.errors import ActExportError
 from act_export.export.passes.convert_precision import routing_nodes
 from act_export.export.passes.replace_node import replace_node
 from act_export.export.quantize import QuantizedWeight, quantize_weight
 from act_export.onnx_file.names import IDS
-from act_export.onnx_file.precision import DOMAIN, DOMAIN_VERSION, Quantization, QuantizationError
+from act_export.onnx_file.precision import DOMAIN, DOMAIN_VERSION, Quantization
 
 _BITS_OF_TOKENS = 8
 
@@ -38,14 +39,13 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         """Rewrites the main graph, whose weights must be float32.
 
         Raises:
-            QuantizationError: If it has no matrix product by a weight.
-            RuntimeNotInstalledError: If ONNX Runtime isn't installed.
+            ActExportError: If it has no matrix product by a weight; if ONNX Runtime isn't installed.
         """
         graph = model.graph
         routing = routing_nodes(graph)
         products = [product for node in graph if node not in routing for product in _product(node)]
         if not products:
-            raise QuantizationError(
+            raise ActExportError(
                 "the graph has no matrix product by a weight, so there is nothing to quantize; pass --dtype float32"
             )
         lookups = [lookup for node in graph for lookup in _lookup(node, self.quantization.block_size)]

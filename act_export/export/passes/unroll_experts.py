@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from act_export.attention.call import UnsupportedModelError
+from act_export.errors import ActExportError
 from act_export.ops import schema
 
 OPERATOR = "ExpertMatMul"
@@ -23,7 +23,7 @@ class UnrollExpertsPass(ir.passes.InPlacePass):
         """Rewrites the main graph.
 
         Raises:
-            UnsupportedModelError: If weights are computed in the graph.
+            ActExportError: If weights are computed in the graph.
         """
         graph = model.graph
         nodes = [node for node in graph if node.domain == schema.DOMAIN and node.op_type == OPERATOR]
@@ -60,7 +60,7 @@ def _unroll(graph: ir.Graph, node: ir.Node, matrices: list[ir.Value]) -> None:
 def _matrices(graph: ir.Graph, weights: ir.Value, inputs_first: bool) -> list[ir.Value]:
     """(inputs, outputs) of each expert, as initializers."""
     if not weights.is_initializer() or weights.const_value is None:
-        raise UnsupportedModelError(f"the experts' weights {weights.name} are computed, so they can't be stored apart")
+        raise ActExportError(f"the experts' weights {weights.name} are computed, so they can't be stored apart")
     stack = _Stack(weights.const_value)
     made = []
     for expert in range(stack.experts):

@@ -28,6 +28,7 @@ from dataclasses import asdict, replace
 from statistics import mean, median, quantiles
 from typing import Any
 
+from act_export.errors import ActExportError
 from act_export.onnx_file.graph_state import GROUP_QUERY_ATTENTION
 from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
@@ -36,7 +37,7 @@ from act_export.runtime.node_placement import NodePlacement
 from act_export.verify.bench.child import Memory, Turn, Workload
 from act_export.verify.bench.contenders import EXPORTED, FOREIGN, PYTORCH, Contender
 from act_export.verify.bench.machine import describe_machine
-from act_export.verify.bench.measurements import BenchError, BenchReport, BenchRequest, Measured, Ratio, Ratios
+from act_export.verify.bench.measurements import BenchReport, BenchRequest, Measured, Ratio, Ratios
 
 _SHARE_OF_TIME = 0.9  # of the progress
 
@@ -49,8 +50,8 @@ def bench_file(request: BenchRequest, *, progress: Progress = lambda _step, _don
         progress: Called with what is being done, and the part that is done.
 
     Raises:
-        BenchError: If a file is given twice, isn't the same model, or its context is too short.
-        ActExportError: If a file can't be read or run.
+        ActExportError: If a file is given twice, isn't the same model, or its context is too short; if a file can't be
+            read or run.
     """
     files = _read_files(request)
     contenders = _contenders(request, files)
@@ -87,13 +88,15 @@ def _read_files(request: BenchRequest) -> list[ModelFile]:
     files = [read_model_file(path) for path in (request.file, *request.against)]
     first, *others = files
     if not first.ours:
-        raise BenchError(f"{first.path} wasn't written by act-export; measure one that was, and this one --against it")
+        raise ActExportError(
+            f"{first.path} wasn't written by act-export; measure one that was, and this one --against it"
+        )
     for number, file in enumerate(files):
         if any(file.path.samefile(earlier.path) for earlier in files[:number]):
-            raise BenchError(f"{file.path} is given twice; leave it out, or compare with another file")
+            raise ActExportError(f"{file.path} is given twice; leave it out, or compare with another file")
     for file in others:
         if file.cache_shape != first.cache_shape:
-            raise BenchError(
+            raise ActExportError(
                 f"{file.path} isn't the model of {first.path}: {_describe_cache(file)}, not {_describe_cache(first)}; "
                 f"compare exports of the same model"
             )
@@ -101,7 +104,7 @@ def _read_files(request: BenchRequest) -> list[ModelFile]:
     for file in files:
         context = file.limits.context
         if context is not None and needed > context:
-            raise BenchError(
+            raise ActExportError(
                 f"{request.prompt_tokens} prompt and {request.new_tokens} new tokens are {needed}; the context of "
                 f"{file.path} holds {context}: lower --prompt-tokens or --new-tokens"
             )
@@ -183,7 +186,7 @@ def _run_child(
             for line in child.stdout:
                 event = json.loads(line)
                 if "error" in event:
-                    raise BenchError(event["error"])
+                    raise ActExportError(event["error"])
                 if "result" in event:
                     result: dict[str, Any] = event["result"]
                     return result
@@ -195,7 +198,7 @@ def _run_child(
         last_words = said.read().strip()
     names = ", ".join(contender.name for contender in contenders)
     if code == -signal.SIGKILL:
-        raise BenchError(
+        raise ActExportError(
             f"the process that ran {names} was killed, probably for lack of memory; lower --prompt-tokens or --batch, "
             f"or compare fewer files"
         )

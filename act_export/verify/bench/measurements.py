@@ -19,10 +19,6 @@ PYTORCH_TOKENS = 16
 _LEAST_TOKENS = 2  # the first comes with the prompt, the second is decoded
 
 
-class BenchError(ActExportError):
-    """A benchmark that can't be run."""
-
-
 @dataclass(frozen=True)
 class BenchRequest:
     """What to measure.
@@ -62,7 +58,7 @@ class BenchRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises BenchError for a number out of range, SessionError for a device that isn't one."""
+        """Raises ActExportError for a number out of range, SessionError for a device that isn't one."""
         Device.parse(self.device)
         least = {
             "prompt_tokens": 1,
@@ -77,7 +73,7 @@ class BenchRequest:
         for name, smallest in least.items():
             number = getattr(self, name)
             if number is not None and number < smallest:
-                raise BenchError(f"{name.replace('_', ' ')} is {number}; give {smallest} or more")
+                raise ActExportError(f"{name.replace('_', ' ')} is {number}; give {smallest} or more")
 
 
 @dataclass(frozen=True)
@@ -188,9 +184,9 @@ class BenchReport:
         """Writes `to_json`, whole or not at all.
 
         Raises:
-            BenchError: If the folder can't be written to, or something other than a file is there.
+            ActExportError: If the folder can't be written to, or something other than a file is there.
         """
         try:
-            write_whole(Path(path), self.to_json(), error=BenchError)
+            write_whole(Path(path), self.to_json())
         except OSError as error:
-            raise BenchError(f"can't write {path}: {error.strerror}") from error
+            raise ActExportError(f"can't write {path}: {error.strerror}") from error

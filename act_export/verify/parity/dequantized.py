@@ -28,10 +28,6 @@ _PROJECTED = 64  # numbers that stand for a row where rows are searched: their d
 _ROWS_AT_ONCE = 1024
 
 
-class DequantizedError(ActExportError):
-    """A quantized file that isn't one of the model."""
-
-
 @dataclass(frozen=True)
 class Dequantized:
     """A checkpoint with a file's weights.
@@ -71,12 +67,12 @@ def dequantized(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Dequant
         checkpoint: The model that the file was made from.
 
     Raises:
-        QuantizedFileError: If the file's weights can't be read.
-        DequantizedError: If it has none, or one of them is none of the model's, naming it.
+        ActExportError: If the file's weights can't be read; if it has none, or one of them is none of the model's,
+            naming it.
     """
     weights = quantized_weights(path)
     if not weights:
-        raise DequantizedError(f"{path} has no quantized weights (MatMulNBits); pass a file of --dtype int4 or int8")
+        raise ActExportError(f"{path} has no quantized weights (MatMulNBits); pass a file of --dtype int4 or int8")
     model = _copy(checkpoint.model)
     layers = list(_layers(model))
     experts = {layer.name: layer for layer in layers if layer.of_expert is not None}
@@ -169,12 +165,12 @@ def _match(weight: QuantizedWeight, values: Tensor, layers: Sequence[_Layer], na
         near = near or _near(values, (part for layer in layers for part in _shares(layer, left)))
         near = near or _near(values, (part for layer in layers for part in _reordered(layer, left, values)))
         if not near or near[0].distance(values) >= _LARGEST_DISTANCE:
-            raise DequantizedError(
+            raise ActExportError(
                 f"{weight.name}, {weight.outputs} x {weight.inputs}, is no weight of {name} from row {start} on, not "
                 f"even nearly; pass the checkpoint that the file was made from"
             )
         if len(near) > 1 and not torch.equal(near[0].of_layer, near[1].of_layer):  # equal ones: no matter which
-            raise DequantizedError(
+            raise ActExportError(
                 f"{weight.name} may be the weight of {near[0].layer.name} or of {near[1].layer.name}: they are "
                 f"too much alike to be told apart"
             )

@@ -21,10 +21,6 @@ _INT8 = 4  # the accuracy level
 _BYTE = 8
 
 
-class QuantizedFileError(ActExportError):
-    """A file whose weights can't be read as blocks of integers."""
-
-
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight (outputs, inputs), or a table (tokens, width), in blocks along the second axis.
@@ -87,9 +83,9 @@ def quantized_weights(path: str | os.PathLike[str]) -> list[QuantizedWeight]:
     """The quantized weights of a file, none where it has none; their values stay on the disk.
 
     Raises:
-        QuantizedFileError: If the file can't be read, or quantizes in a way that isn't known here.
+        ActExportError: If the file can't be read, or quantizes in a way that isn't known here.
     """
-    graph = load_graph(Path(path), QuantizedFileError).graph
+    graph = load_graph(Path(path), ActExportError).graph
     return [weight for node in graph for weight in _weight(node)]
 
 
@@ -114,9 +110,7 @@ def _weight(node: ir.Node) -> Iterator[QuantizedWeight]:
         else ""
     )
     if unknown or packed is None or scales is None:
-        raise QuantizedFileError(
-            f"{name} can't be compared with PyTorch: {unknown}; quantize it in blocks of 4 or 8 bits"
-        )
+        raise ActExportError(f"{name} can't be compared with PyTorch: {unknown}; quantize it in blocks of 4 or 8 bits")
     if of_product:
         shape = attributes.get_int("N", 0), attributes.get_int("K", 0)
     else:

@@ -15,10 +15,11 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from act_export.attention.adapters import ADAPTERS, adapted
 from act_export.attention.adapters.falcon import alibi_of_positions
-from act_export.attention.call import UnsupportedModelError, positions
+from act_export.attention.call import positions
 from act_export.attention.hook import attention_hook, check_supported
 from act_export.attention.interface import ATTENTION_NAME
 from act_export.attention.reference_attention import ReferenceAttention
+from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import Session
 from act_export.runtime.generate import generate
@@ -136,7 +137,7 @@ def test_falcon_rounds_its_bias_as_transformers_does(heads, padding, length):
 
 def test_bloom_that_computes_in_slices_is_refused():
     model = tiny_model("bloom", slow_but_exact=True, pretraining_tp=2)
-    with pytest.raises(UnsupportedModelError, match="slow_but_exact"):
+    with pytest.raises(ActExportError, match="slow_but_exact"):
         check_supported(model)
 
 

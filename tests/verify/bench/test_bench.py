@@ -29,7 +29,7 @@ from act_export.runtime.cuda_driver import Gpu
 from act_export.verify.bench import job as bench
 from act_export.verify.bench.contenders import EXPORTED, FOREIGN, PYTORCH, Contender, running
 from act_export.verify.bench.job import bench_file
-from act_export.verify.bench.measurements import BenchError, BenchReport, BenchRequest, Ratio
+from act_export.verify.bench.measurements import BenchReport, BenchRequest, Ratio
 
 PROMPT, NEW, BATCH, ROUNDS = 40, 6, 2, 3
 
@@ -261,31 +261,33 @@ def test_progress_ends_near_the_end(tiny_file):
     ],
 )
 def test_numbers_out_of_range(tiny_file, changes, message):
-    with pytest.raises(BenchError, match=message):
+    with pytest.raises(ActExportError, match=message):
         request(tiny_file, **changes)
 
 
 def test_a_context_that_is_too_short(tiny_file, shared_file):
-    with pytest.raises(BenchError, match=r"200 prompt and 57 new tokens are 257; the context of .* holds 256: lower"):
+    with pytest.raises(
+        ActExportError, match=r"200 prompt and 57 new tokens are 257; the context of .* holds 256: lower"
+    ):
         bench_file(request(tiny_file, prompt_tokens=200, new_tokens=57))
-    with pytest.raises(BenchError, match="holds 64"):
+    with pytest.raises(ActExportError, match="holds 64"):
         bench_file(request(tiny_file, shared_file, prompt_tokens=60, new_tokens=5))
 
 
 def test_the_same_file_twice(tiny_file, tmp_path):
     (tmp_path / "link").symlink_to(tiny_file.parent)
-    with pytest.raises(BenchError, match=r"link/model.onnx is given twice"):
+    with pytest.raises(ActExportError, match=r"link/model.onnx is given twice"):
         bench_file(request(tiny_file, tmp_path / "link"))
 
 
 def test_a_file_of_another_exporter_alone(shared_file):
-    with pytest.raises(BenchError, match="wasn't written by act-export"):
+    with pytest.raises(ActExportError, match="wasn't written by act-export"):
         bench_file(request(shared_file))
 
 
 def test_another_model(tiny_file, tmp_path):
     build_model(tiny_checkpoint(num_hidden_layers=3), None, tmp_path / "deep.onnx")
-    with pytest.raises(BenchError, match=r"isn't the model of .*: 3 layers .*, not 2 layers"):
+    with pytest.raises(ActExportError, match=r"isn't the model of .*: 3 layers .*, not 2 layers"):
         bench_file(request(tiny_file, tmp_path / "deep.onnx"))
 
 
@@ -308,7 +310,7 @@ def test_a_process_that_is_killed(tiny_file, monkeypatch):
         return real([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **options)
 
     monkeypatch.setattr(bench.subprocess, "Popen", killed)
-    with pytest.raises(BenchError, match="for lack of memory; lower --prompt-tokens"):
+    with pytest.raises(ActExportError, match="for lack of memory; lower --prompt-tokens"):
         bench_file(request(tiny_file))
 
 
@@ -376,7 +378,7 @@ def test_a_device_that_is_not_there(tiny_file):
     with pytest.raises(ActExportError, match="pass cpu, cuda or cuda:N"):
         request(tiny_file, device="gpu")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(BenchError, match="built without CUDA"):
+        with pytest.raises(ActExportError, match="built without CUDA"):
             bench_file(request(tiny_file, device="cuda"))
 
 

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 from act_export.calibration.file import Calibration
 from act_export.commands.main import app
+from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.export.quantize import quantize_weight
 from act_export.onnx_file.precision import Quantization
-from act_export.verify.parity.dequantized import DequantizedError, dequantized
+from act_export.verify.parity.dequantized import dequantized
 from act_export.verify.parity.int8_activations import int8_activations_model, round_to_int8
-from act_export.verify.parity.quantized_file import QuantizedFileError, quantized_weights
+from act_export.verify.parity.quantized_file import quantized_weights
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
@@ -89,7 +90,7 @@ def test_rows_in_another_order_are_found(checkpoint, tmp_path: Path):
 def test_some_rows_twice_are_no_other_order(checkpoint, tmp_path: Path):
     weight = weights_of(checkpoint)["model.layers.1.mlp.gate_proj"]
     rows = np.r_[np.arange(1, len(weight)), 1]
-    with pytest.raises(DequantizedError, match="is no weight of"):
+    with pytest.raises(ActExportError, match="is no weight of"):
         dequantized(write(tmp_path / "m.onnx", {"anything": weight[rows]}), checkpoint)
 
 
@@ -153,7 +154,7 @@ def test_zero_points_of_4_bits_are_packed_two_in_a_byte(tmp_path: Path):
 def test_a_weight_of_another_model_is_an_error_that_names_it(checkpoint, tmp_path: Path):
     other = tiny_checkpoint(seed=1, **WIDE)
     path = write(tmp_path / "m.onnx", {"good": weights_of(checkpoint)["lm_head"], "bad": weights_of(other)["lm_head"]})
-    with pytest.raises(DequantizedError, match=r"bad, 259 x 64, is no weight of tiny llama from row 0 on"):
+    with pytest.raises(ActExportError, match=r"bad, 259 x 64, is no weight of tiny llama from row 0 on"):
         dequantized(path, checkpoint)
 
 
@@ -162,7 +163,7 @@ def test_weights_too_alike_to_be_told_apart_are_an_error(tmp_path: Path):
     first, second = (checkpoint.model.model.layers[layer].mlp.up_proj for layer in (0, 1))
     second.weight.data.copy_(first.weight * 1.05)
     path = write(tmp_path / "m.onnx", {"up": first.weight.numpy()})
-    with pytest.raises(DequantizedError, match=r"up may be the weight of .*layers\.0.* or of .*layers\.1"):
+    with pytest.raises(ActExportError, match=r"up may be the weight of .*layers\.0.* or of .*layers\.1"):
         dequantized(path, checkpoint)
     second.weight.data.copy_(first.weight)  # equal ones: no matter which
     dequantized(path, checkpoint)
@@ -180,13 +181,13 @@ def test_what_cannot_be_read_is_an_error(checkpoint, tmp_path: Path, attributes,
     del node.attribute[:]
     node.attribute.extend([*kept, *(helper.make_attribute(key, value) for key, value in attributes.items())])
     onnx.save(model, path)
-    with pytest.raises(QuantizedFileError, match=f"w can't be compared.*{message}"):
+    with pytest.raises(ActExportError, match=f"w can't be compared.*{message}"):
         dequantized(path, checkpoint)
 
 
 def test_a_file_without_quantized_weights_is_an_error(checkpoint, tmp_path: Path):
     write(tmp_path / "m.onnx", {})
-    with pytest.raises(DequantizedError, match="no quantized weights"):
+    with pytest.raises(ActExportError, match="no quantized weights"):
         dequantized(tmp_path / "m.onnx", checkpoint)
 
 
