@@ -10,30 +10,9 @@ import typer
 import typer.core
 
 from act_export.calibration.recipes import describe_calibration
-from act_export.commands.console import (
-    note,
-    progress_bar,
-)
+from act_export.commands import options
+from act_export.commands.console import note, progress_bar
 from act_export.commands.loading import load_model
-from act_export.commands.options import (
-    BatchTokensOption,
-    ChatOption,
-    DataFilesOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    RevisionOption,
-    ScoringOption,
-    SeedOption,
-    ShotsOption,
-    TasksOption,
-    TruncateOption,
-    TrustOption,
-    WeightsOption,
-    numbers_of,
-    questions_of,
-)
 from act_export.commands.printing import PlainConsole, PlainTable
 
 if TYPE_CHECKING:
@@ -42,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def search_command(
-    model: ModelArgument,
+    model: options.ModelArgument,
     out: Annotated[Path | None, typer.Option(help="The calibration file to write; for several tasks a folder.")] = None,
-    task: TasksOption = None,
-    data: DataFilesOption = None,
-    scoring: ScoringOption = None,
-    shots: ShotsOption = 0,
-    chat: ChatOption = False,
-    truncate: TruncateOption = False,
+    task: options.TasksOption = None,
+    data: options.DataFilesOption = None,
+    scoring: options.ScoringOption = None,
+    shots: options.ShotsOption = 0,
+    chat: options.ChatOption = False,
+    truncate: options.TruncateOption = False,
     method: Annotated[
         str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How heads are ranked.")
     ] = "gates",
@@ -63,22 +42,22 @@ def search_command(
     rank: Annotated[int | None, typer.Option(help="Questions to rank heads with, of each task.")] = None,
     choose: Annotated[int | None, typer.Option(help="Questions to choose with.")] = None,
     report: Annotated[int | None, typer.Option(help="Questions to report the gain on.")] = None,
-    seed: SeedOption = 0,
+    seed: options.SeedOption = 0,
     joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Several tasks: also one set for all.")] = True,
     random_draws: Annotated[int, typer.Option(help="Random head sets to compare with.")] = 3,
-    batch_tokens: BatchTokensOption = None,
+    batch_tokens: options.BatchTokensOption = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for ranking, a third more time.")
     ] = False,
-    dtype: DtypeOption = "float32",
-    weights: WeightsOption = None,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
+    dtype: options.DtypeOption = "float32",
+    weights: options.WeightsOption = None,
+    device: options.DeviceOption = None,
+    device_map: options.DeviceMapOption = None,
     journal: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where finished work is kept, if not in the cache folder.")
     ] = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Finds the heads to calibrate: writes a calibration file with the accuracy that shows it.
 
@@ -86,28 +65,28 @@ def search_command(
     """
     from act_export.attention.hook import check_supported
     from act_export.onnx_file.names import model_file
-    from act_export.search import SearchOptions, process_group
+    from act_export.search import SearchOptions
     from act_export.search.job import SearchJob, check_output, run_search, save_result
-    from act_export.search.processes import own_device, process_index
+    from act_export.search.processes import own_device, process_group, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
     from act_export.verify.parity.dequantized import dequantized
 
-    options = SearchOptions(
+    how = SearchOptions(
         method=method,
-        betas=numbers_of("--beta", beta) or SearchOptions().betas,
-        thresholds=thresholds_of(numbers_of("--threshold", threshold), threshold_mode),
-        head_counts=tuple(map(int, numbers_of("--heads", heads, whole=True))) or HEAD_COUNTS,
+        betas=options.numbers_of("--beta", beta) or SearchOptions().betas,
+        thresholds=thresholds_of(options.numbers_of("--threshold", threshold), threshold_mode),
+        head_counts=tuple(map(int, options.numbers_of("--heads", heads, whole=True))) or HEAD_COUNTS,
         confirm=confirm,
         batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
         gradient_checkpointing=gradient_checkpointing,
         random_draws=random_draws,
     )
     job = SearchJob(
-        questions_of(task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed),
+        options.questions_of(task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed),
         rank=rank,
         choose=choose,
         report=report,
-        options=options,
+        options=how,
         joint=joint,
         journal=journal,
     )

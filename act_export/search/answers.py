@@ -42,6 +42,11 @@ class EncodedTask:
     splits: Mapping[str, tuple[EncodedExample, ...]]
 
     @property
+    def name(self) -> str:
+        """The task's."""
+        return self.task.name
+
+    @property
     def digest(self) -> str:
         """Different for different questions, choices, answers or splits."""
         content = {
@@ -129,7 +134,7 @@ def answer(
             counts = [1 if task.task.generation is not None else len(example.choices) for example in batch]
             units.append(
                 Unit(
-                    f"answer {task.task.name} {split} {number} {_digest(calibration)}",
+                    f"answer {task.name} {split} {number} {_digest(calibration)}",
                     cost_of(batch),
                     lambda batch=batch, task=task, calibration=calibration: _answer_batch(  # type: ignore[misc]
                         checkpoint, task, batch, calibration

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from act_export.calibration.file import Calibration, Provenance
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
@@ -29,7 +29,7 @@ from act_export.search.answers import (
 from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
 from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Workers, process_index, same_everywhere
-from act_export.search.provenance import hub_model, package_versions, search_provenance, tried
+from act_export.search.provenance import package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.request import SearchOptions, SearchTask
 from act_export.search.results import (
@@ -128,7 +128,7 @@ def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], option
         **own,
         "configuration": _configuration_digest(checkpoint),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-        "questions": {task.task.name: task.digest for task in tasks},
+        "questions": {task.name: task.digest for task in tasks},
         "batch_tokens": options.batch_tokens,
         "versions": package_versions(),
     }
@@ -142,63 +142,47 @@ class _Found:
     choice: Choice
 
 
+@dataclass(frozen=True)
 class _Search:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        tasks: Sequence[EncodedTask],
-        options: SearchOptions,
-        published: Mapping[str, Calibration],
-        workers: Workers,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.tasks = tasks
-        self.options = options
-        self.published = published
-        self.workers = workers
+    checkpoint: Checkpoint
+    tasks: Sequence[EncodedTask]
+    options: SearchOptions
+    published: Mapping[str, Calibration]
+    workers: Workers
 
     def run(self, joint: bool) -> SearchResult:
         ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint)
         plain = self._answer("choosing how many", [(task, CHOOSE, None) for task in self.tasks])
         found = {
-            task.task.name: self._choose([task], effects, [answers])
+            task.name: self._choose([task], effects, [answers])
             for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
         }
         together = self._choose(self.tasks, ranking.joint, plain) if joint else None
-        reported = self._report(found, together)
-        passes = {
-            task.task.name: sum(effects.passes for effects in of_task)
-            for task, of_task in zip(self.tasks, ranking.own, strict=True)
-        }
+        answered = self._report(found, together)
         reports = {
-            task.task.name: _task_report(task, found[task.task.name], reported[task.task.name], passes[task.task.name])
+            task.name: _task_report(task, found[task.name], answered[task.name], sum(e.passes for e in effects))
+            for task, effects in zip(self.tasks, ranking.own, strict=True)
+        }
+        own = {
+            task.name: self._recorded([task], found[task.name], reports, [reports[task.name].own])
             for task in self.tasks
         }
-        calibrations = {
-            task.task.name: replace(
-                found[task.task.name].calibration,
-                provenance=self._provenance([task], found[task.task.name], reports, [reports[task.task.name].own]),
-            )
-            for task in self.tasks
-        }
-        plain_answers = {name: answers["plain"] for name, answers in reported.items()}
+        plain_answers = {name: answers["plain"] for name, answers in answered.items()}
 
         def average(kind: str) -> Gain:
-            return average_gain(plain_answers, {name: a.get(kind, a["plain"]) for name, a in reported.items()})
+            return average_gain(plain_answers, {name: a.get(kind, a["plain"]) for name, a in answered.items()})
 
+        shared = joint_average = None
+        if together is not None:
+            joint_average = average(JOINT)
+            gains = [report.joint for report in reports.values()]
+            shared = self._recorded(self.tasks, together, reports, gains, joint_average)
         return SearchResult(
-            calibrations,
-            None
-            if together is None
-            else replace(
-                together.calibration,
-                provenance=self._provenance(
-                    self.tasks, together, reports, [report.joint for report in reports.values()], average(JOINT)
-                ),
-            ),
+            own,
+            shared,
             reports,
             average("own") if len(self.tasks) > 1 else None,
-            average(JOINT) if together is not None else None,
+            joint_average,
             (self.workers.computed, len(self.workers.needed)),
             self.workers.journal.damaged if self.workers.journal is not None else 0,
         )
@@ -235,12 +219,12 @@ class _Search:
 
         def ask(task: EncodedTask, label: str, calibration: Calibration | None, split: str = REPORT) -> None:
             requests.append((task, split, calibration))
-            labels.append((task.task.name, label))
+            labels.append((task.name, label))
 
         for task in self.tasks:
             ask(task, "plain", None)
             ask(task, CONTENT_FREE, None, CONTENT_FREE)
-            own = found[task.task.name].calibration
+            own = found[task.name].calibration
             if own.heads:
                 ask(task, "own", own)
                 for draw in range(self.options.random_draws):
@@ -255,26 +239,27 @@ class _Search:
             reported.setdefault(task_name, {})[label] = answers
         return reported
 
-    def _provenance(
+    def _recorded(
         self,
         tasks: Sequence[EncodedTask],
         found: _Found,
         reports: Mapping[str, TaskReport],
         gains: Sequence[Gain | None],
         average: Gain | None = None,
-    ) -> Provenance:
-        return search_provenance(
+    ) -> Calibration:
+        """What was found, with where it came from."""
+        of_tasks = [reports[task.name] for task in tasks]
+        provenance = search_provenance(
+            self.checkpoint,
             found.calibration,
             found.choice,
             [task.task for task in tasks],
-            [reports[task.task.name] for task in tasks],
+            of_tasks,
             gains,
-            self.options,
-            dtype=self.checkpoint.model.dtype,
-            weights=self.checkpoint.weights,
-            model=hub_model(self.checkpoint),
+            method=self.options.method,
             average=average,
         )
+        return replace(found.calibration, provenance=provenance)
 
     def _answer(self, step: str, requests: Sequence[tuple[EncodedTask, str, Calibration | None]]) -> list[Answers]:
         return answer(self.checkpoint, requests, self.options, self.workers, step=step)
@@ -285,7 +270,7 @@ def _task_report(task: EncodedTask, found: _Found, answers: Mapping[str, Answers
     splits = task.task.splits
     generated = task.task.generation is not None
     return TaskReport(
-        task=task.task.name,
+        task=task.name,
         plain_accuracy=round(plain.accuracy, 4),
         own=gain_of(plain, own) if own is not None else None,
         joint=gain_of(plain, answers[JOINT]) if JOINT in answers else None,

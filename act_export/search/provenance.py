@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,37 +12,33 @@ from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice, heads_with_betas
-from act_export.search.request import SearchOptions, SearchTask
+from act_export.search.request import SearchTask
 from act_export.search.results import Gain, TaskReport
 from act_export.tasks import question_digests
 from act_export.version import __version__
 
 
 def search_provenance(
+    checkpoint: Checkpoint,
     calibration: Calibration,
     choice: Choice,
     tasks: Sequence[SearchTask],
     reports: Sequence[TaskReport],
     gains: Sequence[Gain | None],
-    options: SearchOptions,
     *,
-    dtype: torch.dtype,
-    weights: str = "",
-    model: Mapping[str, str] | None = None,
+    method: str,
     average: Gain | None = None,
 ) -> Provenance:
     """The record of a search.
 
     Args:
-        calibration: What it found.
+        checkpoint: The model.
+        calibration: What was found.
         choice: How it was chosen.
         tasks: What it was found on.
         reports: By task.
         gains: By task, on questions that took no part; None where no set helped.
-        options: How it was searched.
-        dtype: In what precision.
-        weights: What the weights were, where they weren't the checkpoint's own.
-        model: The model on the hub, see `hub_model`; None where it isn't from there.
+        method: How heads were ranked.
         average: Mean gain over the tasks, where the set was found on all of them together.
     """
     asked = tasks[0].questions
@@ -55,7 +51,7 @@ def search_provenance(
         "choose_accuracy": tried(choice),
         "choose_p": round(choice.p, 4),
         "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {
             "scoring": asked.scoring or "the task's own",
             "shots": asked.shots,
@@ -63,10 +59,10 @@ def search_provenance(
             "truncate": asked.truncate,
         },
     }
-    if weights:
-        notes["weights"] = weights
-    if model:
-        notes["model"] = dict(model)
+    if checkpoint.weights:
+        notes["weights"] = checkpoint.weights
+    if model := hub_model(checkpoint):
+        notes["model"] = model
     if not calibration.heads:
         notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
     elif average is not None:
@@ -77,7 +73,7 @@ def search_provenance(
     else:
         notes |= _gain_notes(reports[0])
     return Provenance(
-        method=options.method,
+        method=method,
         tasks=tuple(task.name for task in tasks),
         samples={name: sum(report.sizes[name] for report in reports) for name in (RANK, CHOOSE, REPORT)},
         seed=asked.drawing_seed,

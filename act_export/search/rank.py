@@ -157,7 +157,7 @@ def _compares_per_token(task: EncodedTask) -> bool:
 
 
 def _name(task: EncodedTask, threshold: Threshold) -> str:
-    return f"{task.task.name} {threshold.mode} {threshold.value}"
+    return f"{task.name} {threshold.mode} {threshold.value}"
 
 
 def _by_gates(

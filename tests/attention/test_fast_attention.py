@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
-from act_export.search import FastAttention
 
 CALIBRATIONS = {
     "plain": None,

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import CALIBRATION, save_checkpoint, tiny_model
 
+from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.placement import DTYPES, Placement
 from act_export.errors import ActExportError, CheckpointError
-from act_export.search import FastAttention
 from act_export.search.gates import gate_gradients
 from act_export.tasks import EncodedExample
 from act_export.tasks.language_model import TorchLanguageModel

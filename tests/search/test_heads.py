@@ -14,8 +14,8 @@ import act_export
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
-from act_export.search import METHODS, SearchOptions, SearchTask, Threshold, search_heads
-from act_export.search.request import thresholds_of
+from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
+from act_export.search.request import METHODS, thresholds_of
 from act_export.tasks import Example, Questions, Splits, TaskError, prompt_digest, unused
 
 OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4)

@@ -25,7 +25,7 @@ from act_export.search.processes import Unit, Workers, _share, own_device, proce
 PROGRAM = """
 import json, sys
 from act_export.commands.main import app
-from act_export.search import process_group
+from act_export.search.processes import process_group
 with process_group():
     for arguments in json.loads(sys.argv[1]):
         try:

@@ -11,10 +11,11 @@ from planted import planted_task, reference_scores, words_checkpoint, written_by
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
-from act_export.search import METHODS, SearchOptions, Threshold
+from act_export.search import SearchOptions, Threshold
 from act_export.search.answers import RANK, EncodedTask, encode_task
 from act_export.search.processes import Workers
 from act_export.search.rank import first_heads, rank_heads, ranking_cost
+from act_export.search.request import METHODS
 from act_export.tasks.scoring import predicted_choice
 
 THRESHOLD = Threshold(0.1)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import find_recipes
 from act_export.checkpoint.load import Checkpoint
-from act_export.search import FastAttention
 from act_export.tasks import load_examples, prompt_digest, split_examples
 from act_export.verify.evaluate.answers import compare, evaluate, held_out
 
