@@ -8,34 +8,18 @@ from typing import Annotated
 import typer
 import typer.core
 
-from act_export.commands.console import (
-    progress_bar,
-)
-from act_export.commands.options import (
-    ChatOption,
-    DataFilesOption,
-    DeviceOption,
-    FileArgument,
-    JsonOption,
-    PortableOption,
-    ScoringOption,
-    ShotsOption,
-    TasksOption,
-    TokenizerOption,
-    TruncateOption,
-    TrustOption,
-    questions_of,
-)
+from act_export.commands import options
+from act_export.commands.console import progress_bar
 from act_export.errors import ActExportError
 
 
 def eval_command(
-    file: FileArgument,
+    file: options.FileArgument,
     against: Annotated[
         Path | None, typer.Option(metavar="PLAIN.onnx", help="A plain export to compare with, in the same run.")
     ] = None,
-    task: TasksOption = None,
-    data: DataFilesOption = None,
+    task: options.TasksOption = None,
+    data: options.DataFilesOption = None,
     split: Annotated[
         str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
     ] = "report",
@@ -43,17 +27,17 @@ def eval_command(
         int | None,
         typer.Option(help="Of splits and shots; for splits the file's own search has the say where there was one."),
     ] = None,
-    scoring: ScoringOption = None,
-    shots: ShotsOption = 0,
-    chat: ChatOption = False,
-    truncate: TruncateOption = False,
+    scoring: options.ScoringOption = None,
+    shots: options.ShotsOption = 0,
+    chat: options.ChatOption = False,
+    truncate: options.TruncateOption = False,
     limit: Annotated[int | None, typer.Option(help="Questions of each task at the most.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens that run together at the most.")] = None,
-    portable: PortableOption = False,
-    device: DeviceOption = None,
-    tokenizer: TokenizerOption = None,
-    trust_remote_code: TrustOption = False,
-    as_json: JsonOption = False,
+    portable: options.PortableOption = False,
+    device: options.DeviceOption = None,
+    tokenizer: options.TokenizerOption = None,
+    trust_remote_code: options.TrustOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Measures accuracy through ONNX Runtime, calibrated against plain."""
     from act_export.commands.evaluate_table import print_evaluation_report, report_json
@@ -63,7 +47,9 @@ def eval_command(
     request = EvaluationRequest(
         file=file,
         against=against,
-        questions=questions_of(task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed),
+        questions=options.questions_of(
+            task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed
+        ),
         split=split,
         limit=limit,
         batch_tokens=batch_tokens,

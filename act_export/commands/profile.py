@@ -7,25 +7,9 @@ from typing import Annotated
 
 import typer
 
+from act_export.commands import options
 from act_export.commands.console import note, progress_bar, status
 from act_export.commands.loading import load_model
-from act_export.commands.options import (
-    BatchTokensOption,
-    ChatOption,
-    DataFilesOption,
-    DeviceMapOption,
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    RevisionOption,
-    ScoringOption,
-    SeedOption,
-    ShotsOption,
-    TasksOption,
-    TruncateOption,
-    TrustOption,
-    questions_of,
-)
 from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable
 
@@ -33,9 +17,9 @@ FORMATS = ("html", "png", "svg")
 
 
 def profile_command(
-    model: ModelArgument,
-    task: TasksOption = None,
-    data: DataFilesOption = None,
+    model: options.ModelArgument,
+    task: options.TasksOption = None,
+    data: options.DataFilesOption = None,
     text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Plain text; repeatable.")] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="With FILE.json beside it.")] = Path(
         "profile.safetensors"
@@ -55,17 +39,17 @@ def profile_command(
     ] = None,
     absolute_threshold: Annotated[float, typer.Option(help="Sink score above which a token is a sink.")] = 0.1,
     relative_threshold: Annotated[float, typer.Option(help="The same, divided by the prompt's tokens.")] = 5.0,
-    scoring: ScoringOption = None,
-    shots: ShotsOption = 0,
-    chat: ChatOption = False,
-    truncate: TruncateOption = False,
-    seed: SeedOption = 0,
-    batch_tokens: BatchTokensOption = None,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    scoring: options.ScoringOption = None,
+    shots: options.ShotsOption = 0,
+    chat: options.ChatOption = False,
+    truncate: options.TruncateOption = False,
+    seed: options.SeedOption = 0,
+    batch_tokens: options.BatchTokensOption = None,
+    dtype: options.DtypeOption = "float32",
+    device: options.DeviceOption = None,
+    device_map: options.DeviceMapOption = None,
+    revision: options.RevisionOption = None,
+    trust_remote_code: options.TrustOption = False,
 ) -> None:
     """Finds where the model's attention sinks are: by layer, head, position and token.
 
@@ -85,7 +69,7 @@ def profile_command(
     from act_export.search.resolve import calibration_to_show
 
     job = ProfileJob(
-        questions_of(
+        options.questions_of(
             task,
             data,
             scoring=scoring,
