@@ -57,6 +57,12 @@ def _draw_more_examples(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def sample_seed() -> str:
+    """For tables that aren't pytest's."""
+    return SAMPLE_SEED
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Checkpoint:
     return tiny_checkpoint()
 

@@ -19,16 +19,16 @@ def draw_samples(items: Iterable[pytest.Item], seed: str, *, all_slow: bool = Fa
 
     Args:
         items: Whose marks change.
-        seed: Of all draws; a function's depends on its name too.
+        seed: Of all draws: functions with the same parameters draw the same, and share what a fixture makes of them.
         all_slow: Marks those that are drawn as well, so that `-m slow` runs the whole table.
     """
     tables: defaultdict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker(MARK) and not item.get_closest_marker("slow"):
             tables[item.nodeid.partition("[")[0]].append(item)
-    for name, table in tables.items():
+    for table in tables.values():
         cases = sorted(table, key=lambda item: item.nodeid)
-        kept = () if all_slow else draw_sample([_values(case) for case in cases], _size(cases[0]), f"{seed} {name}")
+        kept = () if all_slow else draw_sample([_values(case) for case in cases], _size(cases[0]), seed)
         for index, case in enumerate(cases):
             if index not in kept:
                 case.add_marker(pytest.mark.slow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,22 +15,29 @@ import act_export.ops
 SOURCE = Path(__file__).parent / "csrc"
 OPERATORS = Path(act_export.ops.__file__).parent
 
-# What each build runs. Sanitizers take long: they leave out the longest calls, or all but the threads.
+# What each build runs, and of how many neighbours one where not all are. Sanitizers take long: they leave out the
+# longest calls, or all but the threads.
 RUNS = {
-    "": ["--random", "300"],
-    "address,undefined": ["--verbose", "--random", "40", "--max-total", "300"],
-    "thread": ["--verbose", "--filter", "threads/"],
+    "": (["--random", "300"], 5),
+    "address,undefined": (["--verbose", "--random", "40", "--max-total", "300"], 9),
+    "thread": (["--verbose", "--filter", "threads/"], 1),
 }
+WHOLE = [pytest.param(sanitize, 1, marks=pytest.mark.slow) for sanitize, (_, one_of) in RUNS.items() if one_of > 1]
 
 
-@pytest.mark.parametrize("sanitize", RUNS, ids=lambda sanitize: sanitize or "release")
-def test_kernels(sanitize, tmp_path):
+@pytest.mark.parametrize(
+    ("sanitize", "one_of"),
+    [*((sanitize, one_of) for sanitize, (_, one_of) in RUNS.items()), *WHOLE],
+    ids=lambda value: "release" if value == "" else str(value),
+)
+def test_kernels(sanitize, one_of, sample_seed, tmp_path):
     if sanitize and not _has_sanitizer(sanitize, tmp_path):
         pytest.skip(f"a program built with -fsanitize={sanitize} doesn't run here")
     sources = (*SOURCE.glob("*.*"), OPERATORS / "CMakeLists.txt", OPERATORS / "csrc")
     build = cmake(SOURCE, (sanitize, *sources), lambda _: {"SANITIZE": sanitize})
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    run(build / "attention_test", *RUNS[sanitize], env=environment, timeout=900)
+    drawn = ("--one-of", str(one_of), "--draw", str(zlib.crc32(sample_seed.encode())))
+    run(build / "attention_test", *RUNS[sanitize][0], *drawn, env=environment, timeout=900)
 
 
 def _has_sanitizer(sanitize: str, folder: Path) -> bool:
