@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # for tests/ops/cuda: Triton reads it when something imports it first
 
 import pytest
 from hypothesis import HealthCheck, settings
+from sampled import draw_samples
 from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
@@ -18,6 +20,8 @@ from act_export.export import build_model
 from act_export.runtime import Session
 
 ROOT = Path(__file__).parent.parent
+# Of the day, and of all the processes of a run, which get it from the first.
+SAMPLE_SEED = os.environ.setdefault("SAMPLE_SEED", date.today().isoformat())
 
 # A slow machine is no failure; a failing example prints what runs it again. Every run draws the same examples, so that
 # it fails for what was changed; `--hypothesis-profile search` draws others, and SEARCH_FACTOR times as many.
@@ -29,8 +33,14 @@ settings.register_profile(SEARCH, settings.get_profile("repeatable"), derandomiz
 settings.load_profile("repeatable")
 
 
+def pytest_report_header() -> str:
+    return f"samples of tables: SAMPLE_SEED={SAMPLE_SEED}"
+
+
+@pytest.hookimpl(tryfirst=True)  # what isn't drawn is deselected as what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In several processes a file stays in one of them, for the models that it shares; the architectures share none."""
+    draw_samples(items, SAMPLE_SEED, all_slow=config.getoption("markexpr") == "slow")
     if config.getoption("--hypothesis-profile") == SEARCH:
         _draw_more_examples(items)
     for item in items:
@@ -44,6 +54,12 @@ def _draw_more_examples(items: list[pytest.Item]) -> None:
     for function in {item.obj for item in items if isinstance(item, pytest.Function) and hasattr(item.obj, name)}:
         own = getattr(function, name)
         setattr(function, name, settings(own, max_examples=SEARCH_FACTOR * own.max_examples, derandomize=False))
+
+
+@pytest.fixture(scope="session")
+def sample_seed() -> str:
+    """For tables that aren't pytest's."""
+    return SAMPLE_SEED
 
 
 @pytest.fixture(scope="session")

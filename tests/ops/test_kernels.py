@@ -4,50 +4,47 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+import zlib
 from pathlib import Path
 
-import ninja
 import pytest
+from compiled import cmake, compile_file, run
+
+import act_export.ops
 
 SOURCE = Path(__file__).parent / "csrc"
+OPERATORS = Path(act_export.ops.__file__).parent
 
-# What each build runs. Sanitizers take long: they leave out the longest calls, or all but the threads.
+# What each build runs, and of how many neighbours one where not all are. Sanitizers take long: they leave out the
+# longest calls, or all but the threads.
 RUNS = {
-    "": ["--random", "300"],
-    "address,undefined": ["--verbose", "--random", "40", "--max-total", "300"],
-    "thread": ["--verbose", "--filter", "threads/"],
+    "": (["--random", "300"], 5),
+    "address,undefined": (["--verbose", "--random", "40", "--max-total", "300"], 9),
+    "thread": (["--verbose", "--filter", "threads/"], 1),
 }
+WHOLE = [pytest.param(sanitize, 1, marks=pytest.mark.slow) for sanitize, (_, one_of) in RUNS.items() if one_of > 1]
 
 
-@pytest.mark.parametrize("sanitize", RUNS, ids=lambda sanitize: sanitize or "release")
-def test_kernels(sanitize, tmp_path):
+@pytest.mark.parametrize(
+    ("sanitize", "one_of"),
+    [*((sanitize, one_of) for sanitize, (_, one_of) in RUNS.items()), *WHOLE],
+    ids=lambda value: "release" if value == "" else str(value),
+)
+def test_kernels(sanitize, one_of, sample_seed, tmp_path):
     if sanitize and not _has_sanitizer(sanitize, tmp_path):
         pytest.skip(f"a program built with -fsanitize={sanitize} doesn't run here")
-    build = tmp_path / "build"
-    make = f"-DCMAKE_MAKE_PROGRAM={ninja.BIN_DIR}/ninja"
-    _run(sys.executable, "-m", "cmake", "-S", SOURCE, "-B", build, "-G", "Ninja", make, f"-DSANITIZE={sanitize}")
-    _run(sys.executable, "-m", "cmake", "--build", build)
-    _run(build / "attention_test", *RUNS[sanitize])
+    sources = (*SOURCE.glob("*.*"), OPERATORS / "CMakeLists.txt", OPERATORS / "csrc")
+    build = cmake(SOURCE, (sanitize, *sources), lambda _: {"SANITIZE": sanitize})
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    drawn = ("--one-of", str(one_of), "--draw", str(zlib.crc32(sample_seed.encode())))
+    run(build / "attention_test", *RUNS[sanitize][0], *drawn, env=environment, timeout=900)
 
 
 def _has_sanitizer(sanitize: str, folder: Path) -> bool:
-    source, program = folder / "empty.cc", folder / "empty"
+    source = folder / "empty.cc"
     source.write_text("int main() {}\n", encoding="utf-8")
-    compiler = os.environ.get("CXX", "c++")
-    built = subprocess.run([compiler, f"-fsanitize={sanitize}", source, "-o", program], capture_output=True)
-    return built.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
-
-
-def _run(*command: str | Path) -> None:
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    result = subprocess.run(
-        list(map(str, command)),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    last_lines = "\n".join(result.stdout.splitlines()[-100:])
-    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{last_lines}"
+    try:
+        program = compile_file("empty", source, f"-fsanitize={sanitize}")
+    except AssertionError:
+        return False
+    return subprocess.run([program], capture_output=True).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from compiled import LAUNCHER
 
 from act_export.calibration.file import Calibration, ModelIdentity
 
@@ -45,13 +47,17 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """A wheel built from nothing but the source distribution, and one more recipe than is shipped."""
+    """A wheel built from nothing but the source distribution, and one more recipe than is shipped.
+
+    Objects that other tests compiled from the same preprocessed source are taken from there.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(sdist, source)
     (source / "models").mkdir(exist_ok=True)
     RECIPE.save(source / "models" / "of-the-test.json")
-    _run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source)
+    command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source)
+    _run(*command, env={**os.environ, **LAUNCHER})
     (path,) = folder.glob("*.whl")
     return path
 
@@ -158,7 +164,7 @@ def _metadata(unpacked: Path) -> Message:
     return Parser().parsestr(path.read_text(encoding="utf-8"))
 
 
-def _run(*command: str | Path, cwd: Path | None = None) -> str:
-    result = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+def _run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    result = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout

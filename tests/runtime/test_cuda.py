@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnxruntime
 import pytest
+from compiled import compile_file
 from typer.testing import CliRunner
 
 from act_export.commands.main import app
@@ -23,11 +22,8 @@ PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 @pytest.fixture(scope="module")
-def driver_library(tmp_path_factory) -> Path:
-    library = tmp_path_factory.mktemp("driver") / "fake_driver.so"
-    source = Path(__file__).parent / "csrc" / "fake_driver.cc"
-    subprocess.run([os.environ.get("CXX", "c++"), "-shared", "-fPIC", source, "-o", library], check=True)
-    return library
+def driver_library() -> Path:
+    return compile_file("fake_driver.so", Path(__file__).parent / "csrc" / "fake_driver.cc", "-shared", "-fPIC")
 
 
 @pytest.fixture

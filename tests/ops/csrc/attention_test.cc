@@ -1,9 +1,12 @@
 // The fast kernel, for every instruction set of this machine, against the plain one.
 //
-//   attention_test [--filter TEXT] [--random COUNT] [--seed FIRST] [--max-total POSITIONS] [--list | --verbose]
+//   attention_test [--filter TEXT] [--random COUNT] [--seed FIRST] [--max-total POSITIONS] [--one-of COUNT]
+//                  [--draw SEED] [--list | --verbose]
 //
 // Runs the cases whose name has TEXT in it and whose calls reach no position beyond POSITIONS. COUNT random ones are
-// added, of seeds FIRST, FIRST + 1, ... With --verbose names are printed before the cases run.
+// added, of seeds FIRST, FIRST + 1, ... With --one-of, one is drawn of each COUNT neighbours, by --draw. With --verbose
+// names are printed before the cases run.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -21,6 +24,8 @@ struct Options {
   int64_t random = 0;
   uint64_t seed = 1;
   int64_t max_total = INT64_MAX;
+  int64_t one_of = 1;
+  uint64_t draw = 1;
   bool list = false;
   bool verbose = false;
 };
@@ -41,11 +46,26 @@ bool Parse(int argc, char** argv, Options& options) {
       options.seed = std::strtoull(argv[i], nullptr, 10);
     } else if (name == "--max-total") {
       options.max_total = std::atoll(argv[i]);
+    } else if (name == "--one-of") {
+      options.one_of = std::max(1LL, std::atoll(argv[i]));
+    } else if (name == "--draw") {
+      options.draw = std::strtoull(argv[i], nullptr, 10);
     } else {
       return false;
     }
   }
   return true;
+}
+
+// Neighbours are alike, so that something is drawn of every sort.
+Cases Drawn(Cases cases, const Options& options) {
+  Random random(options.draw);
+  Cases drawn;
+  for (size_t first = 0; first < cases.size(); first += options.one_of) {
+    const int64_t last = std::min<int64_t>(options.one_of, cases.size() - first) - 1;
+    drawn.push_back(std::move(cases[first + random.Between(0, last)]));
+  }
+  return drawn;
 }
 
 Cases Chosen(const Options& options) {
@@ -58,7 +78,7 @@ Cases Chosen(const Options& options) {
     const bool matches = c.name.find(options.filter) != std::string::npos;
     if (matches && c.total <= options.max_total) chosen.push_back(std::move(c));
   }
-  return chosen;
+  return Drawn(std::move(chosen), options);
 }
 
 bool Passes(const Case& c, Tally& tally) {
@@ -105,7 +125,7 @@ int main(int argc, char** argv) {
   Options options;
   if (!Parse(argc, argv, options)) {
     std::cerr << "usage: attention_test [--filter TEXT] [--random COUNT] [--seed FIRST] [--max-total POSITIONS] "
-                 "[--list | --verbose]\n";
+                 "[--one-of COUNT] [--draw SEED] [--list | --verbose]\n";
     return 2;
   }
   const Cases cases = Chosen(options);

@@ -12,8 +12,8 @@ from fake_driver import FakeDriver, Libraries, build, has_driver
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory) -> Libraries:
-    return build(tmp_path_factory.mktemp("cuda"))
+def libraries() -> Libraries:
+    return build()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def compiled(request) -> list[dict[str, str]]:
     return rows(build("--table", "--no-general", "--types", request.param, *sizes, *targets))
 
 
+@pytest.mark.sampled(1)
 def test_every_kernel_compiles_for_every_target(compiled):
     dtype = next(row["kernel"].split(".")[1] for row in compiled if "." in row["kernel"])
     names = {spec.name for spec in specs() if _size(spec.name) in (".64", ".128") and f".{dtype}." in spec.name}
@@ -41,10 +42,12 @@ def test_every_kernel_compiles_for_every_target(compiled):
     }
 
 
+@pytest.mark.sampled(1)
 def test_no_register_is_spilled(compiled):
     assert [row for row in compiled if row["stack, bytes"] != "0"] == []
 
 
+@pytest.mark.sampled(1)
 def test_shared_memory_is_there(compiled):
     for row in compiled:
         assert int(row["shared memory, bytes"]) <= SHARED_BYTES[int(row["target"].removeprefix("sm_"))], row

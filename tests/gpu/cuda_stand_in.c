@@ -1,5 +1,5 @@
 // The part of the CUDA runtime that ONNX Runtime needs to open a session, over host memory. Device memory is host
-// memory, every call is finished when it returns, and no kernel runs. tools/cuda_stand_in.py builds it.
+// memory, every call is finished when it returns, and no kernel runs. tests/gpu/cuda_stand_in.py builds it.
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <stdatomic.h>

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Libraries that stand in for CUDA's, so that ONNX Runtime opens a CUDA session on a machine without a GPU.
 
-    tools/cuda_stand_in.py PROVIDER FOLDER [--include DIRECTORY]
+    tests/gpu/cuda_stand_in.py PROVIDER FOLDER [--include DIRECTORY]
 
 PROVIDER is libonnxruntime_providers_cuda.so of the package onnxruntime-gpu, made for the same major version of CUDA as
 the headers (default: /usr/local/cuda/include). A process started with LD_LIBRARY_PATH=FOLDER then has one device, with
