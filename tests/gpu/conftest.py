@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # sessions and random weights, as benchmarks have them
-
 from fresh_process import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401, hooks
 
 from act_export.runtime.cuda_driver import CudaDriver, CudaDriverError, Gpu

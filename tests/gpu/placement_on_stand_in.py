@@ -9,15 +9,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from act_export.runtime import Session, session
+from act_export.runtime import Session, engine
 
 library, *files = map(Path, sys.argv[1:])
 driver = ctypes.CDLL("libcuda.so.1")
 driver.FakeCudaAddDevice(9, 0, 132, 227 * 1024)
 launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda _: 0)
 driver.FakeCudaOnLaunch(launch)
-session.library_path = lambda: library
-session.prepare_cuda = lambda *_, **__: None  # asks the driver what the stand-in doesn't know
+engine.library_path = lambda: library
+engine.prepare_cuda = lambda *_, **__: None  # asks the driver what the stand-in doesn't know
 for file in files:
     with Session.open(file, device="cuda") as opened:
         print(json.dumps(asdict(opened.placement())))
