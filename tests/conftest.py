@@ -17,8 +17,6 @@ from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.export import build_model
 from act_export.runtime import Session
 
-ROOT = Path(__file__).parent.parent
-
 # A slow machine is no failure; a failing example prints what runs it again. Every run draws the same examples, so that
 # it fails for what was changed; `--hypothesis-profile search` draws others, and SEARCH_FACTOR times as many.
 SEARCH, SEARCH_FACTOR = "search", 20
