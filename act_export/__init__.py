@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ActExportError": "errors",
-    "BenchRequest": "verify.bench",
+    "BenchRequest": "verify.bench.measurements",
     "Calibration": "calibration",
     "Checkpoint": "checkpoint.load",
     "Sampling": "runtime.generate",
     "Session": "runtime.session",
     "SinkProfile": "profile",
-    "bench_file": "verify.bench",
+    "bench_file": "verify.bench.job",
     "calibrate_probabilities": "reference",
     "export_model": "convert",
     "generate": "runtime.generate",

@@ -19,7 +19,6 @@ from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.export import build_model
 from act_export.runtime import Session
 
-ROOT = Path(__file__).parent.parent
 # Of the day, and of all the processes of a run, which get it from the first.
 SAMPLE_SEED = os.environ.setdefault("SAMPLE_SEED", date.today().isoformat())
 

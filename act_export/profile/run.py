@@ -34,8 +34,6 @@ EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory whe
 _SAVE_EVERY_SECONDS = 10.0
 _EFFECT_COST = 2  # of a batch, in profiles of the same: forward, backward, and every head's calibrated map
 
-"""Called with what is being done and how much of the whole is done, from 0 to 1."""
-
 EffectsOf = Callable[[Sequence[EncodedExample]], Tensor]
 """Gives the gradient of a batch of questions for every head's gate, summed over the batch: (layers, heads)."""
 

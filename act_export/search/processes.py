@@ -22,8 +22,6 @@ from act_export.search.journal import Journal, difference
 
 _PATIENCE = timedelta(days=1)  # of a process that has done its units, for the others
 
-"""Called with what is being done and how much of the whole is done, from 0 to 1."""
-
 
 @dataclass(frozen=True)
 class Unit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,10 @@ def rank_heads(
         return Ranking(estimated, _together(estimated))
     first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
     own = _exact(checkpoint, tasks, options, workers, first)
-    own = _with_passes(own, estimated)
+    own = tuple(
+        tuple(replace(after, passes=before.passes + after.passes) for before, after in zip(*of_task, strict=True))
+        for of_task in zip(estimated, own, strict=True)
+    )
     if not joint:
         return Ranking(own, ())
     shared = [_first(effects, options.confirm) for effects in _together(estimated)]
@@ -129,18 +132,6 @@ def _together(own: Sequence[Sequence[Effects]]) -> tuple[Effects, ...]:
             sum(effects.passes for effects in of_tasks),
         )
         for of_tasks in zip(*own, strict=True)
-    )
-
-
-def _with_passes(
-    exact: Sequence[Sequence[Effects]], estimated: Sequence[Sequence[Effects]]
-) -> tuple[tuple[Effects, ...], ...]:
-    return tuple(
-        tuple(
-            Effects(after.log_likelihood, after.correct, before.passes + after.passes)
-            for before, after in zip(of_before, of_after, strict=True)
-        )
-        for of_before, of_after in zip(estimated, exact, strict=True)
     )
 
 

@@ -44,17 +44,12 @@ def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> tuple[tuple[in
 
 def effects_of(batch):
     """Stands for a gradient: depends on the batch, and has both signs."""
-    return (
-        torch.tensor(
-            [
-                [len(example.prompt) * (layer - 0.5) * (head + 1) for head in range(4)]
-                for layer in range(2)
-                for example in batch
-            ]
-        )
-        .view(2, len(batch), 4)
-        .sum(1)
-    )
+    values = [
+        [len(example.prompt) * (layer - 0.5) * (head + 1) for head in range(4)]
+        for layer in range(2)
+        for example in batch
+    ]
+    return torch.tensor(values).view(2, len(batch), 4).sum(1)
 
 
 def sources() -> list[PromptSource]:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 CALIBRATED, PLAIN = "calibrated", "plain"
 
-"""Called with what is being done and how much of the whole run is done, from 0 to 1."""
-
 
 @dataclass(frozen=True)
 class _Work:
