@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fuzz_mutations as damage
+from whole_files import GRAFT, SEARCH, UNCHECKED, invoke, prepare
 
 LONGEST_SECONDS = 10.0  # of a case, on a processor of its own
 _LONGEST_WAIT = 120.0  # on a busy machine
@@ -74,8 +75,6 @@ class Summary:
     failures: list[Failure] = field(default_factory=list)
 
 
-_GRAFT = ("graft", "{}/plain.onnx", "--calibration", "{}/heads.json", "--out", "{}/new.onnx")
-_UNCHECKED = (*_GRAFT, "--no-check")
 _INSPECT = ("inspect", "{}/model.onnx", "--json")
 _GENERATE = ("generate", "{}/model.onnx", "hi", "--max-new-tokens", "2")
 _CHAT = (*_GENERATE, "--chat")
@@ -83,13 +82,12 @@ _TRITON = ("triton", "{}/model.onnx", "--out", "{}/new", "--name", "m")
 _REPORT = ("report", "{}/profile.safetensors", "--out", "{}/new.html")
 _EVAL = ("eval", "{}/model.onnx", "--limit", "2", "--split", "all", "--json")
 _EXPORT = ("export", "{}", "--out", "{}/new.onnx", "--plain", "--no-verify")
-_SEARCH = ("search", "{}", "--data", "{}/rows.jsonl", "--journal", "{}/journal", "--out", "{}/new.json")
 _GRAFT_FOLDER = ("graft", "{}", "--calibration", "{}/heads.json", "--out", "{}-new")
 
 KINDS: dict[str, Kind] = {
-    "calibration": Kind("heads.json", "damaged_json", (_UNCHECKED,)),
+    "calibration": Kind("heads.json", "damaged_json", (UNCHECKED,)),
     "whole calibration": Kind(
-        "calibration.json", "damaged_json", ((*_GRAFT[:3], "{}/calibration.json", *_GRAFT[4:], "--no-check"),)
+        "calibration.json", "damaged_json", ((*GRAFT[:3], "{}/calibration.json", *GRAFT[4:], "--no-check"),)
     ),
     "task file": Kind("task.json", "damaged_json", ((*_EVAL, "--task", "{}/task.json"),)),
     "rows": Kind("rows.jsonl", "damaged_lines", ((*_EVAL, "--data", "{}/rows.jsonl"),)),
@@ -109,17 +107,17 @@ KINDS: dict[str, Kind] = {
             ("generate", "{}/grafted.onnx", "hi", "--max-new-tokens", "2"),
         ),
     ),
-    "config beside": Kind("config.json", "damaged_json", (_GRAFT, _GENERATE, ("inspect", "{}"))),
+    "config beside": Kind("config.json", "damaged_json", (GRAFT, _GENERATE, ("inspect", "{}"))),
     "genai_config": Kind("genai_config.json", "damaged_json", (_GRAFT_FOLDER, ("inspect", "{}"), _TRITON)),
     "tokenizer": Kind("tokenizer.json", "damaged_json", (_GENERATE, (*_EVAL, "--data", "{}/rows.jsonl"))),
     "tokenizer_config": Kind("tokenizer_config.json", "damaged_json", (_CHAT, _GENERATE)),
     "chat template": Kind("chat_template.jinja", "damaged_bytes", (_CHAT,)),
     "onnx": Kind("model.onnx", "damaged_model", (_INSPECT, _GENERATE, _TRITON)),
-    "onnx to graft": Kind("plain.onnx", "damaged_model", (_GRAFT, _UNCHECKED, _UNCHECKED)),
-    "external data": Kind("plain.onnx.data", "damaged_bytes", (_GRAFT,)),
+    "onnx to graft": Kind("plain.onnx", "damaged_model", (GRAFT, UNCHECKED, UNCHECKED)),
+    "external data": Kind("plain.onnx.data", "damaged_bytes", (GRAFT,)),
     "config.json": Kind("config.json", "damaged_json", (_EXPORT,)),
     "weights": Kind("model.safetensors", "damaged_safetensors", (_EXPORT,)),
-    "journal": Kind("journal/units-0.jsonl", "damaged_lines", (_SEARCH,), same="found.json"),
+    "journal": Kind("journal/units-0.jsonl", "damaged_lines", (SEARCH,), same="found.json"),
     "gguf": Kind("model.gguf", "damaged_bytes", (("export", "{}/model.gguf", *_EXPORT[2:]),)),
 }
 _ONLY: dict[str, tuple[str, ...]] = {
@@ -128,96 +126,6 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "journal": ("journal",),
 }
 """Files that only the cases of some kinds have: they change what others read."""
-
-
-def prepare(folder: Path) -> None:
-    """Writes the set of whole files, once: a checkpoint, exports of it, a graft, a profile, a task and its rows."""
-    from act_export.calibration.file import Calibration
-
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.path.insert(0, str(Path(__file__).parents[1] / "profile"))
-    from profiles import random_profile
-    from tiny import save_checkpoint
-
-    save_checkpoint(folder)
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}>")
-    (folder / "heads.json").write_text('{"0": [1], "1": [0, 3]}')
-    rows = [{"prompt": f"Row {i}: {i % 2}. It is", "choices": [" n", " y"], "answer": i % 2} for i in range(30)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = [{"text": f"row {i}", "mood": i % 2} for i in range(30)]
-    (folder / "task-rows.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    task = {
-        "name": "mood",
-        "labels": [" bad", " good"],
-        "answer": "mood",
-        "template": "{text} is",
-        "path": {"file": "task-rows.jsonl", "fields": {"text": "t", "mood": "mood"}, "pattern": _PATTERN},
-    }
-    (folder / "task.json").write_text(json.dumps(task))
-    measured = {"sizes": {"report": 20}, "plain_accuracy": 0.5, "joint": None}
-    own = {"accuracy": 0.6, "interval": [0.0, 0.2]}
-    (folder / "search.json").write_text(json.dumps({"tasks": {"mood": {**measured, "own": own}}}))
-    calibration = Calibration({0: (1,), 1: (0, 3)}, threshold=0.06)
-    (folder / "calibration.json").write_text(calibration.to_json())
-    random_profile().save(folder / "profile.safetensors")
-    _must(
-        ("export", str(folder), "--out", f"{folder}/model.onnx", "--calibration", f"{folder}/heads.json", "--no-verify")
-    )
-    _must(("export", str(folder), "--out", f"{folder}/plain.onnx", "--plain", "--no-verify"))
-    _must(tuple(word.format(folder) for word in (*_UNCHECKED[:-2], "{}/grafted.onnx", "--no-check")))
-    _must(tuple(word.format(folder) for word in (*_SEARCH[:-1], "{}/found.json")))
-    genai = {
-        "model": {
-            "type": "llama",
-            "vocab_size": 259,
-            "context_length": 256,
-            "eos_token_id": [2],
-            "decoder": {
-                "filename": "model.onnx",
-                "head_size": 8,
-                "num_key_value_heads": 2,
-                "session_options": {},
-                "inputs": {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
-                "outputs": {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-            },
-        }
-    }
-    (folder / "genai_config.json").write_text(json.dumps(genai))
-    (folder / "model.gguf").write_bytes(_gguf())
-
-
-_PATTERN = {"field": "text", "regex": "(?P<t>(\\w+ ?)+)"}
-
-
-def _gguf() -> bytes:
-    """The beginning of a GGUF file, with a few keys and a tensor."""
-    import struct
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2)
-    keys = text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    keys += text("llama.block_count") + struct.pack("<II", 4, 2)
-    tensor = text("token_embd.weight") + struct.pack("<IQQIQ", 2, 32, 259, 0, 0)
-    return (head + keys + tensor).ljust(1024, b"\0") + bytes(4 * 32 * 259)
-
-
-def _must(words: tuple[str, ...]) -> None:
-    code, said = _invoke(list(words))
-    if code:
-        raise RuntimeError(f"act-export {' '.join(words)} ends with {code}: {said}")
-
-
-def _invoke(words: list[str]) -> tuple[int, str]:
-    from typer.testing import CliRunner
-
-    from act_export.commands.main import app
-
-    result = CliRunner().invoke(app, words)
-    error = result.exception
-    told = f"{type(error).__name__}: {error}" if error is not None and not isinstance(error, SystemExit) else ""
-    return result.exit_code if not told else 3, told + result.stderr[-600:]
 
 
 def _case(base: Path, scratch: Path, kind: Kind, name: str, seed: int) -> dict[str, Any]:
@@ -239,7 +147,7 @@ def _case(base: Path, scratch: Path, kind: Kind, name: str, seed: int) -> dict[s
     words = [word.format(folder) for word in rng.choice(kind.commands)]
     before = _listing(scratch)
     begun = time.process_time()
-    code, said = _invoke(words)
+    code, said = invoke(words)
     seconds = time.process_time() - begun
     after = _listing(scratch)
     continued = {f"case/{kind.file}"} if kind.same else set()  # a journal, which the command goes on with
@@ -270,7 +178,7 @@ def _worker() -> None:
     """Runs the cases that come by standard input, a line each."""
     base, scratch = Path(sys.argv[2]), Path(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _invoke(["graft", str(base / "plain.onnx")])  # loads what a case would otherwise be charged with
+    invoke(["graft", str(base / "plain.onnx")])  # loads what a case would otherwise be charged with
     import act_export.checkpoint.load
     import act_export.onnx_file.inspect  # noqa: F401
 
