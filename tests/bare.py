@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from importlib import metadata
 
-RUNTIME = ("act_export", "numpy", "ml_dtypes", "onnxruntime")
-COMMANDS = (*RUNTIME, "platformdirs", "rich", "typer", "click", "markdown_it", "mdurl", "pygments", "shellingham")
+from packaging.requirements import Requirement
+
+RUNTIME = frozenset({"act_export", "numpy", "ml_dtypes", "onnxruntime"})
 
 _HOOK = """
 import sys
 
-class Absent:
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
     def find_spec(self, name, path=None, target=None):
         package = name.partition(".")[0]
-        if package not in installed and package not in sys.stdlib_module_names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        is_there = package in installed | sys.stdlib_module_names or name.startswith("_")
+        return self.finder.find_spec(name, path, target) if is_there else None
 
-sys.meta_path.insert(0, Absent())
+sys.meta_path[:] = map(Finder, sys.meta_path)
 """
 
 
-def run_bare(program: str, installed: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_bare(program: str, installed: frozenset[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a program's text; nothing is imported from this process."""
-    text = f"installed = {installed!r}{_HOOK}{program}"
+    text = f"installed = {set(installed)!r}{_HOOK}{program}"
     return subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, check=False)
+
+
+@functools.cache
+def installed_with(*extras: str) -> frozenset[str]:
+    """Packages that can be imported where act-export is installed with some extras, by what each says it requires."""
+    waiting, found = [Requirement(f"act-export[{','.join(extras)}]")], set[tuple[str, str]]()
+    while waiting:
+        wanted = waiting.pop()
+        for extra in ("", *wanted.extras):
+            if (wanted.name, extra) not in found:
+                found.add((wanted.name, extra))
+                requirements = map(Requirement, metadata.requires(wanted.name) or ())
+                waiting += [
+                    each for each in requirements if each.marker is None or each.marker.evaluate({"extra": extra})
+                ]
+    names = {name.lower().replace("_", "-") for name, _ in found}
+    modules = metadata.packages_distributions().items()
+    return RUNTIME | {
+        module for module, owners in modules if names & {owner.lower().replace("_", "-") for owner in owners}
+    }

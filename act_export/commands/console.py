@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from act_export.commands.printing import PlainConsole, printable, readers_ended
-from act_export.errors import ActExportError, VerificationError
+from act_export.errors import ActExportError, VerificationError, needs_extras
 
 EXIT_FAILED_PARITY = 1
 EXIT_UNUSABLE = 2
@@ -45,7 +45,8 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(command)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
-            return command(*args, **kwargs)
+            with needs_extras("this command"):
+                return command(*args, **kwargs)
         except VerificationError as error:
             fail(str(error), EXIT_FAILED_PARITY)
         except ActExportError as error:

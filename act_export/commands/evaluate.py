@@ -10,7 +10,6 @@ import typer.core
 
 from act_export.commands import options
 from act_export.commands.console import progress_bar
-from act_export.errors import ActExportError
 
 
 def eval_command(
@@ -68,9 +67,6 @@ def eval_command(
 
 def lm_eval_command(context: typer.Context) -> None:
     """Runs lm-evaluation-harness with the model type act-onnx; all options are its own."""
-    try:
-        from act_export.verify.evaluate.harness import run_harness
-    except ModuleNotFoundError as error:
-        raise ActExportError(f"{error}; pip install 'act-export[lm-eval]'") from error
+    from act_export.verify.evaluate.harness import run_harness
 
     run_harness(context.args)

@@ -68,6 +68,8 @@ def profile_command(
     from act_export.profile.run import BATCH_TOKENS
     from act_export.search.resolve import calibration_to_show
 
+    if report:
+        from act_export.profile.report import write_report  # refused before long work, where it isn't installed
     job = ProfileJob(
         options.questions_of(
             task,
@@ -115,8 +117,6 @@ def profile_command(
     print(out)
     print(out.with_suffix(".json"))
     if report:
-        from act_export.profile.report import write_report
-
         page = out.with_suffix(".html")
         with status() as step:
             step(f"writing {page}")

@@ -108,7 +108,16 @@ def test_metadata(unpacked):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_all("Project-URL") is None
     assert metadata["Home-page"] is None
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "tasks", "lm-eval", "smollm2", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "cpu",
+        "gpu",
+        "export",
+        "report",
+        "tasks",
+        "lm-eval",
+        "smollm2",
+        "dev",
+    }
     (licence,) = unpacked.glob("*.dist-info/licenses/LICENSE")
     assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
