@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from planted import PLANTED, planted_task, save_planted, words_checkpoint, written_by
+from test_journal import contents, described
 from typer.testing import CliRunner
 
 from act_export.checkpoint.load import Checkpoint
@@ -76,10 +77,6 @@ def keys_of(folder: Path) -> list[str]:
     return [
         json.loads(line)["unit"] for path in sorted(folder.glob("units-*")) for line in path.read_text().splitlines()
     ]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_an_interrupted_search_goes_on_and_computes_nothing_twice(
@@ -234,11 +231,6 @@ def test_a_value_that_no_unit_can_have_is_computed_again(
     computed.clear()
     assert search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path) == whole
     assert sorted(computed) == sorted(kinds.values())
-
-
-def described(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "journal.json").read_text())["search"]
-    return found
 
 
 def test_damage_is_made_good_and_said(
