@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from evaluation import evaluate
 
 from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
@@ -10,7 +11,9 @@ from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import find_recipes
 from act_export.checkpoint.load import Checkpoint
 from act_export.tasks import load_examples, prompt_digest, split_examples
-from act_export.verify.evaluate.answers import compare, evaluate, held_out
+from act_export.tasks.language_model import TorchLanguageModel
+from act_export.verify.evaluate.answers import compare
+from act_export.verify.evaluate.held_out import held_out
 
 RECIPE = Path(__file__).parents[2] / "models" / "smollm2-135m.json"
 
@@ -41,6 +44,6 @@ def test_the_shipped_recipe_answers_more_unseen_questions(smollm2: Checkpoint, s
     results = []
     for calibration in (None, recipe):
         with attention_hook(smollm2.model, FastAttention(calibration)) as hooked:
-            results.append(evaluate(hooked, smollm2.tokenizer, examples))
+            results.append(evaluate(TorchLanguageModel(hooked), smollm2.tokenizer, examples))
     comparison = compare(*results)
     assert comparison.gained > comparison.lost, comparison

@@ -25,6 +25,7 @@ from act_export.commands.main import app
 from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
 from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Unit, Workers
+from act_export.tasks import Questions
 
 OPTIONS = SearchOptions(method="gates+confirm", betas=(0.0,), head_counts=(1, 2), confirm=4, batch_tokens=200)
 SLOWLY = """
@@ -144,12 +145,13 @@ def test_a_search_in_another_way_shares_what_is_the_same(
     checkpoint: Checkpoint, tasks: list[SearchTask], tmp_path: Path, computed: list[str], changes: dict[str, Any]
 ) -> None:
     """And finds what it finds without a journal."""
-    other = replace(OPTIONS, **changes)
-    alone = search_heads(checkpoint, tasks[:1], other)
+    asked = [replace(tasks[0], questions=Questions(seed=changes.get("seed")))]
+    other = replace(OPTIONS, **{name: value for name, value in changes.items() if name != "seed"})
+    alone = search_heads(checkpoint, asked, other)
     search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path)
     known = set(keys_of(tmp_path))
     computed.clear()
-    shared = search_heads(checkpoint, tasks[:1], other, journal=tmp_path)
+    shared = search_heads(checkpoint, asked, other, journal=tmp_path)
     assert shared == alone
     assert not known & set(computed)
     assert shared.units == (len(computed), alone.units[1])

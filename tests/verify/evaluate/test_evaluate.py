@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation import evaluate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,11 +16,10 @@ from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration, Provenance
 from act_export.errors import ActExportError
-from act_export.tasks import Example, TaskError, encode_examples, prompt_digest, split_examples
+from act_export.tasks import Example, TaskError, prompt_digest, split_examples
 from act_export.tasks import batching as batching_module
-from act_export.tasks.batching import USUAL, Batching
-from act_export.tasks.language_model import LanguageModel, SessionLanguageModel, TorchLanguageModel
-from act_export.tasks.scoring import score_choices
+from act_export.tasks.batching import Batching
+from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p
 from act_export.verify.evaluate.answers import Evaluation, compare
 from act_export.verify.evaluate.held_out import held_out
@@ -69,23 +69,10 @@ def of(correct: list[bool]) -> Evaluation:
     return Evaluation(((0.0, 0.0),) * len(correct), tuple(map(int, correct)), (1,) * len(correct))
 
 
-def evaluate(
-    model: LanguageModel,
-    examples: list[Example],
-    batching: Batching = USUAL,
-    *,
-    tokenizer: Letters | None = LETTERS,
-    length_normalized: bool = False,
-) -> Evaluation:
-    encoded = encode_examples(tokenizer, examples)
-    scores = score_choices(model, encoded, batching, length_normalized=length_normalized)
-    return Evaluation.of(scores, [example.answer for example in encoded])
-
-
 def test_every_example_is_answered_with_its_likeliest_choice() -> None:
     counts: list[int] = []
     model = Stubborn({" ": 0.0, "y": 2.0, "n": 1.0})
-    evaluation = evaluate(model, QUESTIONS, Batching(2, done=counts.append))
+    evaluation = evaluate(model, LETTERS, QUESTIONS, Batching(2, done=counts.append))
     assert evaluation.predictions == (1,) * 5
     assert evaluation.answers == (1, 0, 1, 0, 1)
     assert evaluation.correct == (True, False, True, False, True)
@@ -101,7 +88,7 @@ def test_every_example_is_answered_with_its_likeliest_choice() -> None:
 def test_length_normalization_reaches_the_scores() -> None:
     example = Example("?", ("yy", "n"), 0)
     model = Stubborn({"y": 0.0, "n": -0.1})
-    sums, means = (evaluate(model, [example], length_normalized=flag) for flag in (False, True))
+    sums, means = (evaluate(model, LETTERS, [example], length_normalized=flag) for flag in (False, True))
     assert (sums.predictions, means.predictions) == ((1,), (0,))
 
 
@@ -128,8 +115,8 @@ def test_a_session_and_the_model_it_was_exported_from_agree() -> None:
             return SimpleNamespace(logits=logits.numpy()[:, -logits_to_keep:], state=arrays)
 
     with attention_hook(model, ReferenceAttention(None)) as hooked, torch.no_grad():
-        by_torch = evaluate(TorchLanguageModel(hooked), QUESTIONS, Batching(2))
-        by_session = evaluate(SessionLanguageModel(Session()), QUESTIONS, Batching(3))
+        by_torch = evaluate(TorchLanguageModel(hooked), LETTERS, QUESTIONS, Batching(2))
+        by_session = evaluate(SessionLanguageModel(Session()), LETTERS, QUESTIONS, Batching(3))
     assert by_torch.predictions == by_session.predictions
     for mine, theirs in zip(by_torch.log_likelihoods, by_session.log_likelihoods, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
@@ -154,11 +141,11 @@ def test_evaluations_of_other_examples_are_not_compared() -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     with pytest.raises(TaskError, match="the model has no tokenizer"):
-        evaluate(Stubborn({}), QUESTIONS, tokenizer=None)
+        evaluate(Stubborn({}), None, QUESTIONS)
     with pytest.raises(TaskError, match="there are no examples to score"):
-        evaluate(Stubborn({}), [])
+        evaluate(Stubborn({}), LETTERS, [])
     with pytest.raises(ActExportError, match="after the prompt 'is it not so' are"):
-        evaluate(Stubborn({" ": float("nan")}), QUESTIONS)
+        evaluate(Stubborn({" ": float("nan")}), LETTERS, QUESTIONS)
 
 
 def test_batches_shrink_so_that_their_logits_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +153,9 @@ def test_batches_shrink_so_that_their_logits_fit(monkeypatch: pytest.MonkeyPatch
     model = Stubborn({" ": 0.0, "y": 2.0, "n": 1.0})
     counts: list[int] = []
     fitting = Batching(tokens=batching_module.default_batch_tokens(LETTERS), done=counts.append)
-    evaluation = evaluate(model, QUESTIONS, fitting)
+    evaluation = evaluate(model, LETTERS, QUESTIONS, fitting)
     assert counts == [1, 2, 2]  # of 12; 5 and 3; 3 and 2 letters, each again for either choice
-    assert evaluation == evaluate(model, QUESTIONS)
+    assert evaluation == evaluate(model, LETTERS, QUESTIONS)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "drawn again"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluation import evaluate
 from rich.console import Console
 from tiny import tiny_checkpoint, tiny_tokenizer
 
@@ -15,9 +16,10 @@ from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import Session, generate
 from act_export.tasks import Questions, TaskError, prompt_digest, read_examples, split_examples
+from act_export.tasks.language_model import SessionLanguageModel
 from act_export.tasks.metrics import token_f1
 from act_export.tasks.statistics import mean_interval
-from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare, evaluate
+from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare
 from act_export.verify.evaluate.job import evaluate_files
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
 
@@ -79,7 +81,7 @@ def test_choices_are_those_of_each_file_alone(report, files, choosing, native) -
     examples = split_examples(read_examples(choosing).examples).report
     for name, found in (("file", report.tasks[0].calibrated), ("against", report.tasks[0].plain)):
         with Session.open(files[name], native=native) as session:
-            alone = evaluate(session, TOKENIZER, examples)
+            alone = evaluate(SessionLanguageModel(session), TOKENIZER, examples)
         assert found.predictions == alone.predictions
         for mine, theirs in zip(found.log_likelihoods, alone.log_likelihoods, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4, rel=1e-5)
@@ -90,7 +92,7 @@ def test_the_control_takes_the_plain_models_prior_off(report, files, choosing) -
     (example, *_) = read_examples(choosing).examples
     prompt = type(example)(example.content_free, example.choices, 0)
     with Session.open(files["against"]) as session:
-        (prior,) = evaluate(session, TOKENIZER, [prompt]).log_likelihoods
+        (prior,) = evaluate(SessionLanguageModel(session), TOKENIZER, [prompt]).log_likelihoods
     result = report.tasks[0]
     for row, plain in zip(result.control.log_likelihoods, result.plain.log_likelihoods, strict=True):
         assert row == pytest.approx([score - off for score, off in zip(plain, prior, strict=True)], abs=1e-4, rel=1e-5)
