@@ -16,7 +16,6 @@ def prepare(folder: Path) -> None:
     from act_export.calibration.file import Calibration
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.path.insert(0, str(Path(__file__).parents[1] / "profile"))
     from profiles import random_profile
     from tiny import save_checkpoint
 

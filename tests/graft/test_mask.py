@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from foreign_operators import inputs_of_tokens, write_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from operator_writer import inputs_of_tokens, write_mask
 
 from act_export.graft import UnsupportedPatternError
 from act_export.graft.graph import Graph

@@ -10,7 +10,7 @@ from typing import Any
 from profiles import random_profile, some_calibration
 
 from act_export.profile.report import TaskAccuracy
-from act_export.profile.sink_statistics import SinkProfile
+from act_export.profile.sink_profile import SinkProfile
 
 LAYERS, HEADS = 6, 4
 

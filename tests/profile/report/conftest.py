@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from browser_page import ACCURACIES, Open, Opened, _check_message, _check_reques
 
 from act_export.calibration.file import Calibration
 from act_export.profile.report import TaskAccuracy, write_report
-from act_export.profile.sink_statistics import SinkProfile
-
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  # profiles.py, one_token.py
+from act_export.profile.sink_profile import SinkProfile
 
 _ARGUMENTS = [
     "--headless",

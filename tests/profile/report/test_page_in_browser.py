@@ -12,7 +12,7 @@ from one_token import one_token_profile
 from profiles import random_profile
 
 from act_export.profile.report.facts import effect_facts, key_facts
-from act_export.profile.sink_statistics import SinkProfile
+from act_export.profile.sink_profile import SinkProfile
 
 CHARTS = (
     "heads-chart",

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluation import evaluate
+from evaluation import Evaluation
 from tiny import tiny_tokenizer
 
 from act_export.errors import ActExportError
 from act_export.runtime import Session, generate
-from act_export.tasks import EncodedExample, read_examples
+from act_export.tasks import EncodedExample, encode_examples, read_examples
 from act_export.tasks.language_model import SessionLanguageModel
 from act_export.tasks.scoring import score_choices
 
@@ -123,7 +123,8 @@ def test_a_device_that_is_none(exported) -> None:
 def test_choices_have_the_log_likelihoods_of_act_export(results, exported, tasks) -> None:
     examples = read_examples(tasks / "rows.jsonl").examples
     with Session.open(exported) as session:
-        mine = evaluate(SessionLanguageModel(session), TOKENIZER, examples)
+        scores = score_choices(SessionLanguageModel(session), encode_examples(TOKENIZER, examples))
+    mine = Evaluation.of(scores, [example.answer for example in examples])
     samples = sorted(results["samples"]["tiny_choosing"], key=lambda sample: sample["doc_id"])
     for sample, row in zip(samples, mine.log_likelihoods, strict=True):
         theirs = [float(response[0]) for response in sample["filtered_resps"]]
