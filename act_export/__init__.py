@@ -41,13 +41,13 @@ _HOMES = {
     "Session": "runtime.session",
     "SinkProfile": "profile",
     "bench_file": "verify.bench.job",
-    "calibrate_probabilities": "reference",
-    "export_model": "convert",
+    "calibrate_probabilities": "calibration.reference",
+    "export_model": "export.job",
     "generate": "runtime.generate",
     "library_path": "ops.library",
     "load_checkpoint": "checkpoint.load",
     "search_heads": "search",
-    "verify_sessions": "verify.parity",
+    "verify_sessions": "verify.parity.sessions",
 }
 
 __all__ = [*_HOMES, "__version__"]
