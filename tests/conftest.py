@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # for tests/ops/cuda: Triton reads it when something imports it first
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from sampled import draw_samples
+from shared_traces import SharedTraces
 from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
@@ -59,6 +62,27 @@ def _draw_more_examples(items: list[pytest.Item]) -> None:
 def sample_seed() -> str:
     """For tables that aren't pytest's."""
     return SAMPLE_SEED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory) -> Iterator[SharedTraces]:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        traces = SharedTraces(folder, torch.onnx.export)
+        patch.setattr(torch.onnx, "export", traces)
+        yield traces
+
+
+@pytest.fixture(autouse=True)
+def _traced_anew_where_something_is_patched(request, _shared_traces) -> None:
+    _shared_traces.used = not {"monkeypatch", "traced_anew"} & set(request.fixturenames)
+
+
+@pytest.fixture
+def traced_anew() -> None:
+    """For tests of what happens while a model is traced: each of their exports is."""
 
 
 @pytest.fixture(scope="session")

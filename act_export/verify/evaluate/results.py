@@ -23,7 +23,7 @@ class TaskResult:
         questions: By example, the digest of its question, see `act_export.tasks.prompt_digest`.
         calibrated: Of the file.
         plain: Of the file it is compared with, on the same questions.
-        control: The plain model's answers with its label prior taken off, see `act_export.verify.label_prior`. None
+        control: The plain model's answers with its label prior taken off, see `act_export.tasks.label_prior`. None
             where there is no plain model or a question has no content-free prompt.
     """
 

@@ -98,7 +98,7 @@ def test_the_first_layers_are_compared(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data", "heads.json"]
 
 
-def test_nothing_of_a_model_stays_in_memory(tiny, tmp_path):
+def test_nothing_of_a_model_stays_in_memory(traced_anew, tiny, tmp_path):
     """Though onnxscript keeps the last graph."""
     model = copy.deepcopy(tiny.model)
     numbers = np.zeros((259, 32), np.float32)

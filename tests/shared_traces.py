@@ -1,0 +1,74 @@
+"""Traces that tests share: within a run, torch's exporter records each tiny model once, whichever process comes first.
+
+What it gives depends on the configuration, the small parameters and the attention's calibration alone, as the large
+ones are away while it works; all that act-export does with it is done each time. Tests that patch something, and models
+whose code isn't transformers' own, are traced anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from act_export.export.operator import OperatorAttention
+
+_LARGEST = 4 << 20  # numbers of a model
+_OBJECTS = ("kwargs", "custom_translation_table")  # of the options: tensors and functions
+
+
+class SharedTraces:
+    """Stands in for `torch.onnx.export`.
+
+    Attributes:
+        folder: Where traces are kept, for all processes of the run.
+        used: Whether they may be used, or all is traced anew.
+    """
+
+    def __init__(self, folder: Path, export: Callable[..., Any]) -> None:
+        self.folder = folder
+        self.used = False
+        self._export = export
+
+    def __call__(self, module: Any, *arguments: Any, **options: Any) -> Any:
+        key = self._key(module, options) if self.used and not arguments else None
+        if key is None:
+            return self._export(module, *arguments, **options)
+        path = self.folder / key
+        if not path.is_file():
+            program = self._export(module, **options)
+            made = path.with_suffix(f".{id(program)}")
+            made.write_bytes(ir.to_proto(program.model).SerializeToString())
+            made.rename(path)
+        return torch.onnx.ONNXProgram(ir.from_proto(onnx.ModelProto.FromString(path.read_bytes())), None)
+
+    def _key(self, module: Any, options: dict[str, Any]) -> str | None:
+        hooked = getattr(module, "_hooked", None)
+        if hooked is None or not isinstance(hooked.hook, OperatorAttention):
+            return None
+        model, hook = hooked.model, hooked.hook
+        parameters = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        ours = type(model).__module__.startswith(("transformers.models.", "act_export."))
+        if not ours or sum(values.numel() for _, values in parameters) > _LARGEST:
+            return None
+        calibration = hook.calibration.to_json() if hook.calibration is not None else None
+        given = {
+            name: str(option) for name, option in options.items() if name not in ("kwargs", "custom_translation_table")
+        }
+        shapes = [(name, str(tuple(part.shape)), str(part.dtype)) for name, part in _tensors(options["kwargs"])]
+        text = [type(model).__qualname__, str(model.config), calibration, str(hook.sink_logits), given, shapes]
+        digest = hashlib.sha256(json.dumps(text, default=str).encode())
+        for name, values in parameters:
+            digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+            digest.update(values.detach().float().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _tensors(example: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, part) for name, given in example.items() for part in (given if isinstance(given, list) else [given])]
