@@ -103,7 +103,7 @@ def test_a_failed_conversion_leaves_nothing(cache, path, monkeypatch):
 
 def test_a_killed_conversion_leaves_nothing(cache, path):
     program = (
-        "import sys, time; from pathlib import Path; from act_export.checkpoint import gguf as module\n"
+        "import sys, time; from pathlib import Path; from act_export.checkpoint.gguf import convert as module\n"
         "module.cache_folder = lambda: Path(sys.argv[2])\n"
         "module.compare = lambda *_: (print('here', flush=True), time.sleep(600))\n"
         "module.converted(Path(sys.argv[1]))"
