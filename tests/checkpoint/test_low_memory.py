@@ -73,6 +73,6 @@ def test_while_the_graph_is_traced(tiny, tmp_path, monkeypatch):
         raise ERRORS[0]
 
     monkeypatch.setattr("act_export.export.operator.calibrated_attention", fail)
-    monkeypatch.setattr("act_export.attention.hook.calibrated_attention", fail)
+    monkeypatch.setattr("act_export.attention.reference_attention.calibrated_attention", fail)
     with pytest.raises(ActExportError, match="isn't enough memory to export the model"):
         build_model(tiny, None, tmp_path / "a.onnx")

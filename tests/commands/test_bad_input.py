@@ -169,7 +169,8 @@ def test_bad_precision_or_device(checkpoint_folder, tmp_path, options, message):
 
 def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("act_export.commands.main.load_model", None)
+    for command in ("export", "verify"):
+        monkeypatch.setattr(f"act_export.commands.{command}.load_model", None)
     for command in ((checkpoint_folder, "--out", tmp_path / "m.onnx"), ("verify", exported, "--against", "none")):
         result = run(*command, "--device", "cuda")
         assert result.exit_code == 2

@@ -115,7 +115,7 @@ def test_nothing_is_written_where_the_first_layers_disagree(folder, tmp_path, mo
     failed = ParityReport("float32", same, hook_passed=False, engines=())
     built: list[str] = []
     monkeypatch.setattr("act_export.export.job.build_model", lambda *given, **_: built.append(given[2].name))
-    monkeypatch.setattr("act_export.verify.parity.job.verify_file", lambda *_, **__: failed)
+    monkeypatch.setattr("act_export.export.job.verify_file", lambda *_, **__: failed)
     with pytest.raises(VerificationError, match="nothing was written"):
         export_model(load_checkpoint(str(folder), stream=True), None, tmp_path / "a.onnx")
     assert built == ["cut.onnx"]
