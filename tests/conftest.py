@@ -76,8 +76,10 @@ def _shared_traces(tmp_path_factory) -> Iterator[SharedTraces]:
 
 
 @pytest.fixture(autouse=True)
-def _traced_anew_where_something_is_patched(request, _shared_traces) -> None:
-    _shared_traces.used = not {"monkeypatch", "traced_anew"} & set(request.fixturenames)
+def _traces_of_this_test(request, _shared_traces) -> None:
+    names = request.fixturenames
+    _shared_traces.used = "traced_anew" not in names
+    _shared_traces.patches = request.getfixturevalue("monkeypatch") if "monkeypatch" in names else None
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Traces that tests share: within a run, torch's exporter records each tiny model once, whichever process comes first.
 
 What it gives depends on the configuration, the small parameters and the attention's calibration alone, as the large
-ones are away while it works; all that act-export does with it is done each time. Tests that patch something, and models
-whose code isn't transformers' own, are traced anew.
+ones are away while it works; all that act-export does with it is done each time. Where a test has patched what takes
+part, and of models whose code isn't transformers' own, the trace is made anew.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import pytest
 import torch
 
 from act_export.export.operator import OperatorAttention
 
 _LARGEST = 4 << 20  # numbers of a model
+_TAKES_PART = ("torch", "transformers", "act_export.attention", "act_export.export", "act_export.ops")
 _OBJECTS = ("kwargs", "custom_translation_table")  # of the options: tensors and functions
 
 
@@ -29,15 +31,18 @@ class SharedTraces:
     Attributes:
         folder: Where traces are kept, for all processes of the run.
         used: Whether they may be used, or all is traced anew.
+        patches: Of the test that is running.
     """
 
     def __init__(self, folder: Path, export: Callable[..., Any]) -> None:
         self.folder = folder
         self.used = False
+        self.patches: pytest.MonkeyPatch | None = None
         self._export = export
 
     def __call__(self, module: Any, *arguments: Any, **options: Any) -> Any:
-        key = self._key(module, options) if self.used and not arguments else None
+        shared = self.used and not arguments and not self._takes_part()
+        key = self._key(module, options) if shared else None
         if key is None:
             return self._export(module, *arguments, **options)
         path = self.folder / key
@@ -47,6 +52,12 @@ class SharedTraces:
             made.write_bytes(ir.to_proto(program.model).SerializeToString())
             made.rename(path)
         return torch.onnx.ONNXProgram(ir.from_proto(onnx.ModelProto.FromString(path.read_bytes())), None)
+
+    def _takes_part(self) -> bool:
+        """Whether anything is patched that a trace depends on."""
+        targets = [target for target, *_ in self.patches._setattr] if self.patches is not None else []
+        names = [str(getattr(target, "__module__", None) or getattr(target, "__name__", "")) for target in targets]
+        return any(name.startswith(_TAKES_PART) for name in names)
 
     def _key(self, module: Any, options: dict[str, Any]) -> str | None:
         hooked = getattr(module, "_hooked", None)
