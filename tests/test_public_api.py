@@ -12,7 +12,7 @@ import pytest
 
 import act_export
 import act_export.search
-import act_export.search.heads as search_module
+import act_export.search.run as search_module
 
 
 @pytest.mark.parametrize("name", act_export.__all__)

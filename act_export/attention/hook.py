@@ -20,8 +20,8 @@ from torch import Tensor
 
 from act_export.attention.adapters import ADAPTERS, adapted
 from act_export.attention.call import AttentionHook, LayerState, SinkCache, activated, not_routed, positions
-from act_export.attention.interface import ATTENTION_NAME
 from act_export.attention.reference_attention import ReferenceAttention
+from act_export.attention.transformers_interface import ATTENTION_NAME
 from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.low_memory import is_low_memory
 from act_export.checkpoint.support import why_unsupported_model

@@ -83,8 +83,8 @@ def export_command(
     from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.export.experts import check_experts
     from act_export.export.job import export_model, with_quantized_weights
-    from act_export.onnx_file.output import check_output
     from act_export.onnx_file.precision import element_type, quantization_of
+    from act_export.onnx_file.publish import check_output
     from act_export.search.resolve import CalibrationRequest, resolve_calibration
     from act_export.tasks import Questions
 

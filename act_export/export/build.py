@@ -11,16 +11,17 @@ from onnx_ir.passes.common import ShapeInferencePass
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.low_memory import low_memory_told
+from act_export.checkpoint.stop_tokens import stop_tokens
 from act_export.checkpoint.text_tower import check_takes_embeddings
 from act_export.errors import ActExportError
 from act_export.export.lazy_weights import forget_weights
-from act_export.export.metadata import finish_model, metadata, stop_tokens
+from act_export.export.metadata import finish_model, metadata
 from act_export.export.passes.convert_precision import ConvertPrecisionPass
 from act_export.export.passes.quantize_weights import QuantizeWeightsPass
 from act_export.export.slim import slim
 from act_export.export.trace import EXPORTING, trace
-from act_export.onnx_file.output import check_model, save_model
 from act_export.onnx_file.precision import element_type, quantization_of
+from act_export.onnx_file.publish import check_model, save_model
 from act_export.progress import BytesWritten
 from act_export.runtime.device import import_onnxruntime
 

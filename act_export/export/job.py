@@ -18,9 +18,9 @@ from act_export.export.cut import LAYERS, cut_calibration, cut_checkpoint, descr
 from act_export.export.embedding import write_embedding
 from act_export.files import copy_content
 from act_export.onnx_file.names import EMBEDDING_FILE
-from act_export.onnx_file.output import COMPANIONS, check_output, is_file_output, publish, staged
 from act_export.onnx_file.pack_sink_state import pack_file
 from act_export.onnx_file.precision import BITS
+from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_output, publish, staged
 from act_export.ops.library import library_path
 from act_export.progress import Notice
 from act_export.search.resolve import refuse_search

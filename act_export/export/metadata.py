@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.stop_tokens import stop_tokens
 from act_export.checkpoint.text_tower import family_of, placeholders_of
-from act_export.errors import shown
 from act_export.export.rope import context_of, recomputed_beyond
 from act_export.onnx_file.precision import Quantization
 from act_export.onnx_file.record import FileRecord, Limits
 from act_export.ops import functions, schema
-from act_export.runtime.generation_settings import end_tokens, fields_of
+from act_export.runtime.generation_settings import fields_of
 from act_export.version import __version__
-
-_log = logging.getLogger(__name__)
 
 
 def metadata(
@@ -49,35 +46,6 @@ def metadata(
         recompute_beyond=recomputed_beyond(checkpoint.model),
         calibration=calibration,
     ).write()
-
-
-def stop_tokens(checkpoint: Checkpoint) -> list[int]:
-    """Tokens after which generation ends, by tokenizer, generation configuration and configuration.
-
-    Raises:
-        ActExportError: If one of them names something that is no number of a token. What is one, but beyond the
-            model's vocabulary, never comes and is left out, as a default of transformers that nobody set.
-    """
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    vocabulary = model.config.vocab_size
-    given = {
-        "the tokenizer": tokenizer.eos_token_id if tokenizer is not None else None,
-        "generation_config.json": model.generation_config.eos_token_id if model.generation_config is not None else None,
-        "config.json": model.config.eos_token_id,
-    }
-    found: set[int] = set()
-    for place, tokens in given.items():
-        what = f"eos_token_id of {place} of {checkpoint.name}"
-        named = set(end_tokens(tokens, what, None))
-        if beyond := sorted(token for token in named if token >= vocabulary):
-            _log.warning(
-                "%s names %s, which the model's vocabulary of %d tokens doesn't have: not taken as a stop token",
-                what,
-                ", ".join(map(shown, beyond[:5])),
-                vocabulary,
-            )
-        found |= named - {*beyond}
-    return sorted(found)
 
 
 def finish_model(model: ir.Model, properties: Mapping[str, str]) -> None:

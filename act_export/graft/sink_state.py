@@ -22,6 +22,7 @@ import onnx
 import onnx.parser
 from onnx import TensorProto, helper
 
+from act_export.onnx_file.names import PAST_SINKS, PRESENT_SINKS
 from act_export.onnx_file.node_builder import NodeBuilder
 from act_export.ops import schema
 
@@ -59,7 +60,7 @@ class StateNames:
 
 def score_names(layer: int, heads: int) -> StateNames:
     """The state of a layer in inputs of its own."""
-    past, present = f"past_sink_scores.{layer}", f"present_sink_scores.{layer}"
+    past, present = f"{PAST_SINKS}{layer}", f"{PRESENT_SINKS}{layer}"
     return StateNames(
         (past,),
         (present,),

@@ -13,7 +13,7 @@ from onnx import helper
 from act_export.errors import SessionError, shown
 from act_export.json_file import read_object
 from act_export.onnx_file.load import load_without_weights
-from act_export.onnx_file.names import GENAI_CONFIG
+from act_export.onnx_file.names import GENAI_CONFIG, PAST, PRESENT
 from act_export.onnx_file.state import BFLOAT16, StateInput
 from act_export.ops import schema
 
@@ -123,7 +123,7 @@ def configuration_beside(file: Path) -> dict[str, int | None]:
 
 def present_name(state: onnx.ValueInfoProto) -> str:
     """The graph's output that is the next call's input."""
-    return state.name.replace("past_key_values.", "present.")
+    return state.name.replace(PAST, PRESENT)
 
 
 def declared_shape(value: onnx.ValueInfoProto) -> list[int | None]:

@@ -15,7 +15,7 @@ from act_export.errors import ActExportError
 from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.graph_state import declared_shape
 from act_export.onnx_file.load import load_without_weights, properties_of
-from act_export.onnx_file.names import EMBEDDINGS, POSITIONS, model_file
+from act_export.onnx_file.names import EMBEDDINGS, PAST_SINKS, POSITIONS, model_file
 from act_export.onnx_file.record import FileRecord
 
 
@@ -120,4 +120,4 @@ def _sink_state(record: FileRecord, graph: onnx.GraphProto) -> tuple[str, ...]:
     if record.packed is not None:
         return record.packed.inputs
     grafted = record.graft.inputs if record.graft is not None else ()
-    return grafted or tuple(given.name for given in graph.input if given.name.startswith("past_sink_scores."))
+    return grafted or tuple(given.name for given in graph.input if given.name.startswith(PAST_SINKS))

@@ -12,11 +12,11 @@ import onnx
 from onnx import TensorProto
 
 from act_export.errors import ActExportError
+from act_export.onnx_file.names import PAST_SINKS, PRESENT_SINKS
 from act_export.onnx_file.node_builder import PREFIX, NodeBuilder
-from act_export.onnx_file.output import check_model
 from act_export.onnx_file.packed_state import PROPERTY, SCALE, PackedState
+from act_export.onnx_file.publish import check_model
 
-_PAST, _PRESENT = "past_sink_scores.", "present_sink_scores."
 _RANK = 4
 _KEY, _PRESENT_KEY = "past_key_values.0.key", "present.0.key"
 _LAYER = re.compile(r"past_key_values\.(\d+)\.key")
@@ -59,10 +59,10 @@ def pack_sink_state(model: onnx.ModelProto) -> PackedState | None:
     """
     graph = model.graph
     infos = {info.name: info for info in graph.input}
-    sums = [name for name in infos if name.startswith(_PAST)]
+    sums = [name for name in infos if name.startswith(PAST_SINKS)]
     if not sums:
         return None
-    heads = {int(name.removeprefix(_PAST)): infos[name].type.tensor_type.shape.dim[1].dim_value for name in sums}
+    heads = {int(name.removeprefix(PAST_SINKS)): infos[name].type.tensor_type.shape.dim[1].dim_value for name in sums}
     kv_heads, size = _cache_shape(infos, {info.name for info in graph.output})
     kind = infos[_KEY].type.tensor_type.elem_type
     needed = _PARTS[kind] * sum(heads.values())
@@ -119,14 +119,14 @@ def _unpack(packed: PackedState, width: int, kind: int) -> Sequence[onnx.NodePro
     by_head = build.add("Transpose", [sums], "by_head", perm=[0, 2, 1])
     columns = build.add("Unsqueeze", [by_head, build.constant([3], "last_axis")], "columns")
     sizes = build.constant(list(packed.heads.values()), "sizes")
-    build.add_many("Split", [columns, sizes], "split", [f"{_PAST}{layer}" for layer in packed.heads], axis=1)
+    build.add_many("Split", [columns, sizes], "split", [f"{PAST_SINKS}{layer}" for layer in packed.heads], axis=1)
     return build.nodes
 
 
 def _pack(packed: PackedState, kv_heads: int, size: int, kind: int) -> Sequence[onnx.NodeProto]:
     """Nodes that make the packed outputs of `present_sink_scores.N`."""
     build = NodeBuilder(f"{PREFIX}sinks/present/")
-    columns = build.add("Concat", [f"{_PRESENT}{layer}" for layer in packed.heads], "columns", axis=1)
+    columns = build.add("Concat", [f"{PRESENT_SINKS}{layer}" for layer in packed.heads], "columns", axis=1)
     by_head = build.add("Squeeze", [columns, build.constant([3], "last_axis")], "by_head")
     rest = build.add("Transpose", [by_head], "sums", perm=[0, 2, 1])
     parts = [rest]
@@ -164,8 +164,8 @@ def _rewire(
     del graph.node[:]
     graph.node.extend([*before, *nodes, *after])
     for field, old, new, like in (
-        (graph.input, _PAST, packed.inputs, _KEY),
-        (graph.output, _PRESENT, packed.outputs, _PRESENT_KEY),
+        (graph.input, PAST_SINKS, packed.inputs, _KEY),
+        (graph.output, PRESENT_SINKS, packed.outputs, _PRESENT_KEY),
     ):
         first = next(i for i, info in enumerate(field) if info.name.startswith(old))
         kept = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in field]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from act_export.errors import shown
 from act_export.json_fields import Fields
+from act_export.onnx_file.names import PAST, PRESENT
 
 PROPERTY = "packed_sink_state"
 """Key of the file's metadata, without act-export's prefix."""
@@ -46,7 +47,7 @@ class PackedState:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The graph's outputs that the next call gets as `inputs`."""
-        return tuple(name.replace("past_key_values.", "present.") for name in self.inputs)
+        return tuple(name.replace(PAST, PRESENT) for name in self.inputs)
 
     def to_fields(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from act_export.onnx_file.names import PAST, PAST_SINKS, PRESENT, PRESENT_SINKS
+
 State = dict[str, NDArray[Any]]
 """Arrays by input name; batch is axis 0, tokens are axis 2."""
 
-_PREFIXES = {"past_key_values.": "present.", "past_sink_scores.": "present_sink_scores."}
+_PREFIXES = {PAST: PRESENT, PAST_SINKS: PRESENT_SINKS}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 """numpy has no type of its own for it, and ONNX Runtime takes no array of this one: bind its memory instead."""
 

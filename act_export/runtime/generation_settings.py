@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from act_export.errors import ActExportError, SessionError, needs_extras, others_errors, shown
+from act_export.errors import SessionError, needs_extras, others_errors, shown
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -190,33 +190,6 @@ def fields_of(config: GenerationConfig | None) -> dict[str, Any]:
     with others_errors("the model's generation configuration can't be written", "correct generation_config.json"):
         found = json.loads(config.to_json_string(use_diff=True, ignore_metadata=True))
     return {name: value for name, value in found.items() if value is not None}
-
-
-def end_tokens(value: Any, what: str, vocabulary: int | None) -> tuple[int, ...]:
-    """Token ids of an `eos_token_id`: a number, a list of numbers, or none.
-
-    Args:
-        value: As it was found.
-        what: It is called so in errors, e.g. "eos_token_id of config.json".
-        vocabulary: Number of token ids of the model; None if it isn't known.
-
-    Raises:
-        ActExportError: If it is anything else, or a number is no token of the model's.
-    """
-    if value is None:
-        return ()
-    tokens = value if isinstance(value, list | tuple) else [value]
-    for token in tokens:
-        if type(token) is not int or token < 0:
-            raise ActExportError(
-                f"{what} is {shown(value)}; it must be a token's number, or a list of such numbers: correct it"
-            )
-        if vocabulary is not None and token >= vocabulary:
-            raise ActExportError(
-                f"{what} is {shown(value)}, and the model's vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}: "
-                f"correct it"
-            )
-    return tuple(tokens)
 
 
 def _configuration(used: Mapping[str, Any], stop_tokens: Collection[int], longest: int, *, drawing: bool) -> Any:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from act_export.checkpoint.fetch import fetch_checkpoint
 from act_export.checkpoint.gguf.built_in import BUILT_IN
 from act_export.checkpoint.hub import HubId, is_on_hub
+from act_export.checkpoint.stop_tokens import end_tokens
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import ActExportError, CheckpointError, SessionError, needs_extras
 from act_export.json_file import read_object
 from act_export.runtime.generate import generate_steps
-from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens
+from act_export.runtime.generation_settings import USES, GenerationSettings, Use
 from act_export.runtime.prompt import encode_prompt
 from act_export.runtime.sampling import Sampling
 from act_export.runtime.session import Session

@@ -14,6 +14,7 @@ from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
+from act_export.checkpoint.stop_tokens import stop_tokens
 from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, SearchTask
@@ -181,16 +182,9 @@ def _answer_batch(
             tokenizer=checkpoint.tokenizer,
             max_new_tokens=generation.max_new_tokens,
             stop=generation.stop,
-            stop_tokens=_stop_tokens(checkpoint),
+            stop_tokens=tuple(stop_tokens(checkpoint)),
         )
     return [[METRICS[generation.metric](text, e.references)] for text, e in zip(texts, batch, strict=True)]
-
-
-def _stop_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Tokens that end generation by the model's own settings."""
-    settings = checkpoint.model.generation_config
-    ends = settings.eos_token_id if settings is not None else None
-    return () if ends is None else tuple(ends) if isinstance(ends, Sequence) else (int(ends),)
 
 
 def _judge(task: EncodedTask, examples: Sequence[EncodedExample], rows: Sequence[tuple[float, ...]]) -> Answers:

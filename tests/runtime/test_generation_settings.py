@@ -14,11 +14,11 @@ from tiny import VOCABULARY, save_checkpoint, tiny_checkpoint, tiny_model, tiny_
 from transformers import GenerationConfig
 
 from act_export.checkpoint.load import load_checkpoint
+from act_export.checkpoint.stop_tokens import end_tokens, stop_tokens
 from act_export.errors import ActExportError, CheckpointError
 from act_export.export import build_model
-from act_export.export.metadata import stop_tokens
 from act_export.runtime import Sampling, Session, generate
-from act_export.runtime.generation_settings import USES, GenerationSettings, Use, end_tokens, fields_of
+from act_export.runtime.generation_settings import USES, GenerationSettings, Use, fields_of
 from act_export.runtime.sampling import left_pad
 from act_export.runtime.text import load_generation_settings, stream_text
 

@@ -17,8 +17,8 @@ from act_export.attention.adapters import ADAPTERS, adapted
 from act_export.attention.adapters.falcon import alibi_of_positions
 from act_export.attention.call import positions
 from act_export.attention.hook import attention_hook, check_supported
-from act_export.attention.interface import ATTENTION_NAME
 from act_export.attention.reference_attention import ReferenceAttention
+from act_export.attention.transformers_interface import ATTENTION_NAME
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import Session

@@ -118,7 +118,7 @@ def test_a_wrong_window_is_caught_where_only_long_prompts_show_it(windowed, wind
 
 
 def test_a_hook_with_another_window_than_the_models_own_is_caught(windowed, windowed_file, monkeypatch):
-    monkeypatch.setattr("act_export.attention.interface._window_of", lambda *_: WINDOW - 20)
+    monkeypatch.setattr("act_export.attention.transformers_interface._window_of", lambda *_: WINDOW - 20)
     assert not verify(windowed, windowed_file).hook_passed
 
 

