@@ -37,7 +37,7 @@ _HOMES = {
     "BenchRequest": "verify.bench.measurements",
     "Calibration": "calibration",
     "Checkpoint": "checkpoint.load",
-    "Sampling": "runtime.generate",
+    "Sampling": "runtime.sampling",
     "Session": "runtime.session",
     "SinkProfile": "profile",
     "bench_file": "verify.bench.job",

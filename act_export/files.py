@@ -1,4 +1,4 @@
-"""Files: where those that others name may lie, and how results come to their place, whole or not at all."""
+"""Files: where those that others name may lie, and copying, joining and moving them into place, whole or not at all."""
 
 from __future__ import annotations
 

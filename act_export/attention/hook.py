@@ -1,7 +1,7 @@
-"""Puts an attention of our own into a transformers model, through its attention registry.
+"""Puts an attention of our own into a transformers model, for as long as a block runs.
 
     with attention_hook(model, ReferenceAttention(calibration)) as hooked:
-        outputs = hooked(input_ids, attention_mask, cache)
+        outputs = hooked(input_ids, attention_mask, state)
 
 Every attention layer of the model then calls `AttentionHook.attend` with the plain 2-D mask, and the hook, not the
 model's own cache, joins past and new keys. No T x T mask is ever built.

@@ -11,12 +11,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
-
-if TYPE_CHECKING:
-    from act_export.calibration.file import Calibration
 
 PUBLISHED = "published"  # the method of heads that others found
 

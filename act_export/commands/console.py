@@ -1,4 +1,4 @@
-"""What all commands share: options, messages, progress, and errors that become exit codes."""
+"""What all commands share: messages, progress, and errors that become exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole job: checkpoint -> calibration -> ONNX file -> parity check."""
+"""Checkpoint and calibration -> files, compared with PyTorch before they are put in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export says of itself: its record, and where generation ends."""
+"""What a graph gets at the end: its record, and the portable functions of its operators."""
 
 from __future__ import annotations
 

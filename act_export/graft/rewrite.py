@@ -16,10 +16,10 @@ from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewriters import FINDERS
 from act_export.graft.sink_state import StateLayout, StateNames
 from act_export.graft.site import AttentionSite, Layout
+from act_export.onnx_file.names import MASK
 from act_export.onnx_file.node_builder import POSITIONS, PREFIX, NodeBuilder
 from act_export.ops import functions, schema
 
-MASK = "attention_mask"
 _TOKENS = ("input_ids", "inputs_embeds")
 _OLDEST_OPSET = 15  # the portable functions use Shape with start and end
 Templates = tuple[str, str, str, str]

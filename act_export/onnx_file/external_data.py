@@ -17,6 +17,8 @@ from act_export.errors import ActExportError, shown
 from act_export.files import path_inside
 from act_export.onnx_file.wire import Content, MalformedError, Span, fields, varint
 
+_MOST_DIMENSIONS = 64
+_ADDRESS = "_ORT_MEM_ADDR_"  # in a location: ONNX Runtime takes the offset for an address
 _NUMBER = re.compile("[0-9]{1,19}")
 _DEEPEST = 128  # messages within each other; protobuf itself reads 100
 _FIELDS: Mapping[str, Mapping[int, str]] = {  # messages of onnx.proto, and which others they hold in which fields
@@ -106,6 +108,8 @@ class ExternalTensor:
                 f"{what}: {shown(self.name)} is of type {self.data_type} and shape {shown(list(self.dims))}, which "
                 f"no tensor in another file can be"
             )
+        if len(self.dims) > _MOST_DIMENSIONS:
+            raise error(f"{what}: {shown(self.name)} has {len(self.dims)} dimensions; {_MOST_DIMENSIONS} is the most")
         needed = -(-math.prod(self.dims) * _BITS[self.data_type] // 8)
         length = int(self.place.get("length", needed))
         if length != needed:
@@ -166,6 +170,8 @@ def data_files(file: Path, error: type[ActExportError] = ActExportError, *, miss
     for tensor in external_tensors(file):
         location = tensor.place.get("location", "")
         if location not in sizes:
+            if _ADDRESS in location:
+                raise error(f"{file}: {shown(tensor.name)} has an address of memory for a place; write it again")
             also = (file.resolve().parent,) if file.is_symlink() else ()
             path = path_inside(file.parent, location, f"the weights of {file}", error=error, also=also)
             if not path.is_file() and not missing:

@@ -13,7 +13,7 @@ from act_export.errors import SessionError
 from act_export.onnx_file.names import LOGITS, LOGITS_TO_KEEP, MASK, POSITIONS
 from act_export.onnx_file.state import State, StateInput, bound_type
 from act_export.runtime.engine import Engine
-from act_export.runtime.memory import Buffer, Memory
+from act_export.runtime.memory import Buffer, HostMemory, Memory
 from act_export.runtime.token_input import checked_mask
 
 DEFAULT_CAPACITY = 256
@@ -127,13 +127,7 @@ class Cache:
             SessionError: If the step before was interrupted.
         """
         self._check_whole()
-        room = self._capacity if self.in_place else self.length
-        return {
-            part.name: self.memory.read(self._buffers[part.name], part.dtype, part.shape(self.batch, room))[
-                :, :, : self.length
-            ].copy()
-            for part in self.session.state_inputs
-        }
+        return {part.name: self._array(part)[:, :, : self.length].copy() for part in self.session.state_inputs}
 
     def reset(self) -> None:
         """Forgets the sequences, and keeps the room."""
@@ -182,6 +176,8 @@ class Cache:
         logits_to_keep: int,
     ) -> NDArray[np.float32]:
         session, present = self.session, self._buffers
+        if not self.in_place and self.memory.is_shared:
+            return self._run_by_value(tokens, attention_mask, position_ids, logits_to_keep)
         if not self.in_place:
             total = attention_mask.shape[1]
             present = {part.name: self.memory.allocate(*self._size(part, total)) for part in session.state_inputs}
@@ -199,6 +195,26 @@ class Cache:
         session.run_bound(self._binding)
         self._buffers = present
         return session.last(logits, logits_to_keep)
+
+    def _run_by_value(
+        self,
+        tokens: NDArray[Any],
+        attention_mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        logits_to_keep: int,
+    ) -> NDArray[np.float32]:
+        """ONNX Runtime makes the outputs, as it sees fit: files of others don't always say how large they are."""
+        past = {part.name: self._array(part) for part in self.session.state_inputs}
+        feeds = {self.session.token_input.name: tokens, MASK: attention_mask, POSITIONS: position_ids, **past}
+        logits, present = self.session.run_values(feeds, logits_to_keep)
+        self._buffers = {name: HostMemory.holding(array) for name, array in present.items()}
+        return logits
+
+    def _array(self, part: StateInput) -> NDArray[Any]:
+        """What is kept of a part, its room included: (batch, heads, positions, size)."""
+        buffer = self._buffers[part.name]
+        tokens = buffer.row_bytes // (part.size * part.dtype.itemsize)
+        return self.memory.read(buffer, part.dtype, part.shape(self.batch, tokens))
 
     def _give(self, name: str, values: NDArray[Any]) -> None:
         """Binds a copy, which goes to the device at once; the host's is written over where the shape is the same."""

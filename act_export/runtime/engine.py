@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from act_export.errors import SessionError, needs_extras, others_errors, shown
 from act_export.onnx_file.external_data import data_files
-from act_export.onnx_file.names import LOGITS_TO_KEEP, PAST_SINKS
+from act_export.onnx_file.names import LOGITS, LOGITS_TO_KEEP, MASK, PAST_SINKS, POSITIONS
 from act_export.onnx_file.record import PREFIX, FileRecord, Limits
-from act_export.onnx_file.state import DTYPES, State, StateInput, state_inputs
+from act_export.onnx_file.state import BFLOAT16, DTYPES, State, StateInput, bound_type, state_inputs
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
 from act_export.runtime.device import Device, Provider, import_onnxruntime
@@ -63,7 +63,7 @@ class Engine:
         self.token_input = TokenInput.of(inner, path, vocabulary=limits.vocabulary, placeholders=limits.placeholders)
         self.token_input.shared_threads = shared_threads
         self.state_inputs = state_inputs(inner, self._state_of_graph)
-        logits = next((output for output in inner.get_outputs() if output.name == "logits"), None)
+        logits = next((output for output in inner.get_outputs() if output.name == LOGITS), None)
         if not self.state_inputs or logits is None:
             raise SessionError(f"{path} has no logits or no past_key_values; is it a model that act-export wrote?")
         if logits.type not in DTYPES or len(logits.shape) != 3:
@@ -116,6 +116,47 @@ class Engine:
     def empty_state(self, batch: int) -> State:
         """The state before the first run."""
         return {part.name: part.zeros(batch, 0) for part in self.state_inputs}
+
+    def run_values(self, feeds: Mapping[str, NDArray[Any]], logits_to_keep: int) -> tuple[NDArray[np.float32], State]:
+        """One forward pass over arrays.
+
+        Args:
+            feeds: Tokens, mask, positions and every part of the state; what the file doesn't take is left out.
+            logits_to_keep: Number of last positions to return logits of; 0 for all.
+
+        Returns:
+            Logits, and the state after it.
+
+        Raises:
+            SessionError: If the session was closed, or ONNX Runtime fails.
+        """
+        inner = self.onnxruntime_session
+        given = {name: array for name, array in feeds.items() if name != POSITIONS or self.takes_positions}
+        if self.keeps_logits:
+            given[LOGITS_TO_KEEP] = np.array(logits_to_keep)
+        names = [part.name for part in self.state_inputs]
+        if any(part.dtype == BFLOAT16 for part in self.state_inputs):
+            logits, *present = self._run_by_address(given, logits_to_keep)
+        else:
+            with self.errors():
+                logits, *present = inner.run([LOGITS, *(part.present for part in self.state_inputs)], given)
+        return self.last(logits, logits_to_keep), dict(zip(names, present, strict=True))
+
+    def _run_by_address(self, feeds: Mapping[str, NDArray[Any]], logits_to_keep: int) -> list[NDArray[Any]]:
+        """As `onnxruntime.InferenceSession.run`, of arrays of types that it doesn't take or give."""
+        batch, sequence = feeds[self.token_input.name].shape[:2]
+        total = feeds[MASK].shape[1]
+        outputs = {LOGITS: self.logits_array(batch, sequence, logits_to_keep)}
+        outputs |= {part.present: np.empty(part.shape(batch, total), part.dtype) for part in self.state_inputs}
+        given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        binding = self.onnxruntime_session.io_binding()
+        with self.errors():
+            for name, array in given.items():
+                binding.bind_input(name, "cpu", 0, bound_type(array.dtype), array.shape, array.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, bound_type(array.dtype), array.shape, array.ctypes.data)
+        self.run_bound(binding)
+        return [*outputs.values()]
 
     def run_bound(self, binding: Any) -> None:
         """One forward pass over what is bound to an `onnxruntime.IOBinding` of this session.

@@ -82,6 +82,11 @@ class HostMemory(Memory):
         larger.owner[:, : buffer.row_bytes] = buffer.owner
         return larger
 
+    @staticmethod
+    def holding(array: NDArray[Any]) -> Buffer:
+        """An array (batch, heads, positions, size) as it is."""
+        return _buffer_of(np.ascontiguousarray(array).view(np.uint8).reshape(array.shape[0] * array.shape[1], -1))
+
     def read(self, buffer: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """See `Memory`."""
         bytes_of_it: NDArray[np.uint8] = buffer.owner

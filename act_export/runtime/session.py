@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from act_export.calibration.file import Calibration
 from act_export.errors import SessionError
-from act_export.onnx_file.names import LOGITS, LOGITS_TO_KEEP, MASK, PAST_SINKS, POSITIONS, model_file
+from act_export.onnx_file.names import MASK, PAST_SINKS, POSITIONS, model_file
 from act_export.onnx_file.packed_state import PackedState
-from act_export.onnx_file.state import BFLOAT16, State, bound_type
+from act_export.onnx_file.state import State
 from act_export.runtime.cache import DEFAULT_CAPACITY, Cache
 from act_export.runtime.device import Device, Provider, import_onnxruntime
 from act_export.runtime.device_memory import DeviceMemory
@@ -179,7 +179,6 @@ class Session(Engine):
             SessionError: If shapes don't fit, the mask has other numbers than 0 and 1, a token isn't in the vocabulary,
                 a sequence is longer than the model's context, or ONNX Runtime fails.
         """
-        inner = self.onnxruntime_session
         tokens = self.token_input.tokens(input_ids)
         batch, sequence = tokens.shape[:2]
         if state is None:
@@ -193,35 +192,11 @@ class Session(Engine):
             )
         self.check((attention_mask != 0).sum(-1), logits_to_keep)
         self.check_padding(attention_mask)
-        feeds = {self.token_input.name: tokens, MASK: attention_mask, **state}
-        if self.takes_positions:
-            if position_ids is None:
-                position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
-            feeds[POSITIONS] = self.token_input.positions(position_ids)
-        if self.keeps_logits:
-            feeds[LOGITS_TO_KEEP] = np.array(logits_to_keep)
-        if any(part.dtype == BFLOAT16 for part in self.state_inputs):
-            outputs = {LOGITS: self.logits_array(batch, sequence, logits_to_keep)}
-            for part in self.state_inputs:
-                outputs[part.present] = np.empty(part.shape(batch, past + sequence), part.dtype)
-            self._run_by_address(feeds, outputs)
-            logits, *present = outputs.values()
-        else:
-            with self.errors():
-                logits, *present = inner.run([LOGITS, *(part.present for part in self.state_inputs)], feeds)
-        names = [part.name for part in self.state_inputs]
-        return RunOutputs(self.last(logits, logits_to_keep), dict(zip(names, present, strict=True)))
-
-    def _run_by_address(self, feeds: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
-        """As `onnxruntime.InferenceSession.run`, of arrays of types that it doesn't take or give."""
-        given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        binding = self.onnxruntime_session.io_binding()
-        with self.errors():
-            for name, array in given.items():
-                binding.bind_input(name, "cpu", 0, bound_type(array.dtype), array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, bound_type(array.dtype), array.shape, array.ctypes.data)
-        self.run_bound(binding)
+        if position_ids is None:
+            position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
+        positions = self.token_input.positions(position_ids) if self.takes_positions else position_ids
+        feeds = {self.token_input.name: tokens, MASK: attention_mask, POSITIONS: positions, **state}
+        return RunOutputs(*self.run_values(feeds, logits_to_keep))
 
 
 def placement_of(path: Path, *, native: bool, device: str, shared_threads: bool = False) -> NodePlacement:

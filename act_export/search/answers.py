@@ -37,10 +37,12 @@ class EncodedTask:
     Attributes:
         task: The task.
         splits: Examples by split; "content-free" has those of the report split, or none.
+        stop_tokens: That end an answer, where answers are generated.
     """
 
     task: SearchTask
     splits: Mapping[str, tuple[EncodedExample, ...]]
+    stop_tokens: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,7 +101,8 @@ def encode_task(checkpoint: Checkpoint, task: SearchTask) -> EncodedTask:
     splits = {RANK: task.splits.rank, CHOOSE: task.splits.choose, REPORT: task.splits.report}
     encoded = {name: encode(examples) for name, examples in splits.items()}
     neutral = content_free_examples(task.splits.report) if task.generation is None else ()
-    return EncodedTask(task, {**encoded, CONTENT_FREE: encode(neutral) if neutral else ()})
+    ends = tuple(stop_tokens(checkpoint)) if task.generation is not None else ()
+    return EncodedTask(task, {**encoded, CONTENT_FREE: encode(neutral) if neutral else ()}, ends)
 
 
 def answer(
@@ -182,7 +185,7 @@ def _answer_batch(
             tokenizer=checkpoint.tokenizer,
             max_new_tokens=generation.max_new_tokens,
             stop=generation.stop,
-            stop_tokens=tuple(stop_tokens(checkpoint)),
+            stop_tokens=task.stop_tokens,
         )
     return [[METRICS[generation.metric](text, e.references)] for text, e in zip(texts, batch, strict=True)]
 

@@ -45,7 +45,7 @@ from act_export.search.results import (
 from act_export.tasks import question_digests
 
 JOINT = "joint"
-_JOURNAL_VERSION = 1  # another one where the same key may stand for another result
+_JOURNAL_VERSION = 2  # another one where the same key may stand for another result
 
 
 def search_heads(

@@ -1,4 +1,4 @@
-"""Tensors in a checkpoint's files: what the files say about them, and reading one at a time."""
+"""Tensors in .safetensors files: what the files say about them, and reading one at a time."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from act_export.checkpoint.stored.files import is_streamable
@@ -11,14 +13,10 @@ from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from transformers import PreTrainedConfig
 
     from act_export.checkpoint.stored.safetensors_file import Stored
-
-import os
-from pathlib import Path
 
 _COPIES = 2.5  # in float32: the model, a session over its export, and what either takes besides
 _FLOAT32_BYTES = 4

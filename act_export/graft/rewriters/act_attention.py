@@ -9,9 +9,8 @@ import onnx
 
 from act_export.graft.graph import Graph, attribute, describe
 from act_export.graft.site import AttentionTerms, CacheNames, OperandSite, layer_of
+from act_export.onnx_file.names import MASK
 from act_export.ops import schema
-
-_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,6 @@ def _problem(graph: Graph, node: onnx.NodeProto, mask: str) -> str | None:
         if given.name not in schema.attribute_names(schema.PLAIN):
             return f"{describe(node)} has an attribute {given.name!r} that this version of act-export doesn't know"
     caster = graph.producer(mask)
-    if mask != _MASK and (caster is None or caster.op_type != "Cast" or caster.input[0] != _MASK):
-        return f"{describe(node)} has the mask {mask!r}, which isn't the model's input {_MASK}"
+    if mask != MASK and (caster is None or caster.op_type != "Cast" or caster.input[0] != MASK):
+        return f"{describe(node)} has the mask {mask!r}, which isn't the model's input {MASK}"
     return None

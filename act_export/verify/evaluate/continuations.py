@@ -95,7 +95,7 @@ class _RecordsLikeliest:
         self.likeliest: dict[bytes, int] = {}
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, state: _Recorded | None) -> tuple[Tensor, _Recorded]:
-        """See `act_export.tasks.LanguageModel`."""
+        """See `act_export.tasks.language_model.LanguageModel`."""
         real = attention_mask[:, -input_ids.shape[1] :] != 0
         new = [_as_bytes(ids[mask].tolist()) for ids, mask in zip(input_ids, real, strict=True)]
         rows = [old + added for old, added in zip(state.rows, new, strict=True)] if state is not None else new

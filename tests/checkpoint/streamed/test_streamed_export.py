@@ -54,7 +54,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
-def test_the_same_file_as_from_memory(tmp_path, architecture, dtype):
+def test_the_same_file_as_from_memory(traced_anew, tmp_path, architecture, dtype):
     source = save_in_shards(tmp_path / "checkpoint", architecture)
     whole = load_checkpoint(str(source))
     before = {name: (each.data_ptr(), each.clone()) for name, each in whole.model.named_parameters()}
