@@ -19,9 +19,10 @@ from onnx import TensorProto, helper
 
 from act_export.errors import VerificationError
 from act_export.graft.graph import Graph, UnsupportedPatternError, describe
-from act_export.graft.rewrite import MASK, RewrittenLayer
+from act_export.graft.rewrite import RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
 from act_export.onnx_file.external_data import ExternalTensor
+from act_export.onnx_file.names import MASK
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.device import import_onnxruntime
