@@ -200,9 +200,8 @@ def test_weights_are_those_that_pytorch_rounds(dtype, tmp_path):
     np.testing.assert_array_equal(found.astype(np.float32), expected)
 
 
-@pytest.mark.parametrize("layers", [2, 4])
-def test_no_layer_has_a_cast(layers, tmp_path):
-    checkpoint = tiny_checkpoint("gemma2", num_hidden_layers=layers)
+def test_no_layer_has_a_cast(tmp_path):
+    checkpoint = tiny_checkpoint("gemma2", num_hidden_layers=3)
     nodes = {}
     for dtype in ("float32", "float16"):
         build_model(checkpoint, CALIBRATION, tmp_path / f"{dtype}.onnx", dtype=dtype)
