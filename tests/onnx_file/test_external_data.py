@@ -117,7 +117,7 @@ def test_a_tensor_anywhere_is_seen(place: str, tmp_path: Path) -> None:
         (outside(""), "no name of a file"),
         (outside("gone"), "which isn't there"),
         (outside("pipe"), "which isn't there"),
-        (outside("*/_ORT_MEM_ADDR_/*", offset="4096", length="16"), "which isn't there"),
+        (outside("*/_ORT_MEM_ADDR_/*", offset="4096", length="16"), "has an address of memory for a place"),
         (outside("data", offset="x"), "the offset 'x', which is no number"),
         (outside("data", offset="-4"), "no number of bytes"),
         (outside("data", offset="9" * 30), "no number of bytes"),

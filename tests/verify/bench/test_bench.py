@@ -321,8 +321,8 @@ def contender(kind: str, source: Path, **changes) -> Contender:
 def test_where_nodes_of_contenders_run(tiny_file, shared_file, joining_file):
     """In a process of its own, as ONNX Runtime's global thread pool needs it."""
     script = (
-        "import sys; from dataclasses import asdict; from act_export.verify import bench_child, contenders\n"
-        "bench_child._share_threads(1)\n"
+        "import sys; from dataclasses import asdict; from act_export.verify.bench import child, contenders\n"
+        "child._share_threads(1)\n"
         "for kind, source in zip(sys.argv[1::2], sys.argv[2::2]):\n"
         "    one = contenders.Contender('it', kind, source, '', native=True, rounds=1, new_tokens=2)\n"
         "    found = contenders.placement(one)\n"
