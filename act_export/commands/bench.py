@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 import typer.core
 
-from act_export.checkpoint.hub import is_on_hub
 from act_export.commands.console import (
     progress_bar,
 )
@@ -81,6 +80,8 @@ def bench_command(
         pytorch_tokens=pytorch_tokens,
         seed=seed,
     )
+    from act_export.checkpoint.hub import is_on_hub
+
     if pytorch is not None and is_on_hub(pytorch):  # before the processes that are measured, and with a bar
         fetched = fetch_model(pytorch, revision=revision, trust_remote_code=trust_remote_code)
         request = replace(request, pytorch=fetched.name, revision=fetched.revision)

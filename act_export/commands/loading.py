@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from act_export.checkpoint.hub import is_on_hub
 from act_export.commands.console import (
     note,
     status,
@@ -39,6 +38,8 @@ def load_model(
 ) -> Checkpoint:
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
     fetched = None
+    from act_export.checkpoint.hub import is_on_hub
+
     if is_on_hub(model):
         from act_export.checkpoint.placement import Placement
 
@@ -68,6 +69,8 @@ def load_model(
 
 def fetch_model(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Fetched:
     """Gets MODEL's files, while the hub client shows its own bars; see `act_export.checkpoint.fetch_checkpoint`."""
+    from act_export.checkpoint.hub import is_on_hub
+
     if is_on_hub(model):
         note(f"looking for {model} on the hub, or in its cache")
     from act_export.checkpoint.fetch import fetch_checkpoint
