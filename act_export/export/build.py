@@ -21,7 +21,7 @@ from act_export.export.passes.quantize_weights import QuantizeWeightsPass
 from act_export.export.slim import slim
 from act_export.export.trace import EXPORTING, trace
 from act_export.onnx_file.precision import element_type, quantization_of
-from act_export.onnx_file.publish import check_model, save_model
+from act_export.onnx_file.save import check_model, save_model
 from act_export.progress import BytesWritten
 from act_export.runtime.device import import_onnxruntime
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from act_export.errors import ActExportError
 from act_export.onnx_file.precision import element_type
-from act_export.onnx_file.publish import check_model, save_model
+from act_export.onnx_file.save import check_model, save_model
 from act_export.ops.functions import OPSET
 from act_export.version import __version__
 

@@ -26,7 +26,7 @@ from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.export.rope import traceable_rotation
-from act_export.onnx_file.names import GraphNames
+from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, POSITIONS, GraphNames
 from act_export.ops import functions, schema
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def trace(
     experts.check_experts(model)
     num_layers, _ = layers_and_heads(model.config)
     sinks = list(calibration.heads) if calibration is not None else []
-    names = GraphNames.of(num_layers, calibration, "inputs_embeds" if inputs_embeds else "input_ids")
+    names = GraphNames.of(num_layers, calibration, EMBEDDINGS if inputs_embeds else IDS)
     state, sink_logits = _probe(model, calibration)
     batch, past, sequence = 2, 5, 3
     dims = {"batch": "batch_size", "past": "past_sequence_length"}
@@ -107,8 +107,8 @@ def trace(
             of_positions = {1: dims["batch"], 2: "sequence_length"}
     example = {
         "tokens": tokens,
-        "attention_mask": torch.ones(batch, past + sequence, dtype=torch.long),
-        "position_ids": positions,
+        MASK: torch.ones(batch, past + sequence, dtype=torch.long),
+        POSITIONS: positions,
         "cache": [part for layer in state for part in (layer.key, layer.value)],
         "sinks": [state[layer].sink_scores for layer in sinks],
     }
@@ -132,8 +132,8 @@ def trace(
             custom_translation_table=translation_table() | experts.translation_table(),
             dynamic_shapes={
                 "tokens": {0: dims["batch"], 1: "sequence_length"},
-                "attention_mask": {0: dims["batch"], 1: "total_sequence_length"},
-                "position_ids": of_positions,
+                MASK: {0: dims["batch"], 1: "total_sequence_length"},
+                POSITIONS: of_positions,
                 "cache": [cache_dims] * (2 * num_layers),
                 "sinks": [cache_dims] * len(sinks),
             },

@@ -22,7 +22,8 @@ from act_export.files import check_replaceable, check_writable, copy_content
 from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.load import load_without_weights
 from act_export.onnx_file.names import model_file
-from act_export.onnx_file.publish import check_free_space, publish, staged
+from act_export.onnx_file.publish import publish, staged
+from act_export.onnx_file.save import check_free_space
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_info, library_path
 from act_export.runtime.device import Device

@@ -22,7 +22,7 @@ from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewrite import RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
 from act_export.onnx_file.external_data import ExternalTensor
-from act_export.onnx_file.names import MASK
+from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, POSITIONS
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.device import import_onnxruntime
@@ -176,12 +176,12 @@ class _Side:
         dtype = helper.tensor_dtype_to_np_dtype(kind)
         if name == MASK:
             return np.asarray(mask, dtype)
-        if name == "position_ids":
+        if name == POSITIONS:
             return np.asarray(np.maximum(mask.cumsum(-1) - 1, 0)[:, -case.sequence :], dtype)
-        if name == "input_ids":
+        if name == IDS:
             return np.ones((sizes["batch"], case.sequence), dtype)
         shape = self._graph.shape(name)
-        if name == "inputs_embeds" and shape is not None:
+        if name == EMBEDDINGS and shape is not None:
             return np.zeros((sizes["batch"], case.sequence, shape[-1] or _DEFAULT_HIDDEN_SIZE), dtype)
         if shape is None or len(shape) != 4 or not name.startswith("past"):
             raise UnsupportedPatternError(

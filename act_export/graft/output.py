@@ -11,7 +11,8 @@ from act_export.errors import ActExportError
 from act_export.files import check_replaceable, copy_content, copy_folder, path_inside
 from act_export.graft.source import ModelSource
 from act_export.onnx_file.names import GENAI_CONFIG
-from act_export.onnx_file.publish import COMPANIONS, check_free_space, check_output, is_file_output, publish, staged
+from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_output, publish, staged
+from act_export.onnx_file.save import check_free_space
 from act_export.ops.library import NAMES
 from act_export.progress import Notice
 from act_export.staging import is_staging

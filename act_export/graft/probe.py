@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, external_data_helper, helper
 
 from act_export.graft.graph import Graph, UnsupportedPatternError, reads
+from act_export.onnx_file.names import IDS, MASK, POSITIONS
 from act_export.runtime.device import import_onnxruntime
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -123,11 +124,11 @@ class Part:
         if name in self.embeddings:
             return np.full((call.batch, call.sequence, self.embeddings[name]), np.nan, np.float32)
         dtype = helper.tensor_dtype_to_np_dtype(self._graph.element_type(name) or TensorProto.FLOAT)
-        if name == "attention_mask":
+        if name == MASK:
             return np.asarray(call.mask, dtype)
-        if name == "position_ids":
+        if name == POSITIONS:
             return np.asarray(np.maximum(call.mask.cumsum(-1) - 1, 0)[:, -call.sequence :], dtype)
-        if name == "input_ids":
+        if name == IDS:
             return np.ones((call.batch, call.sequence), dtype)
         shape = self._graph.shape(name)
         if shape is None or len(shape) != 4 or not name.startswith("past"):

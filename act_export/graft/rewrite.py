@@ -16,11 +16,12 @@ from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewriters import FINDERS
 from act_export.graft.sink_state import StateLayout, StateNames
 from act_export.graft.site import AttentionSite, Layout
-from act_export.onnx_file.names import MASK
+from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK
 from act_export.onnx_file.node_builder import POSITIONS, PREFIX, NodeBuilder
+from act_export.onnx_file.precision import MICROSOFT, MICROSOFT_VERSION
 from act_export.ops import functions, schema
 
-_TOKENS = ("input_ids", "inputs_embeds")
+_TOKENS = (IDS, EMBEDDINGS)
 _OLDEST_OPSET = 15  # the portable functions use Shape with start and end
 Templates = tuple[str, str, str, str]
 """Names of a layer's past key, past value, present key and present value, with %d for the layer."""
@@ -118,7 +119,7 @@ def rewrite(
     shared = NodeBuilder()
     mask = MASK
     if graph.element_type(MASK) != TensorProto.INT64:
-        mask = shared.add("Cast", [MASK], "attention_mask", to=TensorProto.INT64)
+        mask = shared.add("Cast", [MASK], MASK, to=TensorProto.INT64)
     tokens = next((name for name in _TOKENS if name in graph.inputs), None)
     if tokens is None:
         raise UnsupportedPatternError(f"the model has neither {' nor '.join(_TOKENS)} among its inputs")
@@ -132,7 +133,7 @@ def rewrite(
         shared.add_many(_POSITIONS_FUNCTION, [mask, tokens], "positions", [POSITIONS], domain=schema.DOMAIN)
     nodes = [*shared.nodes, *(node for layer in layers.values() for node in layer.nodes)]
     imported = {each.domain for each in model.opset_import}
-    versions = {schema.DOMAIN: schema.VERSION, "com.microsoft": 1}
+    versions = {schema.DOMAIN: schema.VERSION, MICROSOFT: MICROSOFT_VERSION}
     return Rewritten(
         tuple(shared.nodes),
         layers,

@@ -24,7 +24,7 @@ from act_export.onnx_file.graph_state import (
     state_input,
 )
 from act_export.onnx_file.load import load_without_weights, properties_of
-from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, PAST_SINKS, POSITIONS, model_file
+from act_export.onnx_file.names import EMBEDDINGS, IDS, LOGITS, LOGITS_TO_KEEP, MASK, PAST_SINKS, POSITIONS, model_file
 from act_export.onnx_file.record import FileRecord, Limits
 from act_export.onnx_file.state import StateInput
 
@@ -104,13 +104,13 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
         for given in required
         if given not in known and not (ours and (given.name.startswith(PAST_SINKS) or given.name == EMBEDDINGS))
     ]
-    logits = next((output for output in graph.output if output.name == "logits"), None)
+    logits = next((output for output in graph.output if output.name == LOGITS), None)
     outputs = {output.name for output in graph.output}
     sink_state = set(record.graft.inputs if record.graft is not None else ())  # may be layers of the cache
     states = [given for given in known if given.name not in _GIVEN and given.name not in sink_state]
     tokens = EMBEDDINGS if ours and any(given.name == EMBEDDINGS for given in required) else IDS
-    missing = [name for name in (tokens, "attention_mask") if name not in {given.name for given in required}]
-    missing += [name for name in ["logits", *map(present_name, states)] if name not in outputs]
+    missing = [name for name in (tokens, MASK) if name not in {given.name for given in required}]
+    missing += [name for name in [LOGITS, *map(present_name, states)] if name not in outputs]
     if not states or logits is None or missing or others:
         problem = f"it lacks {', '.join(missing[:3])}" if missing else f"it wants {', '.join(others[:3])}"
         raise ActExportError(
@@ -138,7 +138,7 @@ def read_model_file(path: str | os.PathLike[str]) -> ModelFile:
         state_inputs=parts,
         vocabulary=int(vocabulary),
         logits_dtype=logits_dtype,
-        last_logits=ours and any(given.name == "logits_to_keep" for given in graph.input),
+        last_logits=ours and any(given.name == LOGITS_TO_KEEP for given in graph.input),
         limits=record.limits
         if record.limits != Limits()
         else Limits(configuration.get("vocab_size"), configuration.get("context")),

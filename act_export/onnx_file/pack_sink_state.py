@@ -12,13 +12,13 @@ import onnx
 from onnx import TensorProto
 
 from act_export.errors import ActExportError
-from act_export.onnx_file.names import PAST_SINKS, PRESENT_SINKS
+from act_export.onnx_file.names import PAST, PAST_SINKS, PRESENT, PRESENT_SINKS
 from act_export.onnx_file.node_builder import PREFIX, NodeBuilder
 from act_export.onnx_file.packed_state import PROPERTY, SCALE, PackedState
-from act_export.onnx_file.publish import check_model
+from act_export.onnx_file.save import check_model
 
 _RANK = 4
-_KEY, _PRESENT_KEY = "past_key_values.0.key", "present.0.key"
+_KEY, _PRESENT_KEY = f"{PAST}0.key", f"{PRESENT}0.key"
 _LAYER = re.compile(r"past_key_values\.(\d+)\.key")
 _PARTS = {TensorProto.FLOAT: 1, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 3}
 """Numbers of a type that add up to a float32 number."""
@@ -70,7 +70,7 @@ def pack_sink_state(model: onnx.ModelProto) -> PackedState | None:
     numbers = [_LAYER.fullmatch(name) for name in infos]
     layers = 1 + max(int(found.group(1)) for found in numbers if found)
     names = [f"{layers + i // 2}.{('key', 'value')[i % 2]}" for i in range(count)]
-    packed = PackedState(tuple(f"past_key_values.{name}" for name in names), heads, _PARTS[kind])
+    packed = PackedState(tuple(PAST + name for name in names), heads, _PARTS[kind])
     _rewire(graph, packed, _unpack(packed, kv_heads * size, kind), _pack(packed, kv_heads, size, kind))
     model.metadata_props.add(key=f"act_export.{PROPERTY}", value=json.dumps(packed.to_fields()))
     return packed

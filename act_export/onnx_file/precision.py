@@ -8,8 +8,8 @@ import onnx_ir as ir
 
 from act_export.errors import ActExportError
 
-DOMAIN = "com.microsoft"
-DOMAIN_VERSION = 1
+MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
+MICROSOFT_VERSION = 1
 BITS = {"int8": 8, "int4": 4}
 DEFAULT_BLOCK_SIZE = 32
 DEFAULT_ACCURACY_LEVEL = 4

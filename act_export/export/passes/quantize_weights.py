@@ -14,7 +14,7 @@ from act_export.export.passes.convert_precision import routing_nodes
 from act_export.export.passes.replace_node import replace_node
 from act_export.export.quantize import QuantizedWeight, quantize_weight
 from act_export.onnx_file.names import IDS
-from act_export.onnx_file.precision import DOMAIN, DOMAIN_VERSION, Quantization
+from act_export.onnx_file.precision import MICROSOFT, MICROSOFT_VERSION, Quantization
 
 _BITS_OF_TOKENS = 8
 
@@ -64,7 +64,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         for value in dict.fromkeys(matrix.value for matrix in stored):
             if not value.uses():
                 del graph.initializers[str(value.name)]
-        model.opset_imports[DOMAIN] = DOMAIN_VERSION
+        model.opset_imports[MICROSOFT] = MICROSOFT_VERSION
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -227,7 +227,9 @@ def _replace_product(graph: ir.Graph, product: _Product, stored: _Stored) -> Non
     inputs = [node.inputs[0], stored.packed, stored.scales]
     if bias is not None:
         inputs += [None, None, bias]  # between them zero points and an input of old
-    replace_node(graph, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=_name(node, quantization)))
+    replace_node(
+        graph, node, ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=_name(node, quantization))
+    )
     if product.transpose is not None and not product.transpose.outputs[0].uses():
         graph.remove(product.transpose, safe=True)
 
@@ -250,7 +252,7 @@ def _replace_lookup(graph: ir.Graph, lookup: _Lookup, stored: _Stored) -> None:
     }
     inputs = [flat.outputs[0], lookup.node.inputs[1], stored.scales]
     graph.insert_before(lookup.node, flat)
-    node = ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=_name(lookup.node, quantization))
+    node = ir.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT, name=_name(lookup.node, quantization))
     replace_node(graph, lookup.node, node)
 
 

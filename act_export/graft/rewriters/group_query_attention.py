@@ -16,8 +16,8 @@ import onnx
 from act_export.graft.graph import Graph, attribute, describe
 from act_export.graft.site import AttentionSite, AttentionTerms, CacheNames, Dimension, layer_of
 from act_export.onnx_file.node_builder import POSITIONS, NodeBuilder
+from act_export.onnx_file.precision import MICROSOFT
 
-_DOMAIN = "com.microsoft"
 _INPUTS = (
     "query",
     "key",
@@ -168,7 +168,7 @@ class GroupQueryAttentionSite(AttentionSite):
             "RotaryEmbedding",
             [flat, self.position_ids or POSITIONS, *self.rotary],
             f"{name}_rotary",
-            domain=_DOMAIN,
+            domain=MICROSOFT,
             interleaved=self.interleaved,
             num_heads=heads,
             **partly,
@@ -178,7 +178,7 @@ class GroupQueryAttentionSite(AttentionSite):
 def find(graph: Graph) -> Iterator[GroupQueryAttentionSite]:
     """The GroupQueryAttention nodes of a graph, in its order."""
     for node in graph.proto.node:
-        if node.op_type == "GroupQueryAttention" and node.domain == _DOMAIN:
+        if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT:
             yield _site(graph, node)
 
 

@@ -17,8 +17,8 @@ from act_export.graft.operator_mask import MaskReader, OperatorMask
 from act_export.graft.site import AttentionTerms, CacheNames, Layout, OperandSite, layer_of
 from act_export.graft.surroundings import check_cache, head_repeats, joined_cache, new_tokens, unused_nodes
 from act_export.onnx_file.node_builder import NodeBuilder
+from act_export.onnx_file.precision import MICROSOFT
 
-_DOMAIN = "com.microsoft"
 _INPUTS = (
     "query",
     "key",
@@ -73,7 +73,7 @@ def find(graph: Graph) -> Iterator[MultiHeadAttentionSite]:
     """The MultiHeadAttention nodes of a graph, in its order."""
     masks = MaskReader(graph)
     for node in graph.proto.node:
-        if node.op_type == "MultiHeadAttention" and node.domain == _DOMAIN:
+        if node.op_type == "MultiHeadAttention" and node.domain == MICROSOFT:
             yield _site(graph, masks, node)
 
 

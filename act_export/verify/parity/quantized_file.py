@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from act_export.errors import ActExportError
 from act_export.onnx_file.load import load_graph
-from act_export.onnx_file.precision import DOMAIN
+from act_export.onnx_file.precision import MICROSOFT
 
 PRODUCT, LOOKUP = "MatMulNBits", "GatherBlockQuantized"
 _BITS = (4, 8)
@@ -90,7 +90,7 @@ def quantized_weights(path: str | os.PathLike[str]) -> list[QuantizedWeight]:
 
 
 def _weight(node: ir.Node) -> Iterator[QuantizedWeight]:
-    if node.domain != DOMAIN or node.op_type not in (PRODUCT, LOOKUP):
+    if node.domain != MICROSOFT or node.op_type not in (PRODUCT, LOOKUP):
         return
     of_product = node.op_type == PRODUCT
     attributes = node.attributes

@@ -30,7 +30,7 @@ from act_export.export.cut import cut_calibration, cut_checkpoint, describe_cut
 from act_export.export.job import export_model, with_quantized_weights
 from act_export.export.trace import trace
 from act_export.onnx_file.inspect import inspect_file
-from act_export.onnx_file.publish import save_model
+from act_export.onnx_file.save import save_model
 from act_export.search.resolve import CalibrationRequest, resolve_calibration
 from act_export.tasks import Questions
 from act_export.verify.parity.metrics import Metrics
