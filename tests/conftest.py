@@ -41,19 +41,11 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)  # what isn't drawn is deselected as what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In several processes a file stays in one of them, for the models that it shares, and so do all of the real model.
-
-    The architectures share none. The real model's tests are the longest, so they begin.
-    """
+    """The real model's tests are the longest, so they begin."""
     draw_samples(items, SAMPLE_SEED, all_slow=config.getoption("markexpr") == "slow")
     if config.getoption("--hypothesis-profile") == SEARCH:
         _draw_more_examples(items)
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
-    for item in items:
-        group = item.nodeid if item.path.name == "test_architectures.py" else item.path.name
-        if item.get_closest_marker("real"):
-            group = "real"
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _draw_more_examples(items: list[pytest.Item]) -> None:
