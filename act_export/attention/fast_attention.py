@@ -6,6 +6,8 @@ only the calibrated heads' attention maps are ever written out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -38,13 +40,14 @@ class FastAttention:
         output = plain_attention(call, key, value)
         sums = call.query.new_zeros((call.query.shape[0], 0, key.shape[2]))
         if layer is not None:
-            plain_maps = map_probabilities(call, key, layer.heads)
-            calibrated = calibrated_probabilities(call, plain_maps, past.sink_scores.squeeze(-1), layer)
+            maps = map_probabilities(call, key, layer.heads, layer.gamma)
+            calibrated = calibrated_probabilities(call, maps, past.sink_scores.squeeze(-1), layer)
             heads = torch.tensor(layer.heads, device=output.device)
             output = output.index_copy(
                 1, heads, (calibrated.probabilities @ values_of(call, value, layer.heads)).to(output.dtype)
             )
-            sums = calibrated.column_sums
+            is_plain = torch.tensor(layer.beta, device=output.device)[:, None] == 1
+            sums = torch.where(is_plain, pad(past.sink_scores.squeeze(-1), (0, call.query.shape[2])), calibrated.column_sums)
         return flatten_heads(output), LayerState(key, value, sums.unsqueeze(-1).float())
 
 
@@ -124,13 +127,16 @@ def visible_keys(real: Tensor, sequence: int, sliding_window: int) -> Tensor:
     return (visible & real[:, None, None, :]) | (columns == rows)
 
 
-def map_probabilities(call: AttentionCall, key: Tensor, heads: range | tuple[int, ...]) -> Tensor:
-    """Plain attention maps of these heads, (batch, heads, sequence, total), at least float32.
+def map_probabilities(
+    call: AttentionCall, key: Tensor, heads: range | tuple[int, ...], gamma: Sequence[float] | None = None
+) -> Tensor:
+    """Attention maps of these heads, later sinks as they are: (batch, heads, sequence, total), at least float32.
 
     Args:
         call: The attention call.
         key: Keys of all positions, (batch, kv_num_heads, total, head_size).
         heads: Query heads.
+        gamma: Of each; None for 1.
     """
     return attention_probabilities(
         call.query[:, list(heads)],
@@ -140,6 +146,7 @@ def map_probabilities(call: AttentionCall, key: Tensor, heads: range | tuple[int
         softcap=call.softcap,
         sliding_window=call.sliding_window,
         sink_logits=call.sink_logits[list(heads)] if call.sink_logits is not None else None,
+        gamma=None if gamma is None else torch.tensor([gamma], device=key.device),
     )
 
 
@@ -150,7 +157,7 @@ def calibrated_probabilities(
 
     Args:
         call: The attention call.
-        probabilities: Their plain attention maps.
+        probabilities: Their attention maps, gamma in them.
         past_column_sums: (batch, calibrated heads, past).
         layer: Which heads, and how.
     """

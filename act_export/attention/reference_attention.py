@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention
+from act_export.calibration.strengths import CalibratedHeads
 
 
 class ReferenceAttention:
@@ -15,16 +19,27 @@ class ReferenceAttention:
 
     def __init__(self, calibration: Calibration | None) -> None:
         """Takes the calibration to apply; None leaves every head as it is."""
-        self.calibration = calibration
+        self.heads = CalibratedHeads.of([] if calibration is None else [calibration])
+        self.strengths = torch.from_numpy(self.heads.strengths(calibration))
         self.sliding_windows: dict[int, int] = {}  # by layer, as the model asked for them
         self.sink_logits: dict[int, Tensor] = {}  # of the layers that have some, (num_heads,)
+
+    @classmethod
+    def of_rows(cls, heads: CalibratedHeads, calibrations: Sequence[Calibration | None]) -> Self:
+        """The reference as a file that can calibrate these heads runs it: a calibration for all rows, or one for each.
+
+        Raises:
+            CalibrationError: If a calibration doesn't fit.
+        """
+        found = cls(None)
+        found.heads, found.strengths = heads, torch.from_numpy(heads.strengths(*calibrations))
+        return found
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Runs `act_export.calibration.reference.calibrated_attention`."""
         if call.one_at_a_time and call.query.shape[2] > 1:
             return self._attend_one_at_a_time(call)
-        layer = self.calibration.layer(call.layer) if self.calibration is not None else None
-        heads = layer.heads if layer is not None else ()
+        heads = self.heads.heads.get(call.layer, ())
         self.sliding_windows[call.layer] = call.sliding_window
         if call.sink_logits is not None:
             self.sink_logits[call.layer] = call.sink_logits.detach()
@@ -35,15 +50,14 @@ class ReferenceAttention:
             flatten_heads(call.value),
             *past,
             call.attention_mask,
+            self.strengths[:, self.heads.part(call.layer)],
             num_heads=call.query.shape[1],
             kv_num_heads=call.key.shape[1],
             scale=call.scale,
             softcap=call.softcap,
             sliding_window=call.sliding_window,
             calibrated_heads=heads,
-            beta=layer.beta if layer is not None else (),
-            threshold=layer.threshold if layer is not None else 0.0,
-            threshold_mode=layer.threshold_mode if layer is not None else "absolute",
+            threshold_mode=self.heads.threshold_mode,
             sink_logits=call.sink_logits,
         )
         return outputs.output, LayerState(*outputs[1:])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from act_export.json_file import parse_json, read_bytes
 
 FORMAT = "act-export calibration"
 FORMAT_VERSION = 1
-_FIELDS = {"format", "version", "model", "heads", "beta", "threshold", "threshold_mode", "provenance"}
+_FIELDS = {"format", "version", "model", "heads", "beta", "gamma", "threshold", "threshold_mode", "provenance"}
 _MODEL_FIELDS = {"architecture", "layers", "heads", "fingerprint", "name"}
 DEFAULT_BETA = 0.4  # of the paper
+STRENGTHS = {"beta": (0.0, 2.0), "gamma": (1 / 16, 16.0)}  # lowest and highest
+
+Strength = float | Mapping[int, tuple[float, ...]]  # of all heads, or by layer one for each in the order of the heads
 DEFAULT_THRESHOLD = {"absolute": 0.1, "relative": 5.0}  # of the released code; of the paper
 
 
@@ -93,36 +97,40 @@ class LayerCalibration:
 
     Attributes:
         heads: Calibrated query heads, ascending.
-        beta: One value per head.
+        beta: One value per head, of its later sinks.
+        gamma: One value per head, of its initial token.
         threshold: tau, or alpha where the mode is "relative".
         threshold_mode: "absolute" or "relative".
     """
 
     heads: tuple[int, ...]
     beta: tuple[float, ...]
+    gamma: tuple[float, ...]
     threshold: float
     threshold_mode: str
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The offline result: calibrated heads, beta, threshold, and where they came from.
+    """The offline result: calibrated heads, their strengths, threshold, and where they came from.
 
     Attributes:
         heads: Calibrated query heads by layer; layers without any are left out.
-        beta: One value for all heads, or one per head in the order of `heads`.
+        beta: Strength of the later sinks: one value for all heads, or one per head in the order of `heads`.
         threshold: tau, or alpha where the mode is "relative".
         threshold_mode: "absolute" or "relative".
         model: The model it belongs to; None fits any model that has the layers and heads.
         provenance: Where it came from.
+        gamma: Strength of the initial token, given as beta is.
     """
 
     heads: Mapping[int, tuple[int, ...]]
-    beta: float | Mapping[int, tuple[float, ...]] = DEFAULT_BETA
+    beta: Strength = DEFAULT_BETA
     threshold: float = DEFAULT_THRESHOLD["absolute"]
     threshold_mode: str = "absolute"
     model: ModelIdentity | None = None
     provenance: Provenance | None = None
+    gamma: Strength = 1.0
 
     def __post_init__(self) -> None:
         """Checks every value that can be checked without the model.
@@ -138,25 +146,25 @@ class Calibration:
                 raise CalibrationError(
                     f"layer {layer} has heads {shown(list(heads))}; list each once, in ascending order"
                 )
-        if isinstance(self.beta, Mapping):
-            object.__setattr__(self, "beta", {layer: tuple(self.beta[layer]) for layer in sorted(self.beta)})
-            counts = {layer: len(values) for layer, values in self.beta.items()}
-            if counts != {layer: len(heads) for layer, heads in self.heads.items()}:
-                raise CalibrationError("beta by layer must have one value for each calibrated head of each layer")
-        for value in self._betas():
-            if not 0 <= value <= 2:
-                raise CalibrationError(f"beta is {value}; it must lie in [0, 2]")
+        for name, (lowest, highest) in STRENGTHS.items():
+            given = getattr(self, name)
+            if isinstance(given, Mapping):
+                object.__setattr__(self, name, {layer: tuple(given[layer]) for layer in sorted(given)})
+                counts = {layer: len(values) for layer, values in given.items()}
+                if counts != {layer: len(heads) for layer, heads in self.heads.items()}:
+                    raise CalibrationError(
+                        f"{name} by layer must have one value for each calibrated head of each layer"
+                    )
+            values = chain(*given.values()) if isinstance(given, Mapping) else [given]
+            wrong = next((value for value in values if not lowest <= value <= highest), None)
+            if wrong is not None:
+                raise CalibrationError(f"{name} is {wrong}; it must lie in [{lowest:g}, {highest:g}]")
         if not 0 <= self.threshold < float("inf"):
             raise CalibrationError(f"threshold is {self.threshold}; it must be a number that is not negative")
         if self.threshold_mode not in DEFAULT_THRESHOLD:
             raise CalibrationError(
                 f"threshold_mode is {self.threshold_mode!r}; it must be {' or '.join(map(repr, DEFAULT_THRESHOLD))}"
             )
-
-    def _betas(self) -> Iterable[float]:
-        if isinstance(self.beta, Mapping):
-            return [value for values in self.beta.values() for value in values]
-        return [self.beta]
 
     @property
     def num_calibrated_heads(self) -> int:
@@ -168,8 +176,10 @@ class Calibration:
         heads = self.heads.get(index)
         if not heads:
             return None
-        beta = self.beta[index] if isinstance(self.beta, Mapping) else (self.beta,) * len(heads)
-        return LayerCalibration(heads, beta, self.threshold, self.threshold_mode)
+        beta, gamma = (
+            given[index] if isinstance(given, Mapping) else (given,) * len(heads) for given in (self.beta, self.gamma)
+        )
+        return LayerCalibration(heads, beta, gamma, self.threshold, self.threshold_mode)
 
     def with_overrides(
         self, *, beta: float | None = None, threshold: float | None = None, threshold_mode: str | None = None
@@ -230,11 +240,13 @@ class Calibration:
             }
             document["model"] = {key: value for key, value in known.items() if value is not None}
         document["heads"] = {str(layer): list(heads) for layer, heads in self.heads.items()}
-        document["beta"] = (
-            {str(layer): list(values) for layer, values in self.beta.items()}
-            if isinstance(self.beta, Mapping)
-            else self.beta
-        )
+        for name, given in (("beta", self.beta), ("gamma", self.gamma)):
+            if name == "beta" or given != 1.0:  # files that don't use it stay readable for those who don't know it
+                document[name] = (
+                    {str(layer): list(values) for layer, values in given.items()}
+                    if isinstance(given, Mapping)
+                    else given
+                )
         document["threshold"] = self.threshold
         document["threshold_mode"] = self.threshold_mode
         if self.provenance is not None:
@@ -289,22 +301,23 @@ def _whole(fields: Fields) -> dict[str, Any]:
         if name in fields.members and (type(fields.members[name]), fields.members[name]) != (type(own), own):
             raise fields.refused(f"has {name} = {shown(fields.members[name])}; this act-export reads {own!r}")
     mode = fields.text("threshold_mode", 100) if "threshold_mode" in fields.members else "absolute"
-    per_head = isinstance(fields.members.get("beta"), dict)
-    beta: float | dict[int, tuple[float, ...]] = DEFAULT_BETA
-    if per_head:
-        by_layer = fields.inner("beta")
-        beta = {_layer(name, by_layer): by_layer.numbers(name) for name in by_layer.members}
-    elif "beta" in fields.members:
-        beta = fields.number("beta")
+    per_head = any(isinstance(fields.members.get(name), dict) for name in STRENGTHS)
     known = "threshold" in fields.members
     return {
         "heads": _heads(fields.inner("heads"), keep_order=per_head),
-        "beta": beta,
+        **{name: _strength(fields, name) for name in STRENGTHS if name in fields.members},
         "threshold": fields.number("threshold") if known else DEFAULT_THRESHOLD.get(mode, 0.0),
         "threshold_mode": mode,
         "model": _model(fields.inner("model")) if fields.given("model") else None,
         "provenance": _provenance(fields.inner("provenance")) if fields.given("provenance") else None,
     }
+
+
+def _strength(fields: Fields, name: str) -> Strength:
+    if not isinstance(fields.members[name], dict):
+        return fields.number(name)
+    by_layer = fields.inner(name)
+    return {_layer(layer, by_layer): by_layer.numbers(layer) for layer in by_layer.members}
 
 
 def _model(fields: Fields) -> ModelIdentity:
@@ -342,7 +355,7 @@ def _provenance(fields: Fields) -> Provenance:
 
 
 def _heads(fields: Fields, *, keep_order: bool = False) -> dict[int, tuple[int, ...]]:
-    """Heads by layer, ascending; with `keep_order` as they stand, because betas stand in the same order."""
+    """Heads by layer, ascending; with `keep_order` as they stand, because strengths stand in the same order."""
     heads = {_layer(name, fields): fields.wholes(name) for name in fields.members}
     return heads if keep_order else {layer: tuple(sorted(listed)) for layer, listed in heads.items()}
 

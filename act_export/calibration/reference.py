@@ -2,7 +2,9 @@
 
 The method is from Yu et al., "Unveiling and Harnessing Hidden Attention Sinks" (ICML 2024, arXiv 2406.15765); padding,
 batches, prompts in chunks, decode and sliding windows follow the definition below. One sequence, one calibrated head; P
-tokens are already in the cache, this call brings S, T = P + S. Only real (not padding) tokens count.
+tokens are already in the cache, this call brings S, T = P + S. Only real (not padding) tokens count. A is the softmax of
+the logits with log(gamma) added in the initial token's column, which multiplies its weight by gamma (ZeroTuning: Han et
+al., arXiv 2505.11739); with gamma = 1 it is the model's own map.
 
     C[j]     = sum over all real rows i >= j seen so far of A[i, j]                     running column sums
     a[j]     = C[j] / (number of real rows that can see key j)                          sink scores
@@ -15,6 +17,8 @@ tokens are already in the cache, this call brings S, T = P + S. Only real (not p
 Where (beta - 1) * s[i] > n[i], row i uses beta = 1 + n[i] / s[i], so that no probability turns negative. tau is
 absolute, or relative: alpha / (number of real tokens so far). Rows sum to 1, or to less where the model has learned
 sink logits: one more key without a value, which takes its share of each row's softmax and isn't among the columns.
+Rows of a call in which the head's beta is 1 add nothing to C, though they count among the rows that can see a key: what
+a plain head costs nothing extra. beta, gamma and tau may change from call to call, and from sequence to sequence.
 """
 
 from __future__ import annotations
@@ -27,7 +31,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 THRESHOLD_MODES = ("absolute", "relative")
+BETAS = (0.0, 2.0)  # lowest and highest
+GAMMAS = (1 / 16, 16.0)
 SMALLEST_REST = 1e-6  # n[i] at or below this leaves row i as it is
+
+
+def _check_range(name: str, value: float | Tensor, allowed: tuple[float, float]) -> None:
+    lowest, highest = allowed
+    given = torch.as_tensor(value)
+    if not torch.all((given >= lowest) & (given <= highest)):
+        raise ValueError(f"{name} is {value}; it must lie in [{lowest:g}, {highest:g}]")
 
 
 class CalibratedProbabilities(NamedTuple):
@@ -85,7 +98,7 @@ def later_sinks(
     column_sums: Tensor,
     real: Tensor,
     *,
-    threshold: float,
+    threshold: float | Tensor,
     threshold_mode: str = "absolute",
     sliding_window: int = -1,
 ) -> Tensor:
@@ -94,7 +107,7 @@ def later_sinks(
     Args:
         column_sums: C, shape (..., total).
         real: Boolean, broadcastable to (..., total).
-        threshold: tau, or alpha where the mode is "relative".
+        threshold: tau, or alpha where the mode is "relative"; a tensor broadcasts to (..., 1).
         threshold_mode: "absolute", or "relative" (tau = alpha / number of real tokens).
         sliding_window: As in `visible_rows`.
 
@@ -107,20 +120,19 @@ def later_sinks(
     margins = sink_margins(
         column_sums, real, threshold=threshold, threshold_mode=threshold_mode, sliding_window=sliding_window
     )
-    initial = real & (real.long().cumsum(-1) == 1)
-    return (margins > 0) & real & ~initial
+    return (margins > 0) & real & ~initial_tokens(real)
 
 
 def sink_margins(
     column_sums: Tensor,
     real: Tensor,
     *,
-    threshold: float,
+    threshold: float | Tensor,
     threshold_mode: str = "absolute",
     sliding_window: int = -1,
 ) -> Tensor:
     """a - tau, shape (..., total): how far each key's sink score lies above the threshold; else as `later_sinks`."""
-    if threshold < 0:
+    if not torch.all(torch.as_tensor(threshold) >= 0):
         raise ValueError(f"threshold is {threshold}; it must not be negative")
     if threshold_mode not in THRESHOLD_MODES:
         raise ValueError(f"threshold_mode is {threshold_mode!r}; it must be one of {', '.join(THRESHOLD_MODES)}")
@@ -158,7 +170,7 @@ def calibrate_with_state(
     probabilities: Tensor,
     *,
     beta: float | Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     threshold_mode: str = "absolute",
     real: Tensor | None = None,
     past_column_sums: Tensor | None = None,
@@ -169,7 +181,7 @@ def calibrate_with_state(
     Args:
         probabilities: A, shape (..., sequence, total): the last `sequence` of `total` positions are this call's rows.
         beta: In [0, 2]; a float, or a tensor that broadcasts to (..., 1, 1).
-        threshold: tau, or alpha where the mode is "relative".
+        threshold: tau, or alpha where the mode is "relative"; a tensor broadcasts to (..., 1).
         threshold_mode: "absolute" or "relative".
         real: Boolean, broadcastable to (..., total), true for real tokens; None for all.
         past_column_sums: C before this call, shape (..., total - sequence); None for zeros.
@@ -185,8 +197,7 @@ def calibrate_with_state(
     past = total - sequence
     if past < 0:
         raise ValueError(f"probabilities have {sequence} rows but only {total} columns; each row needs its own column")
-    if not torch.all(torch.as_tensor((beta >= 0) & (beta <= 2) if isinstance(beta, Tensor) else 0 <= beta <= 2)):
-        raise ValueError(f"beta is {beta}; it must lie in [0, 2]")
+    _check_range("beta", beta, BETAS)
     if real is None:
         real = torch.ones(total, dtype=torch.bool, device=probabilities.device)
     if real.shape[-1] != total:
@@ -207,7 +218,7 @@ def calibrate_one_at_a_time(
     probabilities: Tensor,
     *,
     beta: float | Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     threshold_mode: str = "absolute",
     real: Tensor,
     past_column_sums: Tensor,
@@ -228,6 +239,8 @@ def calibrate_one_at_a_time(
     own_sums = probabilities.masked_fill(~real[..., past:].unsqueeze(-1), 0).cumsum(-2)
     column_sums = own_sums + pad(past_column_sums, (0, sequence)).unsqueeze(-2)
     seen = real.unsqueeze(-2) & (columns <= rows)
+    if isinstance(threshold, Tensor):
+        threshold = threshold.unsqueeze(-1)
     sinks = later_sinks(
         column_sums, seen, threshold=threshold, threshold_mode=threshold_mode, sliding_window=sliding_window
     )
@@ -240,7 +253,7 @@ def calibrate_probabilities(
     probabilities: Tensor,
     *,
     beta: float | Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     threshold_mode: str = "absolute",
     real: Tensor | None = None,
     past_column_sums: Tensor | None = None,
@@ -258,6 +271,31 @@ def calibrate_probabilities(
     ).probabilities
 
 
+def initial_tokens(real: Tensor) -> Tensor:
+    """Which token is the first real one: boolean, of the shape of `real` (..., total)."""
+    return real & (real.long().cumsum(-1) == 1)
+
+
+def weigh_initial_token(probabilities: Tensor, gamma: float | Tensor, real: Tensor) -> Tensor:
+    """A of a model's own map: the initial token's weight times gamma, and each row's sum as it would then be.
+
+    The same as log(gamma) in the logits (`attention_probabilities`), for maps that are there already.
+
+    Args:
+        probabilities: (..., sequence, total); rows may sum to less than 1, where there is a learned sink.
+        gamma: In [1/16, 16]; a float, or a tensor that broadcasts to (..., 1, 1).
+        real: Boolean, broadcastable to (..., total), true for real tokens.
+
+    Raises:
+        ValueError: For gamma out of range.
+    """
+    _check_range("gamma", gamma, GAMMAS)
+    initial = initial_tokens(real).unsqueeze(-2)
+    on_initial = probabilities.masked_fill(~initial, 0).sum(-1, keepdim=True)
+    weighed = torch.where(initial, probabilities * gamma, probabilities)
+    return weighed / (1 + (gamma - 1) * on_initial)
+
+
 def attention_probabilities(
     query: Tensor,
     key: Tensor,
@@ -267,8 +305,9 @@ def attention_probabilities(
     softcap: float = 0.0,
     sliding_window: int = -1,
     sink_logits: Tensor | Sequence[float] | None = None,
+    gamma: Tensor | None = None,
 ) -> Tensor:
-    """The uncalibrated attention map A.
+    """The attention map A before the later sinks are calibrated.
 
     Args:
         query: (batch, heads, sequence, head_size).
@@ -279,18 +318,22 @@ def attention_probabilities(
         sliding_window: Number of keys a row sees, itself included; -1 for all.
         sink_logits: Learned logits of one more key without a value, which every row sees, neither scaled nor capped:
             (1,), (heads,) or (batch, heads). Each row then sums to less than 1. None, or nothing in it, for none.
+        gamma: Multiplies the initial token's weight: (heads,) or (batch, heads); None for 1.
 
     Returns:
         (batch, heads, sequence, total), at least float32. A row that sees no key is all zeros.
 
     Raises:
-        ValueError: If the number of sink logits doesn't fit.
+        ValueError: If the number of sink logits doesn't fit, or gamma is out of range.
     """
     sequence, total = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     logits = (query.to(dtype) @ key.to(dtype).transpose(2, 3)) * scale
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
+    if gamma is not None:
+        _check_range("gamma", gamma, GAMMAS)
+        logits = logits + gamma.to(dtype).log()[..., None, None] * initial_tokens(real)[:, None, None, :]
     columns = torch.arange(total, device=query.device)
     rows = columns[total - sequence :, None]
     visible = columns <= rows
@@ -315,13 +358,12 @@ def calibrated_attention(
     past_value: Tensor,
     past_sink_scores: Tensor,
     attention_mask: Tensor,
+    calibration: Tensor | None = None,
     *,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
     calibrated_heads: Sequence[int] = (),
-    beta: Sequence[float] = (),
-    threshold: float = 0.0,
     threshold_mode: str = "absolute",
     softcap: float = 0.0,
     sliding_window: int = -1,
@@ -337,12 +379,12 @@ def calibrated_attention(
         past_value: As `past_key`.
         past_sink_scores: Running column sums (batch, len(calibrated_heads), past, 1), float32.
         attention_mask: (batch, past + sequence), nonzero for real tokens.
+        calibration: beta, gamma and threshold (tau, or alpha where the mode is "relative") of each calibrated head, for
+            all sequences or for each: (1 or batch, len(calibrated_heads), 3).
         num_heads: Query heads.
         kv_num_heads: Key and value heads; divides num_heads.
         scale: Multiplies the logits.
-        calibrated_heads: Query heads to calibrate.
-        beta: One value for all calibrated heads, or one each.
-        threshold: tau, or alpha where the mode is "relative".
+        calibrated_heads: Query heads that `calibration` is of.
         threshold_mode: "absolute" or "relative".
         softcap: As in `attention_probabilities`.
         sliding_window: As in `attention_probabilities`.
@@ -352,8 +394,7 @@ def calibrated_attention(
         Output, present cache and present column sums. Rows of padding tokens are finite and otherwise meaningless.
 
     Raises:
-        ValueError: For a mask, beta or sink logits that don't fit, beta outside [0, 2], a negative threshold or an
-            unknown mode.
+        ValueError: For a mask, calibration or sink logits that don't fit, values out of range, or an unknown mode.
     """
     batch, sequence = query.shape[:2]
     past = past_key.shape[2]
@@ -366,6 +407,15 @@ def calibrated_attention(
     present_key = torch.cat([past_key, key.view(batch, sequence, kv_num_heads, -1).transpose(1, 2)], 2)
     present_value = torch.cat([past_value, value.view(batch, sequence, kv_num_heads, -1).transpose(1, 2)], 2)
     group = num_heads // kv_num_heads
+    heads = list(calibrated_heads)
+    strengths = torch.ones(1, 0, 3) if calibration is None else calibration
+    if strengths.shape not in ((1, len(heads), 3), (batch, len(heads), 3)):
+        raise ValueError(
+            f"calibration has shape {tuple(strengths.shape)}; {batch} sequences and {len(heads)} calibrated heads need "
+            f"(1, {len(heads)}, 3) or ({batch}, {len(heads)}, 3)"
+        )
+    gamma = strengths.new_ones(len(strengths), num_heads)
+    gamma[:, heads] = strengths[..., 1]
     probabilities = attention_probabilities(
         query.view(batch, sequence, num_heads, -1).transpose(1, 2),
         present_key.repeat_interleave(group, 1),
@@ -374,23 +424,23 @@ def calibrated_attention(
         softcap=softcap,
         sliding_window=sliding_window,
         sink_logits=sink_logits,
+        gamma=gamma.to(query.device),
     )
-    heads = list(calibrated_heads)
     column_sums = probabilities.new_zeros(batch, 0, past + sequence)
     if heads:
-        if len(beta) not in (1, len(heads)):
-            raise ValueError(f"beta has {len(beta)} values; {len(heads)} calibrated heads need 1 or {len(heads)}")
+        beta, threshold = strengths.to(probabilities)[..., 0], strengths.to(probabilities)[..., 2]
+        past_sums = past_sink_scores.squeeze(-1).to(probabilities.dtype)
         calibrated = calibrate_with_state(
             probabilities[:, heads],
-            beta=probabilities.new_tensor(list(beta)).view(-1, 1, 1),
-            threshold=threshold,
+            beta=beta[..., None, None],
+            threshold=threshold[..., None],
             threshold_mode=threshold_mode,
             real=real[:, None],
-            past_column_sums=past_sink_scores.squeeze(-1).to(probabilities.dtype),
+            past_column_sums=past_sums,
             sliding_window=sliding_window,
         )
         probabilities = probabilities.index_copy(1, torch.tensor(heads, device=query.device), calibrated.probabilities)
-        column_sums = calibrated.column_sums
+        column_sums = torch.where((beta == 1)[..., None], pad(past_sums, (0, sequence)), calibrated.column_sums)
     output = probabilities @ present_value.repeat_interleave(group, 1).to(probabilities.dtype)
     return AttentionOutputs(
         output.transpose(1, 2).reshape(batch, sequence, -1).to(query.dtype),

@@ -91,8 +91,9 @@ _ATTENTION_MAP = f"""
     }},
     else_branch = plain_graph () => (float[b, h, s, t] uncapped) {{ uncapped = Identity (scaled) }}
   >
+@@initial@@
   lowest = Constant <value_float: float = -3.4e38> ()
-  masked = Where (visible, logits, lowest)
+  masked = Where (visible, logits_given, lowest)
   soft = Softmax <axis: int = -1> (masked)
   sinks_flat = Constant <value_floats: floats = @sink_logits> ()
   sinks_axes = Constant <value_ints: ints = [1, 2]> ()
@@ -119,16 +120,54 @@ _ATTENTION_MAP = f"""
   mixed = Reshape (mixed_g, mixed_shape)
 """
 
-_CALIBRATION = """
+# log(gamma) in the logits of the initial token. Values out of range are taken for the nearest in it.
+_INITIAL = """
+  two = Constant <value_int: int = 2> ()
+  f2 = Constant <value_float: float = 2.0> ()
   heads = Constant <value_ints: ints = @calibrated_heads> ()
+  head_indices = Unsqueeze (heads, i1)
+  betas_given = Gather <axis: int = 2> (calibration, zero)
+  betas = Clip (betas_given, f0, f2)
+  gammas_given = Gather <axis: int = 2> (calibration, one)
+  lowest_gamma = Constant <value_float: float = 0.0625> ()
+  highest_gamma = Constant <value_float: float = 16.0> ()
+  gammas = Clip (gammas_given, lowest_gamma, highest_gamma)
+  thresholds_given = Gather <axis: int = 2> (calibration, two)
+  thresholds = Max (thresholds_given, f0)
+  log_gammas = Log (gammas)
+  log_gammas_t = Transpose <perm: ints = [1, 0]> (log_gammas)
+  calibrations = Shape <start: int = 0, end: int = 1> (calibration)
+  all_heads_shape = Concat <axis: int = 0> (heads_all_1, calibrations)
+  no_gammas = Expand (f0, all_heads_shape)
+  all_gammas_t = ScatterND (no_gammas, head_indices, log_gammas_t)
+  all_gammas = Transpose <perm: ints = [1, 0]> (all_gammas_t)
+  map_axes = Constant <value_ints: ints = [2, 3]> ()
+  all_gammas_4d = Unsqueeze (all_gammas, map_axes)
+  real_f = Cast <to: int = 1> (real)
+  real_so_far = CumSum (real_f, one)
+  is_first = Equal (real_so_far, f1)
+  is_initial = And (is_first, real)
+  initial_f = Cast <to: int = 1> (is_initial)
+  initial_4d = Unsqueeze (initial_f, real_4d_axes)
+  on_initial = Mul (all_gammas_4d, initial_4d)
+  logits_given = Add (logits, on_initial)
+"""
+
+_NO_INITIAL = """
+  logits_given = Identity (logits)
+"""
+
+_CALIBRATION = """
   A = Gather <axis: int = 1> (A_all, heads)
 
-  real_f = Cast <to: int = 1> (real)
   real_rows_2d = Slice (real_f, past, total, i1)
   real_rows_axes = Constant <value_ints: ints = [1, 3]> ()
   real_rows = Unsqueeze (real_rows_2d, real_rows_axes)
   A_real = Mul (A, real_rows)
-  C_new = ReduceSum <keepdims: int = 0> (A_real, i2)
+  C_all = ReduceSum <keepdims: int = 0> (A_real, i2)
+  is_plain = Equal (betas, f1)
+  is_plain_3d = Unsqueeze (is_plain, last)
+  C_new = Where (is_plain_3d, f0, C_all)
   C_past_4d = Slice (past_sink_scores, i0, past, i2)
   C_past = Squeeze (C_past_4d, last)
   padding = Concat <axis: int = 0> (i0, i0, i0, i0, i0, sequence)
@@ -151,16 +190,15 @@ _CALIBRATION = """
   rows_3d = Unsqueeze (rows_safe, i1)
   a = Div (C, rows_3d)
 
-  threshold = Constant <value_float: float = @threshold> ()
+  threshold = Unsqueeze (thresholds, last)
   mode = Constant <value_string: string = @threshold_mode> ()
 @@is_relative@@
   num_real = ReduceSum <keepdims: int = 1> (real_f, i1)
   num_real_safe = Max (num_real, f1)
-  tau_relative = Div (threshold, num_real_safe)
+  num_real_3d = Unsqueeze (num_real_safe, i1)
+  tau_relative = Div (threshold, num_real_3d)
   tau = Where (is_relative, tau_relative, threshold)
-  tau_3d = Unsqueeze (tau, i1)
-  over = Greater (a, tau_3d)
-  real_so_far = CumSum (real_f, one)
+  over = Greater (a, tau)
   not_initial = Greater (real_so_far, f1)
   eligible = And (not_initial, real)
   eligible_3d = Unsqueeze (eligible, i1)
@@ -174,8 +212,7 @@ _CALIBRATION = """
   smallest = Constant <value_float: float = 1e-6> ()
   has_rest = Greater (n, smallest)
   n_safe = Where (has_rest, n, f1)
-  betas = Constant <value_floats: floats = @beta> ()
-  beta = Unsqueeze (betas, real_4d_axes)
+  beta = Unsqueeze (betas, map_axes)
   stronger = Sub (beta, f1)
   wanted = Mul (stronger, s)
   is_clamped = Greater (wanted, n)
@@ -197,7 +234,6 @@ _CALIBRATION = """
   mixed_calibrated = MatMul (A_calibrated, values_calibrated)
   heads_first = Transpose <perm: ints = [1, 0, 2, 3]> (mixed)
   calibrated_first = Transpose <perm: ints = [1, 0, 2, 3]> (mixed_calibrated)
-  head_indices = Unsqueeze (heads, i1)
   merged_first = ScatterND (heads_first, head_indices, calibrated_first)
   merged = Transpose <perm: ints = [1, 2, 0, 3]> (merged_first)
 """
@@ -238,6 +274,7 @@ def function_body(operator: str, opset: int = OPSET) -> onnx.FunctionProto:
     """
     described = schema.schema(operator)
     body = _ATTENTION_MAP + (_CALIBRATION if operator == schema.CALIBRATED else _UNCALIBRATED) + _OUTPUT
+    body = body.replace("@@initial@@", _INITIAL if operator == schema.CALIBRATED else _NO_INITIAL)
     body = body.replace("@@is_relative@@", _IS_RELATIVE if opset >= _OPSET_OF_EQUAL_STRINGS else _IS_RELATIVE_BY_COUNT)
     log_sum_exp = _LOG_SUM_EXP if opset >= _OPSET_OF_AXES_AS_INPUT else _LOG_SUM_EXP_BY_ATTRIBUTE
     body = body.replace("@@log_sum_exp@@", log_sum_exp).replace("@@no_sink@@", str(schema.NO_SINK_LOGIT))

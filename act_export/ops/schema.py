@@ -22,6 +22,7 @@ _INPUTS = {
     "past_value": ("T", "as past_key"),
     "past_sink_scores": ("F", "(batch, calibrated heads, past, 1), running column sums"),
     "attention_mask": ("M", "(batch, past + sequence), 0 for padding, 1 or any other number for real tokens"),
+    "calibration": ("F", "(1 or batch, calibrated heads, 3): beta in [0, 2], gamma in [1/16, 16], threshold of each"),
 }
 _OUTPUTS = {
     "output": ("T", "(batch, sequence, num_heads * head_size)"),
@@ -45,12 +46,14 @@ _PLAIN_ATTRIBUTES: dict[str, tuple[OpSchema.AttrType, AttributeDefault | None, s
     ),
 }
 _CALIBRATION_ATTRIBUTES: dict[str, tuple[OpSchema.AttrType, AttributeDefault | None, str]] = {
-    "calibrated_heads": (_INTS, None, "query heads to calibrate"),
-    "beta": (_FLOATS, None, "one for all calibrated heads, or one each; in [0, 2]"),
-    "threshold": (_FLOAT, None, "tau, or alpha where the mode is relative"),
-    "threshold_mode": (OpSchema.AttrType.STRING, "absolute", "absolute, or relative: alpha / number of real tokens"),
+    "calibrated_heads": (_INTS, None, "query heads that can be calibrated"),
+    "threshold_mode": (
+        OpSchema.AttrType.STRING,
+        "absolute",
+        "what thresholds are: absolute, tau itself; relative, alpha in alpha / number of real tokens",
+    ),
 }
-_SINK_STATE = ("past_sink_scores", "present_sink_scores")
+_OF_CALIBRATED = ("past_sink_scores", "calibration", "present_sink_scores")
 
 
 def attribute_defaults(operator: str) -> dict[str, AttributeDefault]:
@@ -68,20 +71,20 @@ def schema(operator: str) -> OpSchema:
     carries_state = operator == CALIBRATED
     constraints = [("T", _CACHE_TYPES, "Activations and cache."), ("M", ["tensor(int64)"], "Mask.")]
     if carries_state:
-        constraints.append(("F", ["tensor(float)"], "Sink state."))
+        constraints.append(("F", ["tensor(float)"], "Sink state and calibration."))
 
     def parameters(table: dict[str, tuple[str, str]]) -> list[OpSchema.FormalParameter]:
         return [
             OpSchema.FormalParameter(name, kind, description)
             for name, (kind, description) in table.items()
-            if carries_state or name not in _SINK_STATE
+            if carries_state or name not in _OF_CALIBRATED
         ]
 
     return OpSchema(
         operator,
         DOMAIN,
         VERSION,
-        doc="Attention with its cache; later sinks of the calibrated heads are scaled by beta."
+        doc="Attention with its cache; in the calibrated heads later sinks are scaled by beta, the initial token by gamma."
         if carries_state
         else "Attention with its cache: a layer without calibrated heads.",
         inputs=parameters(_INPUTS),

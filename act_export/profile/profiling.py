@@ -105,6 +105,7 @@ def _calibrated(
         softcap=call.softcap,
         sliding_window=call.sliding_window,
         sink_logits=call.sink_logits[heads] if call.sink_logits is not None else None,
+        gamma=torch.tensor([layer.gamma], device=output.device),
     )
     moved = calibrate_with_state(
         maps,

@@ -187,7 +187,8 @@ class _FindSinks:
             self.has_sinks.append(torch.zeros(self.num_layers, batch, num_heads, dtype=torch.bool))
         sums = []
         for heads in head_groups(call):
-            group = LayerCalibration(heads, (1.0,) * len(heads), self.threshold.value, self.threshold.mode)
+            ones = (1.0,) * len(heads)
+            group = LayerCalibration(heads, ones, ones, self.threshold.value, self.threshold.mode)
             maps = map_probabilities(call, key, heads)
             found = calibrated_probabilities(call, maps, past.sink_scores[:, list(heads)].squeeze(-1), group)
             self.has_sinks[-1][call.layer, :, list(heads)] = found.sinks.flatten(2).any(2).cpu()

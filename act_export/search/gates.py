@@ -58,7 +58,9 @@ class GatedAttention:
         with torch.no_grad():
             for heads in head_groups(call):
                 maps = map_probabilities(call, key, heads)
-                group = LayerCalibration(heads, (self.beta,) * len(heads), self.threshold, self.threshold_mode)
+                group = LayerCalibration(
+                    heads, (self.beta,) * len(heads), (1.0,) * len(heads), self.threshold, self.threshold_mode
+                )
                 calibrated = calibrated_probabilities(call, maps, past.sink_scores[:, list(heads)].squeeze(-1), group)
                 differences.append((calibrated.probabilities - maps) @ values_of(call, value, heads))
                 sums.append(calibrated.column_sums)
