@@ -87,6 +87,8 @@ void ExpectApart(const AttentionArguments<T>& a) {
       {"key", a.key, tokens * key_width, sizeof(T)},
       {"value", a.value, tokens * value_width, sizeof(T)},
       {"attention_mask", a.attention_mask, a.batch * a.total, sizeof(int64_t)},
+      {"calibration", a.calibration, a.calibrated_count == 0 ? 0 : a.calibrations * a.calibrated_count,
+       sizeof(Strengths)},
   };
   const Memory outputs[] = {
       {"present_key", a.present_key, cache(a.present_capacity, key_width), sizeof(T)},

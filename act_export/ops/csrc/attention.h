@@ -23,6 +23,22 @@ class Host {
 // Of a head without a learned sink: draws nothing.
 constexpr float kNoSinkLogit = -0x1p127f;
 
+// How one head is calibrated in one sequence: a row of the calibration tensor.
+struct Strengths {
+  float beta = 1.0f;       // on the later sinks, in [kLeastBeta, kMostBeta]
+  float gamma = 1.0f;      // on the initial token, in [kLeastGamma, kMostGamma]
+  float threshold = 0.0f;  // sinks score above it
+
+  // Whether later sinks stay as they are: then nobody asks which they are.
+  bool KeepsSinks() const { return beta == 1.0f; }
+};
+static_assert(sizeof(Strengths) == 3 * sizeof(float));
+
+constexpr float kLeastBeta = 0.0f;
+constexpr float kMostBeta = 2.0f;
+constexpr float kLeastGamma = 1.0f / 16.0f;
+constexpr float kMostGamma = 16.0f;
+
 // Tensors are contiguous, in the layout of their comment. past_* and present_* of the same name may be the same memory.
 // Storage is float, Float16 or BFloat16; all arithmetic is float32.
 template <typename T>
@@ -57,9 +73,14 @@ struct AttentionArguments {
 
   int64_t calibrated_count = 0;
   const int64_t* calibrated_index = nullptr;  // (num_heads): index of a head in the sink scores, -1 = not calibrated
-  const float* beta = nullptr;                // (calibrated_count)
-  float threshold = 0.0f;                     // sinks score above it
-  bool relative_threshold = false;            // threshold is a multiple of 1 / real tokens of the sequence
+  const Strengths* calibration = nullptr;     // (calibrations, calibrated_count)
+  int64_t calibrations = 1;                   // 1 for all sequences, or batch
+  bool relative_threshold = false;            // thresholds are multiples of 1 / real tokens of the sequence
+
+  // Of the calibrated head `index` in sequence `b`.
+  const Strengths& StrengthsOf(int64_t b, int64_t index) const {
+    return calibration[(calibrations == 1 ? 0 : b) * calibrated_count + index];
+  }
 };
 
 // The readable kernel, which the fast one is tested against.

@@ -12,6 +12,18 @@ namespace {
 using ort::Tensor;
 using ort::ToString;
 
+void ExpectInRange(const Strengths* calibration, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Strengths& each = calibration[i];
+    Expect(each.beta >= kLeastBeta && each.beta <= kMostBeta, "calibration has beta ", each.beta, ", expected ",
+           kLeastBeta, " to ", kMostBeta);
+    Expect(each.gamma >= kLeastGamma && each.gamma <= kMostGamma, "calibration has gamma ", each.gamma, ", expected ",
+           kLeastGamma, " to ", kMostGamma);
+    Expect(std::isfinite(each.threshold) && each.threshold >= 0.0f, "calibration has threshold ", each.threshold,
+           ", expected 0 or more");
+  }
+}
+
 // In place where past and present are the same memory: then nothing may move.
 void ExpectSameLayout(const char* name, const void* past, const void* present, int64_t past_capacity,
                       int64_t present_capacity) {
@@ -29,8 +41,8 @@ class CpuNode final : public Node {
     ort::Call call(api_, context, scratch_);
     AttentionArguments<T> arguments = ReadArguments<T>(attributes_, call);
     arguments.calibrated_index = attributes_.calibrated_index.data();
-    arguments.beta = attributes_.beta.data();
     arguments.sink_logits = attributes_.sink_logits.empty() ? nullptr : attributes_.sink_logits.data();
+    ExpectInRange(arguments.calibration, arguments.calibrations * arguments.calibrated_count);
     fast::Attention(arguments, call);
   }
 
@@ -60,7 +72,7 @@ AttentionAttributes::AttentionAttributes(const ort::Attributes& attributes, bool
          ", expected -1 (none) or a positive number");
   sliding_window = std::min(sliding_window, INT64_MAX / 4);  // sums with positions stay in range
   ReadSinkLogits(attributes);
-  if (calibrated) ReadCalibration(attributes);
+  if (calibrated) ReadCalibratedHeads(attributes);
 }
 
 void AttentionAttributes::ReadSinkLogits(const ort::Attributes& attributes) {
@@ -77,7 +89,7 @@ void AttentionAttributes::ReadSinkLogits(const ort::Attributes& attributes) {
   }
 }
 
-void AttentionAttributes::ReadCalibration(const ort::Attributes& attributes) {
+void AttentionAttributes::ReadCalibratedHeads(const ort::Attributes& attributes) {
   const auto heads = attributes.Required<std::vector<int64_t>>("calibrated_heads");
   Expect(!heads.empty(), "calibrated_heads is empty, expected at least one head: use Attention for a layer without");
   calibrated_count = static_cast<int64_t>(heads.size());
@@ -89,14 +101,6 @@ void AttentionAttributes::ReadCalibration(const ort::Attributes& attributes) {
     calibrated_index[heads[i]] = i;
   }
 
-  beta = attributes.Required<std::vector<float>>("beta");
-  Expect(beta.size() == 1 || beta.size() == heads.size(), "beta has ", beta.size(), " values, expected 1 or ",
-         heads.size(), ", one for each calibrated head");
-  for (const float value : beta) Expect(value >= 0.0f && value <= 2.0f, "beta has ", value, ", expected 0 to 2");
-  if (beta.size() == 1) beta.resize(heads.size(), beta.front());
-
-  threshold = attributes.Required<float>("threshold");
-  Expect(std::isfinite(threshold) && threshold >= 0.0f, "threshold is ", threshold, ", expected 0 or more");
   const auto mode = attributes.Optional<std::string>("threshold_mode", "absolute");
   Expect(mode == "absolute" || mode == "relative", "threshold_mode is \"", mode,
          "\", expected \"absolute\" or \"relative\"");
@@ -113,6 +117,7 @@ AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const
   const auto past_value = tensors.Input<T>(next++);
   const auto past_sink_scores = attributes.calibrated ? tensors.Input<float>(next++) : Tensor<const float>{};
   const auto attention_mask = tensors.Input<int64_t>(next++);
+  const auto calibration = attributes.calibrated ? tensors.Input<float>(next++) : Tensor<const float>{};
 
   ExpectRank("query", query.shape, 3, "(batch, sequence, num_heads * head_size)");
   ExpectRank("key", key.shape, 3, "(batch, sequence, kv_num_heads * head_size)");
@@ -146,6 +151,10 @@ AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const
   if (attributes.calibrated) {
     ExpectShape("past_sink_scores", past_sink_scores.shape, {a.batch, attributes.calibrated_count, a.past_capacity, 1},
                 "(batch, calibrated heads, past, 1), past as in past_key");
+    ExpectRank("calibration", calibration.shape, 3, "(1 or batch, calibrated heads, 3)");
+    a.calibrations = calibration.shape[0] == 1 ? 1 : a.batch;
+    ExpectShape("calibration", calibration.shape, {a.calibrations, attributes.calibrated_count, 3},
+                "(1 or batch, calibrated heads, 3)");
   }
   ExpectShape("attention_mask", attention_mask.shape, {a.batch, a.total}, "(batch, past + sequence)");
   Expect(a.total >= a.sequence, "attention_mask has ", a.total, " positions, expected at least the ", a.sequence,
@@ -161,6 +170,7 @@ AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const
   a.past_value = past_value.data;
   a.past_sink_scores = past_sink_scores.data;
   a.attention_mask = attention_mask.data;
+  a.calibration = reinterpret_cast<const Strengths*>(calibration.data);
   a.output = tensors.Output<T>(0, {a.batch, a.sequence, a.num_heads * a.value_head_size});
   a.present_key = tensors.Output<T>(1, {a.batch, a.kv_num_heads, a.present_capacity, a.head_size});
   a.present_value = tensors.Output<T>(2, {a.batch, a.kv_num_heads, a.present_capacity, a.value_head_size});
@@ -178,7 +188,6 @@ AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const
   a.scale = attributes.scale;
   a.softcap = attributes.softcap;
   a.sliding_window = attributes.sliding_window;
-  a.threshold = attributes.threshold;
   a.relative_threshold = attributes.relative_threshold;
   return a;
 }

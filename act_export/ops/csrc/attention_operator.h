@@ -25,17 +25,15 @@ struct AttentionAttributes {
   std::vector<float> sink_logits;  // per head; empty = none
   int64_t calibrated_count = 0;
   std::vector<int64_t> calibrated_index;  // per head: index among the calibrated heads, or -1
-  std::vector<float> beta;                // per calibrated head
-  float threshold = 0.0f;
   bool relative_threshold = false;
 
  private:
   void ReadSinkLogits(const ort::Attributes& attributes);
-  void ReadCalibration(const ort::Attributes& attributes);
+  void ReadCalibratedHeads(const ort::Attributes& attributes);
 };
 
-// Checks the inputs of one call and makes its outputs; calibrated_index, beta and sink_logits are left to the caller,
-// who knows which memory the kernel reads. T: float, Float16 or BFloat16.
+// Checks the inputs of one call and makes its outputs; calibrated_index and sink_logits are left to the caller, who knows
+// which memory the kernel reads, and so are the values of the calibration. T: float, Float16 or BFloat16.
 template <typename T>
 AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const ort::Tensors& tensors);
 

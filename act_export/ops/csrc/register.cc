@@ -65,10 +65,14 @@ struct Kernel {
 
 const Operator& AsOperator(const ort::CustomOp* op) { return *static_cast<const Operator*>(op); }
 
-// query, key, value, past_key, past_value, [past_sink_scores,] attention_mask.
+// query, key, value, past_key, past_value, [past_sink_scores,] attention_mask [, calibration].
+size_t MaskIndex(const Operator& op) { return op.calibrated ? 6 : 5; }
+
+size_t InputCount(const Operator& op) { return op.calibrated ? 8 : 6; }
+
 ort::ElementType InputType(const Operator& op, size_t index) {
   if (index < 5) return op.type;
-  return op.calibrated && index == 5 ? ort::kFloat : ort::kInt64;
+  return index == MaskIndex(op) ? ort::kInt64 : ort::kFloat;
 }
 
 // output, present_key, present_value, [present_sink_scores].
@@ -161,7 +165,7 @@ void InferShapes(const Operator& op, ort::ShapeInferContext* context) {
   const SymbolicShape query = InputShape(api, context, 0);
   const SymbolicShape past_key = InputShape(api, context, 3);
   const SymbolicShape past_value = InputShape(api, context, 4);
-  const SymbolicShape mask = InputShape(api, context, input_count - 1);
+  const SymbolicShape mask = InputShape(api, context, MaskIndex(op));
   if (query.size() == 3 && past_key.size() == 4 && past_value.size() == 4) {
     const int64_t key_size = past_key[3].value;
     const int64_t value_size = past_value[3].value;
@@ -195,7 +199,7 @@ Operator::Operator(const Description& description, const ort::Api& api) : Descri
   GetName = [](const ort::CustomOp* op) { return AsOperator(op).name; };
   GetExecutionProviderType = [](const ort::CustomOp* op) { return AsOperator(op).provider; };
   GetInputType = [](const ort::CustomOp* op, size_t index) { return InputType(AsOperator(op), index); };
-  GetInputTypeCount = [](const ort::CustomOp* op) { return size_t{AsOperator(op).calibrated ? 7u : 6u}; };
+  GetInputTypeCount = [](const ort::CustomOp* op) { return InputCount(AsOperator(op)); };
   GetOutputType = [](const ort::CustomOp* op, size_t index) { return OutputType(AsOperator(op), index); };
   GetOutputTypeCount = [](const ort::CustomOp* op) { return size_t{AsOperator(op).calibrated ? 4u : 3u}; };
   GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
