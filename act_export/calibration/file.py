@@ -277,7 +277,7 @@ class Calibration:
         """
         fields = Fields(parse_json(text, source, error=CalibrationError), source, error=CalibrationError)
         bare = "format" not in fields.members and "heads" not in fields.members
-        given = {"heads": _heads(fields)} if bare else _whole(fields)
+        given = {"heads": heads_of(fields)} if bare else _whole(fields)
         try:
             return cls(**given)
         except CalibrationError as error:
@@ -304,7 +304,7 @@ def _whole(fields: Fields) -> dict[str, Any]:
     per_head = any(isinstance(fields.members.get(name), dict) for name in STRENGTHS)
     known = "threshold" in fields.members
     return {
-        "heads": _heads(fields.inner("heads"), keep_order=per_head),
+        "heads": heads_of(fields.inner("heads"), keep_order=per_head),
         **{name: _strength(fields, name) for name in STRENGTHS if name in fields.members},
         "threshold": fields.number("threshold") if known else DEFAULT_THRESHOLD.get(mode, 0.0),
         "threshold_mode": mode,
@@ -354,7 +354,7 @@ def _provenance(fields: Fields) -> Provenance:
     )
 
 
-def _heads(fields: Fields, *, keep_order: bool = False) -> dict[int, tuple[int, ...]]:
+def heads_of(fields: Fields, *, keep_order: bool = False) -> dict[int, tuple[int, ...]]:
     """Heads by layer, ascending; with `keep_order` as they stand, because strengths stand in the same order."""
     heads = {_layer(name, fields): fields.wholes(name) for name in fields.members}
     return heads if keep_order else {layer: tuple(sorted(listed)) for layer, listed in heads.items()}

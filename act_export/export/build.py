@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.low_memory import low_memory_told
@@ -16,6 +17,7 @@ from act_export.checkpoint.text_tower import check_takes_embeddings
 from act_export.errors import ActExportError
 from act_export.export.lazy_weights import forget_weights
 from act_export.export.metadata import finish_model, metadata
+from act_export.export.passes.calibration_input import CalibrationInputPass
 from act_export.export.passes.convert_precision import ConvertPrecisionPass
 from act_export.export.passes.quantize_weights import QuantizeWeightsPass
 from act_export.export.slim import slim
@@ -28,7 +30,7 @@ from act_export.runtime.device import import_onnxruntime
 
 def build_model(
     checkpoint: Checkpoint,
-    calibration: Calibration | None,
+    calibrations: CalibrationSet | Calibration | None,
     path: Path,
     *,
     source: str = "",
@@ -42,7 +44,7 @@ def build_model(
 
     Args:
         checkpoint: The model, in float32; its weights may be streamed.
-        calibration: Baked into the attention nodes; None or one without heads gives the plain baseline.
+        calibrations: What the attention nodes can be calibrated to; None or one without heads gives the plain baseline.
         path: The ONNX file; its folder must exist.
         source: Recorded in the file as what it was made from.
         dtype: How weights, activations and cache are stored: float32, float16 or bfloat16; or int8 or int4,
@@ -60,7 +62,9 @@ def build_model(
         CalibrationError: If the calibration doesn't fit the model.
         CheckpointError: If the model is streamed, and its files can't be read any more.
     """
-    if calibration is not None:
+    if not isinstance(calibrations, CalibrationSet):
+        calibrations = CalibrationSet.of(calibrations)
+    for calibration in calibrations.each.values():
         calibration.check_fits(checkpoint.identity)
     stored = element_type(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)
@@ -77,13 +81,14 @@ def build_model(
     with low_memory_told(*EXPORTING):
         stop_tokens(checkpoint)  # what is wrong with them is told before the long work, too
         read_weight = checkpoint.streamed.read if checkpoint.streamed is not None else None
-        traced = trace(checkpoint.model, calibration, inputs_embeds=inputs_embeds, read_weight=read_weight)
+        traced = trace(checkpoint.model, calibrations.heads, inputs_embeds=inputs_embeds, read_weight=read_weight)
         model = slim(traced, weight_prefix="model.")
         if stored != ir.DataType.FLOAT:
             ir.passes.Sequential(ShapeInferencePass(), ConvertPrecisionPass(stored))(model)
         if quantization is not None:
             QuantizeWeightsPass(quantization)(model)
-        finish_model(model, metadata(calibration, checkpoint, source, dtype, quantization))
+        CalibrationInputPass(calibrations.heads.strengths(calibrations.default_calibration))(model)
+        finish_model(model, metadata(calibrations, checkpoint, source, dtype, quantization))
         try:
             save_model(model, path, progress)
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from act_export.calibration.file import Calibration
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.stop_tokens import stop_tokens
 from act_export.checkpoint.text_tower import family_of, placeholders_of
@@ -19,13 +19,13 @@ from act_export.version import __version__
 
 
 def metadata(
-    calibration: Calibration | None,
+    calibrations: CalibrationSet,
     checkpoint: Checkpoint,
     source: str,
     dtype: str = "float32",
     quantization: Quantization | None = None,
 ) -> dict[str, str]:
-    """What travels inside the ONNX file: version, calibration, the model that it was made from, type, and limits."""
+    """What travels inside the ONNX file: version, calibrations, the model that it was made from, type, and limits."""
     config = checkpoint.model.config
     return FileRecord(
         version=__version__,
@@ -44,7 +44,7 @@ def metadata(
         block_size=quantization.block_size if quantization is not None else None,
         generation=fields_of(checkpoint.model.generation_config),
         recompute_beyond=recomputed_beyond(checkpoint.model),
-        calibration=calibration,
+        calibrations=calibrations if calibrations.each or len(calibrations.heads) else None,
     ).write()
 
 

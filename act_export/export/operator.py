@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
-from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.ops import schema
 
 
@@ -34,6 +34,7 @@ def _calibrated(
     past_value: Tensor,
     past_sink_scores: Tensor,
     attention_mask: Tensor,
+    calibration: Tensor,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
@@ -41,8 +42,6 @@ def _calibrated(
     sliding_window: int,
     sink_logits: Sequence[float],
     calibrated_heads: Sequence[int],
-    beta: Sequence[float],
-    threshold: float,
     threshold_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return calibrated_attention(
@@ -53,6 +52,7 @@ def _calibrated(
         past_value,
         past_sink_scores,
         attention_mask,
+        calibration,
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,
         scale=scale,
@@ -60,8 +60,6 @@ def _calibrated(
         sliding_window=sliding_window,
         sink_logits=sink_logits,
         calibrated_heads=calibrated_heads,
-        beta=beta,
-        threshold=threshold,
         threshold_mode=threshold_mode,
     )
 
@@ -75,6 +73,7 @@ def _(
     past_value: Tensor,
     past_sink_scores: Tensor,
     attention_mask: Tensor,
+    calibration: Tensor,
     num_heads: int,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,21 +141,21 @@ class OperatorAttention:
     """The hook that puts one operator node per layer into the exported graph."""
 
     def __init__(
-        self, calibration: Calibration | None, sink_logits: Mapping[int, Sequence[float]] = MappingProxyType({})
+        self, heads: CalibratedHeads, sink_logits: Mapping[int, Sequence[float]] = MappingProxyType({})
     ) -> None:
         """Takes what to bake in.
 
         Args:
-            calibration: None leaves every layer plain.
+            heads: That can be calibrated; layers without any get the plain operator.
             sink_logits: By layer, of those that have learned ones: one for each query head.
         """
-        self.calibration = calibration
+        self.heads = heads
         self.sink_logits = sink_logits
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Calls the torch custom operator of the layer's kind."""
-        layer = self.calibration.layer(call.layer) if self.calibration is not None else None
-        past = call.past if call.past is not None else empty_state(call, len(layer.heads) if layer else 0)
+        heads = self.heads.heads.get(call.layer, ())
+        past = call.past if call.past is not None else empty_state(call, len(heads))
         new = [flatten_heads(x) for x in (call.query, call.key, call.value)]
         if (call.sink_logits is not None) != (call.layer in self.sink_logits):
             has = "has no" if call.sink_logits is None else "has"
@@ -165,18 +164,17 @@ class OperatorAttention:
             )
         sink_logits = list(self.sink_logits.get(call.layer, ()))
         shape = (call.query.shape[1], call.key.shape[1], call.scale, call.softcap, call.sliding_window, sink_logits)
-        if layer is None:
+        if not heads:
             output, key, value = torch.ops.act.Attention(*new, past.key, past.value, call.attention_mask, *shape)
             return output, LayerState(key, value, past.sink_scores)
         output, *state = torch.ops.act.CalibratedAttention(
             *new,
             *past,
             call.attention_mask,
+            torch.ones(1, len(heads), 3),  # `CalibrationInputPass` puts the graph's input here
             *shape,
-            list(layer.heads),
-            list(layer.beta),
-            layer.threshold,
-            layer.threshold_mode,
+            list(heads),
+            self.heads.threshold_mode,
         )
         return output, LayerState(*state)
 

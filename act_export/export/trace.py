@@ -15,7 +15,7 @@ from torch import Tensor
 from act_export.attention.call import LayerState
 from act_export.attention.hook import HookedModel, as_unsupported, attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
-from act_export.calibration.file import Calibration
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.text_tower import hidden_size, one_rotation, position_axes
@@ -69,19 +69,21 @@ class _GraphModule(torch.nn.Module):
 
 def trace(
     model: PreTrainedModel,
-    calibration: Calibration | None,
+    heads: CalibratedHeads,
     *,
     inputs_embeds: bool = False,
     read_weight: ReadWeight | None = None,
 ) -> ir.Model:
-    """Exports a model with the calibration (None: none) inside its attention nodes.
+    """Exports a model in whose attention nodes these heads can be calibrated.
+
+    How they are is a constant of ones in each node, for `CalibrationInputPass` to replace.
 
     The batch, the new tokens and the cache have dynamic lengths. Large weights are read when somebody asks for their
     values, and not kept.
 
     Args:
         model: In float32.
-        calibration: None leaves every head as it is.
+        heads: That can be calibrated.
         inputs_embeds: The graph takes embeddings (batch, sequence, hidden size) instead of token ids, and with M-RoPE
             positions (3, batch, sequence).
         read_weight: Where the model's large weights are zeros that stand for them: how to get one, by its name. None
@@ -92,9 +94,9 @@ def trace(
     """
     experts.check_experts(model)
     num_layers, _ = layers_and_heads(model.config)
-    sinks = list(calibration.heads) if calibration is not None else []
-    names = GraphNames.of(num_layers, calibration, EMBEDDINGS if inputs_embeds else IDS)
-    state, sink_logits = _probe(model, calibration)
+    sinks = list(heads.heads)
+    names = GraphNames.of(num_layers, sinks, EMBEDDINGS if inputs_embeds else IDS)
+    state, sink_logits = _probe(model, heads)
     batch, past, sequence = 2, 5, 3
     dims = {"batch": "batch_size", "past": "past_sequence_length"}
     tokens = torch.zeros(batch, sequence, dtype=torch.long)
@@ -117,7 +119,7 @@ def trace(
         torch.no_grad(),
         as_unsupported(model.config.model_type),
         low_memory_told(*EXPORTING),
-        attention_hook(model, OperatorAttention(calibration, sink_logits)) as hooked,
+        attention_hook(model, OperatorAttention(heads, sink_logits)) as hooked,
         experts.exportable_experts(model),
         one_rotation(model),
         traceable_rotation(model),
@@ -150,14 +152,13 @@ def trace(
         program.optimize()
     exported = program.model
     UnrollExpertsPass()(exported)
-    check_one_node_per_layer(exported, num_layers, calibration)
+    check_one_node_per_layer(exported, num_layers, len(sinks))
     return exported
 
 
-def check_one_node_per_layer(model: ir.Model, num_layers: int, calibration: Calibration | None) -> None:
+def check_one_node_per_layer(model: ir.Model, num_layers: int, calibrated: int) -> None:
     """Raises ActExportError unless the graph has exactly the attention nodes that it should have."""
     found = [node.op_type for node in model.graph if node.domain == schema.DOMAIN]
-    calibrated = len(calibration.heads) if calibration is not None else 0
     expected = {schema.CALIBRATED: calibrated, schema.PLAIN: num_layers - calibrated}
     counts = {operator: found.count(operator) for operator in expected}
     if counts != expected:
@@ -178,7 +179,7 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _probe(model: PreTrainedModel, calibration: Calibration | None) -> tuple[list[LayerState], dict[int, list[float]]]:
+def _probe(model: PreTrainedModel, heads: CalibratedHeads) -> tuple[list[LayerState], dict[int, list[float]]]:
     """Runs the model once under the hook, which refuses it early.
 
     Returns:
@@ -186,7 +187,7 @@ def _probe(model: PreTrainedModel, calibration: Calibration | None) -> tuple[lis
         model is traced its parameters have no values.
     """
     ids = torch.zeros(2, 5, dtype=torch.long)
-    reference = ReferenceAttention(calibration)
+    reference = ReferenceAttention.of_rows(heads, [None])
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.calibration.file import Calibration
 from act_export.errors import SessionError
 from act_export.files import path_inside
 from act_export.json_file import look_up, read_json
@@ -14,6 +14,7 @@ from act_export.json_file import look_up, read_json
 IDS, EMBEDDINGS = "input_ids", "inputs_embeds"  # what new tokens are given as: one of them
 MASK, POSITIONS = "attention_mask", "position_ids"
 LOGITS, LOGITS_TO_KEEP = "logits", "logits_to_keep"
+CALIBRATION = "calibration"  # strengths of the heads that can be calibrated; the default's where it isn't given
 PAST, PRESENT = "past_key_values.", "present."  # cache: before "LAYER.key" or "LAYER.value", going in and coming out
 PAST_SINKS, PRESENT_SINKS = "past_sink_scores.", "present_sink_scores."  # sink state: before the number of a layer
 EMBEDDING_FILE = "embedding.onnx"
@@ -28,9 +29,8 @@ class GraphNames:
     outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, num_layers: int, calibration: Calibration | None, tokens: str = IDS) -> GraphNames:
-        """Names for a model with this many layers; calibrated layers carry sink state too."""
-        sinks = tuple(calibration.heads) if calibration is not None else ()
+    def of(cls, num_layers: int, sinks: Sequence[int], tokens: str = IDS) -> GraphNames:
+        """Names for a model with this many layers, of which some carry sink state too."""
         cache = [f"{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
         return cls(
             inputs=(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError, others_errors
 from act_export.json_fields import LARGEST, Fields
@@ -149,7 +150,7 @@ class FileRecord:
             doesn't say, as in files of earlier versions.
         recompute_beyond: Tokens beyond which the whole sequence has to be computed again, because rotary frequencies
             change there; None where they don't.
-        calibration: Baked in; None for a plain export.
+        calibrations: What it can be calibrated to; None for a plain export.
         graft: Of a model that somebody else exported, what was changed; else None.
         packed: Where the sinks are in a cache that holds them too; None where they have inputs of their own.
     """
@@ -165,7 +166,7 @@ class FileRecord:
     block_size: int | None = None
     generation: Mapping[str, Any] | None = None
     recompute_beyond: int | None = None
-    calibration: Calibration | None = None
+    calibrations: CalibrationSet | None = None
     graft: GraftRecord | None = None
     packed: PackedState | None = None
 
@@ -173,6 +174,11 @@ class FileRecord:
     def ours(self) -> bool:
         """Whether act-export wrote the file."""
         return bool(self.version)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """That holds where a request doesn't say; None for plain."""
+        return self.calibrations.default_calibration if self.calibrations is not None else None
 
     @classmethod
     def read(
@@ -204,7 +210,11 @@ class FileRecord:
                 raise texts.refused(f"has {PREFIX}{name} = {digits[:20]!r}; it must be a number up to {highest}")
             return int(digits) if digits else None
 
-        calibration = properties.get(PREFIX + "calibration")
+        if PREFIX + "calibration" in properties:
+            raise error(
+                f"{what} was written by act-export {text('version')}, which kept its calibration where this one can't "
+                f"change it: write it again, or run it with that version"
+            )
         return cls(
             version=text("version"),
             source=text("source"),
@@ -217,8 +227,8 @@ class FileRecord:
             block_size=number("block_size", LARGEST),
             generation=fields("generation").members if PREFIX + "generation" in properties else None,
             recompute_beyond=number("recompute_beyond", LARGEST),
-            calibration=Calibration.from_json(calibration, source=f"the calibration in {what}")
-            if calibration
+            calibrations=CalibrationSet.of_fields(fields("calibrations"))
+            if PREFIX + "calibrations" in properties
             else None,
             graft=GraftRecord.from_json(properties[GRAFT], f"{GRAFT} of {what}", error=error)
             if GRAFT in properties
@@ -241,7 +251,7 @@ class FileRecord:
             "block_size": "" if self.block_size is None else str(self.block_size),
             "generation": "" if self.generation is None else json.dumps(self.generation),
             "recompute_beyond": "" if self.recompute_beyond is None else str(self.recompute_beyond),
-            "calibration": self.calibration.to_json() if self.calibration is not None else "",
+            "calibrations": self.calibrations.to_json() if self.calibrations is not None else "",
             "graft": self.graft.to_json() if self.graft is not None else "",
             PROPERTY: json.dumps(self.packed.to_fields()) if self.packed is not None else "",
         }

@@ -27,7 +27,7 @@ class ConvertPrecisionPass(ir.passes.InPlacePass):
 
     - what comes of positions and constants alone: rotary frequencies, angles, their cosines and sines. They are rounded
       where they meet activations, once for all layers, as transformers does it;
-    - the running column sums;
+    - the running column sums, and the calibration;
     - the logits, and the scale or cap that is applied to them: one Cast follows the product with the vocabulary.
       transformers scales and caps in the half type;
     - the choice of experts, from the product with the router's weights on: rounding it chooses others.
@@ -150,7 +150,7 @@ def _decide(plan: _Plan, node: ir.Node, target: ir.DataType) -> None:
     plan.targets[node] = target
     for index, value in enumerate(node.outputs):
         if value.dtype == _FLOAT:
-            plan.storage[value] = _FLOAT if index in _sink_state_slots(node, outputs=True) else target
+            plan.storage[value] = _FLOAT if index in _float32_slots(node, outputs=True) else target
 
 
 def _computed_constants(graph: ir.Graph) -> list[ir.Node]:
@@ -197,18 +197,18 @@ def _logits(graph: ir.Graph) -> ir.Value:
 
 def _free_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
     """Float inputs that can be stored in either type."""
-    fixed = _sink_state_slots(node, outputs=False)
+    fixed = _float32_slots(node, outputs=False)
     for index, value in enumerate(node.inputs):
         if value is not None and value.dtype == _FLOAT and index not in fixed:
             yield index, value
 
 
-def _sink_state_slots(node: ir.Node, *, outputs: bool) -> set[int]:
+def _float32_slots(node: ir.Node, *, outputs: bool) -> set[int]:
     if node.domain != schema.DOMAIN:
         return set()
     described = schema.schema(node.op_type)
     parameters = described.outputs if outputs else described.inputs
-    return {index for index, parameter in enumerate(parameters) if parameter.name.endswith(_SINK_SCORES)}
+    return {index for index, parameter in enumerate(parameters) if parameter.type_str == "F"}
 
 
 def _store_constant(graph: ir.Graph, value: ir.Value, uses: Sequence[_Use], dtype: ir.DataType) -> None:
