@@ -31,7 +31,12 @@ CACHE_ROOM = 7  # positions of a preallocated cache beyond this call
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the operator. `sharpness` scales the logits; `padding` is none, left, right or holes."""
+    """One call of the operator.
+
+    `sharpness` scales the logits; `padding` is none, left, right or holes. `beta` and `gamma` are those of all
+    calibrated heads, or of each; with `each_sequence` those of a sequence's heads begin one further on than those of
+    the sequence before it, and its threshold is higher by half.
+    """
 
     batch: int = 2
     sequence: int = 5
@@ -46,8 +51,10 @@ class Case:
     sliding_window: int = -1
     calibrated_heads: tuple[int, ...] = (0, 3)
     beta: tuple[float, ...] = (0.4,)
+    gamma: tuple[float, ...] = (1.0,)
     threshold: float = 0.05
     threshold_mode: str = "absolute"
+    each_sequence: bool = False
     padding: str = "left"
     sharpness: float = 1.0
     in_place: bool = False
@@ -60,10 +67,19 @@ class Case:
 
     @property
     def attributes(self) -> dict:
-        names = ("num_heads", "kv_num_heads", "softcap", "sliding_window", "calibrated_heads", "beta", "threshold")
-        names += ("threshold_mode", "sink_logits")
+        names = ("num_heads", "kv_num_heads", "softcap", "sliding_window", "calibrated_heads", "threshold_mode")
+        names += ("sink_logits",)
         scale = self.head_size**-0.5 if self.scale is None else self.scale
         return {"scale": scale, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def calibration(self) -> Tensor:
+        """Beta, gamma and threshold, (1 or batch, calibrated heads, 3)."""
+        strengths = torch.empty(len(self.calibrated_heads), 3)
+        for column, values in enumerate((self.beta, self.gamma, (self.threshold,))):
+            strengths[:, column] = torch.tensor(values)
+        rows = [strengths.roll(-b, 0) for b in range(self.batch if self.each_sequence else 1)]
+        return torch.stack([row * torch.tensor([1, 1, 1 + 0.5 * b]) for b, row in enumerate(rows)])
 
 
 @dataclass
@@ -75,6 +91,7 @@ class Inputs:
     past_value: Tensor
     past_sink_scores: Tensor
     attention_mask: Tensor
+    calibration: Tensor
 
 
 def draw_mask(case: Case, generator: torch.Generator) -> Tensor:
@@ -122,6 +139,7 @@ def draw(case: Case) -> Inputs:
         past_value.to(dtype),
         (sums * mask[:, None, :past, None]).float(),
         mask,
+        case.calibration,
     )
 
 
@@ -131,7 +149,8 @@ def expect(case: Case, inputs: Inputs, dtype: torch.dtype):
         torch.nan_to_num(tensor).to(dtype)
         for tensor in (inputs.query, inputs.key, inputs.value, inputs.past_key, inputs.past_value)
     ]
-    return calibrated_attention(*tensors, inputs.past_sink_scores, inputs.attention_mask, **case.attributes)
+    state = (inputs.past_sink_scores, inputs.attention_mask, inputs.calibration)
+    return calibrated_attention(*tensors, *state, **case.attributes)
 
 
 @dataclass
@@ -141,8 +160,8 @@ class Maps:
     Attributes:
         plain: A.
         calibrated: A'.
-        margin: The least distance of a sink score from the threshold, by the larger of the two.
-        rests: (batch, calibrated heads, sequence): n, each row's mass outside the later sinks.
+        margin: The least distance of a sink score from the threshold, by the larger of the two, where a beta isn't 1.
+        rests: (batch, calibrated heads, sequence): n, each row's mass outside the later sinks; as `margin`.
     """
 
     plain: Tensor
@@ -155,6 +174,10 @@ def draw_maps(case: Case, inputs: Inputs) -> Maps:
     real = inputs.attention_mask != 0
     group = case.num_heads // case.kv_num_heads
     query = torch.nan_to_num(inputs.query).double().view(case.batch, case.sequence, case.num_heads, case.head_size)
+    heads = list(case.calibrated_heads)
+    beta, gamma, threshold = inputs.calibration.double().expand(case.batch, -1, -1).unbind(-1)
+    every_gamma = torch.ones(case.batch, case.num_heads, dtype=torch.float64)
+    every_gamma[:, heads] = gamma
     plain = attention_probabilities(
         query.transpose(1, 2),
         all_keys(inputs.past_key, inputs.key).repeat_interleave(group, 1).double(),
@@ -163,18 +186,18 @@ def draw_maps(case: Case, inputs: Inputs) -> Maps:
         softcap=case.softcap,
         sliding_window=case.sliding_window,
         sink_logits=case.sink_logits,
+        gamma=every_gamma,
     )
-    heads = list(case.calibrated_heads)
     if not heads:
         return Maps(plain, plain, np.inf, plain[:, :0, :, 0])
     rule = {
-        "threshold": case.threshold,
+        "threshold": threshold[..., None],
         "threshold_mode": case.threshold_mode,
         "sliding_window": case.sliding_window,
     }
     found = calibrate_with_state(
         plain[:, heads],
-        beta=torch.tensor(case.beta, dtype=torch.float64).view(-1, 1, 1),
+        beta=beta[..., None, None],
         real=real[:, None],
         past_column_sums=inputs.past_sink_scores[..., 0].double(),
         **rule,
@@ -184,8 +207,9 @@ def draw_maps(case: Case, inputs: Inputs) -> Maps:
     margins = sink_margins(found.column_sums, real[:, None], **rule)
     scores = sink_margins(found.column_sums, real[:, None], **{**rule, "threshold": 0.0})
     distances = margins.abs() / torch.maximum(scores, scores - margins)  # NaN where nothing is seen and tau is 0
-    rests = plain[:, heads].masked_fill(found.sinks[:, :, None], 0).sum(-1)
-    margin = torch.nan_to_num(distances, nan=torch.inf).amin().item()
+    is_plain = (beta == 1)[..., None]
+    rests = plain[:, heads].masked_fill(found.sinks[:, :, None], 0).sum(-1).masked_fill(is_plain, torch.inf)
+    margin = torch.nan_to_num(distances, nan=torch.inf).masked_fill(is_plain, torch.inf).amin().item()
     return Maps(plain, calibrated, margin, rests)
 
 
@@ -272,6 +296,7 @@ def judge(case: Case, inputs: Inputs, found: Result, maps: Maps | None = None) -
 
 
 SINKS = (1.5, NO_SINK_LOGIT, -2.0, 4.0)
+GAMMAS = (4.0, 0.125)
 PROMPT = Case(sequence=200, threshold=0.01)
 DECODE = Case(sequence=1, past=150)
 SHORT, SHORT_DECODE = replace(PROMPT, sequence=70), replace(DECODE, past=70)
@@ -279,16 +304,24 @@ SHORT, SHORT_DECODE = replace(PROMPT, sequence=70), replace(DECODE, past=70)
 CASES = {
     "prompt": PROMPT,
     "no calibrated head": replace(PROMPT, calibrated_heads=()),
-    "every head, beta each": replace(PROMPT, calibrated_heads=(3, 1, 0, 2), beta=(0.0, 0.4, 1.5, 2.0)),
-    "right padding": replace(PROMPT, padding="right"),
-    "holes": replace(PROMPT, padding="holes"),
+    "every head, beta each": replace(
+        PROMPT,
+        calibrated_heads=(3, 1, 0, 2),
+        beta=(0.0, 1.0, 1.5, 2.0),
+        gamma=(1.0, 16.0, 0.25, 1.0),
+        each_sequence=True,
+    ),
+    "strengths of 1": replace(PROMPT, beta=(1.0,), past=40),
+    "gamma alone": replace(PROMPT, beta=(1.0,), gamma=GAMMAS, past=40),
+    "right padding": replace(PROMPT, padding="right", gamma=GAMMAS),
+    "holes": replace(PROMPT, padding="holes", gamma=GAMMAS),
     "several tokens behind a cache": replace(PROMPT, sequence=70, past=40),
     "relative threshold": replace(PROMPT, threshold=3.0, threshold_mode="relative"),
-    "window": replace(PROMPT, sliding_window=37, past=30, threshold=0.05),
-    "window shorter than a block": replace(PROMPT, sliding_window=3, threshold=0.05),
-    "soft cap": replace(PROMPT, softcap=5.0, sharpness=3.0),
-    "negative scale": replace(PROMPT, scale=-0.2),
-    "scale 0": replace(PROMPT, scale=0.0, threshold=0.012),
+    "window": replace(PROMPT, sliding_window=37, past=30, threshold=0.05, gamma=GAMMAS),
+    "window shorter than a block": replace(PROMPT, sliding_window=3, threshold=0.05, gamma=GAMMAS),
+    "soft cap": replace(PROMPT, softcap=5.0, sharpness=3.0, gamma=GAMMAS),
+    "negative scale": replace(PROMPT, scale=-0.2, gamma=GAMMAS),
+    "scale 0": replace(PROMPT, scale=0.0, threshold=0.012, gamma=GAMMAS),
     "head size 40": replace(PROMPT, head_size=40),
     "head size 5": replace(PROMPT, head_size=5),
     "head size 128": replace(PROMPT, head_size=128, batch=1),
@@ -298,23 +331,29 @@ CASES = {
     "no rest": replace(PROMPT, threshold=0.0, sharpness=4.0, beta=(0.0,)),
     "clamped": replace(PROMPT, threshold=0.002, sharpness=3.0, beta=(2.0,)),
     "in place": replace(PROMPT, past=9, in_place=True),
-    "sinks": replace(SHORT, sink_logits=SINKS, threshold=0.01, padding="holes"),
+    "sinks": replace(SHORT, sink_logits=SINKS, threshold=0.01, padding="holes", gamma=GAMMAS),
     "sinks, no calibrated head": replace(SHORT, sink_logits=SINKS, calibrated_heads=(), padding="right"),
-    "sinks, soft cap, window": replace(SHORT, sink_logits=SINKS, softcap=2.0, sliding_window=37, threshold=0.01),
+    "sinks, soft cap, window": replace(
+        SHORT, sink_logits=SINKS, softcap=2.0, sliding_window=37, threshold=0.01, gamma=GAMMAS
+    ),
     "sinks, little rest": replace(SHORT, sink_logits=SINKS, threshold=0.0005, sharpness=4.0, beta=(1.6, 0.0)),
     "sinks that draw everything": replace(SHORT, sink_logits=(14.0,) * 4, threshold=0.0, beta=(0.0,)),
     "two blocks of the mask": Case(
         sequence=17, past=4100, threshold=0.01, batch=1, num_heads=1, kv_num_heads=1, calibrated_heads=(0,)
     ),
     "decode": DECODE,
+    "decode, strengths of 1": replace(DECODE, beta=(1.0,)),
+    "decode, gamma alone": replace(DECODE, beta=(1.0,), gamma=GAMMAS),
     "decode, no calibrated head": replace(DECODE, calibrated_heads=()),
     "decode, first token": Case(sequence=1),
     "decode, several tokens": replace(DECODE, sequence=5),
-    "decode, more heads of a group": replace(DECODE, sequence=3, num_heads=8, kv_num_heads=1),
-    "decode, holes": replace(DECODE, padding="holes"),
-    "decode, right padding": replace(DECODE, padding="right", sequence=3),
-    "decode, window": replace(DECODE, sliding_window=37),
-    "decode, soft cap": replace(DECODE, softcap=5.0, sharpness=3.0, head_size=24),
+    "decode, more heads of a group": replace(
+        DECODE, sequence=3, num_heads=8, kv_num_heads=1, beta=(0.4, 1.0), gamma=GAMMAS, each_sequence=True
+    ),
+    "decode, holes": replace(DECODE, padding="holes", gamma=GAMMAS),
+    "decode, right padding": replace(DECODE, padding="right", sequence=3, gamma=GAMMAS),
+    "decode, window": replace(DECODE, sliding_window=37, gamma=GAMMAS),
+    "decode, soft cap": replace(DECODE, softcap=5.0, sharpness=3.0, head_size=24, gamma=GAMMAS),
     "decode, relative threshold": replace(DECODE, threshold=3.0, threshold_mode="relative"),
     "decode, little rest": replace(DECODE, threshold=0.001, sharpness=4.0),
     "decode, no rest": replace(DECODE, threshold=0.0, sharpness=4.0, beta=(0.0,)),
@@ -323,7 +362,9 @@ CASES = {
     "decode, long cache": Case(sequence=1, past=4200, batch=1, num_heads=2, kv_num_heads=1, calibrated_heads=(1,)),
     "decode, sinks": replace(SHORT_DECODE, sequence=3, sink_logits=SINKS, threshold=0.01, padding="holes"),
     "decode, sinks, no calibrated head": replace(SHORT_DECODE, sink_logits=SINKS, calibrated_heads=()),
-    "decode, sinks, soft cap, window": replace(SHORT_DECODE, sink_logits=SINKS, softcap=2.0, sliding_window=5),
+    "decode, sinks, soft cap, window": replace(
+        SHORT_DECODE, sink_logits=SINKS, softcap=2.0, sliding_window=71, gamma=GAMMAS
+    ),
     "decode, sinks, little rest": replace(
         SHORT_DECODE, sink_logits=SINKS, threshold=0.001, sharpness=4.0, beta=(1.6, 0.0)
     ),
@@ -336,6 +377,7 @@ CASES = {
 HALF_CASES = (
     "prompt",
     "every head, beta each",
+    "gamma alone",
     "several tokens behind a cache",
     "window",
     "head size 40",
@@ -344,6 +386,7 @@ HALF_CASES = (
     "in place",
     "sinks",
     "decode",
+    "decode, gamma alone",
     "decode, sinks",
     "decode, more heads of a group",
     "decode, little rest",
