@@ -47,7 +47,9 @@ class FastAttention:
                 1, heads, (calibrated.probabilities @ values_of(call, value, layer.heads)).to(output.dtype)
             )
             is_plain = torch.tensor(layer.beta, device=output.device)[:, None] == 1
-            sums = torch.where(is_plain, pad(past.sink_scores.squeeze(-1), (0, call.query.shape[2])), calibrated.column_sums)
+            sums = torch.where(
+                is_plain, pad(past.sink_scores.squeeze(-1), (0, call.query.shape[2])), calibrated.column_sums
+            )
         return flatten_heads(output), LayerState(key, value, sums.unsqueeze(-1).float())
 
 

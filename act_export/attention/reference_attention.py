@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -20,20 +19,25 @@ class ReferenceAttention:
     def __init__(self, calibration: Calibration | None) -> None:
         """Takes the calibration to apply; None leaves every head as it is."""
         self.heads = CalibratedHeads.of([] if calibration is None else [calibration])
-        self.strengths = torch.from_numpy(self.heads.strengths(calibration))
+        self.calibrate(calibration)
         self.sliding_windows: dict[int, int] = {}  # by layer, as the model asked for them
         self.sink_logits: dict[int, Tensor] = {}  # of the layers that have some, (num_heads,)
 
     @classmethod
-    def of_rows(cls, heads: CalibratedHeads, calibrations: Sequence[Calibration | None]) -> Self:
-        """The reference as a file that can calibrate these heads runs it: a calibration for all rows, or one for each.
+    def of_heads(cls, heads: CalibratedHeads) -> Self:
+        """The reference as a file that can calibrate these heads runs it; `calibrate` says how, at first not at all."""
+        found = cls(None)
+        found.heads = heads
+        found.calibrate(None)
+        return found
+
+    def calibrate(self, *calibrations: Calibration | None) -> None:
+        """Takes a calibration for all sequences, or one for each; None leaves every head as it is.
 
         Raises:
-            CalibrationError: If a calibration doesn't fit.
+            CalibrationError: If one doesn't fit the heads.
         """
-        found = cls(None)
-        found.heads, found.strengths = heads, torch.from_numpy(heads.strengths(*calibrations))
-        return found
+        self.strengths = torch.from_numpy(self.heads.strengths(*calibrations))
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, LayerState]:
         """Runs `act_export.calibration.reference.calibrated_attention`."""

@@ -55,14 +55,14 @@ class CalibrationSet:
         calibrations: Mapping[str, Calibration] | Calibration | None,
         *,
         default: str | None = None,
-        heads: CalibratedHeads | None = None,
+        every: Mapping[int, tuple[int, ...]] | None = None,
     ) -> Self:
         """A set of one, or of several by name.
 
         Args:
             calibrations: None for none.
             default: None for the first.
-            heads: None for those of the calibrations.
+            every: Heads of the model by layer, where all of them can be calibrated; None for those of the calibrations.
 
         Raises:
             CalibrationError: If names, threshold modes or heads don't fit.
@@ -72,7 +72,9 @@ class CalibrationSet:
         if isinstance(calibrations, Calibration):
             calibrations = {UNNAMED: calibrations}
         first = next(iter(calibrations), PLAIN)
-        heads = heads if heads is not None else CalibratedHeads.of(calibrations.values())
+        heads = CalibratedHeads.of(calibrations.values())
+        if every is not None:
+            heads = CalibratedHeads(every, heads.threshold_mode)
         return cls(dict(calibrations), first if default is None else default, heads)
 
     @property

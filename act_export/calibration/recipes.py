@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.strengths import CalibratedHeads
 
 PUBLISHED = "published"  # the method of heads that others found
 
@@ -143,6 +145,42 @@ def named_calibration(given: str) -> Calibration:
     """
     recipe = named_recipe(given)
     return recipe.calibration if recipe is not None else Calibration.load(given)
+
+
+def named_calibrations(given: Sequence[str]) -> dict[str, Calibration]:
+    """Calibrations by name: files, shipped recipes, and all files of folders.
+
+    Args:
+        given: Paths, or names of recipes. A file's calibration is called as the file.
+
+    Raises:
+        CalibrationError: If one isn't there or can't be read, a folder has none, or two have the same name.
+    """
+    found: dict[str, Calibration] = {}
+    for each in given:
+        paths = sorted(str(path) for path in Path(each).glob("*.json")) if Path(each).is_dir() else [each]
+        if not paths:
+            raise CalibrationError(f"{each} has no calibration files (*.json)")
+        for path in paths:
+            name = Path(path).name.removesuffix(".json")
+            if name in found:
+                raise CalibrationError(f"two calibrations are called {name!r}, by their files; rename one: {path}")
+            found[name] = named_calibration(path)
+    return found
+
+
+def describe_calibrations(calibrations: CalibrationSet) -> Iterator[str]:
+    """What a file can be calibrated to, a line each, the default first."""
+    default = calibrations.default_calibration
+    yield f"calibration: {describe_calibration(default) if default is not None else 'none (plain)'}"
+    if len(calibrations.names) > 1 + bool(default):
+        yield f"a request can ask for {', '.join(calibrations.names)}; the default is {calibrations.default}"
+    for name, calibration in calibrations.each.items():
+        if name != calibrations.default:
+            yield f"{name}: {describe_calibration(calibration)}"
+    calibrated = len(CalibratedHeads.of(calibrations.each.values()))
+    if len(calibrations.heads) > calibrated:
+        yield f"all {len(calibrations.heads)} heads can be calibrated, by calibrations found later too"
 
 
 def describe_calibration(calibration: Calibration) -> str:

@@ -2,9 +2,9 @@
 
 The method is from Yu et al., "Unveiling and Harnessing Hidden Attention Sinks" (ICML 2024, arXiv 2406.15765); padding,
 batches, prompts in chunks, decode and sliding windows follow the definition below. One sequence, one calibrated head; P
-tokens are already in the cache, this call brings S, T = P + S. Only real (not padding) tokens count. A is the softmax of
-the logits with log(gamma) added in the initial token's column, which multiplies its weight by gamma (ZeroTuning: Han et
-al., arXiv 2505.11739); with gamma = 1 it is the model's own map.
+tokens are already in the cache, this call brings S, T = P + S. Only real (not padding) tokens count. A is the softmax
+of the logits with log(gamma) added in the initial token's column, which multiplies its weight by gamma (ZeroTuning: Han
+et al., arXiv 2505.11739); with gamma = 1 it is the model's own map.
 
     C[j]     = sum over all real rows i >= j seen so far of A[i, j]                     running column sums
     a[j]     = C[j] / (number of real rows that can see key j)                          sink scores

@@ -49,11 +49,6 @@ class CalibratedHeads:
             *modes,
         )
 
-    @classmethod
-    def all_of(cls, num_layers: int, num_heads: int, threshold_mode: str = "absolute") -> Self:
-        """Every head of a model."""
-        return cls({layer: tuple(range(num_heads)) for layer in range(num_layers)}, threshold_mode)
-
     def __len__(self) -> int:
         """Number of heads."""
         return sum(map(len, self.heads.values()))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from act_export.calibration.recipes import describe_calibration
+from act_export.calibration.recipes import describe_calibrations
 from act_export.commands.console import (
     note,
     progress_bar,
@@ -19,11 +19,14 @@ from act_export.commands.options import (
     AccuracyLevelOption,
     BetaOption,
     BlockSizeOption,
+    CalibrationsOption,
     DataOption,
+    DefaultOption,
     ModelArgument,
     ModeOption,
     RevisionOption,
     SeedOption,
+    SwitchableOption,
     TaskOption,
     ThresholdOption,
     TrustOption,
@@ -40,10 +43,9 @@ def export_command(
         Path | None,
         typer.Option(help="A file *.onnx, or a folder that also gets tokenizer, config, calibration and library."),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|NAME", help="Calibration file or shipped recipe; otherwise that, or a search."),
-    ] = None,
+    calibration: CalibrationsOption = None,
+    default: DefaultOption = None,
+    switchable: SwitchableOption = False,
     task: TaskOption = None,
     data: DataOption = None,
     beta: BetaOption = None,
@@ -85,7 +87,7 @@ def export_command(
     from act_export.export.job import export_model, with_quantized_weights
     from act_export.onnx_file.precision import element_type, quantization_of
     from act_export.onnx_file.publish import check_output
-    from act_export.search.resolve import CalibrationRequest, resolve_calibration
+    from act_export.search.resolve import CalibrationRequest, resolve_calibrations
     from act_export.tasks import Questions
 
     element_type(dtype)
@@ -96,7 +98,7 @@ def export_command(
         raise ActExportError(f"where to? act-export {model} --out calibrated.onnx, or --out with a folder's name")
     check_output(out)
     questions = Questions((task,) if task else (), (data,) if data else (), seed=seed)
-    request = CalibrationRequest(plain, calibration, questions, beta, threshold, threshold_mode)
+    request = CalibrationRequest(plain, tuple(calibration or ()), questions, beta, threshold, threshold_mode)
     if verify or quantization is not None:
         check_device(device if verify else None)
     checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
@@ -111,14 +113,16 @@ def export_command(
         note(f"rounding weights to {dtype}, to search on them")
         searched = with_quantized_weights(checkpoint, dtype, block_size=block_size)
     with progress_bar("search") as progress:
-        chosen = resolve_calibration(searched, request, notice=note, progress=progress)
-    if chosen is not None and not chosen.num_calibrated_heads:
+        chosen = resolve_calibrations(searched, request, notice=note, progress=progress)
+    if chosen and not switchable and not any(each.num_calibrated_heads for each in chosen.values()):
         note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
     with status() as step:
         written = export_model(
             checkpoint,
             chosen,
             out,
+            default=default,
+            switchable=switchable,
             dtype=dtype,
             accuracy_level=accuracy_level,
             block_size=block_size,
@@ -134,8 +138,8 @@ def export_command(
 def _summarize(written: Converted) -> None:
     from act_export.onnx_file.names import EMBEDDING_FILE
 
-    calibration = written.calibration
-    note(f"calibration: {describe_calibration(calibration) if calibration is not None else 'none (plain)'}")
+    for line in describe_calibrations(written.calibrations):
+        note(line)
     if written.parity is None:
         note("parity: not checked")
     else:

@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from act_export.calibration.recipes import describe_calibration, named_calibration
+from act_export.calibration.recipes import describe_calibrations, named_calibrations
 from act_export.commands.console import note, status
-from act_export.commands.options import BetaOption, ModeOption, ThresholdOption
+from act_export.commands.options import (
+    BetaOption,
+    CalibrationsOption,
+    DefaultOption,
+    ModeOption,
+    SwitchableOption,
+    ThresholdOption,
+)
 from act_export.errors import ActExportError
 
 if TYPE_CHECKING:
@@ -26,9 +33,9 @@ def graft_command(
     out: Annotated[
         Path | None, typer.Option(help="Where to: a name ending in .onnx for a file, a folder for a folder.")
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|NAME", help="Calibration file or shipped recipe.")
-    ] = None,
+    calibration: CalibrationsOption = None,
+    default: DefaultOption = None,
+    switchable: SwitchableOption = False,
     beta: BetaOption = None,
     threshold: ThresholdOption = None,
     threshold_mode: ModeOption = None,
@@ -53,11 +60,13 @@ def graft_command(
     from act_export.graft.job import graft
 
     if out is None:
-        heads = "--remove" if remove else f"--calibration {calibration or 'FILE'}"
+        heads = "--remove" if remove else f"--calibration {' --calibration '.join(calibration or ['FILE'])}"
         raise ActExportError(f"--out is missing: act-export graft {file} {heads} --out NEW")
     if remove:
         values = {
             "--calibration": calibration,
+            "--default": default,
+            "--switchable": switchable or None,
             "--beta": beta,
             "--threshold": threshold,
             "--threshold-mode": threshold_mode,
@@ -70,22 +79,34 @@ def graft_command(
         note(f"taken out of {len(removed.layers)} layers; the graph is what it was before")
         print(removed.path)
         return
-    if calibration is None:
+    if not calibration and not switchable:
         raise ActExportError(
             f"--calibration is missing: act-export graft {file} --calibration FILE --out {out}, a file or a recipe's "
             f"name; act-export search CHECKPOINT finds heads"
         )
-    chosen = named_calibration(calibration).with_overrides(
-        beta=beta, threshold=threshold, threshold_mode=threshold_mode
-    )
+    chosen = {
+        name: each.with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
+        for name, each in named_calibrations(calibration or []).items()
+    }
     with status() as step:
         layout = StateLayout.PACKED if state_in_cache else None
-        written = graft(file, chosen, out, layout=layout, native=not portable, check=check, progress=step)
+        written = graft(
+            file,
+            chosen,
+            out,
+            default=default,
+            switchable=switchable,
+            layout=layout,
+            native=not portable,
+            check=check,
+            progress=step,
+        )
     _summarize(written)
 
 
 def _summarize(written: Grafted) -> None:
-    note(f"calibration: {describe_calibration(written.calibration)}")
+    for line in describe_calibrations(written.calibrations):
+        note(line)
     replaced = ", ".join(f"{count} {kind}" for kind, count in written.patterns.items())
     note(f"replaced in {len(written.layers)} of {written.num_layers} layers: {replaced}")
     if written.difference is not None:

@@ -62,6 +62,21 @@ ThresholdOption = Annotated[float | None, typer.Option(help="Sink score above wh
 ModeOption = Annotated[
     str | None, typer.Option(metavar="absolute|relative", help="Relative: threshold / number of tokens.")
 ]
+CalibrationsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE|NAME|FOLDER",
+        help="Calibration file, shipped recipe, or a folder of files; repeatable: requests ask for them by name.",
+    ),
+]
+DefaultOption = Annotated[
+    str | None,
+    typer.Option("--default", metavar="NAME|plain", help="Calibration of requests that don't ask; the first."),
+]
+SwitchableOption = Annotated[
+    bool, typer.Option("--switchable", help="Every head can be calibrated, so calibrations found later fit too.")
+]
 TokenizerOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
 ]

@@ -50,7 +50,7 @@ def verify_command(
             f"{file} was exported from another model: {found.identity}, and {against} is {checkpoint.identity}"
         )
     with status() as step:
-        report = verify_file(found.path, checkpoint, found.calibration, device=device or "cpu", progress=step)
+        report = verify_file(found.path, checkpoint, found.calibrations, device=device or "cpu", progress=step)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:

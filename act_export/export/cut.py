@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from act_export.calibration.calibration_set import CalibrationSet
+from act_export.calibration.file import Strength
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.checkpoint.identity import identify, layers_and_heads
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.streamed.weights import model_with_weights
@@ -14,8 +17,6 @@ from act_export.errors import ActExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from act_export.calibration.file import Calibration
 
 LAYERS = 2
 
@@ -32,30 +33,42 @@ def cut_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, model=model, identity=identify(model), names=(), streamed=None)
 
 
-def cut_calibration(calibration: Calibration | None) -> Calibration | None:
-    """What a calibration does in the first layers; None for none.
+def cut_calibrations(calibrations: CalibrationSet) -> CalibrationSet:
+    """What calibrations do in the first layers.
 
-    One that calibrates none of them does there what it does in the first layers that it calibrates: so that calibrated
-    attention is compared too.
+    Where no head of these can be calibrated, they do there what they do in the first layers of which some can: so that
+    calibrated attention is compared too.
     """
-    if calibration is None:
-        return None
-    places = _places(calibration)
-    heads = {place: calibration.heads[layer] for layer, place in places.items()}
-    beta = calibration.beta
-    if isinstance(beta, Mapping):
-        beta = {place: beta[layer] for layer, place in places.items()}
-    return replace(calibration, heads=heads, beta=beta, model=None, provenance=None)
+    places = _places(calibrations.heads)
+
+    def moved(strength: Strength) -> Strength:
+        if not isinstance(strength, Mapping):
+            return strength
+        return {place: strength[layer] for layer, place in places.items() if layer in strength}
+
+    each = {
+        name: replace(
+            calibration,
+            heads={place: calibration.heads[layer] for layer, place in places.items() if layer in calibration.heads},
+            beta=moved(calibration.beta),
+            gamma=moved(calibration.gamma),
+            model=None,
+            provenance=None,
+        )
+        for name, calibration in calibrations.each.items()
+    }
+    heads = {place: calibrations.heads.heads[layer] for layer, place in places.items()}
+    return CalibrationSet(each, calibrations.default, CalibratedHeads(heads, calibrations.heads.threshold_mode))
 
 
-def describe_cut(checkpoint: Checkpoint, calibration: Calibration | None) -> str:
-    """What of a checkpoint and its calibration is compared when its cut is."""
+def describe_cut(checkpoint: Checkpoint, heads: CalibratedHeads) -> str:
+    """What of a checkpoint and its calibrated heads is compared when its cut is."""
     layers = checkpoint.identity.num_layers
     calibrated = ""
-    if calibration is not None and calibration.heads:
-        places = _places(calibration)
-        count = sum(len(calibration.heads[layer]) for layer in places)
-        calibrated = f" with {count} of {calibration.num_calibrated_heads} calibrated heads"
+    if len(heads):
+        places = _places(heads)
+        count = sum(len(heads.heads[layer]) for layer in places)
+        calibrated = f" with {count} of {len(heads)} calibrated heads"
         if any(layer != place for layer, place in places.items()):
             layer_or_layers = "layer" if len(places) == 1 else "layers"
             calibrated += f", those of {layer_or_layers} {' and '.join(map(str, places))},"
@@ -65,10 +78,10 @@ def describe_cut(checkpoint: Checkpoint, calibration: Calibration | None) -> str
     )
 
 
-def _places(calibration: Calibration) -> dict[int, int]:
+def _places(heads: CalibratedHeads) -> dict[int, int]:
     """Calibrated layer -> the layer of the cut that gets its heads."""
-    first = {layer: layer for layer in calibration.heads if layer < LAYERS}
-    return first or {layer: place for place, layer in enumerate(list(calibration.heads)[:LAYERS])}
+    first = {layer: layer for layer in heads.heads if layer < LAYERS}
+    return first or {layer: place for place, layer in enumerate(list(heads.heads)[:LAYERS])}
 
 
 def _cut_configuration(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.text_tower import config_of
 from act_export.errors import ActExportError, VerificationError
 from act_export.export import build_model
-from act_export.export.cut import LAYERS, cut_calibration, cut_checkpoint, describe_cut
+from act_export.export.cut import LAYERS, cut_calibrations, cut_checkpoint, describe_cut
 from act_export.export.embedding import write_embedding
 from act_export.files import copy_content
+from act_export.onnx_file.load import load_without_weights, properties_of
 from act_export.onnx_file.names import EMBEDDING_FILE
 from act_export.onnx_file.pack_sink_state import pack_file
 from act_export.onnx_file.precision import BITS
 from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_output, publish, staged
 from act_export.ops.library import library_path
 from act_export.progress import Notice
+from act_export.runtime.adapter import write_adapters
 from act_export.search.resolve import refuse_search
 from act_export.staging import scratch_folder, staging_folder
 from act_export.verify.parity.dequantized import dequantized
@@ -36,12 +39,12 @@ class Converted:
 
     Attributes:
         files: Final paths.
-        calibration: Baked in; None for a plain export.
+        calibrations: That requests can ask for.
         parity: The verification's report; None if it was switched off.
     """
 
     files: tuple[Path, ...]
-    calibration: Calibration | None
+    calibrations: CalibrationSet
     parity: ParityReport | None
 
 
@@ -62,9 +65,11 @@ def with_quantized_weights(checkpoint: Checkpoint, dtype: str, *, block_size: in
 
 def export_model(
     checkpoint: Checkpoint,
-    calibration: Calibration | None,
+    calibrations: Mapping[str, Calibration] | Calibration | None,
     out: str | os.PathLike[str],
     *,
+    default: str | None = None,
+    switchable: bool = False,
     dtype: str = "float32",
     accuracy_level: int | None = None,
     block_size: int | None = None,
@@ -78,8 +83,11 @@ def export_model(
 
     Args:
         checkpoint: The model, in float32.
-        calibration: Baked in; None for a plain export.
-        out: A file `*.onnx`, or a folder, which also gets tokenizer, configuration, calibration and native library.
+        calibrations: One, or several by name, which requests can ask for; None for a plain export.
+        out: A file `*.onnx`, or a folder, which also gets tokenizer, configuration, calibration, native library, and
+            the calibrations as adapters.
+        default: Name of the calibration that holds where a request doesn't say, or "plain"; None for the first.
+        switchable: Every head can be calibrated, so that calibrations found later fit too.
         dtype: How weights, activations and cache are stored, and the next two: see `act_export.export.build_model`.
         accuracy_level: Of int8 and int4; None for the default.
         block_size: Of int8 and int4; None for the default.
@@ -95,6 +103,9 @@ def export_model(
     """
     out = Path(out)
     check_output(out)
+    shape = checkpoint.identity
+    every = {layer: tuple(range(shape.num_heads)) for layer in range(shape.num_layers)} if switchable else None
+    chosen = CalibrationSet.of(calibrations, default=default, every=every)
     name = out.name if is_file_output(out) else "model.onnx"
     if inputs_embeds and checkpoint.streamed is not None:
         raise ActExportError(
@@ -102,7 +113,7 @@ def export_model(
             f"whole: --no-stream"
         )
 
-    def build(made_from: Checkpoint, baked: Calibration | None, path: Path, step: str) -> None:
+    def build(made_from: Checkpoint, baked: CalibrationSet, path: Path, step: str) -> None:
         progress(step)
         build_model(
             made_from,
@@ -121,19 +132,19 @@ def export_model(
     with staged(out) as folder:
         report = None
         if verify and checkpoint.streamed is not None:
-            report = _verify_cut(checkpoint, calibration, folder, build, device=device, progress=progress)
+            report = _verify_cut(checkpoint, chosen, folder, build, device=device, progress=progress)
             _refuse_failure(report)
             gc.collect()  # what is left of the cut is in cycles of the exporter's
-        build(checkpoint, calibration, folder / name, "exporting")
+        build(checkpoint, chosen, folder / name, "exporting")
         if inputs_embeds and not is_file_output(out):
             write_embedding(checkpoint, folder / EMBEDDING_FILE, dtype=dtype)
         if not is_file_output(out):
-            _add_companions(folder, checkpoint, calibration)
+            _add_companions(folder, name, checkpoint, chosen)
         if verify and checkpoint.streamed is None:
-            report = verify_file(folder / name, checkpoint, calibration, device=device, progress=progress)
+            report = verify_file(folder / name, checkpoint, chosen, device=device, progress=progress)
             _refuse_failure(report)
         files = publish(folder, out.parent) if is_file_output(out) else publish(folder, out, stale=COMPANIONS)
-    return Converted(tuple(files), calibration, report)
+    return Converted(tuple(files), chosen, report)
 
 
 def _refuse_failure(report: ParityReport) -> None:
@@ -146,32 +157,33 @@ def _refuse_failure(report: ParityReport) -> None:
 
 def _verify_cut(
     checkpoint: Checkpoint,
-    calibration: Calibration | None,
+    calibrations: CalibrationSet,
     folder: Path,
-    build: Callable[[Checkpoint, Calibration | None, Path, str], None],
+    build: Callable[[Checkpoint, CalibrationSet, Path, str], None],
     *,
     device: str,
     progress: Notice,
 ) -> ParityReport:
     """Parity of the first layers of a model that is too large to be compared whole, exported like the whole."""
     progress(f"reading {LAYERS} layers")
-    cut, baked = cut_checkpoint(checkpoint), cut_calibration(calibration)
+    cut, baked = cut_checkpoint(checkpoint), cut_calibrations(calibrations)
     with staging_folder(folder, "cut") as place:
         path = place / "cut.onnx"
         build(cut, baked, path, f"exporting {LAYERS} layers")
         report = verify_file(path, cut, baked, device=device, progress=progress)
-    remarks = (describe_cut(checkpoint, calibration), report.remark)
+    remarks = (describe_cut(checkpoint, calibrations.heads), report.remark)
     return replace(report, remark="; ".join(filter(None, remarks)))
 
 
-def _add_companions(folder: Path, checkpoint: Checkpoint, calibration: Calibration | None) -> None:
+def _add_companions(folder: Path, name: str, checkpoint: Checkpoint, calibrations: CalibrationSet) -> None:
     takes_embeddings = (folder / EMBEDDING_FILE).is_file()
     config_of(checkpoint.model, with_vision=takes_embeddings).save_pretrained(folder)
     if checkpoint.model.generation_config is not None:
         checkpoint.model.generation_config.save_pretrained(folder)
     if checkpoint.tokenizer is not None:
         checkpoint.tokenizer.save_pretrained(folder)
-    if calibration is not None:
-        calibration.save(folder / "calibration.json")
+    if calibrations.default_calibration is not None:
+        calibrations.default_calibration.save(folder / "calibration.json")
+    write_adapters(folder, properties_of(load_without_weights(folder / name), folder / name))
     library = library_path()
     copy_content(library, folder / library.name)

@@ -187,7 +187,7 @@ def _probe(model: PreTrainedModel, heads: CalibratedHeads) -> tuple[list[LayerSt
         model is traced its parameters have no values.
     """
     ids = torch.zeros(2, 5, dtype=torch.long)
-    reference = ReferenceAttention.of_rows(heads, [None])
+    reference = ReferenceAttention.of_heads(heads)
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),

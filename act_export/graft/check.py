@@ -1,7 +1,7 @@
 """Each rewritten layer against what was there before: the same numbers in ONNX Runtime, on random queries and caches.
 
-With beta = 1 the operator changes nothing, so both must agree to rounding: this shows that scale, window, rotary
-embedding, grouping of heads, mask and cache were read rightly, without loading the model's weights.
+With beta and gamma of 1 the operator changes nothing, so both must agree to rounding: this shows that scale, window,
+rotary embedding, grouping of heads, mask and cache were read rightly, without loading the model's weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewrite import RewrittenLayer
 from act_export.graft.site import AttentionSite, Dimension
 from act_export.onnx_file.external_data import ExternalTensor
-from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, POSITIONS
-from act_export.ops import schema
+from act_export.onnx_file.names import CALIBRATION, EMBEDDINGS, IDS, MASK, POSITIONS
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.device import import_onnxruntime
 
@@ -131,7 +130,8 @@ class _Side:
         self._shapes: dict[str, Sequence[Dimension]] = dict(cuts)
         self._types = dict.fromkeys(cuts, element_type)
         self._wanted = list(wanted)
-        weights = [_loaded(graph.initializers[name], folder) for name in needed if name in graph.initializers]
+        constants = [name for name in needed if name in graph.initializers and name not in graph.inputs]
+        weights = [_loaded(graph.initializers[name], folder) for name in constants]
         infos = [helper.make_tensor_value_info(name, kind, None) for name, kind in self._types.items()]
         infos += [graph.inputs[name] for name in self._inputs]
         outputs = [helper.make_tensor_value_info(name, element_type, None) for name in wanted]
@@ -174,6 +174,8 @@ class _Side:
         kind = self._graph.element_type(name)
         assert kind is not None
         dtype = helper.tensor_dtype_to_np_dtype(kind)
+        if name == CALIBRATION:
+            return np.ones(self._graph.initializers[name].dims, dtype)  # beta and gamma of 1 change nothing
         if name == MASK:
             return np.asarray(mask, dtype)
         if name == POSITIONS:
@@ -221,12 +223,10 @@ def _size(dimension: Dimension, case: _Case) -> int:
 
 
 def _without_effect(node: onnx.NodeProto) -> onnx.NodeProto:
-    """A copy; a calibrated node's has beta = 1, and one that keeps only a window of its cache keeps all."""
+    """A copy; one that keeps only a window of its cache keeps all."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     for given in copy.attribute:
-        if copy.domain == schema.DOMAIN and copy.op_type == schema.CALIBRATED and given.name == "beta":
-            given.floats[:] = [1.0] * len(given.floats)
         if given.name == _SHORT_CACHE:
             given.i = 0
     return copy

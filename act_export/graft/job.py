@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.graft import genai
@@ -35,7 +36,7 @@ class Grafted:
 
     Attributes:
         path: The ONNX file.
-        calibration: Baked in.
+        calibrations: That it can be given.
         layers: Calibrated layers.
         num_layers: Of the model.
         patterns: Operator that was replaced -> how often.
@@ -45,7 +46,7 @@ class Grafted:
     """
 
     path: Path
-    calibration: Calibration
+    calibrations: CalibrationSet
     layers: tuple[int, ...]
     num_layers: int
     patterns: Mapping[str, int]
@@ -69,9 +70,11 @@ class Removed:
 
 def graft(
     path: str | os.PathLike[str],
-    calibration: Calibration,
+    calibrations: Mapping[str, Calibration] | Calibration,
     out: str | os.PathLike[str],
     *,
+    default: str | None = None,
+    switchable: bool = False,
     layout: StateLayout | None = None,
     native: bool = True,
     check: bool = True,
@@ -81,9 +84,11 @@ def graft(
 
     Args:
         path: An ONNX file, or a folder with one; of onnxruntime-genai's builder, Olive, optimum or act-export.
-        calibration: Which heads.
+        calibrations: One, or several by name, which requests can ask for.
         out: A file `*.onnx`, or a folder, which also gets what else is in the input's folder. Weights in files of their
             own stay as they are: named again where the new graph lies beside the old one, copied otherwise.
+        default: Name of the calibration that holds where a request doesn't say, or "plain"; None for the first.
+        switchable: Every head can be calibrated, so that calibrations found later fit too.
         layout: Where the sink state goes; None for layers of the cache in a folder for onnxruntime-genai, else inputs
             of its own.
         native: A folder for onnxruntime-genai loads the native library from its side; otherwise the portable functions
@@ -108,8 +113,10 @@ def graft(
     after = onnx.ModelProto.FromString(before.SerializeToString())
     graph = Graph(after.graph, after.opset_import)
     sites = find_sites(graph)
-    identity = identity_of(source, sites, calibration)
-    _check_fits(calibration, identity, sites)
+    every = _every_head(sites) if switchable else None
+    chosen = CalibrationSet.of(calibrations, default=default, every=every)
+    identity = identity_of(source, sites, chosen.each.values())
+    _check_fits(chosen, identity, sites)
     if layout is StateLayout.PACKED and source.is_genai_folder:
         raise ActExportError(
             f"--state-in-cache is for hosts such as optimum; a folder with {GENAI_CONFIG} has the state in further "
@@ -123,7 +130,7 @@ def graft(
             raise ActExportError(f"the sink state can be layers of the cache only in a folder with {GENAI_CONFIG}")
         templates = genai.cache_templates(source.config)
     written_as = StateLayout.SCORES if layout is StateLayout.PACKED else layout
-    rewritten = rewrite(after, graph, sites, calibration, written_as, templates)
+    rewritten = rewrite(after, graph, sites, chosen, written_as, templates)
     removed = apply(after, graph, rewritten)
     packed = pack_sink_state(after) if layout is StateLayout.PACKED else None
     notes: list[str] = []
@@ -131,9 +138,9 @@ def graft(
     if source.is_genai_folder:
         loaded = library.name if library is not None else None
         name = source.path.name
-        changed, notes = genai.calibrated_config(source.config, calibration.heads, len(sites), name, loaded)
+        changed, notes = genai.calibrated_config(source.config, chosen.heads.heads, len(sites), name, loaded)
         config = genai.dump(changed)
-    add_metadata(source, after, sites, rewritten, removed, identity, calibration, packed)
+    add_metadata(source, after, sites, rewritten, removed, identity, chosen, packed)
     found = _check(source, before, after, rewritten, progress) if check else []
     difference = max((each for each in found if each is not None), default=None)
     if None in found:
@@ -145,7 +152,7 @@ def graft(
     written = write(source, after, out, config, library, progress)
     return Grafted(
         path=written,
-        calibration=calibration,
+        calibrations=chosen,
         layers=tuple(rewritten.layers),
         num_layers=len(sites),
         patterns=_patterns(rewritten),
@@ -177,14 +184,20 @@ def remove_graft(
     return Removed(write(source, source.model, out, record.genai_config, library, progress), record.layers)
 
 
-def _check_fits(calibration: Calibration, identity: ModelIdentity, sites: Mapping[int, AttentionSite]) -> None:
-    for layer in calibration.heads:
+def _every_head(sites: Mapping[int, AttentionSite]) -> dict[int, tuple[int, ...]]:
+    terms = {layer: supported(sites, layer).terms for layer in sites}
+    return {layer: tuple(range(each.num_heads)) for layer, each in terms.items() if each is not None}
+
+
+def _check_fits(calibrations: CalibrationSet, identity: ModelIdentity, sites: Mapping[int, AttentionSite]) -> None:
+    for layer in calibrations.heads.heads:
         if layer in sites:
             supported(sites, layer)  # of an attention that isn't understood, heads aren't known either
-    calibration.check_fits(identity)
-    if not calibration.num_calibrated_heads:
+    for calibration in calibrations.each.values():
+        calibration.check_fits(identity)
+    if not len(calibrations.heads):
         raise CalibrationError("the calibration has no heads, so there is nothing to graft")
-    for layer, heads in calibration.heads.items():
+    for layer, heads in calibrations.heads.heads.items():
         terms = sites[layer].terms if layer in sites else None
         if terms is not None and heads[-1] >= terms.num_heads:
             raise CalibrationError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.graft.graph import Graph, attribute
 from act_export.graft.record import digest
@@ -30,7 +31,7 @@ _NO_PADDING_BEFORE = "GroupQueryAttention"  # it counts tokens, and takes the fi
 
 
 def identity_of(
-    source: ModelSource, sites: Mapping[int, AttentionSite], calibration: Calibration | None = None
+    source: ModelSource, sites: Mapping[int, AttentionSite], calibrations: Iterable[Calibration] = ()
 ) -> ModelIdentity:
     """The model as calibrations name it, as far as the file or its configuration says.
 
@@ -43,9 +44,10 @@ def identity_of(
     whole = _model_config(source)
     named = whole.get("type") or whole.get("model_type")
     architecture = named if isinstance(named, str) else None
-    expected = calibration.model.architecture if calibration is not None and calibration.model is not None else None
-    if expected is not None and (architecture is None or _plain_name(architecture) == _plain_name(expected)):
-        architecture = expected
+    for expected in (each.model.architecture for each in calibrations if each.model is not None):
+        if architecture is None or _plain_name(architecture) == _plain_name(expected):
+            architecture = expected
+            break
     return ModelIdentity(architecture or "unknown", len(sites), heads)
 
 
@@ -67,7 +69,7 @@ def add_metadata(
     rewritten: Rewritten,
     removed: list[tuple[int, onnx.NodeProto]],
     identity: ModelIdentity,
-    calibration: Calibration,
+    calibrations: CalibrationSet,
     packed: PackedState | None,
 ) -> None:
     """Adds what sessions, `inspect` and `--remove` read.
@@ -79,7 +81,7 @@ def add_metadata(
         rewritten: What was put in their places.
         removed: Nodes that were taken out, with their indices.
         identity: See `identity_of`.
-        calibration: Baked in.
+        calibrations: That it can be given.
         packed: Where the sink state is in the cache, if it is.
     """
     before = source.model
@@ -89,7 +91,7 @@ def add_metadata(
         model=identity,
         dtype=_precision(model, sites),
         limits=_limits(source),
-        calibration=calibration,
+        calibrations=calibrations,
     ).write()
     added = {key: text for key, text in texts.items() if key not in source.properties}
     functions_before = {(each.domain, each.name) for each in before.functions}

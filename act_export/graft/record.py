@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from act_export.errors import ActExportError, others_errors
+from act_export.onnx_file.names import CALIBRATION
 from act_export.onnx_file.node_builder import PREFIX
 from act_export.onnx_file.record import GRAFT, GraftRecord
 from act_export.ops import schema
@@ -48,7 +49,10 @@ def undo(model: onnx.ModelProto) -> GraftRecord:
     for index, node in removed_nodes(record):
         kept.insert(index, node)
     _replace(graph.node, kept)
-    _replace(graph.input, [info for info in graph.input if info.name not in record.inputs])
+    added = {*record.inputs, CALIBRATION}
+    _replace(graph.input, [info for info in graph.input if info.name not in added])
+    for index in reversed([i for i, each in enumerate(graph.initializer) if each.name == CALIBRATION]):
+        del graph.initializer[index]
     _replace(graph.output, [info for info in graph.output if info.name not in record.outputs])
     _replace(
         model.functions,

@@ -6,17 +6,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
-from act_export.calibration.file import Calibration, LayerCalibration
+from act_export.calibration.calibration_set import CalibrationSet
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.errors import ActExportError
 from act_export.graft import sink_state
 from act_export.graft.graph import Graph, UnsupportedPatternError, describe
 from act_export.graft.rewriters import FINDERS
 from act_export.graft.sink_state import StateLayout, StateNames
 from act_export.graft.site import AttentionSite, Layout
-from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK
+from act_export.onnx_file.names import CALIBRATION, EMBEDDINGS, IDS, MASK
 from act_export.onnx_file.node_builder import POSITIONS, PREFIX, NodeBuilder
 from act_export.onnx_file.precision import MICROSOFT, MICROSOFT_VERSION
 from act_export.ops import functions, schema
@@ -48,12 +51,14 @@ class Rewritten:
 
     Attributes:
         shared: Nodes that all layers use; they read only inputs of the graph.
+        calibration: The default's strengths, (1, heads, 3).
         layers: By number.
         functions: That the new nodes call.
         opsets: Domain and version of operators that the model didn't use before.
     """
 
     shared: tuple[onnx.NodeProto, ...]
+    calibration: NDArray[np.float32]
     layers: Mapping[int, RewrittenLayer]
     functions: tuple[onnx.FunctionProto, ...]
     opsets: Mapping[str, int]
@@ -88,7 +93,7 @@ def rewrite(
     model: onnx.ModelProto,
     graph: Graph,
     sites: Mapping[int, AttentionSite],
-    calibration: Calibration,
+    calibrations: CalibrationSet,
     layout: StateLayout,
     templates: Templates | None = None,
 ) -> Rewritten:
@@ -98,7 +103,7 @@ def rewrite(
         model: The model.
         graph: Its graph.
         sites: Of all layers.
-        calibration: Must fit the model.
+        calibrations: Must fit the model.
         layout: Where the sink state goes.
         templates: Names of the cache, for the layout `CACHE_LAYERS`.
 
@@ -115,7 +120,8 @@ def rewrite(
     _check_names(graph)
     if MASK not in graph.inputs:
         raise UnsupportedPatternError(f"the model has no input {MASK}, which tells padding from tokens")
-    chosen = {layer: supported(sites, layer) for layer in calibration.heads}
+    heads = calibrations.heads
+    chosen = {layer: supported(sites, layer) for layer in heads.heads}
     shared = NodeBuilder()
     mask = MASK
     if graph.element_type(MASK) != TensorProto.INT64:
@@ -125,10 +131,9 @@ def rewrite(
         raise UnsupportedPatternError(f"the model has neither {' nor '.join(_TOKENS)} among its inputs")
     writer = _LayerWriter(graph, shared, mask, tokens, layout, templates, first_free=max(sites) + 1)
     layers = {}
+    parts = _split_calibration(shared, heads)
     for layer, site in chosen.items():
-        share = calibration.layer(layer)
-        assert share is not None
-        layers[layer] = writer.write(site, share)
+        layers[layer] = writer.write(site, heads.heads[layer], heads.threshold_mode, parts[layer])
     if any(POSITIONS in node.input for layer in layers.values() for node in layer.nodes):
         shared.add_many(_POSITIONS_FUNCTION, [mask, tokens], "positions", [POSITIONS], domain=schema.DOMAIN)
     nodes = [*shared.nodes, *(node for layer in layers.values() for node in layer.nodes)]
@@ -136,6 +141,7 @@ def rewrite(
     versions = {schema.DOMAIN: schema.VERSION, MICROSOFT: MICROSOFT_VERSION}
     return Rewritten(
         tuple(shared.nodes),
+        heads.strengths(calibrations.default_calibration),
         layers,
         tuple(_functions(nodes, opset)),
         {node.domain: versions[node.domain] for node in nodes if node.domain and node.domain not in imported},
@@ -167,6 +173,9 @@ def apply(model: onnx.ModelProto, graph: Graph, rewritten: Rewritten) -> list[tu
         nodes.extend(at.get(position, ()))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    shape = ["calibrations", *rewritten.calibration.shape[1:]]
+    model.graph.input.append(helper.make_tensor_value_info(CALIBRATION, TensorProto.FLOAT, shape))
+    model.graph.initializer.append(numpy_helper.from_array(rewritten.calibration, CALIBRATION))
     for layer in rewritten.layers.values():
         by_name = {info.name: info for info in layer.state.infos}
         model.graph.input.extend(by_name[name] for name in layer.state.past)
@@ -195,8 +204,8 @@ class _LayerWriter:
         self._layout, self._templates, self._next = layout, templates, first_free
         self._rows: dict[int, tuple[str, str]] = {}
 
-    def write(self, site: AttentionSite, layer: LayerCalibration) -> RewrittenLayer:
-        """The nodes that stand for a layer's attention."""
+    def write(self, site: AttentionSite, heads: Sequence[int], mode: str, calibration: str) -> RewrittenLayer:
+        """The nodes that stand for a layer's attention; `calibration` is the name of its heads' strengths."""
         terms = site.terms
         assert terms is not None
         build = NodeBuilder(f"{PREFIX}layers.{site.layer}/")
@@ -204,11 +213,11 @@ class _LayerWriter:
         element_type = self._graph.element_type(site.cache.past_key)
         assert element_type is not None
         if self._layout is StateLayout.SCORES:
-            names = sink_state.score_names(site.layer, len(layer.heads))
+            names = sink_state.score_names(site.layer, len(heads))
             (past,), (present,) = names.past, names.present
         else:
             assert self._templates is not None
-            names = sink_state.cache_layer_names(self._templates, self._next, len(layer.heads), element_type)
+            names = sink_state.cache_layer_names(self._templates, self._next, len(heads), element_type)
             self._next += 1
             before, after = self._count_rows(names, terms.sliding_window)
             past = sink_state.load_scores(build, names, before, element_type)
@@ -218,7 +227,7 @@ class _LayerWriter:
         cache = site.cache
         build.add_many(
             schema.CALIBRATED,
-            [query, key, value, cache.past_key, cache.past_value, past, self._mask],
+            [query, key, value, cache.past_key, cache.past_value, past, self._mask, calibration],
             schema.CALIBRATED,
             [flat, cache.present_key, cache.present_value, present],
             domain=schema.DOMAIN,
@@ -227,10 +236,8 @@ class _LayerWriter:
             scale=float(terms.scale),
             softcap=float(terms.softcap),
             sliding_window=terms.sliding_window,
-            calibrated_heads=list(layer.heads),
-            beta=list(layer.beta),
-            threshold=float(layer.threshold),
-            threshold_mode=layer.threshold_mode,
+            calibrated_heads=list(heads),
+            threshold_mode=mode,
             **learned,
         )
         if flat != site.output:
@@ -246,6 +253,16 @@ class _LayerWriter:
                 self._shared, self._mask, names.past[0], self._tokens, window, name
             )
         return self._rows[window]
+
+
+def _split_calibration(shared: NodeBuilder, heads: CalibratedHeads) -> dict[int, str]:
+    """Names of the layers' parts of the input `calibration`."""
+    if len(heads.heads) == 1:
+        return dict.fromkeys(heads.heads, CALIBRATION)
+    names = {layer: f"{shared.prefix}{CALIBRATION}.{layer}" for layer in heads.heads}
+    sizes = shared.constant([len(each) for each in heads.heads.values()], f"{CALIBRATION}_heads")
+    shared.add_many("Split", [CALIBRATION, sizes], CALIBRATION, [*names.values()], axis=1)
+    return names
 
 
 def supported(sites: Mapping[int, AttentionSite], layer: int) -> AttentionSite:
@@ -266,7 +283,9 @@ def supported(sites: Mapping[int, AttentionSite], layer: int) -> AttentionSite:
 
 
 def _check_names(graph: Graph) -> None:
-    """Our nodes are known by their prefix, so nothing else may have it."""
+    """Our nodes are known by their prefix, so nothing else may have it; and the input is called as it is."""
+    if CALIBRATION in graph.inputs or any(each.name == CALIBRATION for each in graph.proto.initializer):
+        raise ActExportError(f"the model has an input {CALIBRATION} already, which act-export keeps for itself")
     for node in graph.proto.node:
         if node.name.startswith(PREFIX) or any(name.startswith(PREFIX) for name in node.output):
             raise ActExportError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.errors import ActExportError
 from act_export.onnx_file.external_data import data_files
@@ -30,6 +31,7 @@ class Inspection:
         family: Of a text tower, the model type of the vision-language model that it is of; else empty.
         embedding_size: Width of the embeddings that it takes instead of token ids; None where it takes ids.
         position_axes: Positions of a token: 1, or with M-RoPE and embeddings 3.
+        calibrations: That requests can ask for; None for a plain export.
         revision: Hash of the hub's commit that it was made from; empty where it wasn't from the hub.
         architecture: Model type.
         num_layers: Attention layers.
@@ -42,7 +44,7 @@ class Inspection:
         nodes: Number of nodes.
         operators: Number of nodes of each attention operator.
         weights_bytes: Size of the external data.
-        calibration: Baked in; None for a plain export.
+        calibration: That holds where a request doesn't say; None for plain.
         pads_left: Whether all layers leave out padding before a sequence.
         sink_state: Inputs that hold the sink state.
     """
@@ -68,6 +70,7 @@ class Inspection:
     family: str = ""
     embedding_size: int | None = None
     position_axes: int = 1
+    calibrations: CalibrationSet | None = None
 
     @property
     def takes_embeddings(self) -> bool:
@@ -105,6 +108,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
         weights_bytes=sum(data_files(file, missing=True).values()),
         calibration=record.calibration,
+        calibrations=record.calibrations,
         accuracy_level=record.accuracy_level,
         block_size=record.block_size,
         pads_left=record.graft.pads_left if record.graft is not None else True,

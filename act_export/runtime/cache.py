@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.errors import SessionError
-from act_export.onnx_file.names import LOGITS, LOGITS_TO_KEEP, MASK, POSITIONS
+from act_export.onnx_file.names import CALIBRATION, LOGITS, LOGITS_TO_KEEP, MASK, POSITIONS
 from act_export.onnx_file.state import State, StateInput, bound_type
 from act_export.runtime.engine import Engine
 from act_export.runtime.memory import Buffer, HostMemory, Memory
+from act_export.runtime.request import Choices
 from act_export.runtime.token_input import checked_mask
 
 DEFAULT_CAPACITY = 256
@@ -53,6 +54,7 @@ class Cache:
         self._inner = session.onnxruntime_session  # which the binding doesn't keep alive itself in older versions
         self._binding = self._inner.io_binding()
         self._inputs: dict[str, NDArray[Any]] = {}  # keeps alive what is bound
+        self._strengths: NDArray[np.float32] | None = None  # of the calibration; None for the default
         self._buffers: dict[str, Buffer] = {}  # the same
         self.reset()
 
@@ -65,6 +67,28 @@ class Cache:
     def nbytes(self) -> int:
         """Size of the keys, values and column sums in bytes, room that isn't used yet included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def calibrate(self, calibration: Choices) -> None:
+        """Calibrates the sequences otherwise from the next step on.
+
+        What is cached stays: sums of columns hold the rows that were computed while a head's beta wasn't 1, over all
+        rows that there are.
+
+        Args:
+            calibration: As `Session.allocate` takes it.
+
+        Raises:
+            SessionError: If a calibration isn't known, or a list hasn't one for each sequence.
+            CalibrationError: If one doesn't fit the file.
+        """
+        strengths = self.session.requests.strengths(calibration, self.batch)
+        if strengths is None and self._strengths is not None:
+            assert self.session.requests.calibrations is not None  # it took some
+            default = self.session.requests.calibrations.default
+            strengths = self.session.requests.strengths(default, self.batch)
+        self._strengths = strengths
+        if strengths is not None:
+            self._give(CALIBRATION, strengths)
 
     def step(
         self,
@@ -206,6 +230,8 @@ class Cache:
         """ONNX Runtime makes the outputs, as it sees fit: files of others don't always say how large they are."""
         past = {part.name: self._array(part) for part in self.session.state_inputs}
         feeds = {self.session.token_input.name: tokens, MASK: attention_mask, POSITIONS: position_ids, **past}
+        if self._strengths is not None:
+            feeds[CALIBRATION] = self._strengths
         logits, present = self.session.run_values(feeds, logits_to_keep)
         self._buffers = {name: HostMemory.holding(array) for name, array in present.items()}
         return logits

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from act_export.errors import SessionError, needs_extras, others_errors, shown
 from act_export.onnx_file.external_data import data_files
-from act_export.onnx_file.names import LOGITS, LOGITS_TO_KEEP, MASK, PAST_SINKS, POSITIONS
+from act_export.onnx_file.names import CALIBRATION, LOGITS, LOGITS_TO_KEEP, MASK, PAST_SINKS, POSITIONS
 from act_export.onnx_file.record import PREFIX, FileRecord, Limits
 from act_export.onnx_file.state import BFLOAT16, DTYPES, State, StateInput, bound_type, state_inputs
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.runtime.cuda import check_runs_on_cuda, prepare_cuda
 from act_export.runtime.device import Device, Provider, import_onnxruntime
+from act_export.runtime.request import Requests
 from act_export.runtime.token_input import TokenInput
 
 _OLDEST = (1, 24)  # ONNX Runtime that the native library runs in
@@ -33,6 +34,7 @@ class Engine:
         shared_threads: Whether it runs in the process's own thread pool.
         properties: The file's act-export metadata, without its prefix, as it stands.
         record: What it says, checked.
+        requests: What a request can be calibrated to.
         token_input: What new tokens are given as: ids, or embeddings.
         state_inputs: The parts of the state, in the graph's order.
         logits_dtype: Type of the logits.
@@ -59,6 +61,7 @@ class Engine:
             key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)
         }
         self.record = FileRecord.read(metadata, str(path), error=SessionError)
+        self.requests = Requests(path, self.record)
         limits = self.record.limits
         self.token_input = TokenInput.of(inner, path, vocabulary=limits.vocabulary, placeholders=limits.placeholders)
         self.token_input.shared_threads = shared_threads
@@ -73,12 +76,14 @@ class Engine:
             )
         self._declared_logits = logits.shape[-1]
         self.logits_dtype = DTYPES[logits.type]
-        self.keeps_logits = any(given.name == LOGITS_TO_KEEP for given in inner.get_overridable_initializers())
+        optional = {given.name: given.shape for given in inner.get_overridable_initializers()}
+        self.keeps_logits = LOGITS_TO_KEEP in optional
         self.takes_positions = self.token_input.position_axes > 0
         graft, ours = self.record.graft, self.record.ours
         self.pads_left: bool = graft.pads_left if graft else ours or not self._counts_tokens()
         self.shares_buffers: bool = graft.shares_buffers if graft else ours
         self._check_sinks()
+        self._check_calibration(optional.get(CALIBRATION))
 
     @property
     def onnxruntime_session(self) -> Any:
@@ -121,7 +126,8 @@ class Engine:
         """One forward pass over arrays.
 
         Args:
-            feeds: Tokens, mask, positions and every part of the state; what the file doesn't take is left out.
+            feeds: Tokens, mask, positions and every part of the state, and the calibration where it isn't the default;
+                what the file doesn't take is left out.
             logits_to_keep: Number of last positions to return logits of; 0 for all.
 
         Returns:
@@ -230,6 +236,16 @@ class Engine:
             from act_export.onnx_file.load import load_without_weights
         graph = load_without_weights(self.path, SessionError).graph
         return any(node.op_type == "GroupQueryAttention" for node in graph.node)
+
+    def _check_calibration(self, shape: Sequence[object] | None) -> None:
+        """Refuses a record of calibrations that the graph's input, of this shape, doesn't take."""
+        heads = len(self.requests.calibrations.heads) if self.requests.calibrations is not None else 0
+        if (heads or shape is not None) and (shape is None or list(shape[1:]) != [heads, 3]):
+            takes = "no input calibration" if shape is None else f"an input calibration {shown(list(shape))}"
+            raise SessionError(
+                f"{self.path} has {takes}, and says that {heads} heads can be calibrated; the file was changed after "
+                f"it was written: write it again"
+            )
 
     def _check_sinks(self) -> None:
         """Refuses a record of sinks that the graph doesn't have."""

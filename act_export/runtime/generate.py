@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from act_export.errors import ActExportError
 from act_export.runtime.cache import DEFAULT_CAPACITY
 from act_export.runtime.generation_settings import GenerationSettings
+from act_export.runtime.request import DEFAULT, Choices
 from act_export.runtime.sampling import Sampling, left_pad, next_tokens
 from act_export.runtime.session import Session
 
@@ -27,6 +28,7 @@ def generate_steps(
     sampling: Sampling | None = None,
     pad_token: int = 0,
     settings: GenerationSettings | None = None,
+    calibration: Choices = DEFAULT,
 ) -> Iterator[list[int | None]]:
     """Generates for a batch, one step at a time.
 
@@ -42,6 +44,7 @@ def generate_steps(
         pad_token: Fills shorter prompts; never attended to.
         settings: A generation configuration's, such as penalties, applied to the logits before `sampling`; those that
             are about drawing only where tokens are drawn. None for the logits as they are. Needs transformers.
+        calibration: Of the sequences, as `Session.allocate` takes it.
 
     Yields:
         The new token of each sequence, None for those that have ended. Stops when all have, or one has filled the
@@ -56,7 +59,8 @@ def generate_steps(
     ids, mask = left_pad(prompts, pad_token)
     running = np.ones(len(prompts), bool)
     rules = _rules(settings, session, ids, mask, max_new_tokens, stop_tokens, sampling)
-    cache = session.allocate(len(prompts), ids.shape[1] + min(max_new_tokens, DEFAULT_CAPACITY))
+    capacity = ids.shape[1] + min(max_new_tokens, DEFAULT_CAPACITY)
+    cache = session.allocate(len(prompts), capacity, calibration=calibration)
     switch = session.record.recompute_beyond or 0
     all_ids, all_mask = ids, mask
     for _ in range(max_new_tokens):
@@ -122,6 +126,7 @@ def generate(
     sampling: Sampling | None = None,
     pad_token: int = 0,
     settings: GenerationSettings | None = None,
+    calibration: Choices = DEFAULT,
 ) -> list[list[int]]:
     """As `generate_steps`, all at once: the new tokens of each sequence."""
     generated: list[list[int]] = [[] for _ in prompts]
@@ -133,6 +138,7 @@ def generate(
         sampling=sampling,
         pad_token=pad_token,
         settings=settings,
+        calibration=calibration,
     )
     for step in steps:
         for tokens, token in zip(generated, step, strict=True):

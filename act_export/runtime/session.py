@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from act_export.calibration.file import Calibration
 from act_export.errors import SessionError
-from act_export.onnx_file.names import MASK, PAST_SINKS, POSITIONS, model_file
+from act_export.onnx_file.names import CALIBRATION, MASK, PAST_SINKS, POSITIONS, model_file
 from act_export.onnx_file.packed_state import PackedState
 from act_export.onnx_file.state import State
 from act_export.runtime.cache import DEFAULT_CAPACITY, Cache
@@ -22,6 +22,7 @@ from act_export.runtime.device_memory import DeviceMemory
 from act_export.runtime.engine import Engine, load_inner
 from act_export.runtime.memory import HostMemory, Memory
 from act_export.runtime.node_placement import NodePlacement, profile_run
+from act_export.runtime.request import DEFAULT, Choices
 from act_export.runtime.token_input import checked_mask
 
 
@@ -89,8 +90,17 @@ class Session(Engine):
 
     @property
     def calibration(self) -> Calibration | None:
-        """The calibration baked into the file; None for a plain export."""
+        """The calibration that holds where a request doesn't say; None for plain."""
         return self.record.calibration
+
+    @property
+    def calibrations(self) -> Mapping[str, Calibration | None]:
+        """Those of the file by name, which requests may ask for; None for "plain"."""
+        return self.requests.by_name
+
+    def add_adapter(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Lets requests ask for an adapter of this model by a name; see `Requests.add_adapter`."""
+        return self.requests.add_adapter(path, name)
 
     @property
     def sink_state(self) -> dict[int, tuple[str, ...]]:
@@ -119,7 +129,7 @@ class Session(Engine):
         """Of a file that takes embeddings: those of token ids, as `TokenInput.embed` says."""
         return self.token_input.embed(input_ids)
 
-    def allocate(self, batch: int, capacity: int = DEFAULT_CAPACITY) -> Cache:
+    def allocate(self, batch: int, capacity: int = DEFAULT_CAPACITY, *, calibration: Choices = DEFAULT) -> Cache:
         """A cache for a batch of sequences, which `Cache.step` extends; the fast way to generate.
 
         With the native library it is written in place, and takes 2 * layers * key-value heads * head size * 4 bytes for
@@ -129,16 +139,21 @@ class Session(Engine):
         Args:
             batch: Number of sequences.
             capacity: Positions to reserve room for, at the most the model's context. A step that needs more doubles it.
+            calibration: Of the sequences: a name of `calibrations`, a calibration, or None for plain; or a list of
+                these, one for each.
 
         Raises:
-            SessionError: If a number isn't positive, or the GPU has no room.
+            SessionError: If a number isn't positive, the GPU has no room, or a calibration isn't known.
+            CalibrationError: If a calibration doesn't fit the file.
         """
         if batch < 1 or capacity < 1:
             raise SessionError(f"a cache for {batch} sequences of {capacity} positions; give at least one of each")
         if self.limits.context is not None:
             capacity = min(capacity, self.limits.context)
         in_place = self.native and self.shares_buffers  # others join the cache by operators of their own
-        return Cache(self, self._memory, batch, capacity, in_place=in_place)
+        cache = Cache(self, self._memory, batch, capacity, in_place=in_place)
+        cache.calibrate(calibration)
+        return cache
 
     @cached_property
     def _memory(self) -> Memory:
@@ -164,6 +179,7 @@ class Session(Engine):
         position_ids: NDArray[np.int64] | None = None,
         *,
         logits_to_keep: int = 0,
+        calibration: Choices = DEFAULT,
     ) -> RunOutputs:
         """One forward pass with states by value, for those who reorder or compare them; see `allocate` to generate.
 
@@ -174,10 +190,12 @@ class Session(Engine):
             state: The previous run's; None for a first run.
             position_ids: (batch, sequence), with M-RoPE also (3, batch, sequence); None counts the real tokens.
             logits_to_keep: Number of last positions to return logits of; 0 for all.
+            calibration: Of this run's rows, as `allocate` takes it.
 
         Raises:
             SessionError: If shapes don't fit, the mask has other numbers than 0 and 1, a token isn't in the vocabulary,
-                a sequence is longer than the model's context, or ONNX Runtime fails.
+                a sequence is longer than the model's context, a calibration isn't known, or ONNX Runtime fails.
+            CalibrationError: If a calibration doesn't fit the file.
         """
         tokens = self.token_input.tokens(input_ids)
         batch, sequence = tokens.shape[:2]
@@ -196,6 +214,9 @@ class Session(Engine):
             position_ids = np.maximum((attention_mask != 0).cumsum(-1) - 1, 0)[:, -sequence:]
         positions = self.token_input.positions(position_ids) if self.takes_positions else position_ids
         feeds = {self.token_input.name: tokens, MASK: attention_mask, POSITIONS: positions, **state}
+        strengths = self.requests.strengths(calibration, batch)
+        if strengths is not None:
+            feeds[CALIBRATION] = strengths
         return RunOutputs(*self.run_values(feeds, logits_to_keep))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from act_export.calibration.file import Calibration
-from act_export.calibration.recipes import announce, find_recipes, named_calibration, named_recipe
+from act_export.calibration.recipes import announce, find_recipes, named_calibration, named_calibrations, named_recipe
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
@@ -22,7 +22,7 @@ class CalibrationRequest:
 
     Attributes:
         plain: No calibrated heads: the baseline.
-        calibration: A calibration file, or the name of a shipped recipe.
+        calibrations: Calibration files, folders of them, or names of shipped recipes.
         questions: Search on these.
         beta: Instead of the calibration's.
         threshold: Instead of the calibration's.
@@ -30,7 +30,7 @@ class CalibrationRequest:
     """
 
     plain: bool = False
-    calibration: str | os.PathLike[str] | None = None
+    calibrations: Sequence[str] = ()
     questions: Questions = field(default_factory=Questions)
     beta: float | None = None
     threshold: float | None = None
@@ -42,7 +42,7 @@ class CalibrationRequest:
             name
             for name, given in (
                 ("--plain", self.plain),
-                ("--calibration", self.calibration),
+                ("--calibration", self.calibrations),
                 ("--task", self.questions.tasks),
                 ("--data", self.questions.data),
             )
@@ -57,18 +57,17 @@ class CalibrationRequest:
             )
         # Values out of range are refused here, before any long work.
         Calibration({}).with_overrides(beta=self.beta, threshold=self.threshold, threshold_mode=self.threshold_mode)
-        if self.calibration is not None and named_recipe(self.calibration) is None:
-            Calibration.load(self.calibration)
+        named_calibrations(self.calibrations)
 
 
-def resolve_calibration(
+def resolve_calibrations(
     checkpoint: Checkpoint,
     request: CalibrationRequest,
     *,
     notice: Notice = lambda _: None,
     progress: Progress | None = None,
-) -> Calibration | None:
-    """The calibration to use: given, shipped, or searched; None for a plain export.
+) -> dict[str, Calibration]:
+    """The calibrations to use by name: given, shipped, or searched; none for a plain export.
 
     Args:
         checkpoint: The model.
@@ -80,12 +79,15 @@ def resolve_calibration(
         ActExportError: If a file doesn't fit the model, or there is no data to search on.
     """
     if request.plain:
-        return None
-    calibration = _calibration_without_search(checkpoint, request, notice)
-    if calibration is not None:
-        return calibration.with_overrides(
-            beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
-        )
+        return {}
+    found = _without_search(checkpoint, request, notice)
+    if found:
+        return {
+            name: calibration.with_overrides(
+                beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
+            )
+            for name, calibration in found.items()
+        }
     refuse_search(checkpoint)
     if checkpoint.tokenizer is None:
         raise ActExportError(
@@ -95,32 +97,29 @@ def resolve_calibration(
     return search_calibration(checkpoint, request, progress=progress)
 
 
-def _calibration_without_search(
-    checkpoint: Checkpoint, request: CalibrationRequest, notice: Notice
-) -> Calibration | None:
-    """The given calibration, or the model's recipe where nothing was given; None where a search is asked for."""
-    given = request.calibration
-    named = named_recipe(given) if given is not None else None
-    if given is not None and named is None:
-        calibration = Calibration.load(given)
+def _without_search(checkpoint: Checkpoint, request: CalibrationRequest, notice: Notice) -> dict[str, Calibration]:
+    """The given calibrations, or the model's recipe where nothing was given; none where a search is asked for."""
+    given = named_calibrations(request.calibrations)
+    for calibration in given.values():
         calibration.check_fits(checkpoint.identity)
-        return calibration
     recipes = find_recipes(checkpoint.identity, checkpoint.names)
-    if named is not None:
-        named.calibration.check_fits(checkpoint.identity)
-        notice(announce(named, [recipe for recipe in recipes if recipe.name != named.name]))
-        return named.calibration
+    for name in given:
+        named = named_recipe(name) if name in request.calibrations else None
+        if named is not None:
+            notice(announce(named, [recipe for recipe in recipes if recipe.name not in given]))
+    if given:
+        return given
     if request.questions.sources:
         for recipe in recipes:
             if recipe.tasks == request.questions.tasks:
                 notice(f"a recipe for this model is shipped: --calibration {recipe.name} needs no search")
-        return None
+        return {}
     if recipes:
         notice(announce(recipes[0], recipes[1:]))
-        return recipes[0].calibration
+        return {recipes[0].name: recipes[0].calibration}
     if checkpoint.streamed is None:
         notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
-    return None
+    return {}
 
 
 def refuse_search(checkpoint: Checkpoint) -> None:
@@ -135,7 +134,7 @@ def refuse_search(checkpoint: Checkpoint) -> None:
 
 def search_calibration(
     checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
-) -> Calibration:
+) -> dict[str, Calibration]:
     """Searches on the requested task or data, the default task where neither is given; see `act_export.search.job`."""
     defaults = Calibration({}).with_overrides(
         beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
@@ -147,8 +146,7 @@ def search_calibration(
     )
     asked = request.questions if request.questions.sources else replace(request.questions, tasks=(DEFAULT_TASK,))
     result = run_search(checkpoint, SearchJob(asked, options=options), progress=progress)
-    (calibration,) = result.calibrations.values()
-    return calibration
+    return {re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-."): each for name, each in result.calibrations.items()}
 
 
 def calibration_to_show(checkpoint: Checkpoint, given: str | None, notice: Callable[[str], None]) -> Calibration | None:

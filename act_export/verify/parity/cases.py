@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.checkpoint.text_tower import placeholders_of
+from act_export.runtime.request import DEFAULT, Choices
 from act_export.runtime.sampling import left_pad
 from act_export.tasks.encoding import sequence_beginning
 
@@ -24,6 +25,7 @@ DECODE_STEPS = 32
 _PROMPT_LENGTHS = (1, 2, 17, 64, 193)
 _RAGGED_LENGTHS = (3, 40, 19, 61)
 _CHUNKS = (31, 1, 32)
+_MIXED_STEPS = 4
 _DECODE_PROMPT = 48
 _LONGEST_PROMPT = 2048  # about two and a half times the tokens of all other cases
 _TEXT = """The lighthouse keeper wrote every evening: wind, tide, the colour of the sky. On the first page stood a \
@@ -54,6 +56,7 @@ class Case:
         attention_mask: (batch, total of all calls), 1 for real tokens.
         decode_steps: Single-token calls that follow, with the reference's own greedy tokens.
         position_ids: (axes, batch, total of all calls); None counts the real tokens.
+        calibrations: Names, one for all sequences or one for each; None for the default.
     """
 
     name: str
@@ -61,6 +64,14 @@ class Case:
     attention_mask: NDArray[np.int64]
     decode_steps: int = 0
     position_ids: NDArray[np.int64] | None = None
+    calibrations: tuple[str, ...] | None = None
+
+    @property
+    def choice(self) -> Choices:
+        """As a session takes it."""
+        if self.calibrations is None:
+            return DEFAULT
+        return self.calibrations[0] if len(self.calibrations) == 1 else self.calibrations
 
     def positions(self, start: int, end: int) -> NDArray[np.int64] | None:
         """Position ids (axes, batch, end - start) of some columns; after the last call one more for each."""
@@ -78,7 +89,35 @@ class Case:
         calls = tuple(ids[whole] for ids in self.calls)
         name = self.name if whole.all() else f"{self.name}, the unpadded"
         positions = self.position_ids[:, whole] if self.position_ids is not None else None
-        return replace(self, name=name, calls=calls, attention_mask=self.attention_mask[whole], position_ids=positions)
+        each = self.calibrations
+        if each is not None and len(each) > 1:
+            each = tuple(name for name, kept in zip(each, np.atleast_1d(whole), strict=True) if kept)
+        return replace(
+            self,
+            name=name,
+            calls=calls,
+            attention_mask=self.attention_mask[whole],
+            position_ids=positions,
+            calibrations=each,
+        )
+
+
+def calibration_cases(cases: Sequence[Case], names: Sequence[str], default: str) -> list[Case]:
+    """The ragged batch of these cases with every other calibration, and batches that mix all, with tokens after them.
+
+    Args:
+        cases: As `parity_cases` made them.
+        names: Of the calibrations, "plain" among them.
+        default: That `cases` are run with.
+    """
+    ragged = next(case for case in cases if case.name.startswith("ragged"))
+    found = [replace(ragged, name=f"{name}, {ragged.name}", calibrations=(name,)) for name in names if name != default]
+    rows = len(ragged.attention_mask)
+    for start in range(0, len(names) if len(names) > 1 else 0, rows):
+        part = [names[(start + i) % len(names)] for i in range(rows)]
+        title = f"mixed {', '.join(dict.fromkeys(part))}, {_MIXED_STEPS} decode steps"
+        found.append(replace(ragged, name=title, calibrations=tuple(part), decode_steps=_MIXED_STEPS))
+    return found
 
 
 def parity_cases(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, seed: int = 0) -> list[Case]:

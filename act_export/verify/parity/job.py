@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.onnx_file.inspect import inspect_file
@@ -27,7 +28,7 @@ _BFLOAT16_ON_CPU = (
 def verify_file(
     path: Path,
     checkpoint: Checkpoint,
-    calibration: Calibration | None,
+    calibrations: CalibrationSet | Calibration | None,
     *,
     device: str = "cpu",
     progress: Notice = lambda _: None,
@@ -38,7 +39,7 @@ def verify_file(
         path: The ONNX file.
         checkpoint: The model that it was exported from, in float32. A file with quantized weights is compared with a
             copy that has the file's weights, dequantized.
-        calibration: What should be baked in; None for a plain export.
+        calibrations: That it should have; None for a plain export.
         device: "cpu", "cuda" or "cuda:N".
         progress: Called with what is being compared.
 
@@ -56,7 +57,7 @@ def verify_file(
         file = stack.enter_context(runnable_on_cpu(path)) if stands_in else path
         report = verify_sessions(
             checkpoint,
-            calibration,
+            calibrations,
             {
                 "native library": lambda: Session.open(file, native=True, device=device),
                 "portable functions": lambda: Session.open(file, native=False, device=device),

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from act_export.attention.call import LayerState
 from act_export.attention.hook import HookedModel
-from act_export.calibration.file import Calibration
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.reference import later_sinks, sink_margins, visible_rows
 from act_export.onnx_file.state import State
+from act_export.runtime.request import DEFAULT, Choices
 from act_export.runtime.session import Session
 from act_export.verify.parity.cases import Case
 
@@ -69,36 +70,30 @@ class Step:
         )
 
 
-@dataclass(frozen=True)
 class SinkRule:
     """What makes a column sum a sink, for each layer."""
 
-    calibration: Calibration | None
-    sliding_windows: dict[int, int]
+    def __init__(self, attention: ReferenceAttention) -> None:
+        """Takes the reference, whose heads, strengths and windows are those of now, and of later."""
+        self._attention = attention
+
+    @property
+    def sliding_windows(self) -> dict[int, int]:
+        """By layer, as the model asked for them."""
+        return self._attention.sliding_windows
 
     def judge(self, sums: dict[int, Tensor], mask: NDArray[np.int64]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Sinks and margins of running column sums (batch, calibrated head, total, 1), by layer."""
         real = torch.from_numpy(mask != 0)[:, None]
         sinks, margins = {}, {}
         for layer, column_sums in sums.items():
-            part = self.calibration.layer(layer) if self.calibration is not None else None
-            if part is None:
-                continue
+            heads, strengths = self._attention.heads, self._attention.strengths
             sums_3d = column_sums.squeeze(-1)
+            threshold, mode = strengths[:, heads.part(layer), 2:], heads.threshold_mode
             window = self.sliding_windows[layer]
-            sinks[layer] = later_sinks(
-                sums_3d,
-                real,
-                threshold=part.threshold,
-                threshold_mode=part.threshold_mode,
-                sliding_window=window,
-            )
+            sinks[layer] = later_sinks(sums_3d, real, threshold=threshold, threshold_mode=mode, sliding_window=window)
             margins[layer] = sink_margins(
-                sums_3d,
-                real,
-                threshold=part.threshold,
-                threshold_mode=part.threshold_mode,
-                sliding_window=window,
+                sums_3d, real, threshold=threshold, threshold_mode=mode, sliding_window=window
             )
         return sinks, margins
 
@@ -132,7 +127,7 @@ def pytorch_engine(hooked: HookedModel) -> Engine:
     return run
 
 
-def session_engine(session: Session, rule: SinkRule) -> Engine:
+def session_engine(session: Session, rule: SinkRule, calibration: Choices = DEFAULT) -> Engine:
     """A session, with states by value."""
     state: State | None = None
 
@@ -144,7 +139,8 @@ def session_engine(session: Session, rule: SinkRule) -> Engine:
         position_ids: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], dict[int, Tensor]]:
         nonlocal state
-        logits, state = session.run(tokens, attention_mask, None if first else state, position_ids)
+        past = None if first else state
+        logits, state = session.run(tokens, attention_mask, past, position_ids, calibration=calibration)
         return logits.astype(np.float32, copy=False), column_sums(session, state, attention_mask, rule)
 
     return run

@@ -12,12 +12,13 @@ import torch
 from act_export.attention.call import positions
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.progress import Notice
 from act_export.runtime.session import Session
-from act_export.verify.parity.cases import Case, parity_cases, ragged_batch
+from act_export.verify.parity.cases import Case, calibration_cases, parity_cases, ragged_batch
 from act_export.verify.parity.compare_runs import compare_runs
 from act_export.verify.parity.embedded_case import embedded_case, look_up_tokens
 from act_export.verify.parity.half_model import half_model, placed
@@ -33,7 +34,7 @@ _HOOK_POSITIONS = 256
 
 def verify_sessions(
     checkpoint: Checkpoint,
-    calibration: Calibration | None,
+    calibrations: CalibrationSet | Calibration | None,
     openers: dict[str, Callable[[], Session]],
     *,
     precision: str = "float32",
@@ -49,7 +50,7 @@ def verify_sessions(
 
     Args:
         checkpoint: The model that was exported, in float32; of a quantized file with its dequantized weights.
-        calibration: The calibration that the file should have inside; None for a plain export.
+        calibrations: That the file should have; None for a plain export.
         openers: Name -> opens a session; one is open at a time.
         precision: Row of `GATES`: the type that the file stores.
         rounding: Makes of the model one that rounds activations as the file does; None for one in the file's half type.
@@ -64,13 +65,17 @@ def verify_sessions(
         ActExportError: If PyTorch gets NaN, or logits in that type that are infinite where they shouldn't be.
     """
     model = checkpoint.model
+    if not isinstance(calibrations, CalibrationSet):
+        calibrations = CalibrationSet.of(calibrations)
     cases = parity_cases(model, checkpoint.tokenizer)
+    if len(calibrations.heads):
+        cases += calibration_cases(cases, calibrations.names, calibrations.default)
     if takes_embeddings:
         cases.append(embedded_case(model))
     if not pads_left:
         cases = [case.without_padding() for case in cases]
-    attention = ReferenceAttention(calibration)
-    rule = SinkRule(calibration, attention.sliding_windows)
+    attention = _Calibrated(calibrations)
+    rule = SinkRule(attention)
     with placed(model, device):
         progress("verifying, reference hook against the model's own attention")
         hook = _hook_against_own_attention(checkpoint, cases)
@@ -78,6 +83,7 @@ def verify_sessions(
         with attention_hook(model, attention) as hooked:
             for case in cases:
                 progress(f"verifying, PyTorch: {case.name}")
+                attention.follow(case)
                 expected.append(record(case, pytorch_engine(hooked), rule, follow=None))
                 _check_numbers(expected[-1], checkpoint, case)
         half = None
@@ -93,8 +99,10 @@ def verify_sessions(
             results = []
             for case, reference in zip(cases, expected, strict=True):
                 progress(f"verifying, {name}: {case.name}")
-                steps = record(case, session_engine(session, rule), rule, follow=reference)
+                attention.follow(case)
+                steps = record(case, session_engine(session, rule, case.choice), rule, follow=reference)
                 results.append(compare_runs(case.name, [(steps, reference)], gates.of(case.name), case.decode_steps))
+            attention.follow(cases[0])
             if pads_left:
                 progress(f"verifying, {name}: batch against alone")
                 results.append(_batch_against_alone(session, cases, rule, gates))
@@ -102,6 +110,20 @@ def verify_sessions(
             results.append(_generation_against_runs(session, cases, rule, gates))
         engines.append(_engine_report(name, results, gates.of_all.flipped_sequences, [case.name for case in cases]))
     return ParityReport(precision, hook, hook.passes(GATES["float32"]), tuple(engines), half)
+
+
+class _Calibrated(ReferenceAttention):
+    """The reference, calibrated as a case says."""
+
+    def __init__(self, calibrations: CalibrationSet) -> None:
+        super().__init__(None)
+        self.heads = calibrations.heads
+        self._calibrations = calibrations
+
+    def follow(self, case: Case) -> None:
+        """Takes the calibrations of a case."""
+        names = case.calibrations or (self._calibrations.default,)
+        self.calibrate(*(self._calibrations[name] for name in names))
 
 
 class _Gates:
@@ -130,7 +152,7 @@ class _Gates:
 
 def _rounding_pytorch(
     model: PreTrainedModel,
-    attention: ReferenceAttention,
+    attention: _Calibrated,
     rule: SinkRule,
     cases: Sequence[Case],
     expected: Sequence[Sequence[Step]],
@@ -143,6 +165,7 @@ def _rounding_pytorch(
     with attention_hook(model, attention) as hooked:
         for case, reference in zip(cases, expected, strict=True):
             progress(f"verifying, {engine}: {case.name}")
+            attention.follow(case)
             steps = record(case, pytorch_engine(hooked), rule, follow=reference)
             result = compare_runs(case.name, [(steps, reference)], GATES[precision], case.decode_steps)
             results.append(replace(result, passed=True))  # it sets the limits
