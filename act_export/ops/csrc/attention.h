@@ -109,10 +109,10 @@ InstructionSet Best();
 // Beyond this, about, the sequences of a call are taken in parts, one after the other.
 constexpr int64_t kMostScratchBytes = int64_t{1} << 30;
 
-// Memory from `host`. Prompts: 48 * total floats for each thread, about 20 * sequence + 8 * total for each calibrated
-// head, in half types value_head_size * sequence more. A few tokens: total floats for each row of each head, as long as
-// these of a sequence take no more than `most_bytes` or than its cache; otherwise as a prompt. Results do not depend on
-// the number of threads.
+// Memory from `host`. Prompts: 48 * total floats for each thread, about 20 * sequence + 8 * total for each head with a
+// beta that is not 1, in half types value_head_size * sequence more. A few tokens: total floats for each row of each
+// head, as long as these of a sequence take no more than `most_bytes` or than its cache; otherwise as a prompt. Results
+// do not depend on the number of threads.
 template <typename T>
 void Attention(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set = Best(),
                int64_t most_bytes = kMostScratchBytes);

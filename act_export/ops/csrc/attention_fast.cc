@@ -82,8 +82,12 @@ class Layer {
       : a_(arguments), host_(host), kernels_(Select<T>(instruction_set)), past_(a_.total - a_.sequence) {
     for (int64_t b = 0; b < a_.batch; ++b) {
       sequences_.emplace_back(a_.attention_mask + b * a_.total, a_.total);
-      if (a_.calibrated_count == 0) continue;
-      sink_tests_.emplace_back(a_.total, sequences_[b].real, a_.sliding_window, a_.threshold, a_.relative_threshold);
+      bool wanted = false;
+      for (int64_t index = 0; index < a_.calibrated_count; ++index) {
+        wanted = wanted || !a_.StrengthsOf(b, index).KeepsSinks();
+      }
+      sink_tests_.push_back(wanted ? SinkTest(a_.total, sequences_[b].real, a_.sliding_window, a_.relative_threshold)
+                                   : SinkTest());
     }
   }
 
@@ -91,6 +95,12 @@ class Layer {
   int64_t Group() const { return a_.num_heads / a_.kv_num_heads; }
   int64_t Window() const { return a_.sliding_window > 0 ? a_.sliding_window : kUnlimited; }
   int64_t CalibratedIndex(int64_t h) const { return a_.calibrated_count > 0 ? a_.calibrated_index[h] : -1; }
+
+  // Of a head that can't be calibrated: those that leave it as it is.
+  Strengths StrengthsOf(int64_t b, int64_t h) const {
+    const int64_t index = CalibratedIndex(h);
+    return index >= 0 ? a_.StrengthsOf(b, index) : Strengths{};
+  }
 
   // No factor, and no query times it, is infinite: 0 times that is not a number.
   Scores ScoresOfLayer() const {
@@ -103,12 +113,21 @@ class Layer {
     return {a_.scale > 0.0f ? 1.0f : -1.0f, 0.0f, std::min(magnitude * kLog2E, std::numeric_limits<float>::max())};
   }
 
+  // What a logit that was scaled and capped is as a score; finite.
+  float Score(double logit) const {
+    constexpr double kMost = 3.0e38;
+    return static_cast<float>(std::clamp(logit * kLog2E / ScoresOfLayer().exponent, -kMost, kMost));
+  }
+
   // Score of the learned sink of a head; -infinity for none.
   float SinkScore(int64_t h) const {
     if (a_.sink_logits == nullptr || a_.sink_logits[h] <= kNoSinkLogit) return -std::numeric_limits<float>::infinity();
-    constexpr double kMost = 3.0e38;
-    const double score = static_cast<double>(a_.sink_logits[h]) * kLog2E / ScoresOfLayer().exponent;
-    return static_cast<float>(std::clamp(score, -kMost, kMost));
+    return Score(a_.sink_logits[h]);
+  }
+
+  // Added to the scores of the initial token: its weight times gamma.
+  float OnInitial(const Strengths& strengths) const {
+    return strengths.gamma == 1.0f ? 0.0f : Score(std::log(static_cast<double>(strengths.gamma)));
   }
 
   Cache<T> CacheOf(int64_t b, int64_t kv_head) const {
@@ -127,26 +146,18 @@ class Layer {
 
   void StoreRow(const float* row, T* to) const { kernels_.store(row, a_.value_head_size, to); }
 
-  float* PresentSums(int64_t b, int64_t index) const {
-    return a_.present_sink_scores + (b * a_.calibrated_count + index) * a_.present_capacity;
-  }
-
-  const float* PastSums(int64_t b, int64_t index) const {
-    return a_.past_sink_scores + (b * a_.calibrated_count + index) * a_.past_capacity;
-  }
-
-  // What the past buffer holds beyond `total` is kept.
-  void KeepSinkScores(int64_t b, int64_t index) const {
-    const float* past = PastSums(b, index);
-    if (past != PresentSums(b, index) && a_.past_capacity > a_.total) {
-      std::copy(past + a_.total, past + a_.past_capacity, PresentSums(b, index) + a_.total);
+  // Running column sums before the rows of this call add to them: those of the past, nothing for new tokens, and what
+  // the past buffer holds beyond `total`.
+  float* CarrySums(int64_t b, int64_t index) const {
+    const int64_t head = b * a_.calibrated_count + index;
+    const float* past = a_.past_sink_scores + head * a_.past_capacity;
+    float* present = a_.present_sink_scores + head * a_.present_capacity;
+    if (past != present) {
+      std::copy(past, past + past_, present);
+      if (a_.past_capacity > a_.total) std::copy(past + a_.total, past + a_.past_capacity, present + a_.total);
     }
-  }
-
-  const SinkTest& SinkTestOf(int64_t b) const { return sink_tests_[b]; }
-
-  std::vector<int64_t> LaterSinks(int64_t b, int64_t index) const {
-    return SinkTestOf(b).LaterSinks(PresentSums(b, index));
+    std::fill(present + past_, present + a_.total, 0.0f);
+    return present;
   }
 
   // o = factors on its parts from the later sinks and from the rest.
@@ -161,7 +172,7 @@ class Layer {
   const TypedKernels<T>& kernels_;
   const int64_t past_;
   std::vector<Sequence> sequences_;
-  std::vector<SinkTest> sink_tests_;  // of each sequence, in a layer with calibrated heads
+  std::vector<SinkTest> sink_tests_;  // of each sequence; made where a head has use for it
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +185,7 @@ class Prompt : Layer<T> {
   using Base::kernels_;
   using Base::past_;
   using Base::sequences_;
+  using Base::sink_tests_;
 
  public:
   Prompt(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set)
@@ -191,8 +203,10 @@ class Prompt : Layer<T> {
       std::vector<Head> heads;
       int64_t number = 0;
       for (int64_t floats = 0; next < count && floats < kWaveFloats; ++next) {
-        heads.push_back({next / a_.num_heads, next % a_.num_heads, Base::CalibratedIndex(next % a_.num_heads)});
-        if (heads.back().index >= 0) {
+        const int64_t b = next / a_.num_heads;
+        const int64_t h = next % a_.num_heads;
+        heads.push_back({b, h, Base::CalibratedIndex(h), Base::StrengthsOf(b, h)});
+        if (heads.back().MovesMass()) {
           heads.back().number = number++;
           heads.back().scratch = floats;
           floats += ScratchOfHead();
@@ -206,14 +220,18 @@ class Prompt : Layer<T> {
   struct Head {
     int64_t b;
     int64_t h;
-    int64_t index;        // among the calibrated heads, or -1
-    int64_t number = 0;   // among those of the wave
+    int64_t index;  // among the calibrated heads, or -1
+    Strengths strengths;
+    int64_t number = 0;   // among those of the wave whose later sinks change
     int64_t scratch = 0;  // where its scratch begins
     std::vector<int64_t> sinks = {};
     std::vector<int64_t> recompute = {};  // first rows of blocks with a later sink that was not saved
+
+    bool MovesMass() const { return !strengths.KeepsSinks(); }
   };
 
-  // A calibrated head: statistics of the rows, column sums of each chunk, and rows that wait for their correction.
+  // A head whose later sinks change: statistics of the rows, column sums of each chunk, and rows that wait for their
+  // correction.
   int64_t ScratchOfHead() const {
     const int64_t output = std::is_same_v<T, float> ? 0 : a_.sequence * a_.value_head_size;
     return (3 * a_.sequence + chunks_ * a_.total + output + 15) / 16 * 16;
@@ -224,7 +242,7 @@ class Prompt : Layer<T> {
   float* RowSums(const Head& head) const { return Normalisers(head) + a_.sequence; }
   float* ColumnSums(const Head& head, int64_t chunk) const { return RowSums(head) + a_.sequence + chunk * a_.total; }
 
-  // Attention of a calibrated head in float: (sequence, value_head_size), rows `AttendedStride` apart.
+  // Attention of such a head in float: (sequence, value_head_size), rows `AttendedStride` apart.
   float* Attended(const Head& head, int64_t row) const {
     if constexpr (std::is_same_v<T, float>) {
       return Base::Output(head.b, head.h, row);
@@ -250,7 +268,7 @@ class Prompt : Layer<T> {
     int64_t floats = 0;
     std::vector<Head*> calibrated;
     for (Head& head : heads) {
-      if (head.index < 0) continue;
+      if (!head.MovesMass()) continue;
       floats += ScratchOfHead();
       calibrated.push_back(&head);
     }
@@ -265,7 +283,9 @@ class Prompt : Layer<T> {
     host_.ParallelFor(head_count * chunks_, [&](int64_t i) {
       Head& head = heads[i % head_count];
       AttendChunk(head, chunks_ - 1 - i / head_count);
-      if (waiting[i % head_count].fetch_sub(1, std::memory_order_acq_rel) == 1 && head.index >= 0) CalibrateHead(head);
+      if (waiting[i % head_count].fetch_sub(1, std::memory_order_acq_rel) != 1 || head.index < 0) return;
+      float* sums = Base::CarrySums(head.b, head.index);
+      if (head.MovesMass()) CalibrateHead(head, sums);
     });
     std::vector<std::pair<const Head*, int64_t>> blocks;
     for (const Head* head : calibrated) {
@@ -294,6 +314,8 @@ class Prompt : Layer<T> {
     block.columns.begin = std::max(sequence.begin, FirstVisible(block.position, a_.sliding_window));
     block.columns.end = std::max(block.columns.begin, std::min(sequence.end, block.position + rows));
     block.columns.hidden = sequence.Hidden();
+    block.initial = sequence.begin;
+    block.on_initial = Base::OnInitial(head.strengths);
     return block;
   }
 
@@ -311,11 +333,11 @@ class Prompt : Layer<T> {
     for (int64_t row = chunk * chunk_rows_; row < end; row += kRowBlock) body(row, std::min(kRowBlock, end - row));
   }
 
-  // Ordinary attention, and the column sums of the chunk.
+  // Attention as it is before later sinks change, and the column sums of the chunk.
   void AttendChunk(const Head& head, int64_t chunk) const {
     const int64_t padded = PaddedSize(a_.value_head_size);
     Scratch<float> scratch(host_, ScratchOfBlocks() + (std::is_same_v<T, float> ? 0 : kRowBlock * padded));
-    if (head.index >= 0) std::fill_n(ColumnSums(head, chunk), ChunkEnd(chunk), 0.0f);
+    if (head.MovesMass()) std::fill_n(ColumnSums(head, chunk), ChunkEnd(chunk), 0.0f);
     ForEachBlock(chunk, [&](int64_t row, int64_t rows) {
       float maxima[kRowBlock];
       float normalisers[kRowBlock];
@@ -324,7 +346,7 @@ class Prompt : Layer<T> {
       block.scratch = scratch.Data();
       block.maxima = maxima;
       block.normalisers = normalisers;
-      if (head.index >= 0) {
+      if (head.MovesMass()) {
         for (int64_t r = 0; r < rows; ++r)
           weights[r] = sequences_[head.b].real.IsReal(block.position + r) ? 1.0f : 0.0f;
         block.maxima = Maxima(head) + row;
@@ -334,15 +356,14 @@ class Prompt : Layer<T> {
         block.row_sums = RowSums(head) + row;
         block.saved = &SavedAt(head, row);
         block.saved->count = 0;
-        block.saved_above = Base::SinkTestOf(head.b).Threshold() * kSavedShare;
-        block.initial = sequences_[head.b].begin;
+        block.saved_above = sink_tests_[head.b].Tau(head.strengths.threshold) * kSavedShare;
         block.last = row + rows == a_.sequence;
       }
       if constexpr (std::is_same_v<T, float>) {
         block.output = Base::Output(head.b, head.h, row);
         block.output_stride = a_.num_heads * a_.value_head_size;
         kernels_.attend(block);
-      } else if (head.index >= 0) {
+      } else if (head.MovesMass()) {
         block.output = Attended(head, row);
         block.output_stride = AttendedStride();
         kernels_.attend(block);
@@ -357,10 +378,14 @@ class Prompt : Layer<T> {
     });
   }
 
-  // All rows of this head have been attended to.
-  void CalibrateHead(Head& head) const {
-    SumColumns(head);
-    head.sinks = Base::LaterSinks(head.b, head.index);
+  // All rows of this head have been attended to; `sums` are its column sums before them.
+  void CalibrateHead(Head& head, float* sums) const {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const float* of_chunk = ColumnSums(head, chunk);
+      const int64_t end = ChunkEnd(chunk);
+      for (int64_t j = 0; j < end; ++j) sums[j] += of_chunk[j];
+    }
+    head.sinks = sink_tests_[head.b].LaterSinks(sums, head.strengths.threshold);
     for (int64_t row = 0; row < a_.sequence; row += kRowBlock) {
       const int64_t rows = std::min(kRowBlock, a_.sequence - row);
       if (AddSavedColumns(head, row, rows)) {
@@ -371,20 +396,7 @@ class Prompt : Layer<T> {
     }
   }
 
-  void SumColumns(const Head& head) const {
-    const float* past = Base::PastSums(head.b, head.index);
-    float* present = Base::PresentSums(head.b, head.index);
-    if (past != present) std::copy(past, past + past_, present);
-    std::fill(present + past_, present + a_.total, 0.0f);
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      const float* sums = ColumnSums(head, chunk);
-      const int64_t end = ChunkEnd(chunk);
-      for (int64_t j = 0; j < end; ++j) present[j] += sums[j];
-    }
-    Base::KeepSinkScores(head.b, head.index);
-  }
-
-  // Calibrates a block, where all of its later sinks were saved; otherwise makes ordinary attention of it.
+  // Calibrates a block, where all of its later sinks were saved; otherwise their columns are as they were.
   bool AddSavedColumns(const Head& head, int64_t row, int64_t rows) const {
     const SavedColumns& saved = SavedAt(head, row);
     const RowBlock<T> block = BlockAt(head, row, rows);
@@ -400,7 +412,7 @@ class Prompt : Layer<T> {
     const bool all = found == end - begin;
     correction.cache = block.cache;
     correction.saved = &saved;
-    correction.beta = all ? a_.beta[head.index] : 1.0f;
+    correction.beta = all ? head.strengths.beta : 1.0f;
     correction.rows = rows;
     correction.output = Attended(head, row);
     correction.output_stride = AttendedStride();
@@ -414,7 +426,7 @@ class Prompt : Layer<T> {
     }
   }
 
-  // Calibrates ordinary attention, its later sinks computed again.
+  // Calibrates a block, its later sinks computed again.
   void RecomputeBlock(const Head& head, int64_t row, int64_t rows) const {
     const int64_t padded = PaddedSize(a_.value_head_size);
     RowBlock<T> block = BlockAt(head, row, rows);
@@ -439,7 +451,7 @@ class Prompt : Layer<T> {
     for (int64_t r = 0; r < rows; ++r) {
       if (mass[r] == 0.0f) continue;
       const double rest = static_cast<double>(row_sums[r]) - mass[r];
-      const RowFactors factors = Calibrate(a_.beta[head.index], mass[r], rest);
+      const RowFactors factors = Calibrate(head.strengths.beta, mass[r], rest);
       const float* from_sinks = scratch.Data() + r * padded;
       float* o = Attended(head, row + r);
       for (int64_t d = 0; d < a_.value_head_size; ++d) {
@@ -469,7 +481,7 @@ class Prompt : Layer<T> {
     kernels_.attend(block);
     for (int64_t r = 0; r < rows; ++r) {
       if (mass[r] == 0.0f) continue;
-      Base::Combine(Calibrate(a_.beta[head.index], mass[r], rest[r]), from_sinks + r * padded,
+      Base::Combine(Calibrate(head.strengths.beta, mass[r], rest[r]), from_sinks + r * padded,
                     block.output + r * padded, Attended(head, row + r));
     }
   }
@@ -491,6 +503,7 @@ class Decode : Layer<T> {
   using Base::kernels_;
   using Base::past_;
   using Base::sequences_;
+  using Base::sink_tests_;
 
  public:
   Decode(const AttentionArguments<T>& arguments, Host& host, InstructionSet instruction_set)
@@ -502,11 +515,12 @@ class Decode : Layer<T> {
         padded_total_(PaddedSize(a_.total)),
         heads_(a_.batch * a_.kv_num_heads) {}
 
-  // Floats for each key-value head: queries, probabilities, what comes of each slice, and what joins them.
+  // Floats for each key-value head: queries, probabilities, what gamma adds, what comes of each slice, and what joins
+  // them.
   static int64_t ScratchOfHead(const AttentionArguments<T>& a) {
     const int64_t rows = a.num_heads / a.kv_num_heads * a.sequence;
     const int64_t of_slices = Slices(a) * rows * (2 + PaddedSize(a.value_head_size));
-    return rows * (PaddedSize(a.head_size) + PaddedSize(a.total)) + of_slices + FinishScratch(a);
+    return rows * (PaddedSize(a.head_size) + PaddedSize(a.total) + 1) + of_slices + FinishScratch(a);
   }
 
   void Attend() {
@@ -518,6 +532,7 @@ class Decode : Layer<T> {
     finish_ = outputs_ + heads_ * slices_ * rows_ * padded_value_;
     maxima_ = finish_ + heads_ * FinishScratch(a_);
     sums_ = maxima_ + heads_ * slices_ * rows_;
+    on_initial_ = sums_ + heads_ * slices_ * rows_;
     Scratch<int64_t> visible(host_, 2 * a_.batch * rows_);
     visible_ = visible.Data();
     PrepareRows();
@@ -580,6 +595,8 @@ class Decode : Layer<T> {
     }
     s.hidden = sequence.Hidden();
     s.scores = Base::ScoresOfLayer();
+    if (s.begin <= sequence.begin && sequence.begin < s.end) s.on_initial = on_initial_ + head * rows_;
+    s.initial = sequence.begin;
     s.shift = Shift();
     s.rows = rows_;
     s.queries = queries_ + head * rows_ * padded_key_;
@@ -594,12 +611,14 @@ class Decode : Layer<T> {
     kernels_.decode(s);
   }
 
-  // What every slice needs of the rows: queries as floats, and the positions that they see.
+  // What every slice needs of the rows: queries as floats, what gamma adds, and the positions that they see.
   void PrepareRows() const {
     for (int64_t head = 0; head < heads_; ++head) {
+      const int64_t b = head / a_.kv_num_heads;
       for (int64_t row = 0; row < rows_; ++row) {
-        PackQuery(Base::Query(head / a_.kv_num_heads, QueryHead(head, row), QueryRow(row)),
-                  queries_ + (head * rows_ + row) * padded_key_);
+        const int64_t h = QueryHead(head, row);
+        PackQuery(Base::Query(b, h, QueryRow(row)), queries_ + (head * rows_ + row) * padded_key_);
+        on_initial_[head * rows_ + row] = Base::OnInitial(Base::StrengthsOf(b, h));
       }
     }
     for (int64_t b = 0; b < a_.batch; ++b) {
@@ -629,11 +648,14 @@ class Decode : Layer<T> {
     for (int64_t first = 0; first < rows_; first += a_.sequence) {
       const int64_t index = Base::CalibratedIndex(QueryHead(head, first));
       if (index < 0) continue;
-      SumColumns(head, first, index, factors + first * slices_);
-      const std::vector<int64_t> sinks = Base::LaterSinks(b, index);
+      float* sums = Base::CarrySums(b, index);
+      const Strengths& strengths = a_.StrengthsOf(b, index);
+      if (strengths.KeepsSinks()) continue;
+      SumColumns(head, first, factors + first * slices_, sums);
+      const std::vector<int64_t> sinks = sink_tests_[b].LaterSinks(sums, strengths.threshold);
       for (int64_t row = first; row < first + a_.sequence && !sinks.empty(); ++row) {
-        CalibrateRow(head, row, index, sinks, row_sums[row], factors + row * slices_, attended + row * padded_value_,
-                     attended + rows_ * padded_value_);
+        CalibrateRow(head, row, strengths.beta, sinks, row_sums[row], factors + row * slices_,
+                     attended + row * padded_value_, attended + rows_ * padded_value_);
       }
     }
     for (int64_t row = 0; row < rows_; ++row) {
@@ -669,26 +691,20 @@ class Decode : Layer<T> {
     return has_sink ? static_cast<float>(of_keys / total) : 1.0f;
   }
 
-  // Running column sums of a query head, whose rows begin at `first`; its factors are (sequence, slices).
-  void SumColumns(int64_t head, int64_t first, int64_t index, const float* factors) const {
-    const int64_t b = head / a_.kv_num_heads;
-    const float* past = Base::PastSums(b, index);
-    float* present = Base::PresentSums(b, index);
-    if (past != present) std::copy(past, past + past_, present);
-    std::fill(present + past_, present + a_.total, 0.0f);
+  // Adds to the column sums of a query head, whose rows begin at `first`; its factors are (sequence, slices).
+  void SumColumns(int64_t head, int64_t first, const float* factors, float* sums) const {
     for (int64_t i = 0; i < a_.sequence; ++i) {
-      if (!sequences_[b].real.IsReal(past_ + i)) continue;
+      if (!sequences_[head / a_.kv_num_heads].real.IsReal(past_ + i)) continue;
       const float* p = Probabilities(head, first + i);
       for (int64_t s = 0; s < slices_; ++s) {
         const float factor = factors[i * slices_ + s];
         const int64_t end = std::min((s + 1) * kDecodeSlice, a_.total);
-        for (int64_t j = s * kDecodeSlice; j < end; ++j) present[j] += factor * p[j];
+        for (int64_t j = s * kDecodeSlice; j < end; ++j) sums[j] += factor * p[j];
       }
     }
-    Base::KeepSinkScores(b, index);
   }
 
-  void CalibrateRow(int64_t head, int64_t row, int64_t index, const std::vector<int64_t>& sinks, float row_sum,
+  void CalibrateRow(int64_t head, int64_t row, float beta, const std::vector<int64_t>& sinks, float row_sum,
                     const float* factors, float* attended, float* scratch) const {
     float* p = Probabilities(head, row);
     float* from_sinks = scratch;
@@ -716,7 +732,7 @@ class Decode : Layer<T> {
     } else {
       for (int64_t d = 0; d < a_.value_head_size; ++d) from_rest[d] = attended[d] - from_sinks[d];
     }
-    Base::Combine(Calibrate(a_.beta[index], mass, rest), from_sinks, from_rest, attended);
+    Base::Combine(Calibrate(beta, mass, rest), from_sinks, from_rest, attended);
   }
 
   const int64_t rows_;  // of a key-value head
@@ -732,6 +748,7 @@ class Decode : Layer<T> {
   int64_t* visible_ = nullptr;
   float* maxima_ = nullptr;
   float* sums_ = nullptr;
+  float* on_initial_ = nullptr;  // of each row
 };
 
 }  // namespace
@@ -790,11 +807,15 @@ AttentionArguments<T> Part(const AttentionArguments<T>& a, int64_t begin, int64_
   part.present_key += begin * a.present_capacity * key_width;
   part.present_value += begin * a.present_capacity * value_width;
   part.present_sink_scores += begin * a.present_capacity * a.calibrated_count;
+  if (a.calibrations > 1) {
+    part.calibration += begin * a.calibrated_count;
+    part.calibrations = count;
+  }
   return part;
 }
 
 // What the tables of a sequence take, about: sums of its mask, rows that see each position, what is hidden.
-int64_t TableBytes(int64_t total) { return 20 * total + 512; }
+int64_t TableBytes(int64_t total) { return 16 * total + 512; }
 
 }  // namespace
 

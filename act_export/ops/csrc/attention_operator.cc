@@ -12,15 +12,17 @@ namespace {
 using ort::Tensor;
 using ort::ToString;
 
-void ExpectInRange(const Strengths* calibration, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+// A calibration comes with every call, so that this is not known when the node is made.
+void ExpectInRange(const Strengths* calibration, int64_t calibrations, int64_t heads) {
+  for (int64_t i = 0; i < calibrations * heads; ++i) {
     const Strengths& each = calibration[i];
-    Expect(each.beta >= kLeastBeta && each.beta <= kMostBeta, "calibration has beta ", each.beta, ", expected ",
-           kLeastBeta, " to ", kMostBeta);
-    Expect(each.gamma >= kLeastGamma && each.gamma <= kMostGamma, "calibration has gamma ", each.gamma, ", expected ",
-           kLeastGamma, " to ", kMostGamma);
-    Expect(std::isfinite(each.threshold) && each.threshold >= 0.0f, "calibration has threshold ", each.threshold,
-           ", expected 0 or more");
+    const auto expect = [&](bool condition, const char* name, float value, const auto&... allowed) {
+      Expect(condition, "calibration[", i / heads, ", ", i % heads, "] has ", name, ' ', value, ", expected ",
+             allowed...);
+    };
+    expect(each.beta >= kLeastBeta && each.beta <= kMostBeta, "beta", each.beta, kLeastBeta, " to ", kMostBeta);
+    expect(each.gamma >= kLeastGamma && each.gamma <= kMostGamma, "gamma", each.gamma, kLeastGamma, " to ", kMostGamma);
+    expect(std::isfinite(each.threshold) && each.threshold >= 0.0f, "threshold", each.threshold, "0 or more");
   }
 }
 
@@ -42,7 +44,7 @@ class CpuNode final : public Node {
     AttentionArguments<T> arguments = ReadArguments<T>(attributes_, call);
     arguments.calibrated_index = attributes_.calibrated_index.data();
     arguments.sink_logits = attributes_.sink_logits.empty() ? nullptr : attributes_.sink_logits.data();
-    ExpectInRange(arguments.calibration, arguments.calibrations * arguments.calibrated_count);
+    ExpectInRange(arguments.calibration, arguments.calibrations, arguments.calibrated_count);
     fast::Attention(arguments, call);
   }
 

@@ -32,8 +32,8 @@ struct AttentionAttributes {
   void ReadCalibratedHeads(const ort::Attributes& attributes);
 };
 
-// Checks the inputs of one call and makes its outputs; calibrated_index and sink_logits are left to the caller, who knows
-// which memory the kernel reads, and so are the values of the calibration. T: float, Float16 or BFloat16.
+// Checks the inputs of one call and makes its outputs; calibrated_index and sink_logits are left to the caller, who
+// knows which memory the kernel reads, and so are the values of the calibration. T: float, Float16 or BFloat16.
 template <typename T>
 AttentionArguments<T> ReadArguments(const AttentionAttributes& attributes, const ort::Tensors& tensors);
 

@@ -1,7 +1,8 @@
 // The plain kernel: one head of one sequence per task, a block of rows at a time, no T x T buffer.
 //
-// Pass 1 computes ordinary attention, keeps each row's softmax maximum and normaliser, and sums the columns of the map.
-// Then the later sinks are known, and pass 2 recomputes the map at those few columns only:
+// Pass 1 computes attention with the initial token's weight times gamma, keeps each row's softmax maximum and
+// normaliser, and sums the columns of the map. Then the later sinks are known, and pass 2 recomputes the map at those
+// few columns only:
 //   o'[i] = f_sinks * oK[i] + f_rest * (o[i] - oK[i]),   oK = the part of o that comes from the later sinks.
 #include <algorithm>
 #include <cmath>
@@ -75,12 +76,16 @@ class Head {
         real_(real),
         past_(arguments.total - arguments.sequence),
         calibrated_(arguments.calibrated_count > 0 ? arguments.calibrated_index[h] : -1),
+        strengths_(calibrated_ >= 0 ? arguments.StrengthsOf(b, calibrated_) : Strengths{}),
+        initial_(real.Initial()),
+        on_initial_(std::log(strengths_.gamma)),
         sink_logit_(arguments.sink_logits != nullptr ? arguments.sink_logits[h] : kNoSinkLogit),
         query_(a_.query + (b * a_.sequence * a_.num_heads + h) * a_.head_size),
         output_(a_.output + (b * a_.sequence * a_.num_heads + h) * a_.value_head_size),
         query_rows_(kRowBlock * a_.head_size),
         tile_(kColumnBlock * std::max(a_.head_size, a_.value_head_size)),
-        map_(kRowBlock * a_.total) {
+        map_(kRowBlock * a_.total),
+        column_sums_(calibrated_ >= 0 ? a_.total : 0) {
     const int64_t kv_head = b * a_.kv_num_heads + h / (a_.num_heads / a_.kv_num_heads);
     keys_ = a_.present_key + kv_head * a_.present_capacity * a_.head_size;
     values_ = a_.present_value + kv_head * a_.present_capacity * a_.value_head_size;
@@ -92,7 +97,8 @@ class Head {
   }
 
   void Attend() {
-    if (calibrated_ < 0) {
+    if (strengths_.KeepsSinks()) {
+      if (calibrated_ >= 0) UpdateSinkScores();
       std::vector<float> attended(kRowBlock * a_.value_head_size);
       for (int64_t row = 0; row < a_.sequence; row += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, a_.sequence - row);
@@ -105,13 +111,12 @@ class Head {
     maxima_.resize(a_.sequence);
     normalisers_.resize(a_.sequence);
     row_sums_.resize(a_.sequence);
-    column_sums_.assign(a_.total, 0.0);
     for (int64_t row = 0; row < a_.sequence; row += kRowBlock) {
       AttendRows(row, std::min(kRowBlock, a_.sequence - row), &attended[row * a_.value_head_size]);
     }
     UpdateSinkScores();
-    const std::vector<int64_t> sinks =
-        SinkTest(a_.total, real_, a_.sliding_window, a_.threshold, a_.relative_threshold).LaterSinks(present_sums_);
+    const std::vector<int64_t> sinks = SinkTest(a_.total, real_, a_.sliding_window, a_.relative_threshold)
+                                           .LaterSinks(present_sums_, strengths_.threshold);
     for (int64_t row = 0; row < a_.sequence && !sinks.empty(); row += kRowBlock) {
       CalibrateRows(row, std::min(kRowBlock, a_.sequence - row), sinks, &attended[row * a_.value_head_size]);
     }
@@ -123,7 +128,7 @@ class Head {
   int64_t FirstColumn(int64_t row) const { return FirstVisible(Position(row), a_.sliding_window); }
   bool SeesNothing(int64_t row) const { return real_.Count(FirstColumn(row), Position(row) + 1) == 0; }
 
-  // Pass 1 over a block of rows: ordinary attention into `attended`, and what pass 2 needs of it.
+  // Pass 1 over a block of rows: attention into `attended`, and what pass 2 needs of it.
   void AttendRows(int64_t row, int64_t rows, float* attended) {
     const int64_t first = FirstColumn(row);
     const Columns columns{first, Position(row + rows - 1) + 1 - first};
@@ -147,7 +152,7 @@ class Head {
         row_sum = sum / total;
         for (int64_t c = 0; c < columns.count; ++c) probabilities[c] *= normaliser;
       }
-      if (calibrated_ < 0) continue;
+      if (strengths_.KeepsSinks()) continue;
       maxima_[row + r] = maximum;
       normalisers_[row + r] = normaliser;
       row_sums_[row + r] = row_sum;
@@ -158,7 +163,7 @@ class Head {
     AddValues(rows, columns, attended);
   }
 
-  // Pass 2 over a block of rows: turns ordinary attention in `attended` into calibrated attention.
+  // Pass 2 over a block of rows: calibrates the later sinks of what is in `attended`.
   void CalibrateRows(int64_t row, int64_t rows, const std::vector<int64_t>& all_sinks, float* attended) {
     const auto begin = std::lower_bound(all_sinks.begin(), all_sinks.end(), FirstColumn(row));
     const auto end = std::upper_bound(begin, all_sinks.end(), Position(row + rows - 1));
@@ -181,7 +186,7 @@ class Head {
       } else {
         for (int64_t d = 0; d < a_.value_head_size; ++d) from_rest[d] = o[d] - o_sinks[d];
       }
-      const RowFactors factors = Calibrate(a_.beta[calibrated_], sink_mass[r], rest_mass);
+      const RowFactors factors = Calibrate(strengths_.beta, sink_mass[r], rest_mass);
       for (int64_t d = 0; d < a_.value_head_size; ++d) {
         o[d] = factors.sinks * o_sinks[d] + factors.rest * from_rest[d];
       }
@@ -223,8 +228,10 @@ class Head {
         for (int64_t c = 0; c < count; ++c) {
           const int64_t j = columns[block + c];
           const bool visible = real_.IsReal(j) && j >= first && j <= Position(row + r);
-          map_[r * columns.count + block + c] = visible ? Logit(&query_rows_[r * a_.head_size], tile + c * a_.head_size)
-                                                        : -std::numeric_limits<float>::infinity();
+          float& logit = map_[r * columns.count + block + c];
+          logit = visible ? Logit(&query_rows_[r * a_.head_size], tile + c * a_.head_size)
+                          : -std::numeric_limits<float>::infinity();
+          if (j == initial_) logit += on_initial_;
         }
       }
     }
@@ -278,6 +285,9 @@ class Head {
   const RealTokens& real_;
   const int64_t past_;
   const int64_t calibrated_;  // index among the calibrated heads, or -1
+  const Strengths strengths_;
+  const int64_t initial_;   // position of the sequence's first real token
+  const float on_initial_;  // added to its logits
   const float sink_logit_;
   const T* query_;
   const T* keys_;

@@ -74,8 +74,9 @@ struct RowBlock {
   float* row_sums = nullptr;       // (rows), with column sums: of the probabilities of a row; 1 without a sink
   SavedColumns* saved = nullptr;   // with column sums: columns whose mean over these rows is above `saved_above`
   float saved_above = 0.0f;
-  int64_t initial = -1;  // position that is never saved
-  bool last = false;     // no rows come after these: a mean over the few rows that see a column counts as well
+  int64_t initial = -1;     // position of the initial token, which is never saved
+  float on_initial = 0.0f;  // added to its scores
+  bool last = false;        // no rows come after these: a mean over the few rows that see a column counts as well
 
   float* mass = nullptr;    // (rows), where given: sum of the probabilities
   float* output = nullptr;  // row r at output + r * output_stride
@@ -104,6 +105,8 @@ struct DecodeSlice {
   int64_t end = 0;
   const uint8_t* hidden = nullptr;  // by position; null: none
   Scores scores;
+  int64_t initial = -1;               // position of the initial token
+  const float* on_initial = nullptr;  // (rows), added to its scores; null: it isn't in the slice
   float shift = 0.0f;  // exponentials are divided by 2 to this power: then no sum overflows that a mean doesn't
 
   int64_t rows = 0;

@@ -88,12 +88,12 @@ template <typename T>
 void CompareSinkScores(const Inputs<T>& inputs, const Outputs<T>& expected, const Outputs<T>& got, Tally& tally) {
   const Problem& p = inputs.problem;
   Comparison scores("present_sink_scores", {"batch", "index", "position"}, tally);
-  for (int64_t head = 0; head < p.batch * inputs.CalibratedCount(); ++head) {
+  for (int64_t head = 0; head < p.batch * inputs.calibrated_count; ++head) {
     for (int64_t j = 0; j < p.Total(); ++j) {
       const int64_t i = head * p.PresentCapacity() + j;
       const double score = expected.present_sink_scores[i];
       scores.Add(score, got.present_sink_scores[i], kSinkScoreTolerance * std::max(1.0, score),
-                 {head / inputs.CalibratedCount(), head % inputs.CalibratedCount(), j});
+                 {head / inputs.calibrated_count, head % inputs.calibrated_count, j});
     }
     const int64_t unused = p.PresentCapacity() - p.Total();
     if (unused == 0) continue;
@@ -111,8 +111,10 @@ template <typename T>
 bool IsUndecided(const Inputs<T>& inputs, int64_t b, int64_t c, const Outputs<T>& expected, const Outputs<T>& got) {
   const Problem& p = inputs.problem;
   const RealTokens real = inputs.Real(b);
-  const float tau = p.relative_threshold ? p.threshold / static_cast<float>(real.Count()) : p.threshold;
-  const int64_t first = (b * inputs.CalibratedCount() + c) * p.PresentCapacity();
+  const Strengths& strengths = inputs.StrengthsOf(b, c);
+  if (strengths.KeepsSinks()) return false;
+  const float tau = p.relative_threshold ? strengths.threshold / static_cast<float>(real.Count()) : strengths.threshold;
+  const int64_t first = (b * inputs.calibrated_count + c) * p.PresentCapacity();
   for (int64_t j = 0; j < p.Total(); ++j) {
     if (!real.IsReal(j) || real.Count(0, j) == 0) continue;
     const int64_t end = p.window > 0 ? std::min(p.Total(), j + p.window) : p.Total();

@@ -30,7 +30,8 @@ std::vector<Problem> Problems() {
     problem.calibrated = Heads::kSome;
     problem.deviation = 0.5f;
     problem.planted_logit = 4.0f;
-    problem.threshold = 0.01f;
+    problem.beta = {0.4f, 1.0f};
+    problem.threshold = {0.01f};
     problem.sink_deviation = sequence > 10 ? 1.0f : 0.0f;
     problems.push_back(problem);
   }

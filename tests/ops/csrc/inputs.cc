@@ -44,6 +44,17 @@ void Plant(Random& random, const Problem& p, float scale, Tensor<T>& query, std:
   }
 }
 
+template <typename T>
+void SetCalibration(Inputs<T>& inputs) {
+  const Problem& p = inputs.problem;
+  const auto count = static_cast<size_t>((p.each_sequence ? p.batch : 1) * inputs.calibrated_count);
+  const auto in_turn = [](const std::vector<float>& values, size_t turn) { return values[turn % values.size()]; };
+  inputs.calibration.clear();
+  for (size_t turn = p.seed; turn < p.seed + count; ++turn) {
+    inputs.calibration.push_back({in_turn(p.beta, turn), in_turn(p.gamma, turn), in_turn(p.threshold, turn)});
+  }
+}
+
 // The tokens of a call: query, key and value.
 template <typename T>
 void DrawTokens(Random& random, Inputs<T>& inputs) {
@@ -76,11 +87,11 @@ Inputs<T> Draw(const Problem& p) {
   for (int64_t b = 0; b < p.batch; ++b) DrawMask(random, p.padding, b, p.Total(), inputs.mask);
   for (int64_t h = 0; h < p.NumHeads(); ++h) {
     const bool calibrated = p.calibrated == Heads::kAll || (p.calibrated == Heads::kSome && random.Chance(0.5));
-    inputs.calibrated_index.push_back(calibrated ? inputs.CalibratedCount() : -1);
-    if (calibrated) inputs.beta.push_back(p.beta[inputs.beta.size() % p.beta.size()]);
+    inputs.calibrated_index.push_back(calibrated ? inputs.calibrated_count++ : -1);
   }
   // Heads may be listed in any order.
-  for (int64_t& index : inputs.calibrated_index) index = index < 0 ? index : inputs.CalibratedCount() - 1 - index;
+  for (int64_t& index : inputs.calibrated_index) index = index < 0 ? index : inputs.calibrated_count - 1 - index;
+  SetCalibration(inputs);
 
   for (int64_t h = 0; h < p.NumHeads() && p.sink_deviation != 0.0f; ++h) {
     inputs.sink_logits.push_back(random.Chance(0.2) ? kNoSinkLogit : p.sink_deviation * random.Normal());
@@ -89,7 +100,7 @@ Inputs<T> Draw(const Problem& p) {
   DrawTokens(random, inputs);
   inputs.past_key = Tensor<T>(p.batch * p.kv_num_heads * p.PastCapacity() * p.head_size);
   inputs.past_value = Tensor<T>(p.batch * p.kv_num_heads * p.PastCapacity() * p.value_head_size);
-  inputs.past_sink_scores = Tensor<float>(p.batch * inputs.CalibratedCount() * p.PastCapacity());
+  inputs.past_sink_scores = Tensor<float>(p.batch * inputs.calibrated_count * p.PastCapacity());
   Fill(random, inputs.past_key);
   Fill(random, inputs.past_value);
   for (int64_t i = 0; i < inputs.past_sink_scores.Size(); ++i) {
@@ -117,6 +128,7 @@ void Continue(int64_t sequence, const Outputs<T>& outputs, Inputs<T>& inputs) {
     inputs.mask.insert(inputs.mask.end(), mask.begin() + b * total, mask.begin() + (b + 1) * total);
     DrawMask(random, p.padding, b, sequence, inputs.mask);
   }
+  SetCalibration(inputs);
   DrawTokens(random, inputs);
   if (p.planted_logit != 0.0f) Plant(random, p, inputs.Scale(), inputs.query, {&inputs.key});
   inputs.past_key = outputs.present_key;
@@ -159,7 +171,7 @@ void PoisonUnseen(Random& random, Inputs<T>& inputs) {
       PoisonValues(random, inputs, b, row);
     }
   }
-  for (int64_t head = 0; head < p.batch * inputs.CalibratedCount(); ++head) {
+  for (int64_t head = 0; head < p.batch * inputs.calibrated_count; ++head) {
     Poison(random, inputs.past_sink_scores, head * p.PastCapacity() + p.past, p.spare);
   }
 }
@@ -197,9 +209,8 @@ Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::Instr
   outputs.output = Tensor<T>(p.batch * p.sequence * p.NumHeads() * p.value_head_size);
   outputs.present_key = cache_in_place ? inputs.past_key : Tensor<T>(heads * p.head_size);
   outputs.present_value = cache_in_place ? inputs.past_value : Tensor<T>(heads * p.value_head_size);
-  outputs.present_sink_scores = sinks_in_place
-                                    ? inputs.past_sink_scores
-                                    : Tensor<float>(p.batch * inputs.CalibratedCount() * p.PresentCapacity());
+  outputs.present_sink_scores =
+      sinks_in_place ? inputs.past_sink_scores : Tensor<float>(p.batch * inputs.calibrated_count * p.PresentCapacity());
   AttentionArguments<T> a;
   a.batch = p.batch;
   a.sequence = p.sequence;
@@ -225,10 +236,10 @@ Outputs<T> Answer(const Inputs<T>& inputs, Host& host, std::optional<fast::Instr
   a.softcap = p.softcap;
   a.sliding_window = p.window;
   if (!inputs.sink_logits.empty()) a.sink_logits = inputs.sink_logits.data();
-  a.calibrated_count = inputs.CalibratedCount();
+  a.calibrated_count = inputs.calibrated_count;
   a.calibrated_index = inputs.calibrated_index.data();
-  a.beta = inputs.beta.data();
-  a.threshold = p.threshold;
+  a.calibration = inputs.calibration.data();
+  a.calibrations = p.each_sequence ? p.batch : 1;
   a.relative_threshold = p.relative_threshold;
   if (instruction_set.has_value()) {
     fast::Attention(a, host, *instruction_set, most_bytes);

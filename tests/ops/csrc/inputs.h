@@ -42,8 +42,9 @@ struct Inputs {
   Problem problem;
   std::vector<int64_t> mask;
   std::vector<int64_t> calibrated_index;
-  std::vector<float> beta;
-  std::vector<float> sink_logits;  // by head; empty = none
+  int64_t calibrated_count = 0;
+  std::vector<Strengths> calibration;  // (1 or batch, calibrated_count)
+  std::vector<float> sink_logits;      // by head; empty = none
   Tensor<T> query;
   Tensor<T> key;
   Tensor<T> value;
@@ -52,7 +53,10 @@ struct Inputs {
   Tensor<float> past_sink_scores;
 
   float Scale() const { return problem.deviation / std::sqrt(static_cast<float>(problem.head_size)); }
-  int64_t CalibratedCount() const { return static_cast<int64_t>(beta.size()); }
+  // Of the calibrated head `index` in sequence `b`.
+  const Strengths& StrengthsOf(int64_t b, int64_t index) const {
+    return calibration[((problem.each_sequence ? b : 0) * calibrated_count + index)];
+  }
   RealTokens Real(int64_t b) const { return {&mask[b * problem.Total()], problem.Total()}; }
 
   // Whether some row of this call sees the position.

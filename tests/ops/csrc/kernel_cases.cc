@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -109,52 +110,56 @@ std::vector<Feature> Features() {
   }
   for (const float softcap : {1.5f, 30.0f}) add("softcap=" + text(softcap), [&](Problem& p) { p.softcap = softcap; });
   add("logits=tiny", [&](Problem& p) { p.deviation = 1e-3f; });
-  for (const float beta : kBetas) add("beta=" + text(beta), [&](Problem& p) { p.beta = {beta}; });
-  add("beta=mixed", [](Problem& p) { p.beta = {0.0f, 2.0f, 0.4f, 1.7f}; });
+  for (const bool each : {false, true}) {
+    add(std::string("strengths=") + (each ? "of each sequence" : "of all"), [&](Problem& p) {
+      p.beta.assign(std::begin(kBetas), std::end(kBetas));
+      p.gamma.assign(std::begin(kGammas), std::end(kGammas));
+      p.threshold = {0.0f, 0.001f, 0.1f, 0.3f};
+      p.each_sequence = each;
+      p.padding = Padding::kMixed;
+    });
+  }
+  add("gamma alone", [](Problem& p) {
+    p.beta = {1.0f};
+    p.gamma = {0.0625f, 16.0f};
+    p.padding = Padding::kMixed;
+  });
   for (const float logit : {4.0f, 8.0f, 80.0f, 1e4f}) {
-    for (const float beta : {0.4f, 1.7f}) {
-      add("planted=" + text(logit) + ",beta=" + text(beta), [&](Problem& p) {
-        p.deviation = 0.5f;
-        p.planted_logit = logit;
-        p.beta = {beta};
-        p.threshold = 0.001f;
-      });
-    }
+    add("planted=" + text(logit), [&](Problem& p) {
+      p.deviation = 0.5f;
+      p.planted_logit = logit;
+      p.beta = {0.4f, 1.7f};
+      if (logit > kMostLogitWithGamma) p.gamma = {1.0f};
+      p.threshold = {0.001f};
+    });
   }
   for (const float deviation : {1.0f, 5.0f, 40.0f}) {
     add("sinks=" + text(deviation), [&](Problem& p) {
       p.sink_deviation = deviation;
       p.padding = Padding::kMixed;
-      p.threshold = 0.001f;
+      p.threshold = {0.001f};
     });
   }
   add("sinks,softcap,window", [](Problem& p) {
     p.sink_deviation = 3.0f;
     p.softcap = 1.5f;
     p.window = 17;
-    p.threshold = 0.01f;
+    p.threshold = {0.01f};
   });
-  for (const float beta : {0.4f, 1.7f}) {
-    add("sinks,planted=8,beta=" + text(beta), [&](Problem& p) {
-      p.sink_deviation = 9.0f;
-      p.deviation = 0.5f;
-      p.planted_logit = 8.0f;
-      p.beta = {beta};
-      p.threshold = 0.001f;
-    });
-  }
+  add("sinks,planted=8", [](Problem& p) {
+    p.sink_deviation = 9.0f;
+    p.deviation = 0.5f;
+    p.planted_logit = 8.0f;
+    p.beta = {0.4f, 1.7f};
+    p.threshold = {0.001f};
+  });
   for (const Heads heads : kCalibratedHeads) {
     add(std::string("calibrated=") + Name(heads), [&](Problem& p) { p.calibrated = heads; });
   }
-  for (const float threshold : {0.0f, 0.001f, 0.1f, 0.3f}) {
-    add("threshold=" + text(threshold), [&](Problem& p) { p.threshold = threshold; });
-  }
-  for (const float threshold : {0.5f, 1.3f, 5.0f}) {
-    add("relative_threshold=" + text(threshold), [&](Problem& p) {
-      p.relative_threshold = true;
-      p.threshold = threshold;
-    });
-  }
+  add("relative thresholds", [](Problem& p) {
+    p.relative_threshold = true;
+    p.threshold = {0.5f, 1.3f, 5.0f};
+  });
   for (const int64_t spare : {1, 300}) {
     add("spare=" + std::to_string(spare), [&](Problem& p) { p.spare = spare; });
     add("spare=" + std::to_string(spare) + ",in place", [&](Problem& p) {
@@ -211,8 +216,8 @@ void CheckSpoiled(const Outputs<T>& spoiled, const Outputs<T>& got) {
   }
 }
 
-// One token is not a number: nothing changes for the rows before it. Its key spoils the column sums of a calibrated
-// head, its value does not.
+// One token is not a number: nothing changes for the rows before it. Its key spoils the column sums of a head whose
+// later sinks change, its value does not.
 template <typename T>
 void CheckFuture(const Problem& problem, int64_t token, bool poisons_keys, Tally& tally) {
   Described(problem, [&] {
@@ -245,8 +250,8 @@ void AddFutures(Cases& cases) {
         problem.seed = ++seed;
         problem.sequence = lengths.sequence;
         problem.past = lengths.past;
-        problem.calibrated = keys ? Heads::kNone : Heads::kAll;
-        problem.threshold = 0.005f;
+        if (keys) problem.beta = {1.0f};
+        problem.threshold = {0.005f};
         problem.softcap = token == 1 ? 30.0f : 0.0f;
         const std::string name =
             std::string(keys ? "future_keys" : "future_values") + "/token=" + std::to_string(token);
@@ -292,6 +297,7 @@ void AddConversations(Cases& cases) {
     }
   };
   const auto share = [](Problem& p) {
+    p.beta = {0.4f, 1.0f, 1.7f};
     p.spare = 300;
     p.cache_in_place = p.sinks_in_place = true;
   };
@@ -309,7 +315,7 @@ void AddConversations(Cases& cases) {
   add("growing,planted", [](Problem& p) {
     p.deviation = 0.5f;
     p.planted_logit = 8.0f;
-    p.beta = {0.0f, 1.7f};
+    p.beta = {0.0f, 1.7f, 1.0f};
   });
 }
 

@@ -29,9 +29,15 @@ Problem Draw(uint64_t seed, Random& random, int64_t sequence, int64_t past) {
   p.deviation = p.planted_logit != 0.0f ? 0.5f : random.Pick({1e-3f, 0.5f, 1.0f, 2.0f});
   p.calibrated = random.Pick(kCalibratedHeads);
   p.beta = {random.Pick(kBetas), random.Pick(kBetas), random.Pick(kBetas)};
+  p.gamma = {random.Pick(kGammas), random.Pick(kGammas)};
+  if (p.planted_logit > kMostLogitWithGamma) p.gamma = {1.0f};
   p.relative_threshold = random.Chance(0.4);
-  p.threshold =
-      p.relative_threshold ? random.Pick({0.5f, 1.3f, 2.1f, 5.0f}) : random.Pick({0.0f, 0.001f, 0.03f, 0.1f, 0.3f});
+  p.threshold.resize(4);
+  for (float& threshold : p.threshold) {
+    threshold =
+        p.relative_threshold ? random.Pick({0.5f, 1.3f, 2.1f, 5.0f}) : random.Pick({0.0f, 0.001f, 0.03f, 0.1f, 0.3f});
+  }
+  p.each_sequence = random.Chance(0.5);
   p.cache_in_place = random.Chance(0.5);
   p.sinks_in_place = random.Chance(0.8) ? p.cache_in_place : !p.cache_in_place;
   p.poisoned = random.Chance(0.4);
@@ -81,15 +87,21 @@ const char* Name(Heads heads) {
 
 std::string Describe(const Problem& p) {
   std::ostringstream text;
+  const auto list = [&](const char* name, const std::vector<float>& values) {
+    text << ", " << name;
+    for (const float value : values) text << ' ' << value;
+  };
   text << std::boolalpha << "seed " << p.seed << ", batch " << p.batch << ", sequence " << p.sequence << ", past "
        << p.past << ", spare " << p.spare << ", kv_num_heads " << p.kv_num_heads << ", group " << p.group
        << ", head_size " << p.head_size << ", value_head_size " << p.value_head_size << ", padding " << Name(p.padding)
        << ", window " << p.window << ", softcap " << p.softcap << ", deviation " << p.deviation << ", planted logit "
-       << p.planted_logit << ", calibrated heads " << Name(p.calibrated) << ", beta";
-  for (const float beta : p.beta) text << ' ' << beta;
-  text << ", threshold " << p.threshold << (p.relative_threshold ? " relative" : " absolute") << ", cache in place "
-       << p.cache_in_place << ", sinks in place " << p.sinks_in_place << ", poisoned " << p.poisoned
-       << ", poisoned queries " << p.poisoned_queries << ", sink deviation " << p.sink_deviation;
+       << p.planted_logit << ", calibrated heads " << Name(p.calibrated);
+  list("beta", p.beta);
+  list("gamma", p.gamma);
+  list("threshold", p.threshold);
+  text << (p.relative_threshold ? " relative" : " absolute") << ", each sequence " << p.each_sequence
+       << ", cache in place " << p.cache_in_place << ", sinks in place " << p.sinks_in_place << ", poisoned "
+       << p.poisoned << ", poisoned queries " << p.poisoned_queries << ", sink deviation " << p.sink_deviation;
   return text.str();
 }
 

@@ -16,6 +16,7 @@ constexpr int64_t kHeadSizes[] = {5, 8, 20, 32, 64, 80, 96, 128, 256};
 constexpr int64_t kGroups[] = {1, 3, 8};
 constexpr int64_t kWindows[] = {1, 2, 17, 64, 5000};
 constexpr float kBetas[] = {0.0f, 0.4f, 1.0f, 1.7f, 2.0f};
+constexpr float kGammas[] = {0.0625f, 0.3f, 1.0f, 1.0f, 5.0f, 16.0f};
 
 enum class Padding { kNone, kLeft, kRight, kBoth, kHoles, kWholeSequences, kMixed };
 constexpr Padding kPaddings[] = {Padding::kNone,  Padding::kLeft,           Padding::kRight, Padding::kBoth,
@@ -43,9 +44,12 @@ struct Problem {
   float sink_deviation = 0.0f;  // of the learned sink logits; 0 = none
   float planted_logit = 0.0f;   // not 0: a few keys have this logit, half of it, or minus one of the two, in every row
   Heads calibrated = Heads::kAll;
-  std::vector<float> beta = {0.4f};  // of the calibrated heads in turn
-  float threshold = 0.05f;
+  // Of the calibrated heads, and of the sequences, in turn: whose turn is first goes by the seed.
+  std::vector<float> beta = {0.4f};
+  std::vector<float> gamma = {1.0f, 0.3f, 5.0f};
+  std::vector<float> threshold = {0.05f};
   bool relative_threshold = false;
+  bool each_sequence = true;      // has strengths of its own
   bool cache_in_place = false;    // where it has room: present keys and values are the past ones' memory
   bool sinks_in_place = false;    // the same for the sink scores
   bool poisoned = false;          // what no row may see is NaN or infinite
@@ -57,6 +61,9 @@ struct Problem {
   int64_t NumHeads() const { return kv_num_heads * group; }
   bool HasRoom() const { return PastCapacity() >= Total(); }
 };
+
+// Beside logits above this one, what gamma adds is rounded so that kernels rightly differ.
+constexpr float kMostLogitWithGamma = 1e3f;
 
 std::string Describe(const Problem& problem);
 
