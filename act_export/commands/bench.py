@@ -30,6 +30,12 @@ def bench_command(
         list[Path] | None,
         typer.Option(metavar="PLAIN.onnx", help="Another file of the model, also of another exporter; repeatable."),
     ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|plain|FILE", help="Calibrations of FILE, each in turn, instead of its default; repeatable."
+        ),
+    ] = None,
     pytorch: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The checkpoint: PyTorch with the same calibration, eager.")
     ] = None,
@@ -66,6 +72,7 @@ def bench_command(
     request = BenchRequest(
         file=file,
         against=tuple(against or ()),
+        calibrations=tuple(calibration or ()),
         pytorch=pytorch,
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -15,10 +15,12 @@ from act_export.commands.console import progress_bar
 def eval_command(
     file: options.FileArgument,
     against: Annotated[
-        Path | None, typer.Option(metavar="PLAIN.onnx", help="A plain export to compare with, in the same run.")
+        Path | None,
+        typer.Option(metavar="OTHER.onnx", help="Another file of the model to compare with."),
     ] = None,
     task: options.TasksOption = None,
     data: options.DataFilesOption = None,
+    calibration: options.RequestOption = None,
     split: Annotated[
         str, typer.Option(metavar="report|held-out|all", help="The search's report split, all it left out, or all.")
     ] = "report",
@@ -38,7 +40,7 @@ def eval_command(
     trust_remote_code: options.TrustOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Measures accuracy through ONNX Runtime, calibrated against plain."""
+    """Measures accuracy through ONNX Runtime, calibrated against the same file plain, or against another."""
     from act_export.commands.evaluate_table import print_evaluation_report, report_json
     from act_export.verify.evaluate.job import evaluate_files
     from act_export.verify.evaluate.results import EvaluationRequest
@@ -46,6 +48,7 @@ def eval_command(
     request = EvaluationRequest(
         file=file,
         against=against,
+        calibration=calibration,
         questions=options.questions_of(
             task, data, scoring=scoring, shots=shots, chat=chat, truncate=truncate, seed=seed
         ),

@@ -15,6 +15,7 @@ from act_export.commands.options import (
     DeviceOption,
     FileArgument,
     PortableOption,
+    RequestOption,
     TokenizerOption,
     TrustOption,
 )
@@ -38,6 +39,7 @@ def generate_command(
     ignore_generation_config: Annotated[
         bool, typer.Option("--ignore-generation-config", help="Leave out the penalties etc. that it asks for.")
     ] = False,
+    calibration: RequestOption = None,
     portable: PortableOption = False,
     device: DeviceOption = None,
     tokenizer: TokenizerOption = None,
@@ -45,12 +47,14 @@ def generate_command(
 ) -> None:
     """Generates text, streaming it: greedily, or with --sample or --temperature by drawing tokens."""
     from act_export.runtime import Session
+    from act_export.runtime.request import DEFAULT
     from act_export.runtime.text import generation_of_options, load_generation_settings, load_tokenizer, stream_text
 
     sampling, options = generation_of_options(sample, temperature, top_k, top_p, seed)
     if options and not sampling.temperature:
         note(f"{', '.join(options)}: no effect without --sample or --temperature")
-    with Session.open(file, native=not portable, device=device or "cpu") as session:
+    chosen = DEFAULT if calibration is None else calibration
+    with Session.open(file, native=not portable, device=device or "cpu", calibration=chosen) as session:
         text_tokenizer = load_tokenizer(session, tokenizer, trust_remote_code=trust_remote_code)
         settings = load_generation_settings(session, text_tokenizer, ignored=ignore_generation_config, note=note)
         pieces = stream_text(

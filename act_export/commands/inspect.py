@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from act_export.calibration.recipes import describe_calibration
+from act_export.calibration.calibration_set import CalibrationSet
+from act_export.calibration.recipes import describe_calibrations
 from act_export.commands.options import (
     FileArgument,
     JsonOption,
@@ -41,7 +42,9 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
         row(operator, f"{count} nodes")
-    row("calibration", describe_calibration(found.calibration) if found.calibration else "none (plain)")
+    for line in describe_calibrations(found.calibrations or CalibrationSet.of(None)):
+        name, _, text = line.partition(": ")
+        row(*((name, text) if text else ("", line)))
     if found.sink_state:
         row("sink state", ", ".join(found.sink_state))
     PlainConsole().print(table)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from act_export.commands.adapter import adapter_command
 from act_export.commands.bench import bench_command
 from act_export.commands.console import (
     EXIT_NOBODY_READS,
@@ -97,6 +98,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     DEFAULT_COMMAND: export_command,
     "search": search_command,
     "graft": graft_command,
+    "adapter": adapter_command,
     "profile": profile_command,
     "report": report_command,
     "verify": verify_command,

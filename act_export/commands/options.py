@@ -77,6 +77,14 @@ DefaultOption = Annotated[
 SwitchableOption = Annotated[
     bool, typer.Option("--switchable", help="Every head can be calibrated, so calibrations found later fit too.")
 ]
+RequestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="NAME|plain|FILE",
+        help="One of the file's calibrations, instead of its default; or a calibration file, or an adapter.",
+    ),
+]
 TokenizerOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Where the tokenizer is, if not beside the file.")
 ]

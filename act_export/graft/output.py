@@ -15,6 +15,7 @@ from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_outpu
 from act_export.onnx_file.save import check_free_space
 from act_export.ops.library import NAMES
 from act_export.progress import Notice
+from act_export.runtime.adapter import write_adapters
 from act_export.staging import is_staging
 
 _SPARE_BYTES = 16 << 20
@@ -82,6 +83,8 @@ def write(
             (folder / GENAI_CONFIG).write_bytes(config.encode("utf-8"))
         if library is not None:
             copy_content(library, folder / library.name)
+        if source.folder is not None:
+            write_adapters(folder, {entry.key: entry.value for entry in model.metadata_props})
         publish(folder, target, stale=() if is_file_output(out) else (*COMPANIONS, GENAI_CONFIG))
     return target / name
 

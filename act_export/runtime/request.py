@@ -24,9 +24,10 @@ class _Default(Enum):
 
 
 DEFAULT: Final = _Default.DEFAULT
+DefaultType = Literal[_Default.DEFAULT]
 Choice = str | Calibration | None
 """A name, a calibration, or None for plain."""
-Choices = Choice | Sequence[Choice] | Literal[_Default.DEFAULT]
+Choices = Choice | Sequence[Choice] | DefaultType
 """For all sequences, or one for each; `DEFAULT` is what the file has where a request doesn't say."""
 
 
@@ -37,6 +38,7 @@ class Requests:
         path: The model's file.
         record: What it says of itself.
         calibrations: That it has; None where no head can be calibrated.
+        default: Of requests that don't say; `DEFAULT` for the file's.
     """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
@@ -44,6 +46,7 @@ class Requests:
         self.path = path
         self.record = record
         self.calibrations: CalibrationSet | None = record.calibrations
+        self.default: Choice | DefaultType = DEFAULT
         self._adapters: dict[str, NDArray[np.float32]] = {}
 
     @property
@@ -74,6 +77,21 @@ class Requests:
         self._adapters[name] = strengths
         return name
 
+    def choose(self, text: str) -> Choice:
+        """What a text means: an adapter's or a calibration's file, which is read, or a name.
+
+        Raises:
+            SessionError: As `add_adapter`, or if there is no such name.
+            CalibrationError: If a calibration's file can't be read, or doesn't fit.
+        """
+        if text in self.by_name or text in self._adapters:
+            return text
+        if text.endswith(SUFFIX):
+            return self.add_adapter(text)
+        choice = Calibration.load(text) if text.endswith(".json") else text
+        self._one(choice)
+        return choice
+
     def strengths(self, chosen: Choices, batch: int) -> NDArray[np.float32] | None:
         """What the input `calibration` is given: (1 or batch, heads, 3); None where nothing has to be.
 
@@ -81,6 +99,8 @@ class Requests:
             SessionError: If a list hasn't one for each sequence, a name isn't known, or the file can't be calibrated.
             CalibrationError: If a calibration doesn't fit the file.
         """
+        if isinstance(chosen, _Default):
+            chosen = self.default
         if isinstance(chosen, _Default):
             return None
         if chosen is None or isinstance(chosen, str | Calibration):

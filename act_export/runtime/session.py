@@ -22,7 +22,7 @@ from act_export.runtime.device_memory import DeviceMemory
 from act_export.runtime.engine import Engine, load_inner
 from act_export.runtime.memory import HostMemory, Memory
 from act_export.runtime.node_placement import NodePlacement, profile_run
-from act_export.runtime.request import DEFAULT, Choices
+from act_export.runtime.request import DEFAULT, Choice, Choices, DefaultType
 from act_export.runtime.token_input import checked_mask
 
 
@@ -51,6 +51,7 @@ class Session(Engine):
         shared_threads: bool = False,
         device: str = "cpu",
         providers: Sequence[Provider] | None = None,
+        calibration: Choice | DefaultType = DEFAULT,
     ) -> Session:
         """Loads a model.
 
@@ -62,11 +63,14 @@ class Session(Engine):
                 have made before the first session of the process, and which has the say over their number.
             device: "cpu", "cuda" or "cuda:N": where it runs, and where its caches are.
             providers: Execution providers, first choice first, instead of those of the device.
+            calibration: Of requests that don't say, instead of the file's default: a name, a calibration, None for
+                plain, or the path of a calibration file or an adapter.
 
         Raises:
             SessionError: If there is no such file, ONNX Runtime refuses it, the native library or its CUDA kernels are
                 missing, or the device can't be used: the message says what is missing. A model never runs on the CPU
-                because the GPU can't be used.
+                because the GPU can't be used. If the calibration isn't known.
+            CalibrationError: If the calibration doesn't fit the file.
             ActExportError: If there is no ONNX Runtime, or two.
         """
         file = model_file(path)
@@ -78,7 +82,11 @@ class Session(Engine):
         if threads is not None:
             options.intra_op_num_threads = threads
         inner = load_inner(file, options, place, native, providers)
-        return cls(file, inner, native=native, device=place, shared_threads=shared_threads)
+        session = cls(file, inner, native=native, device=place, shared_threads=shared_threads)
+        requests = session.requests
+        requests.default = requests.choose(calibration) if isinstance(calibration, str) else calibration
+        requests.strengths(DEFAULT, 1)
+        return session
 
     def __enter__(self) -> Self:
         """The session itself; the block's end closes it."""

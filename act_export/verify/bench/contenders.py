@@ -19,6 +19,7 @@ from act_export.runtime.device import Device, import_onnxruntime
 from act_export.runtime.device_memory import DeviceMemory
 from act_export.runtime.engine import load_inner
 from act_export.runtime.node_placement import NodePlacement, profile_run
+from act_export.runtime.request import DEFAULT
 from act_export.runtime.session import Session, placement_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Contender:
         revision: Of PyTorch's MODEL on the hub; None where it has none.
         trust_remote_code: Of PyTorch: whether code that comes with the checkpoint may run.
         notes: What else a reader of the numbers must know.
+        choice: Of a file of act-export: one of its calibrations, or a calibration file or an adapter; empty for its
+            default.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Contender:
     revision: str | None = None
     trust_remote_code: bool = False
     notes: tuple[str, ...] = ()
+    choice: str = ""
 
 
 class Running(ABC):
@@ -91,7 +95,11 @@ def running(contender: Contender, threads: int) -> Iterator[Running]:
         yield RunningForeign(read_model_file(contender.source), Device.parse(contender.device))
     else:
         with Session.open(
-            contender.source, native=contender.native, shared_threads=True, device=contender.device
+            contender.source,
+            native=contender.native,
+            shared_threads=True,
+            device=contender.device,
+            calibration=contender.choice or DEFAULT,
         ) as session:
             yield RunningExported(session, read_model_file(contender.source).weights_bytes)
 

@@ -117,7 +117,11 @@ def _describe_cache(file: ModelFile) -> str:
 
 
 def _contenders(request: BenchRequest, files: Sequence[ModelFile]) -> list[Contender]:
-    found = [_contender_of_file(request, file, name) for file, name in zip(files, _names(files), strict=True)]
+    (own, *others), (name, *names) = files, _names(files)
+    contender = _contender_of_file(request, own, name)
+    found = [replace(contender, name=f"{name} ({choice})", choice=choice) for choice in request.calibrations]
+    found = found or [contender]
+    found += [_contender_of_file(request, file, name) for file, name in zip(others, names, strict=True)]
     if request.pytorch is not None:
         found.append(
             Contender(

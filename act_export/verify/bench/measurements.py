@@ -26,6 +26,7 @@ class BenchRequest:
     Attributes:
         file: The exported model, or its folder.
         against: Other files of the same model.
+        calibrations: Of the file, each in turn: names, calibration files or adapters; none for the file's default.
         pytorch: MODEL that PyTorch runs with the file's calibration; None for no such contender.
         revision: Of that model on the hub; None for the main branch.
         trust_remote_code: Whether code that comes with that model may run.
@@ -43,6 +44,7 @@ class BenchRequest:
 
     file: Path
     against: tuple[Path, ...] = ()
+    calibrations: tuple[str, ...] = ()
     pytorch: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from act_export.calibration.file import Calibration
+from act_export.calibration.strengths import PLAIN as PLAIN_NAME
 from act_export.errors import ActExportError
 from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
+from act_export.runtime.adapter import SUFFIX
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
 from act_export.tasks import EncodedExample, Example, Questions, encode_examples, prompt_digest
@@ -30,7 +32,7 @@ from act_export.verify.evaluate.results import EvaluationReport, EvaluationReque
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CALIBRATED, PLAIN = "calibrated", "plain"
+CALIBRATED, PLAIN = "calibrated", "plain"  # the two sides
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
             aren't finite; if a file can't be read or run, or has no tokenizer.
         TaskError: If there is no such task, its rows can't be had, or an example can't be scored.
     """
-    files = _read_files(request)
-    calibrations = {name: _calibration(file) for name, file in files.items()}
+    files, calibrations = _read_files(request)
     asked = replace(request.questions, seed=_seed(request.questions, list(calibrations.values()))).load()
     tasks = [_questions(task, list(calibrations.values()), request) for task in asked]
     plain = list(files)[-1]
@@ -65,7 +66,10 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     found: dict[str, list[tuple[Evaluation | AnswerEvaluation, Evaluation | None]]] = {}
     tokenizer: PreTrainedTokenizerBase | None = None
     for name, file in files.items():
-        with Session.open(file.path, native=not request.portable, device=request.device) as session:
+        opened = Session.open(
+            file.path, native=not request.portable, device=request.device, calibration=_choice(file, calibrations[name])
+        )
+        with opened as session:
             if tokenizer is None:
                 tokenizer = load_tokenizer(session, request.tokenizer, trust_remote_code=request.trust_remote_code)
                 work = [_encode(task, tokenizer, file.limits.context, request, has_control) for task in tasks]
@@ -91,7 +95,8 @@ def _seed(questions: Questions, calibrations: Sequence[Calibration | None]) -> i
     return next((seed for seed in seeds if seed is not None), 0)
 
 
-def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
+def _read_files(request: EvaluationRequest) -> tuple[dict[str, ModelFile], dict[str, Calibration | None]]:
+    """The file, and what it is compared with, each with its calibration."""
     files = {CALIBRATED: read_model_file(request.file)}
     if request.against is not None:
         files[PLAIN] = read_model_file(request.against)
@@ -114,11 +119,32 @@ def _read_files(request: EvaluationRequest) -> dict[str, ModelFile]:
                 f"{other.path} isn't the model of {mine.path}: its {what} is {second}, not {first}; compare exports of "
                 f"the same model"
             )
-    return files
+    calibrations = {name: file.record.calibration for name, file in files.items()}
+    if request.calibration is not None:
+        calibrations[CALIBRATED] = _named(mine, request.calibration)
+    if other is None and not _is_plain(calibrations[CALIBRATED]):
+        files[PLAIN], calibrations[PLAIN] = mine, None
+    return files, calibrations
 
 
-def _calibration(file: ModelFile) -> Calibration | None:
-    return file.record.calibration
+def _named(file: ModelFile, name: str) -> Calibration | None:
+    own = file.record.calibrations
+    if own is not None and name in own.names:
+        return own[name]
+    if name.endswith(SUFFIX):
+        raise ActExportError(
+            f"{name} doesn't say which questions its heads were found on; pass the calibration file that it was made of"
+        )
+    if name.endswith(".json"):
+        return Calibration.load(name)
+    raise ActExportError(
+        f"{file.path} has no calibration {name!r}; there are {', '.join(own.names) if own is not None else PLAIN_NAME}"
+    )
+
+
+def _choice(file: ModelFile, calibration: Calibration | None) -> Calibration | None:
+    """What a session over the file is asked for: a file of somebody else knows only plain."""
+    return calibration if file.record.calibrations is not None else None
 
 
 def _is_plain(calibration: Calibration | None) -> bool:

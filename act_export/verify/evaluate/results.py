@@ -114,7 +114,8 @@ class EvaluationRequest:
 
     Attributes:
         file: The exported model, or its folder.
-        against: A plain export of the same model to compare with; None for none.
+        against: Another file of the same model to compare with; None for this one without calibration.
+        calibration: Name of one of the file's calibrations, or a calibration file; None for the file's default.
         questions: What to ask, and how. Without a seed, that of the file's own search.
         split: "report", "held-out" or "all", see `act_export.verify.evaluate.held_out`.
         limit: Questions of each task at the most; None for all.
@@ -127,6 +128,7 @@ class EvaluationRequest:
 
     file: Path
     against: Path | None = None
+    calibration: str | None = None
     questions: Questions = field(default_factory=Questions)
     split: str = DEFAULT_SPLIT
     limit: int | None = None
