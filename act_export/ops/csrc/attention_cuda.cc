@@ -23,6 +23,7 @@ constexpr int64_t kDecodeColumns = 64;
 constexpr int64_t kMaxSections = 64;
 constexpr int64_t kSmallRows = 16;
 constexpr int64_t kBounds = 4;
+constexpr int64_t kStrengths = sizeof(Strengths) / sizeof(float);
 constexpr int64_t kMostBlocks = 65535;  // in the second and third dimension of a grid
 constexpr int64_t kSizeMultiple = 16;   // of head sizes that general kernels read in vectors
 
@@ -106,8 +107,8 @@ int32_t Int(int64_t value) { return static_cast<int32_t>(value); }
 template <typename T>
 class Sequence {
  public:
-  Sequence(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call)
-      : a_(arguments), c_(calibration), call_(call), scratch_(call) {
+  Sequence(const AttentionArguments<T>& arguments, const DeviceConstants& constants, DeviceCall& call)
+      : a_(arguments), c_(constants), call_(call), scratch_(call) {
     const int64_t largest = std::max(a_.head_size, a_.value_head_size);
     head_size_ = largest <= 64 ? 64 : largest <= 128 ? 128 : 256;
     if (largest > head_size_) {
@@ -138,6 +139,8 @@ class Sequence {
     softcap_ = static_cast<float>(a_.softcap * kLog2E);
     window_ = a_.sliding_window > 0 ? Int(std::min(a_.sliding_window, most / 2)) : -1;
     past_ = a_.total - a_.sequence;
+    calibration_ = reinterpret_cast<const float*>(a_.calibration);
+    calibration_stride_ = a_.calibrations == 1 ? 0 : Int(a_.calibrated_count * kStrengths);
   }
 
   void Run() {
@@ -194,21 +197,22 @@ class Sequence {
 
     const auto count = Int(a_.calibrated_count);
     Launch("forward" + family_, BlocksOf(a_.sequence, ForwardRows<T>(head_size_)), a_.num_heads, a_.batch, a_.query,
-           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_index, c_.sink_logits, a_.output, lse,
-           maxima, inverse, rows_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads),
-           Int(a_.kv_num_heads), count, Int(a_.head_size), Int(a_.value_head_size), window_, scale_, softcap_);
+           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_index, calibration_, c_.sink_logits,
+           a_.output, lse, maxima, inverse, rows_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity),
+           Int(a_.num_heads), Int(a_.kv_num_heads), count, calibration_stride_, Int(a_.head_size),
+           Int(a_.value_head_size), window_, scale_, softcap_);
     if (count == 0) return;
     Launch("columns" + family_, BlocksOf(a_.total, ColumnsColumns<T>(head_size_)), count, a_.batch, a_.query,
-           a_.present_key, real_before_, c_.calibrated_heads, lse, a_.present_sink_scores, Int(a_.sequence),
-           Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.head_size),
-           window_, scale_, softcap_);
-    Launch("select", count, a_.batch, 1, a_.present_sink_scores, real_before_, sinks, sinks_before, Int(a_.total),
-           Int(a_.present_capacity), count, window_, Relative(), a_.threshold);
+           a_.present_key, real_before_, bounds_, c_.calibrated_heads, calibration_, lse, a_.present_sink_scores,
+           Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count,
+           calibration_stride_, Int(a_.head_size), window_, scale_, softcap_);
+    Launch("select", count, a_.batch, 1, a_.present_sink_scores, real_before_, calibration_, sinks, sinks_before,
+           Int(a_.total), Int(a_.present_capacity), count, calibration_stride_, window_, Relative());
     Launch("correct" + family_, BlocksOf(a_.sequence, CorrectRows<T>(head_size_)), count, a_.batch, a_.query,
-           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_heads, c_.beta, c_.sink_logits,
+           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_heads, calibration_, c_.sink_logits,
            maxima, inverse, rows_output, sinks, sinks_before, a_.output, Int(a_.sequence), Int(a_.total),
-           Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.head_size),
-           Int(a_.value_head_size), window_, scale_, softcap_);
+           Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, calibration_stride_,
+           Int(a_.head_size), Int(a_.value_head_size), window_, scale_, softcap_);
   }
 
   // `rows` of a tile: tokens times the query heads of a group, rounded up to what there is a kernel for.
@@ -236,26 +240,28 @@ class Sequence {
     const auto count = Int(a_.calibrated_count);
     const std::string suffix = family_ + "." + std::to_string(rows);
     Launch("decode_split" + suffix, sections, a_.kv_num_heads, a_.batch, a_.query, a_.present_key, a_.present_value,
-           real_before_, c_.calibrated_index, logits, part_maxima, part_sums, part_output, Int(a_.sequence),
-           Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.head_size),
-           Int(a_.value_head_size), window_, Int(first), section, scale_, softcap_);
+           real_before_, bounds_, c_.calibrated_index, calibration_, logits, part_maxima, part_sums, part_output,
+           Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count,
+           calibration_stride_, Int(a_.head_size), Int(a_.value_head_size), window_, Int(first), section, scale_,
+           softcap_);
     if (count > 0) {
       Launch("decode_correct" + suffix, sections, count, a_.batch, a_.present_value, real_before_, c_.calibrated_heads,
-             c_.sink_logits, logits, part_maxima, part_sums, a_.present_sink_scores, sink_mass, sink_output,
-             Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count,
-             Int(a_.value_head_size), window_, Int(first), section, Relative(), a_.threshold);
+             calibration_, c_.sink_logits, logits, part_maxima, part_sums, a_.present_sink_scores, sink_mass,
+             sink_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads),
+             Int(a_.kv_num_heads), count, calibration_stride_, Int(a_.value_head_size), window_, Int(first), section,
+             Relative());
     }
     Launch("decode_combine" + suffix, a_.sequence, a_.num_heads, a_.batch, a_.present_value, real_before_,
-           c_.calibrated_index, c_.beta, c_.sink_logits, logits, part_maxima, part_sums, part_output,
+           c_.calibrated_index, calibration_, c_.sink_logits, logits, part_maxima, part_sums, part_output,
            a_.present_sink_scores, sink_mass, sink_output, a_.output, Int(a_.sequence), Int(a_.total),
-           Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, Int(a_.value_head_size),
-           Int(sections), window_, Int(first), Relative(), a_.threshold);
+           Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, calibration_stride_,
+           Int(a_.value_head_size), Int(sections), window_, Int(first), Relative());
   }
 
   int32_t Relative() const { return a_.relative_threshold ? 1 : 0; }
 
   const AttentionArguments<T>& a_;
-  const DeviceCalibration& c_;
+  const DeviceConstants& c_;
   DeviceCall& call_;
   Scratch scratch_;
   int64_t head_size_ = 0;  // of the kernels: 64, 128 or 256
@@ -264,6 +270,8 @@ class Sequence {
   float softcap_ = 0.0f;  // so is their cap
   int32_t window_ = -1;
   int64_t past_ = 0;
+  const float* calibration_ = nullptr;
+  int32_t calibration_stride_ = 0;  // floats from one sequence's to the next one's; 0: all have the same
   int32_t* real_before_ = nullptr;
   int32_t* bounds_ = nullptr;
 };
@@ -281,13 +289,13 @@ std::vector<float> SinkLogitsOfKernels(const float* sink_logits, int64_t num_hea
 }
 
 template <typename T>
-void Attention(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call) {
+void Attention(const AttentionArguments<T>& arguments, const DeviceConstants& constants, DeviceCall& call) {
   if (arguments.batch == 0 || arguments.present_capacity == 0) return;
-  Sequence<T>(arguments, calibration, call).Run();
+  Sequence<T>(arguments, constants, call).Run();
 }
 
-template void Attention(const AttentionArguments<float>&, const DeviceCalibration&, DeviceCall&);
-template void Attention(const AttentionArguments<Float16>&, const DeviceCalibration&, DeviceCall&);
-template void Attention(const AttentionArguments<BFloat16>&, const DeviceCalibration&, DeviceCall&);
+template void Attention(const AttentionArguments<float>&, const DeviceConstants&, DeviceCall&);
+template void Attention(const AttentionArguments<Float16>&, const DeviceConstants&, DeviceCall&);
+template void Attention(const AttentionArguments<BFloat16>&, const DeviceConstants&, DeviceCall&);
 
 }  // namespace act::cuda

@@ -25,11 +25,10 @@ class DeviceCall {
   Kernels& kernels;
 };
 
-// What AttentionArguments has of the calibration in host memory, in device memory.
-struct DeviceCalibration {
+// What AttentionArguments has of a node in host memory, in device memory.
+struct DeviceConstants {
   const int32_t* calibrated_index = nullptr;  // (num_heads): index among the calibrated heads, or -1
   const int32_t* calibrated_heads = nullptr;  // (calibrated_count)
-  const float* beta = nullptr;                // (calibrated_count)
   const float* sink_logits = nullptr;         // (num_heads), of SinkLogitsOfKernels
 };
 
@@ -37,9 +36,10 @@ struct DeviceCalibration {
 std::vector<float> SinkLogitsOfKernels(const float* sink_logits, int64_t num_heads);
 
 // Enqueues one call and returns; nothing waits for the GPU. Pointers of `arguments` are device pointers, aligned to 16
-// bytes but for the sink scores and the mask; its calibrated_index, beta and sink_logits are not used. T: float,
+// bytes but for the sink scores, the mask and the calibration; its calibrated_index and sink_logits are not used.
+// Nobody here sees the calibration's values: kernels take the nearest in range for one that is out of it. T: float,
 // Float16, BFloat16.
 template <typename T>
-void Attention(const AttentionArguments<T>& arguments, const DeviceCalibration& calibration, DeviceCall& call);
+void Attention(const AttentionArguments<T>& arguments, const DeviceConstants& constants, DeviceCall& call);
 
 }  // namespace act::cuda

@@ -92,25 +92,24 @@ class Call final : public DeviceCall, public ort::Tensors {
   ort::Allocator* allocator_ = nullptr;
 };
 
-// Calibration of a node, on its GPU: one copy for all its calls.
-class Calibration {
+// What kernels read of a node's attributes, on its GPU: one copy for all its calls.
+class Constants {
  public:
-  Calibration(const AttentionAttributes& attributes, Context context)
+  Constants(const AttentionAttributes& attributes, Context context)
       : heads_(static_cast<size_t>(attributes.num_heads)),
         calibrated_(static_cast<size_t>(attributes.calibrated_count)),
         copy_(context, Pack(attributes)) {}
 
-  DeviceCalibration Pointers() const {
+  DeviceConstants Pointers() const {
     const char* index = copy_.Data();
     const char* calibrated = index + heads_ * sizeof(int32_t);
-    const char* beta = calibrated + calibrated_ * sizeof(int32_t);
-    const char* sink_logits = beta + calibrated_ * sizeof(float);
+    const char* sink_logits = calibrated + calibrated_ * sizeof(int32_t);
     return {reinterpret_cast<const int32_t*>(index), reinterpret_cast<const int32_t*>(calibrated),
-            reinterpret_cast<const float*>(beta), reinterpret_cast<const float*>(sink_logits)};
+            reinterpret_cast<const float*>(sink_logits)};
   }
 
  private:
-  // Index of every head, calibrated heads, their beta, sink logit of every head: 4 bytes each.
+  // Index of every head, calibrated heads, sink logit of every head: 4 bytes each.
   static std::vector<char> Pack(const AttentionAttributes& attributes) {
     std::vector<int32_t> index(static_cast<size_t>(attributes.num_heads), -1);
     std::vector<int32_t> calibrated(static_cast<size_t>(attributes.calibrated_count));
@@ -125,7 +124,6 @@ class Calibration {
     };
     append(index);
     append(calibrated);
-    append(attributes.beta);
     const std::vector<float>& sinks = attributes.sink_logits;
     append(SinkLogitsOfKernels(sinks.empty() ? nullptr : sinks.data(), attributes.num_heads));
     return packed;
@@ -165,14 +163,14 @@ class CudaNode final : public Node {
         attributes_(ort::Attributes(api, info), calibrated),
         allocator_(api, info),
         kernels_(Kernels::ForDevice(allocator_.Device())),
-        calibration_(attributes_, kernels_.context()) {}
+        constants_(attributes_, kernels_.context()) {}
 
   void Run(ort::KernelContext* context) const override {
     const CurrentContext current(kernels_.context());
     Call call(api_, context, allocator_, kernels_);
     const AttentionArguments<T> arguments = ReadArguments<T>(attributes_, call);
     ExpectAligned(arguments);
-    Attention(arguments, calibration_.Pointers(), call);
+    Attention(arguments, constants_.Pointers(), call);
   }
 
  private:
@@ -180,7 +178,7 @@ class CudaNode final : public Node {
   const AttentionAttributes attributes_;
   const DeviceAllocator allocator_;
   Kernels& kernels_;
-  const Calibration calibration_;
+  const Constants constants_;
 };
 
 }  // namespace

@@ -12,6 +12,11 @@ A few tokens: `prepare`, `decode_split` (a section of the cache; logits of calib
 (column sums, later sinks and their part, by section), `decode_combine`. Without calibrated heads `decode_correct` is
 left out, so calibration costs one launch.
 
+`calibration` holds beta, gamma and threshold of each calibrated head, for all sequences (`calibration_stride` 0) or for
+each (the elements between two). A head with beta 1 is done by `forward`, or `decode_split` and `decode_combine`, as a
+plain one is: the other kernels leave it at once, with 0 for the column sums of its new tokens. gamma is log2(gamma) in
+the initial token's logits, which no later sink has.
+
 Nothing of size S x T is written for prompts, and no host decision depends on device memory.
 
 Learned sinks: `sink_logits` (num_heads), float32, in base 2, are one more key of every row, without a value; -infinity
@@ -34,6 +39,7 @@ INFINITY = tl.constexpr(float("inf"))
 SMALLEST_REST = tl.constexpr(1e-6)
 LEAST_DIFFERENCE = tl.constexpr(1e-5)  # of two sums of probabilities: a smaller one may be rounding
 BOUNDS = tl.constexpr(4)  # int32 values of a sequence in `bounds`: first real token, end of the real ones, their number
+STRENGTHS = tl.constexpr(3)  # values of a head in `calibration`
 
 
 @triton.jit
@@ -105,6 +111,42 @@ def _visible(positions, columns, window):
     """(rows, columns): causal, and within the window where there is one."""
     visible = columns[None, :] <= positions[:, None]
     return visible & ((window < 0) | (columns[None, :] > positions[:, None] - window))
+
+
+@triton.jit
+def _strength(
+    calibration, stride, b, calibrated, place: tl.constexpr, plain: tl.constexpr, least: tl.constexpr,
+    most: tl.constexpr,
+):  # fmt: skip
+    """A value of the calibrated heads `calibrated` in sequence b; `plain` for -1, which is a head that isn't.
+
+    The host doesn't see device memory, so that nobody refuses what is out of range, as csrc/attention.h has it: the
+    nearest value in range stands for it, and `plain` for NaN.
+    """
+    given = tl.load(calibration + b * stride + calibrated * STRENGTHS + place, mask=calibrated >= 0, other=plain)
+    return tl.where(given == given, tl.minimum(tl.maximum(given, least), most), plain)
+
+
+@triton.jit
+def _beta(calibration, stride, b, calibrated):
+    return _strength(calibration, stride, b, calibrated, 0, 1.0, 0.0, 2.0)
+
+
+@triton.jit
+def _gamma(calibration, stride, b, calibrated):
+    return _strength(calibration, stride, b, calibrated, 1, 1.0, 0.0625, 16.0)
+
+
+@triton.jit
+def _log_gamma(calibration, stride, b, calibrated):
+    """What the initial token's logits have more, in base 2: exactly 0 where gamma is 1."""
+    gamma = _gamma(calibration, stride, b, calibrated)
+    return tl.where(gamma == 1.0, 0.0, tl.log2(gamma))
+
+
+@triton.jit
+def _threshold(calibration, stride, b, calibrated):
+    return _strength(calibration, stride, b, calibrated, 2, 0.0, 0.0, INFINITY)
 
 
 @triton.jit
@@ -268,17 +310,19 @@ def _row_limits(bounds, b, past_length, sequence, window, row, ROWS: tl.constexp
 
 @triton.jit
 def forward(
-    query, key, value, real_before, bounds, calibrated_index, sink_logits, output, row_lse, row_maxima, row_inverse,
-    rows_output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, size, value_size, window, scale, softcap,
+    query, key, value, real_before, bounds, calibrated_index, calibration, sink_logits, output, row_lse, row_maxima,
+    row_inverse, rows_output,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, size, value_size, window,
+    scale, softcap,
     D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Flash attention over the present cache.
 
-    Plain heads write output (batch, sequence, num_heads, value_size); calibrated ones rows_output (batch, calibrated,
-    sequence, value_size) in float32 and (batch, calibrated, sequence) each of row_lse, the softmax's maximum and the
-    inverse of its sum; rows of padding get infinity, infinity and 0. Grid: (blocks of rows, num_heads, batch).
+    Heads whose later sinks stay as they are write output (batch, sequence, num_heads, value_size); others rows_output
+    (batch, calibrated, sequence, value_size) in float32 and (batch, calibrated, sequence) each of row_lse, the
+    softmax's maximum and the inverse of its sum; rows of padding get infinity, infinity and 0. Grid: (blocks of rows,
+    num_heads, batch).
     """
     # The longest rows first: the last blocks to finish are short.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -287,6 +331,9 @@ def forward(
     if EXACT:
         size = D
         value_size = D
+    calibrated = tl.load(calibrated_index + head)
+    beta = _beta(calibration, calibration_stride, b, calibrated)
+    log_gamma = _log_gamma(calibration, calibration_stride, b, calibrated)
     past_length = total - sequence
     rows = row + tl.arange(0, ROWS)
     positions = past_length + rows
@@ -297,6 +344,10 @@ def forward(
     value += kv_row * capacity * value_size
     real_before += b * (total + 1)
     start, full_start, full_stop, stop = _row_limits(bounds, b, past_length, sequence, window, row, ROWS, COLUMNS)
+    initial = tl.load(bounds + b * BOUNDS)
+    if log_gamma != 0.0:  # full tiles have no time for it
+        full_start = tl.minimum(tl.maximum(full_start, initial // COLUMNS * COLUMNS + COLUMNS), stop)
+        full_stop = tl.maximum(full_stop, full_start)
 
     sink = tl.load(sink_logits + head)
     maxima = tl.zeros([ROWS], tl.float32) + sink
@@ -326,6 +377,7 @@ def forward(
         real = _is_real(real_before, columns, columns < total)
         k = _load_rows(key, columns, size, columns < total, size, D, EXACT)
         x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
+        x += tl.where(columns == initial, log_gamma, 0.0)[None, :]
         x = tl.where(_visible(positions, columns, window) & real[None, :], x, -INFINITY)
         highest = tl.maximum(maxima, tl.max(x, 1))
         finite = tl.where(highest == -INFINITY, 0.0, highest)
@@ -337,8 +389,7 @@ def forward(
         maxima = highest
 
     attended = attended / tl.where(sums > 0, sums, 1.0)[:, None]
-    calibrated = tl.load(calibrated_index + head)
-    if calibrated < 0:
+    if beta == 1.0:
         output += (b * sequence * num_heads + head) * value_size
         _store_rows(output, rows, num_heads * value_size, inside, attended, value_size, D, EXACT)
     else:
@@ -353,8 +404,9 @@ def forward(
 
 @triton.jit
 def columns(
-    query, key, real_before, calibrated_heads, row_lse, present_sums,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, size, window, scale, softcap,
+    query, key, real_before, bounds, calibrated_heads, calibration, row_lse, present_sums,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, size, window, scale,
+    softcap,
     D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -368,13 +420,17 @@ def columns(
     if EXACT:
         size = D
     past_length = total - sequence
-    head = tl.load(calibrated_heads + calibrated)
     j = column + tl.arange(0, COLUMNS)
     inside = j < total
+    state = b * calibrated_count + calibrated
+    own_sums = present_sums + state * capacity + j
+    if _beta(calibration, calibration_stride, b, calibrated) == 1.0:
+        tl.store(own_sums, tl.zeros([COLUMNS], tl.float32), mask=inside & (j >= past_length))
+        return
+    head = tl.load(calibrated_heads + calibrated)
     kv_row = b * kv_num_heads + head // (num_heads // kv_num_heads)
     k = _load_rows(key + kv_row * capacity * size, j, size, inside, size, D, EXACT)
     query += (b * sequence * num_heads + head) * size
-    state = b * calibrated_count + calibrated
     row_lse += state * sequence
 
     # Rows that see any of these columns, and those among them that see all.
@@ -408,16 +464,18 @@ def columns(
         visible = tl.trans(_visible(past_length + rows, j, window)) & (lse[None, :] < INFINITY)
         sums += tl.sum(tl.where(visible, tl.exp2(x - lse[None, :]), 0.0), 1)
 
+    # Every row has the initial token's log2(gamma) in its log-sum-exp, and none in the logit above.
+    gamma = _gamma(calibration, calibration_stride, b, calibrated)
+    sums = tl.where(j == tl.load(bounds + b * BOUNDS), sums * gamma, sums)
     sums = tl.where(_is_real(real_before + b * (total + 1), j, inside), sums, 0.0)
-    where = present_sums + state * capacity + j
-    earlier = tl.load(where, mask=j < past_length, other=0.0)
-    tl.store(where, earlier + sums, mask=inside)
+    earlier = tl.load(own_sums, mask=j < past_length, other=0.0)
+    tl.store(own_sums, earlier + sums, mask=inside)
 
 
 @triton.jit
 def select(
-    present_sums, real_before, sinks, sinks_before, total, capacity, calibrated_count, window, relative, threshold,
-    BLOCK: tl.constexpr,
+    present_sums, real_before, calibration, sinks, sinks_before, total, capacity, calibrated_count, calibration_stride,
+    window, relative, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lists the later sinks of each calibrated head.
 
@@ -426,6 +484,9 @@ def select(
     """
     calibrated = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
+    if _beta(calibration, calibration_stride, b, calibrated) == 1.0:
+        return
+    threshold = _threshold(calibration, calibration_stride, b, calibrated)
     state = b * calibrated_count + calibrated
     present_sums += state * capacity
     real_before += b * (total + 1)
@@ -446,9 +507,10 @@ def select(
 
 @triton.jit
 def correct(
-    query, key, value, real_before, bounds, calibrated_heads, beta, sink_logits, row_maxima, row_inverse, rows_output,
-    sinks, sinks_before, output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, size, value_size, window, scale, softcap,
+    query, key, value, real_before, bounds, calibrated_heads, calibration, sink_logits, row_maxima, row_inverse,
+    rows_output, sinks, sinks_before, output,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, size, value_size, window,
+    scale, softcap,
     D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -461,6 +523,9 @@ def correct(
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     calibrated = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    beta = _beta(calibration, calibration_stride, b, calibrated)
+    if beta == 1.0:
+        return
     if EXACT:
         size = D
         value_size = D
@@ -500,18 +565,19 @@ def correct(
         v = _load_rows(value, j, value_size, valid, value_size, D, EXACT)
         from_sinks += _dot_full(p, v, WIDE)
 
-    strength = tl.load(beta + calibrated)
     row_sum = 1.0 - tl.exp2(tl.load(sink_logits + head) - maxima) * inverse
     rest_mass = row_sum - sink_mass
     rows_output += state * sequence * value_size
     from_rest = _load_rows(rows_output, rows, value_size, inside, value_size, D, EXACT) - from_sinks
     # o - oK has the rounding of the sinks' probabilities, times the factor on the rest.
-    growth = (1.0 + tl.abs(1.0 - strength) * sink_mass / tl.maximum(rest_mass, SMALLEST_REST)) * sink_mass
+    growth = (1.0 + tl.abs(1.0 - beta) * sink_mass / tl.maximum(rest_mass, SMALLEST_REST)) * sink_mass
     loses_digits = (sink_mass > 0) & (rest_mass < tl.maximum(0.125 * row_sum, LEAST_DIFFERENCE))
     if not WIDE:
         loses_digits = loses_digits | (growth > row_sum)
     if tl.max(loses_digits.to(tl.int32), 0) > 0:
         start, _, _, stop = _row_limits(bounds, b, past_length, sequence, window, row, ROWS, COLUMNS)
+        initial = tl.load(bounds + b * BOUNDS)
+        log_gamma = _log_gamma(calibration, calibration_stride, b, calibrated)
         rest_mass = tl.zeros([ROWS], tl.float32)
         rounded_mass = tl.zeros([ROWS], tl.float32)
         from_rest = tl.zeros([ROWS, D], tl.float32)
@@ -523,6 +589,7 @@ def correct(
             counts = counts & (tl.load(sinks_before + columns + 1, mask=within, other=1) == before)
             k = _load_rows(key, columns, size, within, size, D, EXACT)
             x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
+            x += tl.where(columns == initial, log_gamma, 0.0)[None, :]
             visible = _visible(positions, columns, window) & counts[None, :]
             p = tl.where(visible, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
             rest_mass += tl.sum(p, 1)
@@ -534,7 +601,7 @@ def correct(
         # A mean weighted by rounded probabilities, times their exact sum: one key's value keeps all its digits.
         from_rest *= (rest_mass / tl.where(rounded_mass > 0, rounded_mass, 1.0))[:, None]
 
-    on_sinks, on_rest = _factors(strength, sink_mass, rest_mass)
+    on_sinks, on_rest = _factors(beta, sink_mass, rest_mass)
     result = on_sinks[:, None] * from_sinks + on_rest[:, None] * from_rest
     output += (b * sequence * num_heads + head) * value_size
     _store_rows(output, rows, num_heads * value_size, inside, result, value_size, D, EXACT)
@@ -542,15 +609,16 @@ def correct(
 
 @triton.jit
 def decode_split(
-    query, key, value, real_before, calibrated_index, logits, part_maxima, part_sums, part_output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, size, value_size, window, first_column,
-    section, scale, softcap, D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr,
+    query, key, value, real_before, bounds, calibrated_index, calibration, logits, part_maxima, part_sums, part_output,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, size, value_size, window,
+    first_column, section, scale, softcap, D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Attention of a few tokens over one section of the cache, for all query heads of a key-value head together.
 
     Rows are token * group + head of the group. part_* (batch, kv_num_heads, sections, ROWS[, value_size]), float32.
-    logits (batch, calibrated, sequence, total), float32, of calibrated heads. Grid: (sections, kv_num_heads, batch).
+    logits (batch, calibrated, sequence, total), float32, of heads whose later sinks change. Grid: (sections,
+    kv_num_heads, batch).
     """
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -564,6 +632,7 @@ def decode_split(
     token = r // group
     head = kv_head * group + r % group
     inside = token < sequence
+    calibrated = tl.load(calibrated_index + head, mask=inside, other=-1)
     positions = past_length + token
     query_rows = (b * sequence + token) * num_heads + head
     q = _load_rows(query, query_rows, size, inside, size, D, EXACT)
@@ -571,9 +640,10 @@ def decode_split(
     key += kv_row * capacity * size
     value += kv_row * capacity * value_size
     real_before += b * (total + 1)
-    calibrated = tl.load(calibrated_index + head, mask=inside, other=-1)
     logit_rows = ((b * calibrated_count + calibrated) * sequence + token) * total
-    keeps_logits = inside & (calibrated >= 0)
+    keeps_logits = _beta(calibration, calibration_stride, b, calibrated) != 1.0
+    log_gamma = _log_gamma(calibration, calibration_stride, b, calibrated)
+    initial = tl.load(bounds + b * BOUNDS)
 
     maxima = tl.full([ROWS], -INFINITY, tl.float32)
     sums = tl.zeros([ROWS], tl.float32)
@@ -585,6 +655,7 @@ def decode_split(
         real = _is_real(real_before, columns, within)
         k = _load_rows(key, columns, size, within, size, D, EXACT)
         x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
+        x += tl.where((columns == initial)[None, :], log_gamma[:, None], 0.0)
         x = tl.where(_visible(positions, columns, window) & real[None, :], x, -INFINITY)
         tl.store(logits + logit_rows[:, None] + columns[None, :], x, mask=keeps_logits[:, None] & within[None, :])
         highest = tl.maximum(maxima, tl.max(x, 1))
@@ -621,10 +692,10 @@ def _softmax_of_parts(part_maxima, part_sums, sink, rows, stride, sections, vali
 
 @triton.jit
 def decode_correct(
-    value, real_before, calibrated_heads, sink_logits, logits, part_maxima, part_sums, present_sums, sink_mass,
-    sink_output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, value_size, window, first_column, section,
-    relative, threshold, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    value, real_before, calibrated_heads, calibration, sink_logits, logits, part_maxima, part_sums, present_sums,
+    sink_mass, sink_output,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, value_size, window,
+    first_column, section, relative, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr,
 ):  # fmt: skip
     """Column sums, later sinks and their part of the output, of one section and calibrated head.
@@ -638,20 +709,24 @@ def decode_correct(
     if EXACT:
         value_size = D
     past_length = total - sequence
+    state = b * calibrated_count + calibrated
+    present_sums += state * capacity
+    tokens = tl.arange(0, TOKENS)
+    inside = tokens < sequence
+    if _beta(calibration, calibration_stride, b, calibrated) == 1.0:
+        tl.store(present_sums + past_length + tokens, tl.zeros([TOKENS], tl.float32), mask=inside & (part == 0))
+        return
+    threshold = _threshold(calibration, calibration_stride, b, calibrated)
     head = tl.load(calibrated_heads + calibrated)
     group = num_heads // kv_num_heads
     kv_row = b * kv_num_heads + head // group
-    state = b * calibrated_count + calibrated
     sections = tl.num_programs(0)
     real_before += b * (total + 1)
-    tokens = tl.arange(0, TOKENS)
-    inside = tokens < sequence
     counts = _is_real(real_before, past_length + tokens, inside)
     rows = kv_row * sections * ROWS + tokens * group + head % group
     sink = tl.load(sink_logits + head)
     maxima, inverse = _softmax_of_parts(part_maxima, part_sums, sink, rows, ROWS, sections, counts, SECTIONS)
     logits += state * sequence * total
-    present_sums += state * capacity
     value += kv_row * capacity * value_size
 
     mass = tl.zeros([TOKENS], tl.float32)
@@ -680,10 +755,10 @@ def decode_correct(
 
 @triton.jit
 def decode_combine(
-    value, real_before, calibrated_index, beta, sink_logits, logits, part_maxima, part_sums, part_output, present_sums,
-    sink_mass, sink_output, output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, value_size, sections, window, first_column,
-    relative, threshold, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    value, real_before, calibrated_index, calibration, sink_logits, logits, part_maxima, part_sums, part_output,
+    present_sums, sink_mass, sink_output, output,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, value_size, sections,
+    window, first_column, relative, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Output rows from their sections. Grid: (sequence, num_heads, batch)."""
@@ -711,10 +786,11 @@ def decode_combine(
         attended += tl.sum(tile * weight[:, None], 0)
 
     calibrated = tl.load(calibrated_index + head)
+    beta = _beta(calibration, calibration_stride, b, calibrated)
     real_before += b * (total + 1)
     position = past_length + token
     real = tl.load(real_before + position + 1) > tl.load(real_before + position)
-    if (calibrated >= 0) & real:
+    if (beta != 1.0) & real:
         state = b * calibrated_count + calibrated
         mass = 0.0
         from_sinks = tl.zeros([D], tl.float32)
@@ -735,6 +811,7 @@ def decode_combine(
             logits += (state * sequence + token) * total
             present_sums += state * capacity
             value += kv_row * capacity * value_size
+            threshold = _threshold(calibration, calibration_stride, b, calibrated)
             masses = tl.zeros([COLUMNS], tl.float32)
             from_rest = tl.zeros([D], tl.float32)
             for column in range(first_column, total, COLUMNS):
@@ -748,7 +825,7 @@ def decode_combine(
                 v = _load_rows(value, j, value_size, counts, value_size, D, EXACT)
                 from_rest += tl.sum(p[:, None] * v.to(tl.float32), 0)
             rest = tl.sum(masses)
-        on_sinks, on_rest = _factors(tl.load(beta + calibrated), mass, rest)
+        on_sinks, on_rest = _factors(beta, mass, rest)
         attended = on_sinks * from_sinks + on_rest * from_rest
     output += ((b * sequence + token) * num_heads + head) * value_size
     tl.store(output + columns_v, attended.to(output.dtype.element_ty), mask=in_value)

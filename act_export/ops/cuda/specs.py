@@ -115,7 +115,7 @@ _POINTERS = {
     "sinks_before": "*i32",
     "past_sums": "*fp32",
     "present_sums": "*fp32",
-    "beta": "*fp32",
+    "calibration": "*fp32",
     "sink_logits": "*fp32",
     "row_lse": "*fp32",
     "row_maxima": "*fp32",
@@ -129,7 +129,7 @@ _POINTERS = {
     "sink_output": "*fp32",
 }
 _STORED = ("past_key", "past_value", "key", "value", "present_key", "present_value", "query", "output")
-_FLOATS = ("scale", "softcap", "threshold")
+_FLOATS = ("scale", "softcap")
 
 
 def _spec(

@@ -58,18 +58,16 @@ std::vector<char> Bytes(const T* values, int64_t count) {
 
 }  // namespace
 
-// AttentionArguments, field by field; `calibrated_heads`, `beta` and `sink_logits` are host memory, the tensors device
-// memory. The same fields in the same order are in tests/ops/cuda/fake_driver.py.
+// AttentionArguments, field by field; `calibrated_heads` and `sink_logits` are host memory, the tensors device memory.
+// The same fields in the same order are in tests/ops/cuda/fake_driver.py.
 struct AttentionCall {
   int64_t batch, sequence, total, past_capacity, present_capacity, num_heads, kv_num_heads, head_size, value_head_size;
-  const void *query, *key, *value, *past_key, *past_value, *past_sink_scores, *attention_mask;
+  const void *query, *key, *value, *past_key, *past_value, *past_sink_scores, *attention_mask, *calibration;
   void *output, *present_key, *present_value, *present_sink_scores;
   float scale, softcap;
-  int64_t sliding_window, calibrated_count;
+  int64_t sliding_window, calibrations, calibrated_count;
   const int32_t* calibrated_heads;
-  const float* beta;
   const float* sink_logits;  // null: none
-  float threshold;
   int32_t relative_threshold;
 };
 
@@ -102,7 +100,8 @@ act::AttentionArguments<T> Arguments(const AttentionCall& c) {
   a.softcap = c.softcap;
   a.sliding_window = c.sliding_window;
   a.calibrated_count = c.calibrated_count;
-  a.threshold = c.threshold;
+  a.calibration = static_cast<const act::Strengths*>(c.calibration);
+  a.calibrations = c.calibrations;
   a.relative_threshold = c.relative_threshold != 0;
   return a;
 }
@@ -118,17 +117,15 @@ void Run(const AttentionCall& c, int device) {
   const int64_t count = c.calibrated_count;
   const DeviceCopy device_index(kernels.context(), Bytes(index.data(), c.num_heads));
   const DeviceCopy device_heads(kernels.context(), count > 0 ? Bytes(c.calibrated_heads, count) : std::vector<char>(4));
-  const DeviceCopy device_beta(kernels.context(), count > 0 ? Bytes(c.beta, count) : std::vector<char>(4));
   const std::vector<float> sinks = act::cuda::SinkLogitsOfKernels(c.sink_logits, c.num_heads);
   const DeviceCopy device_sinks(kernels.context(), Bytes(sinks.data(), c.num_heads));
-  act::cuda::DeviceCalibration calibration;
-  calibration.calibrated_index = reinterpret_cast<const int32_t*>(device_index.Data());
-  calibration.calibrated_heads = reinterpret_cast<const int32_t*>(device_heads.Data());
-  calibration.beta = reinterpret_cast<const float*>(device_beta.Data());
-  calibration.sink_logits = reinterpret_cast<const float*>(device_sinks.Data());
+  act::cuda::DeviceConstants constants;
+  constants.calibrated_index = reinterpret_cast<const int32_t*>(device_index.Data());
+  constants.calibrated_heads = reinterpret_cast<const int32_t*>(device_heads.Data());
+  constants.sink_logits = reinterpret_cast<const float*>(device_sinks.Data());
 
   DriverCall call(nullptr, kernels);
-  act::cuda::Attention(a, calibration, call);
+  act::cuda::Attention(a, constants, call);
 }
 
 // The plain kernel on the same memory.
@@ -138,7 +135,6 @@ void RunPlain(const AttentionCall& c) {
   std::vector<int64_t> index(static_cast<size_t>(c.num_heads), -1);
   for (int64_t i = 0; i < c.calibrated_count; ++i) index.at(static_cast<size_t>(c.calibrated_heads[i])) = i;
   a.calibrated_index = index.data();
-  a.beta = c.beta;
   a.sink_logits = c.sink_logits;
   act::test::TestHost host;
   act::plain::Attention(a, host);
