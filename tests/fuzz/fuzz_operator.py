@@ -300,7 +300,7 @@ def output_names(case: Case) -> list[str]:
 def _kind(case: Case, name: str) -> int:
     if name == "attention_mask":
         return TensorProto.INT64
-    return TensorProto.FLOAT if name.endswith("sink_scores") else STORAGE[case.storage][0]
+    return TensorProto.FLOAT if name.endswith(("sink_scores", "calibration")) else STORAGE[case.storage][0]
 
 
 def _model(case: Case, *, portable: bool) -> bytes:

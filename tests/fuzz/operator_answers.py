@@ -91,12 +91,10 @@ class _Truth:
     def __init__(self, case: Case):
         self.case = case
         attributes = dict(case.attributes)
-        for name in ("scale", "softcap", "threshold"):
-            if name in attributes:
-                attributes[name] = float(np.float32(attributes[name]))
-        for name in ("beta", "sink_logits"):
-            if name in attributes:
-                attributes[name] = [float(number) for number in np.asarray(attributes[name], np.float32)]
+        for name in ("scale", "softcap"):
+            attributes[name] = float(np.float32(attributes[name]))
+        if "sink_logits" in attributes:
+            attributes["sink_logits"] = [float(number) for number in np.asarray(attributes["sink_logits"], np.float32)]
         if attributes["sliding_window"] > case.inputs["attention_mask"].shape[1]:
             attributes["sliding_window"] = -1
         self.attributes = attributes
@@ -113,6 +111,10 @@ class _Truth:
             for name in ("present_key", "present_value")
         )
         self.keys64, self.values64 = _tensor(self.keys), _tensor(self.values)
+        batch = self.real.shape[0]
+        self.calibration = _tensor(inputs.get("calibration", np.empty((1, 0, 3)))).expand(batch, -1, -1)
+        gamma = torch.ones(batch, attributes["num_heads"], dtype=torch.float64)
+        gamma[:, self.calibrated] = self.calibration[..., 1]
         self.answer = self._reference()
         self.probabilities = attention_probabilities(
             self._heads(inputs["query"]),
@@ -122,6 +124,7 @@ class _Truth:
             softcap=attributes["softcap"],
             sliding_window=attributes["sliding_window"],
             sink_logits=attributes.get("sink_logits"),
+            gamma=gamma,
         )
 
     def _heads(self, query: Array) -> torch.Tensor:
@@ -143,6 +146,7 @@ class _Truth:
             self.values64[:, :, : self.past],
             _tensor(sums[:, :, : self.past]),
             self.mask,
+            self.calibration,
             **self.attributes,
         )
 
@@ -227,10 +231,11 @@ class _Truth:
             return undecided
         heads = self.calibrated
         sums = self.answer.present_sink_scores[..., 0].double()
+        beta, _, threshold = self.calibration[..., None].unbind(2)
         margins = sink_margins(
             sums,
             self.real[:, None],
-            threshold=self.attributes["threshold"],
+            threshold=threshold,
             threshold_mode=self.attributes["threshold_mode"],
             sliding_window=self.attributes["sliding_window"],
         )
@@ -240,7 +245,7 @@ class _Truth:
         sinks = (margins > 0)[:, :, None]
         rest = probabilities.masked_fill(sinks, 0).sum(-1)
         on_edge = (rest > SMALLEST_REST / 30) & (rest < SMALLEST_REST * 30)
-        undecided[:, heads] = close.any(-1, keepdim=True) | on_edge
+        undecided[:, heads] = (beta != 1) & (close.any(-1, keepdim=True) | on_edge)
         return undecided
 
 

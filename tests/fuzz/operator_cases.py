@@ -52,7 +52,7 @@ class Case:
         kind: What sort of case this is.
         operator: `CalibratedAttention` or `Attention`.
         attributes: Of the node.
-        storage: Type of all but the sink state and the mask.
+        storage: Type of all but the sink state, the mask and the calibration.
         inputs: By name, in the operator's order.
         binding: Where the outputs go: memory of the runtime's, of the caller's, or that of the past.
         expected: An answer, an error, or either, as long as it takes neither much time nor much memory.
@@ -101,7 +101,8 @@ def draw_case(seed: int, index: int) -> Case:
     kinds: list[tuple[Callable[[Random], Case], float]] = [
         (_ordinary, 0.42),
         (_extreme, 0.24),
-        (_wrong_attribute, 0.1),
+        (_wrong_attribute, 0.07),
+        (_wrong_strength, 0.03),
         (_wrong_shape, 0.1),
         (_overlapping, 0.08),
         (_empty, 0.06),
@@ -149,14 +150,10 @@ def _ordinary(random: Random) -> Case:
     if random.chance(0.4):
         logits = [-2.0, 0.25, 3.0, 20.0, schema.NO_SINK_LOGIT]
         attributes["sink_logits"] = [random.pick(logits) for _ in range(random.pick([1, heads]))]
+    is_relative = random.chance(0.5)
     if calibrated:
-        is_relative = random.chance(0.5)
-        attributes |= {
-            "calibrated_heads": calibrated,
-            "beta": [random.pick([0.0, 0.4, 1.0, 1.5, 2.0]) for _ in range(random.pick([1, len(calibrated)]))],
-            "threshold": random.pick([0.0, 0.5, 1.2, 5.0, 50.0] if is_relative else [0.0, 0.03, 0.1, 0.3, 1.0, 5.0]),
-            "threshold_mode": "relative" if is_relative else "absolute",
-        }
+        mode = "relative" if is_relative else "absolute"
+        attributes |= {"calibrated_heads": calibrated, "threshold_mode": mode}
     storage = random.pick(list(STORAGE))
     kind = STORAGE[storage][1]
     sums = random.generator.random((batch, len(calibrated), past + spare, 1), np.float32) * random.pick([0, 1, 20])
@@ -169,11 +166,18 @@ def _ordinary(random: Random) -> Case:
         "past_value": random.normal((batch, kv_heads, past + spare, value_size), kind),
         "past_sink_scores": sums.astype(np.float32),
         "attention_mask": np.stack([_mask(random, past + sequence) for _ in range(batch)]),
+        "calibration": _strengths(random, (random.pick([1, batch]), len(calibrated)), is_relative=is_relative),
     }
     if not calibrated:
-        del inputs["past_sink_scores"]
+        del inputs["past_sink_scores"], inputs["calibration"]
     binding = random.pick([FED, BOUND, IN_PLACE] if spare >= sequence else [FED, BOUND])
     return Case("ordinary", operator, attributes, storage, inputs, binding)
+
+
+def _strengths(random: Random, heads: tuple[int, int], *, is_relative: bool) -> Array:
+    thresholds = [0.0, 0.5, 1.2, 5.0, 50.0] if is_relative else [0.0, 0.03, 0.1, 0.3, 1.0, 5.0]
+    choices = [[0.0, 0.4, 1.0, 1.0, 1.5, 2.0], [1 / 16, 0.3, 1.0, 1.0, 3.0, 16.0], thresholds]
+    return np.stack([random.generator.choice(values, heads) for values in choices], -1).astype(np.float32)
 
 
 def _mask(random: Random, total: int) -> Array:
@@ -224,8 +228,9 @@ def _extreme(random: Random) -> Case:
             count = random.pick([1, attributes["num_heads"]])
             attributes["sink_logits"] = [random.pick(numbers) for _ in range(count)]
             remarks.append("sink_logits")
-        elif what == "threshold" and "threshold" in attributes:
-            attributes["threshold"] = random.pick([0.0, 1e-45, 1e-30, 1e30, 3.4e38])
+        elif what == "threshold" and "calibration" in inputs:
+            inputs["calibration"] = inputs["calibration"].copy()
+            inputs["calibration"][..., 2] = random.pick([0.0, 1e-45, 1e-30, 1e30, 3.4e38])
             remarks.append("threshold")
         elif what == "state" and "past_sink_scores" in inputs:
             changed = inputs["past_sink_scores"].copy()
@@ -261,8 +266,6 @@ def _wrong_attribute(random: Random) -> Case:
         own = case.attributes["calibrated_heads"]
         wrong += [
             *(("calibrated_heads", value) for value in [[heads], [-1], [INT64.max], [INT64.min], own + own, None]),
-            *(("beta", value) for value in [[-0.1], [2.5], [float("nan")], [0.5] * (len(own) + 2), None, 0.5]),
-            *(("threshold", value) for value in [-1e-45, -1.0, float("nan"), float("inf"), None]),
             *(("threshold_mode", value) for value in ["", "relative ", "x" * 100_000, 1]),
         ]
     name, value = random.pick(wrong)
@@ -270,6 +273,22 @@ def _wrong_attribute(random: Random) -> Case:
     attributes = {name: value for name, value in changed.items() if value is not None}
     remark = f"{name} = {str(value)[:40]}"
     return replace(case, kind="wrong attribute", attributes=attributes, binding=FED, expected=ERROR, remark=remark)
+
+
+def _wrong_strength(random: Random) -> Case:
+    """One beta, gamma or threshold that no head may have."""
+    case = _ordinary(random)
+    while "calibration" not in case.inputs:
+        case = _ordinary(random)
+    knob = random.pick([0, 1, 2])
+    wrong = [[-1e-45, -0.1, 2.5, 3e38], [0.0, 0.0624, -1.0, 17.0], [-1e-45, -1.0, -3e38]][knob]
+    value = random.pick([*wrong, np.nan, np.inf, -np.inf])
+    calibration = case.inputs["calibration"].copy()
+    sequence, head = (int(random.generator.integers(length)) for length in calibration.shape[:2])
+    calibration[sequence, head, knob] = value
+    inputs = case.inputs | {"calibration": calibration}
+    remark = f"calibration[{sequence}, {head}, {knob}] = {value}"
+    return replace(case, kind="wrong strength", inputs=inputs, binding=FED, expected=ERROR, remark=remark)
 
 
 def _wrong_shape(random: Random) -> Case:
@@ -306,20 +325,23 @@ def _fits(case: Case) -> bool:
     """Whether the inputs' shapes are those of one call."""
     shapes = {name: array.shape for name, array in case.inputs.items()}
     heads, kv_heads = case.attributes["num_heads"], case.attributes["kv_num_heads"]
-    ranks = {"query": 3, "key": 3, "value": 3, "past_key": 4, "past_value": 4, "past_sink_scores": 4}
+    ranks = {"query": 3, "key": 3, "value": 3, "past_key": 4, "past_value": 4, "past_sink_scores": 4, "calibration": 3}
     if any(len(shape) != ranks.get(name, 2) for name, shape in shapes.items()):
         return False
     batch, sequence, width = shapes["query"]
     size, value_size = width // heads, shapes["value"][2] // kv_heads
     room, total = shapes["past_key"][2], shapes["attention_mask"][1]
+    calibrated = len(case.attributes.get("calibrated_heads", []))
+    calibrations = 1 if shapes.get("calibration", (1,))[0] == 1 else batch
     expected = {
         "query": (batch, sequence, heads * size),
         "key": (batch, sequence, kv_heads * size),
         "value": (batch, sequence, kv_heads * value_size),
         "past_key": (batch, kv_heads, room, size),
         "past_value": (batch, kv_heads, room, value_size),
-        "past_sink_scores": (batch, len(case.attributes.get("calibrated_heads", [])), room, 1),
+        "past_sink_scores": (batch, calibrated, room, 1),
         "attention_mask": (batch, total),
+        "calibration": (calibrations, calibrated, 3),
     }
     fits = all(expected[name] == shape for name, shape in shapes.items())
     return fits and size > 0 and value_size > 0 and sequence <= total <= room + sequence
@@ -349,6 +371,8 @@ def _empty(random: Random) -> Case:
     """Dimensions of size 0, and others of any size beside them."""
     case = _ordinary(random)
     inputs = dict(case.inputs)
+    if "calibration" in inputs:
+        inputs["calibration"] = inputs["calibration"][:1]  # of however many sequences
     huge = random.pick([0, 1, 5, 10**5, 10**7, 2**31 - 1, 2**31, 2**40, 2**60])
     empty = random.pick(["batch", "everything", "everything", "sequence"])
     changes: dict[tuple[str, int], int] = {}
@@ -364,7 +388,7 @@ def _empty(random: Random) -> Case:
         changes |= {("attention_mask", 1): past}
         if empty == "everything":
             changes |= {(name, 2): 0 for name in inputs if name.startswith("past")}
-            changes |= {("attention_mask", 1): 0} | {(name, 0): huge for name in inputs}
+            changes |= {("attention_mask", 1): 0} | {(name, 0): huge for name in inputs if name != "calibration"}
     for (name, axis), size in changes.items():
         shape = list(inputs[name].shape)
         shape[axis] = size

@@ -41,6 +41,7 @@ def test_there_are_cases_of_every_sort():
         "ordinary",
         "extreme",
         "wrong attribute",
+        "wrong strength",
         "wrong shape",
         "overlap",
         "empty",

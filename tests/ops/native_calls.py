@@ -21,7 +21,7 @@ STORAGE = {
 
 @dataclass(frozen=True)
 class Layer:
-    """Attributes of one node. No calibrated heads: the operator `Attention`."""
+    """Attributes of one node, and how its calls are calibrated. No calibrated heads: the operator `Attention`."""
 
     num_heads: int = 4
     kv_num_heads: int = 2
@@ -30,10 +30,11 @@ class Layer:
     softcap: float = 0.0
     sliding_window: int = -1
     calibrated_heads: tuple[int, ...] = (0, 3)
-    beta: tuple[float, ...] = (0.4,)
-    threshold: float = 0.1
     threshold_mode: str = "absolute"
     sink_logits: tuple[float, ...] = ()
+    beta: tuple[float, ...] = (0.4,)  # of all calibrated heads, or of each
+    gamma: tuple[float, ...] = (1.0,)
+    threshold: float = 0.1
 
     @property
     def operator(self):
@@ -43,20 +44,28 @@ class Layer:
     def attributes(self):
         names = ["num_heads", "kv_num_heads", "scale", "softcap", "sliding_window"]
         if self.calibrated_heads:
-            names += ["calibrated_heads", "beta", "threshold", "threshold_mode"]
+            names += ["calibrated_heads", "threshold_mode"]
         if self.sink_logits:
             names += ["sink_logits"]
         return {name: getattr(self, name) for name in names}
 
     @property
     def input_names(self):
-        sinks = ["past_sink_scores"] if self.calibrated_heads else []
-        return ["query", "key", "value", "past_key", "past_value", *sinks, "attention_mask"]
+        sinks, strengths = (["past_sink_scores"], ["calibration"]) if self.calibrated_heads else ([], [])
+        return ["query", "key", "value", "past_key", "past_value", *sinks, "attention_mask", *strengths]
 
     @property
     def output_names(self):
         sinks = ["present_sink_scores"] if self.calibrated_heads else []
         return ["output", "present_key", "present_value", *sinks]
+
+    @property
+    def calibration(self):
+        """For all sequences: (1, calibrated heads, 3)."""
+        strengths = np.empty((1, len(self.calibrated_heads), 3), np.float32)
+        for column, values in enumerate((self.beta, self.gamma, self.threshold)):
+            strengths[..., column] = values
+        return strengths
 
 
 @dataclass
@@ -101,12 +110,15 @@ def expect(layer, feeds):
     sums = np.zeros((batch, len(layer.calibrated_heads), keys.shape[2], 1))
     if layer.calibrated_heads:
         sums[:, :, : feeds["past_sink_scores"].shape[2]] = feeds["past_sink_scores"]
+    strengths = np.broadcast_to(feeds["calibration"].astype(np.float64), (batch, len(layer.calibrated_heads), 3))
     found = Expected(output.reshape(batch, sequence, layer.num_heads * value_size), keys, values, sums, False, 0, 0)
 
     for b in range(batch):
         real = [j for j in range(total) if mask[b, j]]
         for h in range(layer.num_heads):
             kv_head = h // (layer.num_heads // layer.kv_num_heads)
+            c = layer.calibrated_heads.index(h) if h in layer.calibrated_heads else None
+            beta, gamma, threshold = (1.0, 1.0, 0.0) if c is None else strengths[b, c]
             attention = np.zeros((sequence, total))
             for i in range(sequence):
                 columns = visible(layer, mask[b], past + i)
@@ -117,25 +129,24 @@ def expect(layer, feeds):
                     sink = np.float64(layer.sink_logits[h % len(layer.sink_logits)] if layer.sink_logits else -np.inf)
                     highest = max(logits.max(), sink)
                     weights = np.exp(logits - highest)
+                    if columns[0] == real[0]:
+                        weights[0] *= gamma
                     attention[i, columns] = weights / (weights.sum() + np.exp(sink - highest))
 
-            if h in layer.calibrated_heads:
-                c = layer.calibrated_heads.index(h)
-                beta = np.float64(np.float32(layer.beta[c if len(layer.beta) > 1 else 0]))
+            if c is not None:
                 column_sums = sums[b, c, :total, 0]
                 column_sums[past:] = 0
+            if beta != 1:
                 for i in range(sequence):
                     if mask[b, past + i]:
                         column_sums += attention[i]
-                attention = calibrate(layer, beta, attention, column_sums, real, found)
+                attention = calibrate(layer, beta, threshold, attention, column_sums, real, found)
             output[b, :, h] = attention @ values[b, kv_head, :total]
     return found
 
 
-def calibrate(layer, beta, attention, column_sums, real, found):
-    tau = np.float64(np.float32(layer.threshold))
-    if layer.threshold_mode == "relative" and real:
-        tau /= len(real)
+def calibrate(layer, beta, threshold, attention, column_sums, real, found):
+    tau = threshold / len(real) if layer.threshold_mode == "relative" and real else threshold
     sinks = []
     for j in real[1:]:
         rows = sum(1 for r in real if r >= j and (layer.sliding_window <= 0 or r < j + layer.sliding_window))
@@ -166,7 +177,7 @@ def make_model(layer, storage="float32", shapes=None, attributes=None, cast=True
     """One node between float32 graph inputs and outputs (`cast`), or inputs and outputs in its own storage type."""
     kind = STORAGE[storage][0]
     kinds = dict.fromkeys(layer.input_names + layer.output_names, kind)
-    kinds |= {"past_sink_scores": TensorProto.FLOAT, "present_sink_scores": TensorProto.FLOAT}
+    kinds |= dict.fromkeys(("past_sink_scores", "present_sink_scores", "calibration"), TensorProto.FLOAT)
     kinds |= {"attention_mask": TensorProto.INT64}
     casts = [
         name for name in layer.input_names + layer.output_names if cast and kinds[name] == kind != TensorProto.FLOAT
@@ -232,6 +243,7 @@ def make_feeds(layer, mask, sequence, seed=0, storage="float32", spare=0, gain=1
         "past_value": draw(batch, layer.kv_num_heads, past + spare, value_size),
         "past_sink_scores": sums,
         "attention_mask": mask,
+        "calibration": layer.calibration,
     }
 
 

@@ -1,4 +1,4 @@
-"""The portable functions in ONNX Runtime without the native library, against the reference."""
+"""The operators in ONNX Runtime, as portable functions and by the native library, against the reference."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from onnx import TensorProto, helper
 
 from act_export.calibration.reference import calibrated_attention, visible_rows
 from act_export.ops import functions, schema
+from act_export.ops.library import library_path
 
 HEAD_SIZE = 8
-RANKS = {"query": 3, "key": 3, "value": 3, "output": 3, "attention_mask": 2}
+RANKS = {"query": 3, "key": 3, "value": 3, "output": 3, "attention_mask": 2, "calibration": 3}
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
@@ -46,14 +47,16 @@ def single_node_model(operator, attributes, dtype="float32"):
     return model
 
 
-def session(operator, attributes, dtype="float32"):
+def session(operator, attributes, dtype="float32", *, is_native=False):
     model = single_node_model(operator, attributes, dtype)
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if is_native:
+        options.register_custom_ops_library(str(library_path()))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def random_inputs(
-    rng, *, batch, sequence, past, spare=0, heads, kv_heads, calibrated, left=0, right=0, dtype=np.float32
-):
+def random_inputs(rng, *, batch, sequence, past, heads, kv_heads, calibrated, left=0, right=0, dtype=np.float32):
     def normal(*shape):
         return (2 * rng.standard_normal(shape)).astype(dtype)
 
@@ -65,25 +68,28 @@ def random_inputs(
         "query": normal(batch, sequence, heads * HEAD_SIZE),
         "key": normal(batch, sequence, kv_heads * HEAD_SIZE),
         "value": normal(batch, sequence, kv_heads * HEAD_SIZE),
-        "past_key": normal(batch, kv_heads, past + spare, HEAD_SIZE),
-        "past_value": normal(batch, kv_heads, past + spare, HEAD_SIZE),
-        "past_sink_scores": rng.random((batch, calibrated, past + spare, 1), dtype=np.float32),
+        "past_key": normal(batch, kv_heads, past, HEAD_SIZE),
+        "past_value": normal(batch, kv_heads, past, HEAD_SIZE),
+        "past_sink_scores": rng.random((batch, calibrated, past, 1), dtype=np.float32),
         "attention_mask": mask,
+        "calibration": np.tile(np.array([0.4, 3.0, 0.1], np.float32), (1, calibrated, 1)),
     }
 
 
-def reference(inputs, attributes):
-    return calibrated_attention(*(torch.from_numpy(value) for value in inputs.values()), **attributes)
+def reference(inputs, attributes, dtype=torch.float64):
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    tensors |= {name: tensors[name].to(dtype) for name in ("query", "key", "value", "past_key", "past_value")}
+    return calibrated_attention(*tensors.values(), **attributes)
 
 
 def undecided(inputs, attributes, result):
     """Whether a score lies within rounding of the threshold, so that either answer is right."""
     real = torch.from_numpy(inputs["attention_mask"] != 0)[:, None]
     scores = result.present_sink_scores[..., 0] / visible_rows(real, attributes["sliding_window"]).clamp(min=1)
-    tau = attributes["threshold"]
+    beta, _, tau = torch.from_numpy(inputs["calibration"])[..., None].unbind(2)
     if attributes["threshold_mode"] == "relative":
         tau = tau / real.sum(-1, keepdim=True).clamp(min=1)
-    return bool(((scores - tau).abs() < 1e-5).any())
+    return bool(((beta != 1) & ((scores - tau).abs() < 1e-5)).any())
 
 
 @st.composite
@@ -98,20 +104,23 @@ def cases(draw):
         "softcap": draw(st.sampled_from([0.0, 3.0])),
         "sliding_window": draw(st.sampled_from([-1, 1, 4, 50])),
         "calibrated_heads": calibrated,
-        "beta": draw(st.sampled_from([[0.4], [1.9]]))
-        if draw(st.booleans())
-        else [draw(st.sampled_from([0.0, 0.4, 1.0, 2.0])) for _ in calibrated],
-        "threshold": draw(st.sampled_from([0.0, 0.1, 0.3])),
         "threshold_mode": draw(st.sampled_from(["absolute", "relative"])),
     }
     sinks = st.sampled_from([-3.0, 0.0, 1.5, 4.0, 30.0, schema.NO_SINK_LOGIT])
     attributes |= draw(
         st.sampled_from([{}, {"sink_logits": [draw(sinks)]}, {"sink_logits": [draw(sinks) for _ in range(heads)]}])
     )
-    sequence, past = draw(st.integers(1, 9)), draw(st.integers(0, 7))
+    sequence, past, batch = draw(st.integers(1, 9)), draw(st.integers(0, 7)), draw(st.integers(1, 3))
+    strengths = st.tuples(
+        st.sampled_from([0.0, 0.4, 1.0, 1.9, 2.0]),
+        st.sampled_from([1 / 16, 0.5, 1.0, 1.0, 3.0, 16.0]),
+        st.sampled_from([0.0, 0.1, 0.3]),
+    )
+    calibrations = draw(st.sampled_from([1, batch]))
+    drawn = [draw(strengths) for _ in range(calibrations * len(calibrated))]
     inputs = random_inputs(
         np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
-        batch=draw(st.integers(1, 3)),
+        batch=batch,
         sequence=sequence,
         past=past,
         heads=heads,
@@ -120,6 +129,7 @@ def cases(draw):
         left=draw(st.integers(0, sequence + past)),
         right=draw(st.sampled_from([0, 0, 1])),
     )
+    inputs["calibration"] = np.array(drawn, np.float32).reshape(calibrations, len(calibrated), 3)
     return attributes, inputs
 
 
@@ -129,9 +139,10 @@ def test_equals_the_reference(case):
     attributes, inputs = case
     expected = reference(inputs, attributes)
     assume(not undecided(inputs, attributes, expected))
-    outputs = session(schema.CALIBRATED, attributes).run(None, inputs)
-    for output, wanted in zip(outputs, expected, strict=True):
-        assert_close(output, wanted, 1e-5)
+    for is_native in (False, True):
+        outputs = session(schema.CALIBRATED, attributes, is_native=is_native).run(None, inputs)
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert_close(output, wanted, 1e-5)
 
 
 ATTRIBUTES = {
@@ -139,8 +150,6 @@ ATTRIBUTES = {
     "kv_num_heads": 2,
     "scale": 0.35,
     "calibrated_heads": [0, 3, 4],
-    "beta": [0.4],
-    "threshold": 0.1,
 }
 SHAPE = {"heads": 6, "kv_heads": 2, "calibrated": 3}
 
@@ -153,6 +162,18 @@ def test_any_nonzero_mask_value_is_a_real_token():
         engine.run(None, inputs | {"attention_mask": 7 * inputs["attention_mask"]}), expected, strict=True
     ):
         np.testing.assert_array_equal(output, wanted)
+
+
+def test_strengths_out_of_range_are_taken_for_the_nearest():
+    inputs = random_inputs(np.random.default_rng(6), batch=2, sequence=5, past=3, left=2, **SHAPE)
+    engine = session(schema.CALIBRATED, ATTRIBUTES)
+    for given_as, taken_as in (([-1, 0, -1], [0, 1 / 16, 0]), ([3, 100, 0.1], [2, 16, 0.1])):
+        outputs, expected = (
+            engine.run(None, inputs | {"calibration": np.tile(np.array(each, np.float32), (1, 3, 1))})
+            for each in (given_as, taken_as)
+        )
+        for output, wanted in zip(outputs, expected, strict=True):
+            np.testing.assert_array_equal(output, wanted)
 
 
 def test_heads_without_a_learned_sink_are_as_if_there_were_none():
@@ -181,6 +202,8 @@ def test_learned_sinks_in_models_of_other_opsets(operator, opset):
     model.functions.append(functions.function_body(operator, opset))
     engine = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     outputs = engine.run(None, {i.name: inputs[i.name] for i in engine.get_inputs()})
+    if operator == schema.PLAIN:
+        inputs["calibration"] = inputs["calibration"][:, :0]
     for output, wanted in zip(outputs, reference(inputs, attributes), strict=False):
         assert_close(output, wanted, 1e-5)
 
@@ -188,9 +211,9 @@ def test_learned_sinks_in_models_of_other_opsets(operator, opset):
 def test_plain_operator_equals_the_reference():
     attributes = {key: ATTRIBUTES[key] for key in ("num_heads", "kv_num_heads", "scale")}
     inputs = random_inputs(np.random.default_rng(0), batch=2, sequence=5, past=3, left=2, **SHAPE)
-    expected = reference(inputs, attributes)
-    without_sums = {name: value for name, value in inputs.items() if name != "past_sink_scores"}
-    outputs = session(schema.PLAIN, attributes).run(None, without_sums)
+    expected = reference({**inputs, "calibration": inputs["calibration"][:, :0]}, attributes)
+    del inputs["past_sink_scores"], inputs["calibration"]
+    outputs = session(schema.PLAIN, attributes).run(None, inputs)
     for output, wanted in zip(outputs, expected[:3], strict=True):
         assert_close(output, wanted, 1e-5)
 
@@ -211,7 +234,7 @@ def test_preallocated_buffers_keep_their_length():
 
 def test_float16_computes_in_float32():
     inputs = random_inputs(np.random.default_rng(2), batch=2, sequence=5, past=3, left=2, dtype=np.float16, **SHAPE)
-    expected = reference(inputs, ATTRIBUTES)
+    expected = reference(inputs, ATTRIBUTES, torch.float16)
     outputs = session(schema.CALIBRATED, ATTRIBUTES, "float16").run(None, inputs)
     for output, wanted in zip(outputs, expected, strict=True):
         assert output.dtype == wanted.numpy().dtype
@@ -236,7 +259,7 @@ def with_float32_inputs_and_outputs(model):
 
 def test_bfloat16_computes_in_float32():
     inputs = random_inputs(np.random.default_rng(2), batch=2, sequence=5, past=3, left=2, **SHAPE)
-    state = ("past_sink_scores", "attention_mask")
+    state = ("past_sink_scores", "attention_mask", "calibration")
     tensors = {
         name: torch.from_numpy(value) if name in state else torch.from_numpy(value).bfloat16()
         for name, value in inputs.items()

@@ -17,11 +17,18 @@ from act_export.ops import functions
 from act_export.ops.schema import NO_SINK_LOGIT
 
 
-@pytest.mark.parametrize("sequence", [1, 2, 3, 63, 64, 65])
+@pytest.mark.parametrize("sequence", [1, 2, 65])
 @pytest.mark.parametrize(("num_heads", "kv_num_heads", "head_size"), [(2, 2, 32), (6, 2, 8), (8, 1, 80)])
 def test_prompt(sequence, num_heads, kv_num_heads, head_size):
     layer = Layer(
-        num_heads, kv_num_heads, head_size, head_size**-0.5, calibrated_heads=(1, 0), beta=(0.4, 1.5), threshold=0.05
+        num_heads,
+        kv_num_heads,
+        head_size,
+        head_size**-0.5,
+        calibrated_heads=(1, 0),
+        beta=(0.4, 1.5),
+        gamma=(3.0, 0.5),
+        threshold=0.05,
     )
     expected = check(layer, make_feeds(layer, ones(2, sequence), sequence, seed=1))
     assert expected.later_sinks > 0 or sequence < 3
@@ -76,18 +83,18 @@ def test_what_is_masked_or_unwritten_does_not_leak():
     np.testing.assert_array_equal(run(layer, feeds)["output"][:, 1:], clean)
 
 
-@pytest.mark.parametrize("number", [-1, 2, 256, 2**32, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("sequence", [3, 20])
-def test_whatever_is_not_zero_in_the_mask_is_real(number, sequence):
-    layer = Layer(threshold=0.05, sliding_window=9)
+def test_whatever_is_not_zero_in_the_mask_is_real(sequence):
+    layer = Layer(threshold=0.05, sliding_window=9, gamma=(4.0, 0.3))
     mask = ones(2, 20)
     mask[0, :7] = 0
     mask[1, [3, 4, 19]] = 0
     feeds = make_feeds(layer, mask, sequence, seed=15)
     expected = run(layer, feeds)
-    feeds["attention_mask"] = mask * number
-    for name, output in run(layer, feeds).items():
-        np.testing.assert_array_equal(output, expected[name])
+    for number in (-1, 2, 256, 2**63 - 1, -(2**63), 2**32):
+        feeds["attention_mask"] = mask * number
+        for name, output in run(layer, feeds).items():
+            np.testing.assert_array_equal(output, expected[name])
     tensors = [torch.from_numpy(feeds[name]) for name in layer.input_names]
     reference = calibrated_attention(*tensors, **layer.attributes)
     np.testing.assert_allclose(expected["output"], reference.output, rtol=1e-5, atol=1e-5)
@@ -130,7 +137,7 @@ def test_windows_beyond_the_tokens_are_none(window, sequence):
     ids=str,
 )
 def test_factors_at_the_edges_of_float32(changes, sequence):
-    layer = replace(Layer(calibrated_heads=(), scale=0.3), **changes)
+    layer = replace(Layer(scale=0.3, beta=(1.0,), gamma=(5.0, 0.3)), **changes)
     feeds = make_feeds(layer, ones(2, 20), sequence, seed=17)
     feeds["query"][:, :, :8] = 0.0  # whose logits are 0, whatever they are multiplied by
     check(layer, feeds)
@@ -152,10 +159,7 @@ def cases(draw):
     kv_num_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 3), (1, 8)]))
     num_heads = kv_num_heads * group
     heads = tuple(draw(st.lists(st.integers(0, num_heads - 1), max_size=4, unique=True)))
-    per_head = draw(st.booleans())
-    betas = st.sampled_from([0.0, 0.4, 1.0, 1.5, 2.0])
     relative = draw(st.booleans())
-    thresholds = st.sampled_from([0.5, 1.1, 2.0] if relative else [0.0, 0.03, 0.11, 0.3])
     layer = Layer(
         num_heads,
         kv_num_heads,
@@ -164,8 +168,6 @@ def cases(draw):
         softcap=draw(st.sampled_from([0.0, 1.5, 30.0])),
         sliding_window=draw(st.sampled_from([-1, 1, 2, 7, 40])),
         calibrated_heads=heads,
-        beta=tuple(draw(betas) for _ in range(max(1, len(heads)) if per_head else 1)),
-        threshold=draw(thresholds),
         threshold_mode="relative" if relative else "absolute",
         sink_logits=draw(
             st.one_of(
@@ -181,7 +183,19 @@ def cases(draw):
     rows = [draw_mask_row(draw, past + sequence) for _ in range(batch)]
     storage = draw(st.sampled_from(list(STORAGE)))
     spare = draw(st.sampled_from([0, 0, 1, sequence, sequence + 9]))
-    return layer, make_feeds(layer, rows, sequence, draw(st.integers(0, 2**20)), storage, spare), storage
+    feeds = make_feeds(layer, rows, sequence, draw(st.integers(0, 2**20)), storage, spare)
+    feeds["calibration"] = draw_calibration(draw, draw(st.sampled_from([1, batch])), len(heads), relative)
+    return layer, feeds, storage
+
+
+def draw_calibration(draw, sequences, heads, relative):
+    strengths = st.tuples(
+        st.sampled_from([0.0, 0.4, 1.0, 1.5, 2.0]),
+        st.sampled_from([1 / 16, 0.3, 1.0, 1.0, 5.0, 16.0]),
+        st.sampled_from([0.5, 1.1, 2.0] if relative else [0.0, 0.03, 0.11, 0.3]),
+    )
+    drawn = [draw(strengths) for _ in range(sequences * heads)]
+    return np.array(drawn, np.float32).reshape(sequences, heads, 3)
 
 
 def draw_mask_row(draw, total):
@@ -199,7 +213,7 @@ def draw_mask_row(draw, total):
     return row
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(cases())
 def test_any_case(case):
     layer, feeds, storage = case

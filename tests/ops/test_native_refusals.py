@@ -30,8 +30,6 @@ BAD_ATTRIBUTES = [
     ({"num_heads": None}, "attribute num_heads is missing"),
     ({"scale": None}, "attribute scale is missing"),
     ({"calibrated_heads": None}, "attribute calibrated_heads is missing"),
-    ({"beta": None}, "attribute beta is missing"),
-    ({"threshold": None}, "attribute threshold is missing"),
     ({"softcap": 30}, "attribute softcap has another type than expected: it has to be a float"),
     ({"num_heads": 0}, "num_heads is 0 and kv_num_heads is 2, expected both to be positive"),
     ({"kv_num_heads": 3}, "num_heads is 4, expected a multiple of kv_num_heads, 3"),
@@ -47,7 +45,6 @@ BAD_ATTRIBUTES = [
     ({"scale": float("nan")}, "scale is nan, expected a finite number"),
     ({"softcap": float("nan")}, "softcap is nan, expected 0 (none) or a positive number"),
     ({"softcap": float("inf")}, "softcap is inf, expected 0 (none) or a positive number"),
-    ({"threshold": float("nan")}, "threshold is nan, expected 0 or more"),
     ({"softcap": -1.5}, "softcap is -1.5, expected 0 (none) or a positive number"),
     ({"sliding_window": 0}, "sliding_window is 0, expected -1 (none) or a positive number"),
     ({"calibrated_heads": [0, 4]}, "calibrated_heads has head 4, expected 0 to 3"),
@@ -55,10 +52,6 @@ BAD_ATTRIBUTES = [
     ({"calibrated_heads": [-(2**63)]}, "calibrated_heads has head -9223372036854775808, expected 0 to 3"),
     ({"calibrated_heads": [0] * 100_000}, "calibrated_heads has head 0 twice"),
     ({"calibrated_heads": [3, 3]}, "calibrated_heads has head 3 twice"),
-    ({"beta": [0.1, 0.2, 0.3]}, "beta has 3 values, expected 1 or 2"),
-    ({"beta": [2.5]}, "beta has 2.5, expected 0 to 2"),
-    ({"beta": [0.5, float("nan")]}, "beta has nan, expected 0 to 2"),
-    ({"threshold": -0.25}, "threshold is -0.25, expected 0 or more"),
     ({"sink_logits": [1.0, 2.0]}, "sink_logits has 2 values, expected 1 or 4, one for each query head"),
     ({"sink_logits": [0.0, float("nan"), 0.0, 0.0]}, "sink_logits has nan, expected numbers"),
     ({"sink_logits": [float("-inf")]}, "sink_logits has -inf, expected numbers"),
@@ -111,6 +104,14 @@ BAD_INPUTS = [
     ({"attention_mask": (1, 8)}, "attention_mask has shape (1, 8), expected (2, 8)"),
     ({"attention_mask": (2, 2)}, "attention_mask has 2 positions, expected at least the 3 of query"),
     ({"attention_mask": (2, 9)}, "past_key has room for 5 tokens, but attention_mask (9 positions) and query (3) say"),
+    (
+        {"calibration": (2, 3)},
+        "calibration has shape (2, 3), expected 3 dimensions: (1 or batch, calibrated heads, 3)",
+    ),
+    ({"calibration": (3, 2, 3)}, "calibration has shape (3, 2, 3), expected (2, 2, 3)"),
+    ({"calibration": (0, 2, 3)}, "calibration has shape (0, 2, 3), expected (2, 2, 3)"),
+    ({"calibration": (1, 4, 3)}, "calibration has shape (1, 4, 3), expected (1, 2, 3)"),
+    ({"calibration": (2, 2, 1)}, "calibration has shape (2, 2, 1), expected (2, 2, 3)"),
     ({"attention_mask": (2, 0)}, "attention_mask has 0 positions, expected at least the 3 of query"),
     (
         {"query": (2**31, 0, 32)},
@@ -140,6 +141,27 @@ def test_bad_inputs(shapes, message):
     check(layer, make_feeds(layer, ones(2, 8), 3))  # the session goes on working
 
 
+@pytest.mark.parametrize("sequence", [1, 20])
+def test_strengths_out_of_range_are_refused(sequence):
+    layer = Layer()
+    feeds = make_feeds(layer, ones(2, 20), sequence)
+    fine = np.tile(layer.calibration, (2, 1, 1))
+    wrong = {
+        "beta {}, expected 0 to 2": (-1e-6, 2.5, np.nan),
+        "gamma {}, expected 0.0625 to 16": (0.0, 0.0624, 16.5, -1.0, np.inf, np.nan),
+        "threshold {}, expected 0 or more": (-0.25, np.inf, np.nan),
+    }
+    for column, (message, values) in enumerate(wrong.items()):
+        for value in values:
+            feeds["calibration"] = fine.copy()
+            feeds["calibration"][1, 0, column] = value
+            with pytest.raises(Exception, match=r"CalibratedAttention: calibration\[1, 0\] has ") as error:
+                run(layer, feeds)
+            assert message.format(f"{value:g}") in str(error.value)
+    feeds["calibration"] = np.array([[[0, 1 / 16, 0], [2, 16, 3e38]]], np.float32)
+    assert np.isfinite(run(layer, feeds)["output"]).all()
+
+
 def test_heads_that_are_wide_together_are_refused():
     layer = Layer(64, 1, 16384, calibrated_heads=())
     with pytest.raises(Exception, match=r"its head size times num_heads is 1048640, expected at most 1048576"):
@@ -167,6 +189,7 @@ def greedy_call(name):
         "past_value": (batch, 2, 0, 8),
         "past_sink_scores": (batch, 2, 0, 1),
         "attention_mask": (batch, sequence),
+        "calibration": (1, len(layer.calibrated_heads), 3),
     }
     feeds = {n: np.ones(feeds[n], np.int64 if n == "attention_mask" else np.float32) for n in layer.input_names}
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
@@ -247,7 +270,8 @@ def test_outputs_in_memory_that_is_read_or_written_are_refused(output, other):
     owner = inputs if other in inputs else outputs
     size, output_size, is_past = owner[other].nbytes, outputs[output].nbytes, other == output.replace("present", "past")
     # By whole tokens, as a caller would that moves a window over one buffer; by a number; in the middle; at the edges.
-    for offset in (8, -8, 64, size // 16 * 8, size - 8, 8 - output_size, *([] if is_past else [0])):
+    offsets = (8, -8, 64, size // 16 * 8, size - 8, 8 - output_size, *([] if is_past else [0]))
+    for offset in (offset for offset in offsets if offset < size):
         placed, moved = place(owner[other], outputs[output], offset)
         bound = (inputs | {other: placed}, outputs) if other in inputs else (inputs, outputs | {other: placed})
         with pytest.raises(

@@ -37,13 +37,13 @@ def feed_next(layer, feeds, state, start, stop):
     chunk = {name: feeds[name][:, start:stop] for name in ("query", "key", "value")}
     for name in ("key", "value", "sink_scores"):
         chunk[f"past_{name}"] = state[f"present_{name}"] if state else feeds[f"past_{name}"]
-    return chunk | {"attention_mask": feeds["attention_mask"][:, :stop]}
+    return chunk | {"attention_mask": feeds["attention_mask"][:, :stop], "calibration": feeds["calibration"]}
 
 
 @pytest.mark.parametrize("window", [-1, 5])
 @pytest.mark.parametrize("stops", [(9, 10, 11, 12, 13), (4, 8, 12, 16), (1, 2, 3, 20)])
 def test_decode_and_chunks_with_running_sums(stops, window):
-    layer = Layer(sliding_window=window, threshold=0.12)
+    layer = Layer(sliding_window=window, threshold=0.115, gamma=(0.5, 3.0))
     mask = ones(2, stops[-1])
     mask[1, :2] = 0
     feeds = make_feeds(layer, mask, stops[-1], seed=11)
@@ -56,6 +56,28 @@ def test_decode_and_chunks_with_running_sums(stops, window):
     whole = run(layer, feeds)
     np.testing.assert_allclose(state["present_sink_scores"], whole["present_sink_scores"], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(state["present_key"], whole["present_key"])
+
+
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("spare", [0, 9])
+def test_calibrations_change_from_call_to_call(spare, window):
+    layer = Layer(sliding_window=window)
+    feeds = make_feeds(layer, ones(2, 20), 20, seed=20, spare=spare)
+    feeds["attention_mask"][1, :2] = 0
+    plain, gamma_alone, strong = [1, 1, 0], [1, 6, 0], [1.7, 0.2, 0.1]
+    calls = {  # tokens so far, and strengths of the two heads in each sequence, or in both
+        9: [[plain, gamma_alone], [[0.4, 1, 0.12], plain]],
+        10: [[[0.4, 3, 0.1], plain]],
+        13: [[strong, [0, 1, 0.05]], [gamma_alone, strong]],
+        14: [[plain, plain]],
+        20: [[[0.4, 1, 0.1], strong]],
+    }
+    start, state, sinks = 0, {}, 0
+    for stop, strengths in calls.items():
+        chunk = feed_next(layer, feeds, state, start, stop) | {"calibration": np.array(strengths, np.float32)}
+        sinks += check(layer, chunk).later_sinks
+        start, state = stop, run(layer, chunk)
+    assert sinks > 0
 
 
 def run_bound(session, inputs, outputs):
@@ -164,6 +186,7 @@ def test_shapes_are_inferred(storage):
         "past_value": ["batch", 2, "past", 8],
         "past_sink_scores": ["batch", 2, "past", 1],
         "attention_mask": ["batch", "total"],
+        "calibration": [None, 2, 3],
     }
     assert inferred_shapes(layer, shapes, storage) == {
         "output": ["batch", "sequence", 32],
@@ -203,9 +226,10 @@ def test_names_of_dimensions_do_not_grow_along_a_chain_of_nodes():
     assert all(len(str(dimension)) < 250 for dimension in length)
 
 
-def test_the_uncalibrated_operator_is_ordinary_attention():
+@pytest.mark.parametrize("sequence", [1, 40])
+def test_heads_with_strengths_of_1_are_those_of_the_uncalibrated_operator(sequence):
     calibrated = Layer(beta=(1.0,), threshold=0.05)
     plain = replace(calibrated, calibrated_heads=())
-    feeds = make_feeds(calibrated, ones(2, 40), 40)
-    np.testing.assert_allclose(run(plain, feeds)["output"], run(calibrated, feeds)["output"], rtol=1e-5, atol=1e-6)
+    feeds = make_feeds(calibrated, ones(2, 40), sequence)
+    np.testing.assert_array_equal(run(plain, feeds)["output"], run(calibrated, feeds)["output"])
     assert onnx.load_from_string(make_model(plain)).graph.node[0].op_type == "Attention"

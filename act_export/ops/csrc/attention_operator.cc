@@ -17,7 +17,7 @@ void ExpectInRange(const Strengths* calibration, int64_t calibrations, int64_t h
   for (int64_t i = 0; i < calibrations * heads; ++i) {
     const Strengths& each = calibration[i];
     const auto expect = [&](bool condition, const char* name, float value, const auto&... allowed) {
-      Expect(condition, "calibration[", i / heads, ", ", i % heads, "] has ", name, ' ', value, ", expected ",
+      Expect(condition, "calibration[", i / heads, ", ", i % heads, "] has ", name, " ", value, ", expected ",
              allowed...);
     };
     expect(each.beta >= kLeastBeta && each.beta <= kMostBeta, "beta", each.beta, kLeastBeta, " to ", kMostBeta);
