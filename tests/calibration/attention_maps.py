@@ -1,4 +1,4 @@
-"""Random attention maps for tests of the definition."""
+"""The definition, read off the page: no vector operation, and nothing of act_export."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ import numpy as np
 MARGIN = 1e-9  # of a score around the threshold, within which being a sink is a matter of rounding
 
 
+def map_by_loop(logits, *, real, window=-1, gamma=1.0, sink=None):
+    """A of the last rows' logits, (sequence, total): what each key weighs, by what they and the learned sink weigh."""
+    sequence, total = logits.shape
+    initial = next((j for j in range(total) if real[j]), None)
+    A = np.zeros((sequence, total))
+    for i in range(sequence):
+        row = total - sequence + i
+        seen = [j for j in range(row + 1) if real[j] and (window < 0 or j > row - window)]
+        weights = [math.exp(logits[i, j]) * (gamma if j == initial else 1.0) for j in seen]
+        for j, weight in zip(seen, weights, strict=True):
+            A[i, j] = weight / (sum(weights) + (0.0 if sink is None else math.exp(sink)))
+    return A
+
+
 def by_loop(A, *, beta, threshold, mode="absolute", real=None, past_sums=None, window=-1):
-    """The definition, read off the page: no vector operation anywhere."""
+    """A', C, K, and how close a score comes to the threshold."""
     sequence, total = A.shape
     past = total - sequence
     real = [True] * total if real is None else list(real)

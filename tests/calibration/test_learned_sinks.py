@@ -59,8 +59,9 @@ def test_calibration_keeps_what_a_learned_sink_left_of_a_row():
     query, key, value = (torch.from_numpy(rng.standard_normal((1, 12, n * 8))) for n in (4, 2, 2))
     cache, mask = torch.zeros(1, 2, 0, 8, dtype=torch.float64), torch.ones(1, 12)
     sinks = torch.tensor([1.0, -0.5, 2.0, 0.0], dtype=torch.float64)
-    options = {**SIZES, "calibrated_heads": [2], "beta": [0.4], "threshold": 0.05, "sink_logits": sinks}
-    result = calibrated_attention(query, key, value, cache, cache, torch.zeros(1, 1, 0, 1), mask, **options)
+    options = {**SIZES, "calibrated_heads": [2], "sink_logits": sinks}
+    state = (torch.zeros(1, 1, 0, 1), mask, torch.tensor([[[0.4, 1.0, 0.05]]], dtype=torch.float64))
+    result = calibrated_attention(query, key, value, cache, cache, *state, **options)
     heads = [x.view(1, 12, -1, 8).transpose(1, 2) for x in (query, key, value)]
     _, A = gpt_oss_attention(*heads, mask, sinks, SIZES["scale"])
     calibrated, sums, later, closest = by_loop(A[0, 2].numpy(), beta=0.4, threshold=0.05)

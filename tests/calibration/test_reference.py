@@ -7,18 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from attention_maps import MARGIN, by_loop
+from attention_maps import MARGIN, by_loop, map_by_loop
 from close import assert_close
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from act_export.calibration.reference import (
-    attention_probabilities,
     calibrate_probabilities,
     calibrate_with_state,
     calibrated_attention,
     later_sinks,
     visible_rows,
+    weigh_initial_token,
 )
 
 
@@ -73,7 +73,7 @@ def built(drawn):
 
 
 @given(maps())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_equals_a_loop_over_the_definition(drawn):
     A, real, past_sums = built(drawn)
     threshold = drawn["threshold"] * (10 if drawn["mode"] == "relative" else 1)
@@ -99,6 +99,101 @@ def test_equals_a_loop_over_the_definition(drawn):
     np.testing.assert_allclose(result.probabilities.numpy(), expected, atol=1e-12)
     np.testing.assert_allclose(result.column_sums.numpy(), sums, atol=1e-12)
     assert result.sinks.nonzero().flatten().tolist() == sinks
+
+
+@st.composite
+def calls(draw):
+    sequence, past, batch = draw(st.integers(1, 8)), draw(st.integers(0, 6)), 2
+    strengths = st.tuples(
+        st.sampled_from([0.0, 0.4, 1.0, 1.0, 1.6]),
+        st.sampled_from([1 / 16, 0.3, 1.0, 1.0, 4.0, 16.0]),
+        st.sampled_from([0.0, 0.05, 0.2, 0.6]),
+    )
+    calibrations = draw(st.sampled_from([1, batch]))
+    masks = st.lists(st.sampled_from([0, 1, 1]), min_size=past + sequence, max_size=past + sequence)
+    return {
+        "rng": np.random.default_rng(draw(st.integers(0, 2**32 - 1))),
+        "mask": np.array([draw(masks) for _ in range(batch)]),
+        "past": past,
+        "calibration": [[draw(strengths) for _ in range(2)] for _ in range(calibrations)],
+        "options": {
+            "scale": draw(st.sampled_from([0.35, -1.0])),
+            "softcap": draw(st.sampled_from([0.0, 2.0])),
+            "sliding_window": draw(st.sampled_from([-1, 1, 3, 50])),
+            "sink_logits": draw(st.sampled_from([(), (0.5, -1.0, 3.0, 0.0)])),
+            "threshold_mode": draw(st.sampled_from(["absolute", "relative"])),
+        },
+    }
+
+
+@given(calls())
+@settings(max_examples=200, deadline=None)
+def test_attention_equals_a_loop_over_the_definition(call):
+    rng, mask, past, options = (call[name] for name in ("rng", "mask", "past", "options"))
+    batch, total = mask.shape
+    query = rng.standard_normal((batch, 4, total - past, 4))
+    keys, values = rng.standard_normal((2, batch, 2, total, 4))
+    past_sums = rng.random((batch, 2, past, 1))
+    heads, window = (3, 0), options["sliding_window"]
+
+    def flat(x):
+        return torch.from_numpy(x).transpose(1, 2).flatten(2)
+
+    result = calibrated_attention(
+        flat(query),
+        flat(keys[:, :, past:]),
+        flat(values[:, :, past:]),
+        torch.from_numpy(keys[:, :, :past]),
+        torch.from_numpy(values[:, :, :past]),
+        torch.from_numpy(past_sums),
+        torch.from_numpy(mask),
+        torch.tensor(call["calibration"], dtype=torch.float64),
+        num_heads=4,
+        kv_num_heads=2,
+        calibrated_heads=heads,
+        **options,
+    )
+    for b in range(batch):
+        for h in range(4):
+            logits = options["scale"] * query[b, h] @ keys[b, h // 2].T
+            if options["softcap"]:
+                logits = options["softcap"] * np.tanh(logits / options["softcap"])
+            c = heads.index(h) if h in heads else None
+            beta, gamma, tau = (1.0, 1.0, 0.0) if c is None else call["calibration"][b % len(call["calibration"])][c]
+            sink = options["sink_logits"][h] if options["sink_logits"] else None
+            plain, A = (map_by_loop(logits, real=mask[b], window=window, gamma=g, sink=sink) for g in (1.0, gamma))
+            weighed = weigh_initial_token(torch.from_numpy(plain), gamma, torch.from_numpy(mask[b] == 1))
+            np.testing.assert_allclose(weighed, A, atol=1e-14)
+            sums = np.pad(past_sums[b, c, :, 0], (0, total - past)) if c is not None else None
+            if beta != 1:
+                rule = {"mode": options["threshold_mode"], "real": mask[b], "window": window}
+                A, sums, _, closest = by_loop(A, beta=beta, threshold=tau, past_sums=sums, **rule)
+                assume(closest > MARGIN)
+            np.testing.assert_allclose(result.output[b, :, 4 * h : 4 * h + 4], A @ values[b, h // 2], atol=1e-12)
+            if c is not None:
+                assert_close(result.present_sink_scores[b, c, :, 0], sums, 1e-6)
+
+
+def test_gamma_alone_is_zerotunings():
+    """There the initial token's probability is multiplied by gamma, and then all are divided by (gamma - 1) * a[0] + 1."""
+    rng = np.random.default_rng(9)
+    query, key, value = (torch.from_numpy(rng.standard_normal((1, 7, 4))) for _ in range(3))
+    none = torch.zeros(1, 1, 0, 4, dtype=torch.float64)
+    for gamma in (0.2, 1.0, 9.0):
+        found = calibrated_attention(
+            *(query, key, value, none, none, torch.zeros(1, 1, 0, 1), torch.ones(1, 7)),
+            torch.tensor([[[1.0, gamma, 0.0]]], dtype=torch.float64),
+            num_heads=1,
+            kv_num_heads=1,
+            scale=0.7,
+            calibrated_heads=[0],
+        )
+        a = map_by_loop(0.7 * (query[0] @ key[0].T).numpy(), real=[True] * 7)
+        tuned = a.copy()
+        tuned[:, 0] *= gamma
+        tuned /= (gamma - 1) * a[:, :1] + 1
+        np.testing.assert_allclose(found.output[0], tuned @ value[0].numpy(), atol=1e-14)
+        assert not found.present_sink_scores.any()
 
 
 @given(maps())
@@ -157,15 +252,14 @@ def test_padding_changes_nothing(seed, length, left, right, window):
         "kv_num_heads": kv_heads,
         "scale": 1.0,
         "calibrated_heads": [0, 3],
-        "beta": [0.4, 1.7],
-        "threshold": 0.1,
         "sliding_window": window,
     }
+    calibration = torch.tensor([[[0.4, 3.0, 0.1], [1.7, 0.2, 0.1]]])
 
     def run(tensors, mask):
         cache = torch.zeros(1, kv_heads, 0, size, dtype=torch.float64)
         sums = torch.zeros(1, 2, 0, 1)
-        return calibrated_attention(*tensors, cache, cache, sums, mask, **options)
+        return calibrated_attention(*tensors, cache, cache, sums, mask, calibration, **options)
 
     alone = run(new, torch.ones(1, length, dtype=torch.long))
     noise = [torch.from_numpy(rng.standard_normal((1, left + right, x.shape[-1]))) for x in new]
@@ -239,33 +333,15 @@ def test_visible_rows_counts(window):
     assert visible_rows(real, window).tolist() == counted
 
 
-def test_soft_cap_and_window_in_the_map():
-    rng = np.random.default_rng(0)
-    query, key = (torch.from_numpy(rng.standard_normal((1, 1, 6, 4))) for _ in range(2))
-    real = torch.ones(1, 6, dtype=torch.bool)
-    A = attention_probabilities(query, key, real, scale=2.0, softcap=1.5, sliding_window=2)[0, 0].numpy()
-    for i in range(6):
-        logits = {j: 1.5 * math.tanh(2.0 * float(query[0, 0, i] @ key[0, 0, j]) / 1.5) for j in (i - 1, i) if j >= 0}
-        total = sum(math.exp(x) for x in logits.values())
-        for j in range(6):
-            assert A[i, j] == pytest.approx(math.exp(logits[j]) / total if j in logits else 0, abs=1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_compute_in_float32(dtype):
     rng = np.random.default_rng(0)
     q, k, v = (torch.from_numpy(rng.standard_normal((1, 9, 16))).to(dtype) for _ in range(3))
     cache, sums, mask = torch.zeros(1, 2, 0, 8, dtype=dtype), torch.zeros(1, 1, 0, 1), torch.ones(1, 9)
-    options = {
-        "num_heads": 2,
-        "kv_num_heads": 2,
-        "scale": 0.3,
-        "calibrated_heads": [1],
-        "beta": [0.4],
-        "threshold": 0.1,
-    }
-    half = calibrated_attention(q, k, v, cache, cache, sums, mask, **options)
-    full = calibrated_attention(*(x.float() for x in (q, k, v, cache, cache)), sums, mask, **options)
+    options = {"num_heads": 2, "kv_num_heads": 2, "scale": 0.3, "calibrated_heads": [1]}
+    state = (sums, mask, torch.tensor([[[0.4, 2.0, 0.1]]]))
+    half = calibrated_attention(q, k, v, cache, cache, *state, **options)
+    full = calibrated_attention(*(x.float() for x in (q, k, v, cache, cache)), *state, **options)
     assert half.output.dtype == dtype
     torch.testing.assert_close(half.output, full.output.to(dtype), atol=0, rtol=0)
     torch.testing.assert_close(half.present_sink_scores, full.present_sink_scores, atol=0, rtol=0)
@@ -285,6 +361,26 @@ def test_half_types_compute_in_float32(dtype):
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         calibrate_probabilities(torch.eye(4), **{"beta": 0.4, "threshold": 0.1, **changes})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([[[2.5, 1.0, 0.1]]], "beta is"),
+        ([[[0.4, 17.0, 0.1]]], "gamma is"),
+        ([[[0.4, math.nan, 0.1]]], "gamma is"),
+        ([[[0.4, 1.0, -0.1]]], "threshold is"),
+        ([[[0.4, 1.0]]], r"calibration has shape \(1, 1, 2\); 3 sequences and 1 calibrated heads need \(1, 1, 3\) or"),
+        ([[[0.4, 1.0, 0.1]]] * 2, r"calibration has shape \(2, 1, 3\)"),
+    ],
+)
+def test_a_wrong_calibration_is_named(calibration, message):
+    x, cache = torch.zeros(3, 1, 4), torch.zeros(3, 1, 0, 4)
+    state = (torch.zeros(3, 1, 0, 1), torch.ones(3, 1), torch.tensor(calibration))
+    with pytest.raises(ValueError, match=message):
+        calibrated_attention(
+            x, x, x, cache, cache, *state, num_heads=1, kv_num_heads=1, scale=1.0, calibrated_heads=[0]
+        )
 
 
 def test_more_rows_than_columns_is_an_error():
