@@ -20,7 +20,7 @@ from act_export.ops.library import library_path
 from act_export.runtime.device import Device
 
 TOOLS = Path(__file__).parents[2] / "tools" / "bench" / "attention"
-CONTENDERS = ["calibrated", "plain", "gqa", "attention23"]
+CONTENDERS = ["calibrated", "gamma", "idle", "plain", "gqa", "attention23"]
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,10 @@ def test_times_and_roofline(tmp_path):
         assert list(workload["ratios"]) == CONTENDERS[1:]
         ratio = workload["ms"]["calibrated"] / workload["ms"]["gqa"]
         assert workload["ratios"]["gqa"]["of_medians"] == pytest.approx(ratio)
-        assert list(workload["differences"]) == ["plain - gqa", "plain - attention23", "calibrated - reference"]
+        of_plain = [f"plain - {name}" for name in ("idle", "gqa", "attention23")]
+        of_reference = [f"{name} - reference of {name}" for name in ("calibrated", "gamma")]
+        assert list(workload["differences"]) == of_plain + of_reference
+        assert workload["differences"]["plain - idle"] == 0
         assert workload["later_sinks_per_head"]["least"] > 0
         summary = report["summary"][workload["work"]]["gqa"]
         assert summary["worst"] == pytest.approx(summary["geometric_mean"])
@@ -61,8 +64,8 @@ def test_memory(tmp_path):
     assert result.returncode == 0, result.stderr
     (found,) = json.loads(path.read_text(encoding="utf-8"))["memory"]
     assert list(found["extra_bytes"]) == ["calibrated", "gqa"]
-    # query, output; key, value and their copies; sums; mask
-    assert found["arrays_bytes"]["calibrated"] == 300 * (2 * 4 * 8 * 4 + 4 * 2 * 8 * 4 + 4 * 4 + 8)
+    # query, output; key, value and their copies; sums; mask; strengths
+    assert found["arrays_bytes"]["calibrated"] == 300 * (2 * 4 * 8 * 4 + 4 * 2 * 8 * 4 + 4 * 4 + 8) + 4 * 3 * 4
 
 
 def test_half_precision_against_one_contender():
@@ -96,7 +99,7 @@ def test_disagreement(changed):
     workload = Workload(Shape(4, 2, 8), "decode", 16)
     data = make_data(workload)
     outputs = {name: np.zeros((1, 1, 32), np.float32) for name in CONTENDERS}
-    outputs["calibrated"] = reference_output(workload, data)
+    outputs |= {name: reference_output(workload, data, name) for name in ("calibrated", "gamma")}
     assert max(check_agreement(workload, data, outputs).values()) == 0
     for wrong in (1e-3, math.nan):
         outputs[changed] = outputs[changed] + np.float32(wrong)

@@ -175,7 +175,7 @@ def test_attention_equals_a_loop_over_the_definition(call):
 
 
 def test_gamma_alone_is_zerotunings():
-    """There the initial token's probability is multiplied by gamma, and then all are divided by (gamma - 1) * a[0] + 1."""
+    """There the initial token's probability is multiplied by gamma; then all are divided by (gamma - 1) a[0] + 1."""
     rng = np.random.default_rng(9)
     query, key, value = (torch.from_numpy(rng.standard_normal((1, 7, 4))) for _ in range(3))
     none = torch.zeros(1, 1, 0, 4, dtype=torch.float64)

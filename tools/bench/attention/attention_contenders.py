@@ -5,6 +5,8 @@ to agree.
 | --- | --- | --- |
 | calibrated | act.CalibratedAttention, every head calibrated, beta 0.4, threshold 0.1 | shared |
 | quarter | the same with every fourth head calibrated; on a GPU only | shared |
+| gamma | the same node as calibrated, whose heads have beta 1 and gamma 2; on the CPU only | shared |
+| idle | the same node, whose heads have beta and gamma 1; on the CPU only | shared |
 | plain | act.Attention: the same kernel, no head calibrated | shared |
 | gqa | com.microsoft.GroupQueryAttention of ONNX Runtime, without its rotary embedding | shared |
 | attention23 | standard Attention, opset 23, of ONNX Runtime | copied |
@@ -33,9 +35,10 @@ from act_export.runtime.device import Device
 
 Types = dict[str, np.dtype[Any]]
 
-BETA, THRESHOLD = 0.4, 0.1
-CONTENDERS = ("calibrated", "plain", "gqa", "attention23")
+THRESHOLD = 0.1
+CONTENDERS = ("calibrated", "gamma", "idle", "plain", "gqa", "attention23")
 QUARTER = "quarter"
+STRENGTHS = {"calibrated": (0.4, 1.0, THRESHOLD), QUARTER: (0.4, 1.0, THRESHOLD), "gamma": (1, 2, 0), "idle": (1, 1, 0)}
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # by which two outputs of about 1 may differ
 LARGEST_REFERENCE = 512  # tokens: the reference computes whole attention maps
 
@@ -54,8 +57,9 @@ class Contender:
         inputs: dict[str, Array] = {name: getattr(data, name) for name in ("query", "key", "value")}
         outputs = {"output": zeros((batch, workload.sequence, shape.num_heads * shape.head_size), workload.dtype)}
         states = {name: getattr(data, name) for name in ("past_key", "past_value")}
-        if name == "calibrated":
+        if name in STRENGTHS:
             states["past_sink_scores"] = data.past_sink_scores
+            inputs["calibration"] = strengths(name, shape.num_heads)
         for past_name, past in states.items():
             shared = workload.past > 0 and name != "attention23"
             length = workload.capacity if shared else workload.total
@@ -89,7 +93,7 @@ class Contender:
 
     def restore(self) -> None:
         """Takes back what the calls so far added to the running column sums of a past that they share."""
-        if self.workload.past and self.name == "calibrated":
+        if self.workload.past and self.name in STRENGTHS:
             self.arrays["past_sink_scores"][:, :, : self.workload.past] = self.past_sink_scores
 
 
@@ -112,14 +116,13 @@ def make_node(name: str, shape: Shape, outputs: list[str], layer: str = "") -> N
     heads, kv_heads, size = shape
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": size**-0.5}
     domain, operator = {
-        "calibrated": (schema.DOMAIN, schema.CALIBRATED),
-        QUARTER: (schema.DOMAIN, schema.CALIBRATED),
+        **dict.fromkeys(STRENGTHS, (schema.DOMAIN, schema.CALIBRATED)),
         "plain": (schema.DOMAIN, schema.PLAIN),
         "gqa": ("com.microsoft", "GroupQueryAttention"),
         "attention23": ("", "Attention"),
     }[name]
     if operator == schema.CALIBRATED:
-        attributes |= {"calibrated_heads": calibrated_heads(name, heads), "beta": [BETA], "threshold": THRESHOLD}
+        attributes["calibrated_heads"] = calibrated_heads(name, heads)
     elif name == "attention23":
         attributes["q_num_heads"] = attributes.pop("num_heads")
         attributes["is_causal"] = 1
@@ -128,12 +131,19 @@ def make_node(name: str, shape: Shape, outputs: list[str], layer: str = "") -> N
     order = ["query", "key", "value"]
     order += [""] if name == "attention23" else []  # no attn_mask
     order += [state + layer for state in states.split()]
-    return helper.make_node(operator, [*order, *masks.split()], outputs, domain=domain, **attributes)
+    order += masks.split()
+    order += ["calibration"] if operator == schema.CALIBRATED else []
+    return helper.make_node(operator, order, outputs, domain=domain, **attributes)
 
 
 def calibrated_heads(name: str, heads: int) -> list[int]:
     """The calibrated heads of a contender."""
-    return list(range(0, heads, {"calibrated": 1, QUARTER: 4}[name]))
+    return list(range(0, heads, 4 if name == QUARTER else 1))
+
+
+def strengths(name: str, heads: int) -> Array:
+    """The calibration of a contender's heads, (1, calibrated heads, 3)."""
+    return np.tile(np.array(STRENGTHS[name], np.float32), (1, len(calibrated_heads(name, heads)), 1))
 
 
 def make_graph(nodes: list[NodeProto], inputs: Types, outputs: Types) -> bytes:
@@ -168,8 +178,8 @@ def count_later_sinks(present_sink_scores: Array, total: int) -> list[int]:
     return counts
 
 
-def reference_output(workload: Workload, data: Data) -> Array:
-    """The calibrated output by act_export.calibration.reference."""
+def reference_output(workload: Workload, data: Data, name: str = "calibrated") -> Array:
+    """The output of a contender in `STRENGTHS` by act_export.calibration.reference."""
     import torch
 
     from act_export.calibration.reference import calibrated_attention
@@ -184,12 +194,11 @@ def reference_output(workload: Workload, data: Data) -> Array:
         past_value,
         past_sink_scores,
         torch.ones(workload.batch, workload.total, dtype=torch.int64),
+        torch.from_numpy(strengths(name, heads)),
         num_heads=heads,
         kv_num_heads=kv_heads,
         scale=size**-0.5,
-        calibrated_heads=range(heads),
-        beta=[BETA],
-        threshold=THRESHOLD,
+        calibrated_heads=calibrated_heads(name, heads),
     )
     output: Array = outputs.output.numpy()
     return output
@@ -198,15 +207,17 @@ def reference_output(workload: Workload, data: Data) -> Array:
 def check_agreement(workload: Workload, data: Data, outputs: dict[str, Array]) -> dict[str, float]:
     """Largest absolute differences between outputs that should be equal, by the pair's name.
 
-    Plain is compared with ONNX Runtime's operators; calibrated with the reference, up to `LARGEST_REFERENCE` tokens.
+    Plain is compared with ONNX Runtime's operators and with idle; calibrated and gamma with the reference, up to
+    `LARGEST_REFERENCE` tokens.
 
     Raises:
         DisagreementError: A difference is more than rounding.
     """
-    pairs = [("plain", name) for name in ("gqa", "attention23") if {"plain", name} <= outputs.keys()]
+    pairs = [("plain", name) for name in ("idle", "gqa", "attention23") if {"plain", name} <= outputs.keys()]
     if workload.length <= LARGEST_REFERENCE:
-        outputs = {**outputs, "reference": reference_output(workload, data)}
-        pairs.append(("calibrated", "reference"))
+        known = [name for name in ("calibrated", "gamma") if name in outputs]
+        pairs += [(name, f"reference of {name}") for name in known]
+        outputs = outputs | {f"reference of {name}": reference_output(workload, data, name) for name in known}
     differences = {}
     tolerance = TOLERANCES[workload.dtype]
     for one, other in pairs:

@@ -36,6 +36,7 @@ from attention_contenders import (
     count_later_sinks,
     make_graph,
     make_node,
+    strengths,
 )
 from attention_workloads import Data, Workload, make_data
 from on_device import Array, DeviceTensor, make_session
@@ -122,11 +123,13 @@ class GpuContender:
         width = shape.num_heads * shape.head_size
         self.output = DeviceTensor(np.zeros((workload.batch, workload.sequence, width), self._dtype(inputs)), device)
         self._sink_scores: list[DeviceTensor] = []
+        self._calibration: dict[str, DeviceTensor] = {}
         self._first_sink_scores: Array | None = None
         if name in SUBJECTS:
             own = inputs.sink_scores[:, calibrated_heads(name, shape.num_heads)]
             self._first_sink_scores = np.ascontiguousarray(np.broadcast_to(own, (workload.batch, *own.shape[1:])))
             self._sink_scores = [DeviceTensor(self._first_sink_scores, device) for _ in range(self.nodes)]
+            self._calibration = {"calibration": DeviceTensor(strengths(name, shape.num_heads), device)}
         bound_inputs, bound_outputs, nodes = self._nodes(inputs)
         types = [{n: t.dtype for n, t in tensors.items()} for tensors in (bound_inputs, bound_outputs)]
         self._session = make_session(make_graph(nodes, *types), library, device, cuda_graph=cuda_graph)
@@ -155,7 +158,7 @@ class GpuContender:
             outputs = {f"output{layer}": self.output}
             outputs |= {state.replace("past", "present") + layer: tensor for state, tensor in states.items()}
             node = make_node(self.name, inputs.workload.shape, list(outputs), layer)
-            own = {state + layer: tensor for state, tensor in states.items()}
+            own = {state + layer: tensor for state, tensor in states.items()} | self._calibration
             bound_inputs |= {name: own[name] if name in own else inputs.tensors[name] for name in node.input}
             bound_outputs |= outputs
             nodes.append(node)
