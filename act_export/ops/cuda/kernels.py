@@ -15,7 +15,7 @@ left out, so calibration costs one launch.
 `calibration` holds beta, gamma and threshold of each calibrated head, for all sequences (`calibration_stride` 0) or for
 each (the elements between two). A head with beta 1 is done by `forward`, or `decode_split` and `decode_combine`, as a
 plain one is: the other kernels leave it at once, with 0 for the column sums of its new tokens. gamma is log2(gamma) in
-the initial token's logits, which no later sink has.
+the initial token's logits, or a factor on its probabilities, where maximum and sum have it; no later sink has any.
 
 Nothing of size S x T is written for prompts, and no host decision depends on device memory.
 
@@ -424,9 +424,6 @@ def columns(
     inside = j < total
     state = b * calibrated_count + calibrated
     own_sums = present_sums + state * capacity + j
-    if _beta(calibration, calibration_stride, b, calibrated) == 1.0:
-        tl.store(own_sums, tl.zeros([COLUMNS], tl.float32), mask=inside & (j >= past_length))
-        return
     head = tl.load(calibrated_heads + calibrated)
     kv_row = b * kv_num_heads + head // (num_heads // kv_num_heads)
     k = _load_rows(key + kv_row * capacity * size, j, size, inside, size, D, EXACT)
@@ -442,8 +439,10 @@ def columns(
         end = tl.minimum(sequence, column + COLUMNS - 1 + window - past_length)
         full_end = tl.minimum(sequence, column + window - past_length)
     end = tl.maximum((end + ROWS - 1) // ROWS * ROWS, first)
+    if _beta(calibration, calibration_stride, b, calibrated) == 1.0:  # none; `return` would cost the others registers
+        end = first
     full_first = tl.minimum(full_first, end)
-    full_end = tl.maximum(full_end // ROWS * ROWS, full_first)
+    full_end = tl.maximum(tl.minimum(full_end // ROWS * ROWS, end), full_first)
 
     sums = tl.zeros([COLUMNS], tl.float32)
     for row in range(full_first, full_end, ROWS):
@@ -464,7 +463,7 @@ def columns(
         visible = tl.trans(_visible(past_length + rows, j, window)) & (lse[None, :] < INFINITY)
         sums += tl.sum(tl.where(visible, tl.exp2(x - lse[None, :]), 0.0), 1)
 
-    # Every row has the initial token's log2(gamma) in its log-sum-exp, and none in the logit above.
+    # A row's log-sum-exp has the initial token's gamma in it, its logit above hasn't.
     gamma = _gamma(calibration, calibration_stride, b, calibrated)
     sums = tl.where(j == tl.load(bounds + b * BOUNDS), sums * gamma, sums)
     sums = tl.where(_is_real(real_before + b * (total + 1), j, inside), sums, 0.0)
@@ -577,7 +576,7 @@ def correct(
     if tl.max(loses_digits.to(tl.int32), 0) > 0:
         start, _, _, stop = _row_limits(bounds, b, past_length, sequence, window, row, ROWS, COLUMNS)
         initial = tl.load(bounds + b * BOUNDS)
-        log_gamma = _log_gamma(calibration, calibration_stride, b, calibrated)
+        gamma = _gamma(calibration, calibration_stride, b, calibrated)
         rest_mass = tl.zeros([ROWS], tl.float32)
         rounded_mass = tl.zeros([ROWS], tl.float32)
         from_rest = tl.zeros([ROWS, D], tl.float32)
@@ -589,9 +588,9 @@ def correct(
             counts = counts & (tl.load(sinks_before + columns + 1, mask=within, other=1) == before)
             k = _load_rows(key, columns, size, within, size, D, EXACT)
             x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
-            x += tl.where(columns == initial, log_gamma, 0.0)[None, :]
             visible = _visible(positions, columns, window) & counts[None, :]
             p = tl.where(visible, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
+            p *= tl.where(columns == initial, gamma, 1.0)[None, :]
             rest_mass += tl.sum(p, 1)
             v = _load_rows(value, columns, value_size, counts, value_size, D, EXACT)
             # All of them may be tiny, and float16 has no small numbers.
@@ -611,8 +610,8 @@ def correct(
 def decode_split(
     query, key, value, real_before, bounds, calibrated_index, calibration, logits, part_maxima, part_sums, part_output,
     sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, size, value_size, window,
-    first_column, section, scale, softcap, D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    first_column, section, scale, softcap, D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Attention of a few tokens over one section of the cache, for all query heads of a key-value head together.
 
@@ -714,7 +713,8 @@ def decode_correct(
     tokens = tl.arange(0, TOKENS)
     inside = tokens < sequence
     if _beta(calibration, calibration_stride, b, calibrated) == 1.0:
-        tl.store(present_sums + past_length + tokens, tl.zeros([TOKENS], tl.float32), mask=inside & (part == 0))
+        count = tl.where(part == 0, sequence, 0)
+        tl.store(present_sums + past_length + tokens, tl.zeros([TOKENS], tl.float32), mask=tokens < count)
         return
     threshold = _threshold(calibration, calibration_stride, b, calibrated)
     head = tl.load(calibrated_heads + calibrated)

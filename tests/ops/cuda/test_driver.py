@@ -65,7 +65,7 @@ def test_a_grid_beyond_the_limits_is_an_error(driver):
 
 
 def test_other_arguments_than_the_kernel_takes(driver):
-    with pytest.raises(RuntimeError, match=r"kernel select takes parameters p+i+f, not pilf"):
+    with pytest.raises(RuntimeError, match=r"kernel select takes parameters p+i+, not pilf"):
         launch(driver, "select")
 
 
@@ -160,12 +160,12 @@ def call_of_one_token():
         "present_value": aligned(np.full((1, 1, 4, 64), np.nan, np.float32)),
         "present_sink_scores": aligned(np.full((1, 1, 4), np.nan, np.float32)),
         "calibrated_heads": np.array([1], np.int32),
-        "beta": np.array([0.0], np.float32),
+        "calibration": aligned(np.array([[[0.0, 1.0, 9.0]]], np.float32)),
     }
     call = AttentionCall(
         batch=1, sequence=1, total=4, past_capacity=3, present_capacity=4, num_heads=2, kv_num_heads=1, head_size=64
     )
-    call.value_head_size, call.scale, call.sliding_window, call.calibrated_count, call.threshold = 64, 0.1, -1, 1, 9.0
+    call.value_head_size, call.scale, call.sliding_window, call.calibrations, call.calibrated_count = 64, 0.1, -1, 1, 1
     for name, array in arrays.items():
         setattr(call, name, address(array))
     return call, arrays
@@ -192,7 +192,7 @@ def test_a_call_runs_in_the_interpreter(driver):
 
 def test_a_call_without_memory_frees_what_it_has(driver):
     call, _ = call_of_one_token()
-    for allocations in range(5):  # four of the node, one of the call
+    for allocations in range(4):  # three of the node, one of the call
         driver.library.FakeCudaFailAllocations(allocations)
         with pytest.raises(RuntimeError, match=r"allocating \d+ bytes.* failed: CUDA_ERROR_OUT_OF_MEMORY"):
             driver.attention("float32", call)

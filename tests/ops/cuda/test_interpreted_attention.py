@@ -66,12 +66,11 @@ def run(driver, case: Case, inputs: Inputs, function: str = "ActCudaAttention") 
     present = past
     if not case.in_place:
         present = [buffers.place(x.new_full((*x.shape[:2], total, x.shape[3]), torch.nan)) for x in past]
-    query, key, value, mask = (
-        buffers.place(x) for x in (inputs.query, inputs.key, inputs.value, inputs.attention_mask)
+    query, key, value, mask, calibration = (
+        buffers.place(x) for x in (inputs.query, inputs.key, inputs.value, inputs.attention_mask, inputs.calibration)
     )
     output = buffers.place(query.new_full((case.batch, case.sequence, case.num_heads * case.value_size), torch.nan))
     heads = np.array(case.calibrated_heads, np.int32)
-    beta = np.array(case.beta * (len(heads) if len(case.beta) == 1 else 1), np.float32)
     sinks = np.array(case.sink_logits, np.float32) if case.sink_logits else None
     attributes = case.attributes
     call = AttentionCall(
@@ -91,6 +90,7 @@ def run(driver, case: Case, inputs: Inputs, function: str = "ActCudaAttention") 
         past_value=past[1].data_ptr(),
         past_sink_scores=past[2].data_ptr(),
         attention_mask=mask.data_ptr(),
+        calibration=calibration.data_ptr(),
         output=output.data_ptr(),
         present_key=present[0].data_ptr(),
         present_value=present[1].data_ptr(),
@@ -98,11 +98,10 @@ def run(driver, case: Case, inputs: Inputs, function: str = "ActCudaAttention") 
         scale=attributes["scale"],
         softcap=case.softcap,
         sliding_window=case.sliding_window,
+        calibrations=len(calibration),
         calibrated_count=len(heads),
         calibrated_heads=address(heads),
-        beta=address(beta),
         sink_logits=address(sinks),
-        threshold=case.threshold,
         relative_threshold=case.threshold_mode == "relative",
     )
     types = {"float32": 1, "float16": 10, "bfloat16": 16}
