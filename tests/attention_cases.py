@@ -300,6 +300,7 @@ GAMMAS = (4.0, 0.125)
 PROMPT = Case(sequence=200, threshold=0.01)
 DECODE = Case(sequence=1, past=150)
 SHORT, SHORT_DECODE = replace(PROMPT, sequence=70), replace(DECODE, past=70)
+BEHIND = replace(SHORT, past=40)  # the least of which every kernel has tiles that are seen whole
 
 CASES = {
     "prompt": PROMPT,
@@ -315,22 +316,22 @@ CASES = {
     "gamma alone": replace(PROMPT, beta=(1.0,), gamma=GAMMAS, past=40),
     "right padding": replace(PROMPT, padding="right", gamma=GAMMAS),
     "holes": replace(PROMPT, padding="holes", gamma=GAMMAS),
-    "several tokens behind a cache": replace(PROMPT, sequence=70, past=40),
-    "relative threshold": replace(PROMPT, threshold=3.0, threshold_mode="relative"),
+    "several tokens behind a cache": BEHIND,
+    "relative threshold": replace(SHORT, threshold=2.0, threshold_mode="relative", each_sequence=True),
     "window": replace(PROMPT, sliding_window=37, past=30, threshold=0.05, gamma=GAMMAS),
     "window shorter than a block": replace(PROMPT, sliding_window=3, threshold=0.05, gamma=GAMMAS),
-    "soft cap": replace(PROMPT, softcap=5.0, sharpness=3.0, gamma=GAMMAS),
-    "negative scale": replace(PROMPT, scale=-0.2, gamma=GAMMAS),
-    "scale 0": replace(PROMPT, scale=0.0, threshold=0.012, gamma=GAMMAS),
-    "head size 40": replace(PROMPT, head_size=40),
-    "head size 5": replace(PROMPT, head_size=5),
+    "soft cap": replace(BEHIND, softcap=5.0, sharpness=3.0, gamma=GAMMAS),
+    "negative scale": replace(BEHIND, scale=-0.2, gamma=GAMMAS),
+    "scale 0": replace(BEHIND, scale=0.0, threshold=0.012, gamma=GAMMAS),
+    "head size 40": replace(BEHIND, head_size=40, seed=1),
+    "head size 5": replace(SHORT, head_size=5),
     "head size 128": replace(PROMPT, head_size=128, batch=1),
     "head size 192, value 128": replace(PROMPT, head_size=192, value_head_size=128, batch=1, sequence=40),
     "one head": replace(PROMPT, num_heads=1, kv_num_heads=1, calibrated_heads=(0,)),
     "little rest": replace(PROMPT, threshold=0.0005, sharpness=4.0),
-    "no rest": replace(PROMPT, threshold=0.0, sharpness=4.0, beta=(0.0,)),
-    "clamped": replace(PROMPT, threshold=0.002, sharpness=3.0, beta=(2.0,)),
-    "in place": replace(PROMPT, past=9, in_place=True),
+    "no rest": replace(SHORT, threshold=0.0, sharpness=4.0, beta=(0.0,), gamma=GAMMAS),
+    "clamped": replace(BEHIND, threshold=0.002, sharpness=3.0, beta=(2.0,)),
+    "in place": replace(SHORT, past=9, in_place=True, beta=(0.4, 1.0), each_sequence=True),
     "sinks": replace(SHORT, sink_logits=SINKS, threshold=0.01, padding="holes", gamma=GAMMAS),
     "sinks, no calibrated head": replace(SHORT, sink_logits=SINKS, calibrated_heads=(), padding="right"),
     "sinks, soft cap, window": replace(
@@ -356,10 +357,14 @@ CASES = {
     "decode, soft cap": replace(DECODE, softcap=5.0, sharpness=3.0, head_size=24, gamma=GAMMAS),
     "decode, relative threshold": replace(DECODE, threshold=3.0, threshold_mode="relative"),
     "decode, little rest": replace(DECODE, threshold=0.001, sharpness=4.0),
-    "decode, no rest": replace(DECODE, threshold=0.0, sharpness=4.0, beta=(0.0,)),
+    "decode, no rest": replace(DECODE, threshold=0.0, sharpness=4.0, beta=(0.0,), gamma=(4.0, 16.0)),
     "decode, in place": replace(DECODE, in_place=True),
-    "decode, in place, window": replace(DECODE, in_place=True, sliding_window=37),
-    "decode, long cache": Case(sequence=1, past=4200, batch=1, num_heads=2, kv_num_heads=1, calibrated_heads=(1,)),
+    "decode, in place, window": replace(
+        DECODE, in_place=True, sliding_window=37, beta=(0.4, 1.0), gamma=GAMMAS, each_sequence=True
+    ),
+    "decode, long cache": Case(
+        sequence=1, past=1100, batch=1, num_heads=2, kv_num_heads=1, calibrated_heads=(1,), gamma=(8.0,)
+    ),
     "decode, sinks": replace(SHORT_DECODE, sequence=3, sink_logits=SINKS, threshold=0.01, padding="holes"),
     "decode, sinks, no calibrated head": replace(SHORT_DECODE, sink_logits=SINKS, calibrated_heads=()),
     "decode, sinks, soft cap, window": replace(

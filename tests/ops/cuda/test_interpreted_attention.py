@@ -15,6 +15,7 @@ from attention_cases import (
     HALF_CASES,
     OF_PYTORCH,
     PROMPT,
+    SHORT,
     TYPES,
     Case,
     Errors,
@@ -106,6 +107,7 @@ def run(driver, case: Case, inputs: Inputs, function: str = "ActCudaAttention") 
     )
     types = {"float32": 1, "float16": 10, "bfloat16": 16}
     driver.call(function, *([0] if function == "ActCudaAttention" else []), types[case.storage], ctypes.byref(call))
+    assert all(x[:, :, total:].isnan().all() for x in present), "written to beyond the call's tokens"
     return Result(output, *(x[:, :, :total] for x in present))
 
 
@@ -182,6 +184,8 @@ def odd_cases(draw) -> Case:
         sliding_window=draw(st.sampled_from([-1, 1, 20])),
         calibrated_heads=tuple(draw(st.lists(st.integers(0, num_heads - 1), unique=True))),
         beta=(draw(st.sampled_from([0.0, 0.4, 1.0, 1.7])),),
+        gamma=(draw(st.sampled_from([1.0, 0.0625, 16.0])),),
+        each_sequence=draw(st.booleans()),
         padding=draw(st.sampled_from(["none", "left", "right", "holes"])),
         in_place=draw(st.booleans()),
         sink_logits=tuple(draw(st.sampled_from([[], [-1.0, 0.5, 3.0, 12.0, NO_SINK_LOGIT, 0.0][:num_heads]]))),
@@ -226,6 +230,7 @@ def test_errors_of_half_types_beside_pytorchs(driver, storage):
                     ONE_KEY,
                     storage=storage,
                     beta=(beta,),
+                    gamma=(float(random.choice([1.0, 0.125, 8.0])),),
                     sink_logits=sink_logits,
                     sliding_window=int(random.choice([-1, 20])),
                     padding=str(random.choice(["none", "left", "holes"])),
@@ -248,8 +253,37 @@ def test_no_new_token(driver, sliding_window):
     assert torch.equal(found.present_sink_scores, inputs.past_sink_scores)
 
 
+@pytest.mark.parametrize("sequence", [1, 17])
+def test_strengths_out_of_range(driver, sequence):
+    """The nearest in range stands for them, and those of a plain head for NaN: the host can't refuse them."""
+    nan, inf = torch.nan, torch.inf
+    given = [
+        (5.0, 100.0, -1.0),
+        (-1.0, 1e-9, 0.02),
+        (0.4, -inf, -inf),
+        (nan, nan, nan),
+        (inf, nan, 0.1),
+        (0.4, inf, inf),
+    ]
+    taken = [
+        (2.0, 16.0, 0.0),
+        (0.0, 0.0625, 0.02),
+        (0.4, 0.0625, 0.0),
+        (1.0, 1.0, 0.0),
+        (2.0, 1.0, 0.1),
+        (0.4, 16.0, inf),
+    ]
+    case = Case(sequence=sequence, past=20, num_heads=6, calibrated_heads=tuple(range(6)), batch=1)
+    inputs = draw(case)
+    found, expected = (
+        run(driver, case, replace(inputs, calibration=torch.tensor([strengths]))) for strengths in (given, taken)
+    )
+    assert torch.equal(found.output, expected.output)
+    assert torch.equal(found.present_sink_scores, expected.present_sink_scores)
+
+
 def test_infinite_queries_of_padding(driver):
-    case = replace(PROMPT, padding="holes")
+    case = replace(SHORT, padding="holes")
     inputs = draw(case)
     inputs.query[torch.isnan(inputs.query)] = torch.inf
     exact = expect(case, replace(inputs, query=torch.nan_to_num(inputs.query, posinf=0.0)), torch.float64)
