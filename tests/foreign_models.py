@@ -226,11 +226,10 @@ class Reference:
             past_value,
             self.sums.get(layer, torch.zeros(batch, len(heads), 0, 1)),
             real,
+            torch.tensor([share.strengths]) if share is not None else None,
             num_heads=decoder.heads,
             kv_num_heads=decoder.kv_heads,
             calibrated_heads=heads,
-            beta=share.beta if share is not None else (),
-            threshold=share.threshold if share is not None else 0.0,
             threshold_mode=share.threshold_mode if share is not None else "absolute",
             **terms,
         )

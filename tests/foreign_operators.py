@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from operator_writer import VOCABULARY, Array, Operator
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
 from act_export.calibration.reference import calibrated_attention, sink_margins
 from act_export.graft.graph import Graph
@@ -26,7 +27,7 @@ def calibrated(model: onnx.ModelProto, calibration: Calibration) -> onnx.ModelPr
     """The model, rewritten."""
     after = onnx.ModelProto.FromString(model.SerializeToString())
     graph = Graph(after.graph, after.opset_import)
-    apply(after, graph, rewrite(after, graph, find_sites(graph), calibration, StateLayout.SCORES))
+    apply(after, graph, rewrite(after, graph, find_sites(graph), CalibrationSet.of(calibration), StateLayout.SCORES))
     onnx.checker.check_model(after)
     return after
 
@@ -71,14 +72,13 @@ def reference(
             value,
             sums,
             real,
+            torch.tensor([layer.strengths]),
             num_heads=operator.heads,
             kv_num_heads=operator.kv_heads,
             scale=operator.scale or operator.size**-0.5,
             softcap=operator.softcap,
             sliding_window=operator.window,
             calibrated_heads=layer.heads,
-            beta=layer.beta,
-            threshold=layer.threshold,
             threshold_mode=layer.threshold_mode,
             sink_logits=dict(operator.attributes).get("sink_logits"),
         )

@@ -1,6 +1,6 @@
 """Traces that tests share: within a run, torch's exporter records each tiny model once, whichever process comes first.
 
-What it gives depends on the configuration, the small parameters and the attention's calibration alone, as the large
+What it gives depends on the configuration, the small parameters and the heads that can be calibrated alone, as the large
 ones are away while it works; all that act-export does with it is done each time. Where a test has patched what takes
 part, and of models whose code isn't transformers' own, the trace is made anew.
 """
@@ -76,12 +76,11 @@ class SharedTraces:
         ours = type(model).__module__.startswith(("transformers.models.", "act_export."))
         if not ours or sum(values.numel() for _, values in parameters) > _LARGEST:
             return None
-        calibration = hook.calibration.to_json() if hook.calibration is not None else None
         given = {
             name: str(option) for name, option in options.items() if name not in ("kwargs", "custom_translation_table")
         }
         shapes = [(name, str(tuple(part.shape)), str(part.dtype)) for name, part in _tensors(options["kwargs"])]
-        text = [type(model).__qualname__, str(model.config), calibration, str(hook.sink_logits), given, shapes]
+        text = [type(model).__qualname__, str(model.config), str(hook.heads), str(hook.sink_logits), given, shapes]
         digest = hashlib.sha256(json.dumps(text, default=str).encode())
         for name, values in parameters:
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())

@@ -164,10 +164,11 @@ def calibrated_probabilities(
         layer: Which heads, and how.
     """
     calibrate = calibrate_one_at_a_time if call.one_at_a_time else calibrate_with_state
+    strengths = torch.tensor(layer.strengths).to(probabilities)  # float32 as in a file, whatever the maps are
     return calibrate(
         probabilities,
-        beta=probabilities.new_tensor(layer.beta).view(-1, 1, 1),
-        threshold=layer.threshold,
+        beta=strengths[:, 0, None, None],
+        threshold=strengths[:, 2, None],
         threshold_mode=layer.threshold_mode,
         real=(call.attention_mask != 0)[:, None],
         past_column_sums=past_column_sums.to(probabilities.dtype),

@@ -109,6 +109,11 @@ class LayerCalibration:
     threshold: float
     threshold_mode: str
 
+    @property
+    def strengths(self) -> list[tuple[float, float, float]]:
+        """beta, gamma and threshold of each head, as the operator takes them."""
+        return [(beta, gamma, self.threshold) for beta, gamma in zip(self.beta, self.gamma, strict=True)]
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -97,7 +97,7 @@ class CalibratedHeads:
                 layer, own = calibration.layer(index), self.heads[index]
                 assert layer is not None  # it has heads
                 places = [self.part(index).start + own.index(head) for head in heads]
-                row[places] = np.stack([layer.beta, layer.gamma, [layer.threshold] * len(heads)], -1)
+                row[places] = layer.strengths
         return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from act_export.errors import VerificationError
 from act_export.graft.graph import Graph, UnsupportedPatternError, describe
@@ -130,8 +130,7 @@ class _Side:
         self._shapes: dict[str, Sequence[Dimension]] = dict(cuts)
         self._types = dict.fromkeys(cuts, element_type)
         self._wanted = list(wanted)
-        constants = [name for name in needed if name in graph.initializers and name not in graph.inputs]
-        weights = [_loaded(graph.initializers[name], folder) for name in constants]
+        weights = [_loaded(graph.initializers[name], folder) for name in needed if name in graph.initializers]
         infos = [helper.make_tensor_value_info(name, kind, None) for name, kind in self._types.items()]
         infos += [graph.inputs[name] for name in self._inputs]
         outputs = [helper.make_tensor_value_info(name, element_type, None) for name in wanted]
@@ -174,8 +173,6 @@ class _Side:
         kind = self._graph.element_type(name)
         assert kind is not None
         dtype = helper.tensor_dtype_to_np_dtype(kind)
-        if name == CALIBRATION:
-            return np.ones(self._graph.initializers[name].dims, dtype)  # beta and gamma of 1 change nothing
         if name == MASK:
             return np.asarray(mask, dtype)
         if name == POSITIONS:
@@ -233,6 +230,8 @@ def _without_effect(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def _loaded(tensor: onnx.TensorProto, folder: Path) -> onnx.TensorProto:
+    if tensor.name == CALIBRATION:  # beta and gamma of 1 change nothing
+        return numpy_helper.from_array(np.ones(tensor.dims, np.float32), CALIBRATION)
     copy = onnx.TensorProto()
     copy.CopyFrom(tensor)
     if copy.data_location == TensorProto.EXTERNAL:

@@ -84,7 +84,7 @@ def schema(operator: str) -> OpSchema:
         operator,
         DOMAIN,
         VERSION,
-        doc="Attention with its cache; in the calibrated heads later sinks are scaled by beta, the initial token by gamma."
+        doc="Attention with its cache; calibrated heads have later sinks scaled by beta, the initial token by gamma."
         if carries_state
         else "Attention with its cache: a layer without calibrated heads.",
         inputs=parameters(_INPUTS),

@@ -18,7 +18,7 @@ from act_export.checkpoint.load import load_checkpoint
 from act_export.export.job import export_model
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
-from act_export.search.resolve import CalibrationRequest, resolve_calibration
+from act_export.search.resolve import CalibrationRequest, resolve_calibrations
 from act_export.tasks import Questions
 
 IDENTITY = ModelIdentity("llama", 2, 4, "sha256:ab")
@@ -37,6 +37,13 @@ PUBLISHED = {
     "mistral-7b-instruct-v0.2-classification": (16, 2, 14),
     "mistral-7b-instruct-v0.2-multiple-choice": (104, 2, 31),
 }
+
+
+def resolved(checkpoint, request, **rest):
+    """The one calibration that is found; None for none."""
+    found = [*resolve_calibrations(checkpoint, request, **rest).values()]
+    assert len(found) <= 1
+    return found[0] if found else None
 
 
 def write(folder: Path, name: str, model: ModelIdentity | None, *tasks: str, method: str = "gates") -> Calibration:
@@ -122,7 +129,7 @@ def test_an_unknown_name_lists_near_ones(folder, given_name, message):
     with pytest.raises(CalibrationError, match=f"no calibration file {given_name}.*{message}"):
         named_recipe(given_name)
     with pytest.raises(CalibrationError, match=message):
-        CalibrationRequest(calibration=given_name)
+        CalibrationRequest(calibrations=(given_name,))
 
 
 def test_what_is_announced(folder):
@@ -140,17 +147,17 @@ def test_the_joint_recipe_is_used_and_the_others_are_named(folder, tiny):
     joint = write(folder, "tiny", tiny.identity, "sst2", "boolq")
     single = write(folder, "tiny-boolq", tiny.identity, "boolq")
     said: list[str] = []
-    assert resolve_calibration(tiny, CalibrationRequest(), notice=said.append) == joint
+    assert resolved(tiny, CalibrationRequest(), notice=said.append) == joint
     assert said == [
         "using the shipped recipe tiny (sst2, boolq); others for this model: tiny-boolq: --calibration tiny-boolq"
     ]
     said.clear()
-    assert resolve_calibration(tiny, CalibrationRequest(calibration="tiny-boolq"), notice=said.append) == single
+    assert resolved(tiny, CalibrationRequest(calibrations=("tiny-boolq",)), notice=said.append) == single
     assert said == ["using the shipped recipe tiny-boolq (boolq); others for this model: tiny: --calibration tiny"]
-    changed = resolve_calibration(tiny, CalibrationRequest(beta=0.1))
+    changed = resolved(tiny, CalibrationRequest(beta=0.1))
     assert changed is not None
     assert (changed.heads, changed.beta) == (joint.heads, 0.1)
-    assert resolve_calibration(tiny, CalibrationRequest(plain=True)) is None
+    assert resolved(tiny, CalibrationRequest(plain=True)) is None
 
 
 def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
@@ -160,13 +167,10 @@ def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
     monkeypatch.setattr("act_export.search.resolve.search_calibration", lambda *_, **__: found)
     checkpoint = with_tokenizer(tiny)
     said: list[str] = []
-    assert (
-        resolve_calibration(checkpoint, CalibrationRequest(questions=Questions(("boolq",))), notice=said.append)
-        is found
-    )
+    assert resolved(checkpoint, CalibrationRequest(questions=Questions(("boolq",))), notice=said.append) is found
     assert said == ["a recipe for this model is shipped: --calibration tiny-boolq needs no search"]
     said.clear()
-    resolve_calibration(checkpoint, CalibrationRequest(questions=Questions(("sst2",))), notice=said.append)
+    resolved(checkpoint, CalibrationRequest(questions=Questions(("sst2",))), notice=said.append)
     assert said == []
 
 
@@ -178,21 +182,21 @@ def test_a_named_recipe_of_other_weights_is_refused_before_it_is_announced(folde
     write(folder, "other", ModelIdentity("llama", 2, 4, "sha256:of-others"), "sst2")
     said: list[str] = []
     with pytest.raises(CalibrationError, match="fingerprint of the weights is sha256:of-others"):
-        resolve_calibration(tiny, CalibrationRequest(calibration="other"), notice=said.append)
+        resolved(tiny, CalibrationRequest(calibrations=("other",)), notice=said.append)
     assert said == []
 
 
 def test_a_named_recipe_without_a_fingerprint_fits_any_weights_of_the_shape(folder, tiny):
     recipe = write(folder, "published", BY_NAME, "sst2", method="published")
     said: list[str] = []
-    assert resolve_calibration(tiny, CalibrationRequest(calibration="published"), notice=said.append) == recipe
+    assert resolved(tiny, CalibrationRequest(calibrations=("published",)), notice=said.append) == recipe
     assert said == [
         "using the shipped recipe published (sst2; heads published by others, not measured here; for Owner/Model-1, "
         "whose weights can't be told from others)"
     ]
     other_shape = tiny_checkpoint(num_attention_heads=2)
     with pytest.raises(CalibrationError, match="number of heads is 4 in the calibration, 2 in the model"):
-        resolve_calibration(other_shape, CalibrationRequest(calibration="published"))
+        resolved(other_shape, CalibrationRequest(calibrations=("published",)))
 
 
 def test_a_recipe_without_a_fingerprint_is_exported_with_the_models_own(folder, tiny, tmp_path):
@@ -227,14 +231,14 @@ def of_the_papers_shape(folder: Path, architecture: str, recorded: str | None = 
 def test_the_papers_llama_gets_the_published_recipe(tmp_path, folder_name, recorded):
     checkpoint = load_checkpoint(str(of_the_papers_shape(tmp_path / folder_name, "llama", recorded)))
     said: list[str] = []
-    calibration = resolve_calibration(checkpoint, CalibrationRequest(), notice=said.append)
+    calibration = resolved(checkpoint, CalibrationRequest(), notice=said.append)
     (shipped,) = [one for one in shipped_recipes() if one.name == "llama-2-7b-chat-classification"]
     assert calibration == shipped.calibration
     (line,) = said
     assert line.startswith("using the shipped recipe llama-2-7b-chat-classification (sst2, ")
     assert "heads published by others, not measured here" in line
     assert line.endswith("--calibration llama-2-7b-chat-multiple-choice")
-    other = resolve_calibration(checkpoint, CalibrationRequest(calibration="llama-2-7b-chat-multiple-choice"))
+    other = resolved(checkpoint, CalibrationRequest(calibrations=("llama-2-7b-chat-multiple-choice",)))
     assert other is not None
     assert other.num_calibrated_heads == PUBLISHED["llama-2-7b-chat-multiple-choice"][0]
 
@@ -248,9 +252,7 @@ def test_a_mistral_of_another_name_gets_none(tmp_path):
     other = load_checkpoint(str(of_the_papers_shape(tmp_path / "Mistral-7B-Instruct-v0.3", "mistral")))
     assert other.identity == named.identity
     assert find_recipes(other.identity, other.names) == []
-    named_by_the_user = resolve_calibration(
-        other, CalibrationRequest(calibration="mistral-7b-instruct-v0.2-multiple-choice")
-    )
+    named_by_the_user = resolved(other, CalibrationRequest(calibrations=("mistral-7b-instruct-v0.2-multiple-choice",)))
     assert named_by_the_user is not None
 
 

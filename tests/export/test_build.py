@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -55,14 +56,17 @@ def test_only_calibrated_layers_carry_sink_state(tiny, tmp_path):
     assert [n.op_type for n in graph.node if n.domain == "act"] == ["Attention", "CalibratedAttention"]
 
 
-def test_calibration_is_in_the_attributes(graph):
+def test_what_can_be_calibrated_is_in_the_attributes_and_how_in_an_input(graph):
     node = [node for node in graph.node if node.domain == "act"][1]
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert values["calibrated_heads"] == [0, 3]
-    assert values["beta"] == pytest.approx([0.2, 1.7])
-    assert values["threshold"] == pytest.approx(0.06)
     assert values["threshold_mode"] == b"absolute"
     assert (values["num_heads"], values["kv_num_heads"], values["sliding_window"]) == (4, 2, -1)
+    default = next(onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name == "calibration")
+    assert np.allclose(default, [[[0.4, 1, 0.06], [0.2, 1, 0.06], [1.7, 1, 0.06]]])
+    split = next(node for node in graph.node if node.op_type == "Split")
+    assert split.input[0] == "calibration"
+    assert [node.input[7] for node in graph.node if node.domain == "act"] == list(split.output)
 
 
 def test_dynamic_dimensions(graph):

@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
@@ -230,7 +231,7 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def slimmed(checkpoint) -> onnx.ModelProto:
-    return ir.to_proto(slim(trace(checkpoint.model, CALIBRATION), weight_prefix="model."))
+    return ir.to_proto(slim(trace(checkpoint.model, CalibratedHeads.of([CALIBRATION])), weight_prefix="model."))
 
 
 @pytest.fixture

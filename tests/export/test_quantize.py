@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint
 
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.export.job import export_model
@@ -39,7 +40,7 @@ def files(checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """int4 and int8 at accuracy level 1, and int4 at the default level; traced once."""
     folder = tmp_path_factory.mktemp("quantized")
     wanted = {"int4": ("int4", 1), "int8": ("int8", 1), "default": ("int4", None)}
-    slimmed = ir.to_proto(slim(trace(checkpoint.model, CALIBRATION), weight_prefix="model."))
+    slimmed = ir.to_proto(slim(trace(checkpoint.model, CalibratedHeads.of([CALIBRATION])), weight_prefix="model."))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("act_export.export.build.trace", lambda *_, **__: None)
         patch.setattr("act_export.export.build.slim", lambda *_, **__: ir.from_proto(slimmed))

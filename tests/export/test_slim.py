@@ -12,6 +12,7 @@ import torch
 from close import assert_logits_close
 from tiny import CALIBRATION, tiny_checkpoint
 
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.export.metadata import finish_model
 from act_export.export.slim import slim
 from act_export.export.trace import trace
@@ -31,7 +32,7 @@ def traced(request):
     for parameter in checkpoint.model.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return request.param, trace(checkpoint.model, CALIBRATION)
+    return request.param, trace(checkpoint.model, CalibratedHeads.of([CALIBRATION]))
 
 
 def compute(model: ir.Model) -> dict[str, np.ndarray]:

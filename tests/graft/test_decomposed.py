@@ -47,14 +47,13 @@ def reference(
             value,
             scores,
             torch.from_numpy(mask[:, :start]),
+            torch.tensor([layer.strengths]),
             num_heads=style.heads,
             kv_num_heads=style.kv_heads,
             scale=style.scale,
             softcap=style.softcap,
             sliding_window=style.window,
             calibrated_heads=layer.heads,
-            beta=layer.beta,
-            threshold=layer.threshold,
             threshold_mode=layer.threshold_mode,
         )
         outputs.append(found.output)

@@ -21,20 +21,29 @@ from tiny import CALIBRATION
 from typer.testing import CliRunner
 
 import act_export.checkpoint.streamed.decide as decide
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
+from act_export.calibration.strengths import CalibratedHeads
 from act_export.checkpoint.load import load_checkpoint
 from act_export.commands.main import app
 from act_export.errors import ActExportError, CheckpointError, VerificationError
 from act_export.export import build_model
-from act_export.export.cut import cut_calibration, cut_checkpoint, describe_cut
+from act_export.export.cut import cut_calibrations, cut_checkpoint, describe_cut
 from act_export.export.job import export_model, with_quantized_weights
 from act_export.export.trace import trace
 from act_export.onnx_file.inspect import inspect_file
 from act_export.onnx_file.save import save_model
-from act_export.search.resolve import CalibrationRequest, resolve_calibration
+from act_export.search.resolve import CalibrationRequest, resolve_calibrations
 from act_export.tasks import Questions
 from act_export.verify.parity.metrics import Metrics
 from act_export.verify.parity.parity_report import ParityReport
+
+
+def resolved(checkpoint, request, **rest):
+    """The one calibration that is found; None for none."""
+    found = [*resolve_calibrations(checkpoint, request, **rest).values()]
+    assert len(found) <= 1
+    return found[0] if found else None
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def test_no_weight_is_read_before_it_is_written(folder):
         read.append(name)
         return checkpoint.streamed.read(name)
 
-    graph = trace(checkpoint.model, CALIBRATION, read_weight=reading).graph
+    graph = trace(checkpoint.model, CalibratedHeads.of([CALIBRATION]), read_weight=reading).graph
     assert not read
     tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     assert all(isinstance(tensor, ir.LazyTensor) for tensor in tensors if tensor.size > 1024)
@@ -155,6 +164,10 @@ def test_a_cut_computes_what_the_first_layers_do(tmp_path, architecture):
     assert torch.equal(cut.model(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
 
 
+def cut_calibration(calibration):
+    return cut_calibrations(CalibrationSet.of(calibration)).default_calibration
+
+
 def test_what_a_cut_keeps_of_a_calibration():
     cut = cut_calibration(Calibration({1: (0, 3), 5: (1,)}, beta={1: (0.2, 1.7), 5: (0.5,)}, threshold=0.07))
     assert (cut.heads, cut.beta, cut.threshold) == ({1: (0, 3)}, {1: (0.2, 1.7)}, 0.07)
@@ -173,15 +186,15 @@ def test_what_was_compared_is_said(folder):
         (Calibration({1: (2,), 2: (0, 1)}), "with 1 of 3 calibrated heads was compared"),
         (Calibration({2: (0, 1)}), "with 2 of 2 calibrated heads, those of layer 2, was compared"),
     ):
-        assert said in describe_cut(checkpoint, calibration)
+        assert said in describe_cut(checkpoint, CalibrationSet.of(calibration).heads)
 
 
 def test_what_needs_the_model_in_memory_says_so(folder, tmp_path):
     checkpoint = load_checkpoint(str(folder), stream=True)
     for request in (CalibrationRequest(), CalibrationRequest(questions=Questions(("sst2",)))):
         with pytest.raises(ActExportError, match="a search needs it in memory; pass --plain, --calibration"):
-            resolve_calibration(checkpoint, request)
-    assert resolve_calibration(checkpoint, CalibrationRequest(plain=True)) is None
+            resolved(checkpoint, request)
+    assert resolved(checkpoint, CalibrationRequest(plain=True)) is None
     with pytest.raises(ActExportError, match="a search needs it in memory"):
         with_quantized_weights(checkpoint, "int4")
     with pytest.raises(ActExportError, match="--no-stream"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint, tiny_model, tiny_tokenizer
 from tokenizers import processors
 
+from act_export.attention.reference_attention import ReferenceAttention
 from act_export.export import build_model
 from act_export.runtime import Session
 from act_export.tasks.encoding import sequence_beginning
@@ -138,7 +139,7 @@ def test_parts_are_compared_as_a_whole(lengths, vocabulary, seed):
 def test_large_logits_wait_in_a_file(monkeypatch):
     logits = np.random.default_rng(0).standard_normal((1, 3, 11)).astype(np.float32)
     case = Case("", (np.zeros((1, 3), np.int64),), np.ones((1, 3), np.int64), decode_steps=2)
-    rule = SinkRule(None, {})
+    rule = SinkRule(ReferenceAttention(None))
 
     def engine(tokens, _mask, **_):
         return logits[:, : tokens.shape[1]], {}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, tiny_checkpoint
 
 from act_export.calibration.file import Calibration
+from act_export.calibration.strengths import KNOBS
 from act_export.errors import ActExportError
 from act_export.export import build_model
 from act_export.runtime import RunOutputs, Session
@@ -41,6 +42,13 @@ def changed_copy(source, folder, change):
 
 
 def set_attribute(graph, name, value):
+    """Of a calibrated node, or of the default calibration a knob of all heads."""
+    if name in KNOBS:
+        tensor = next(each for each in graph.initializer if each.name == "calibration")
+        strengths = onnx.numpy_helper.to_array(tensor).copy()
+        strengths[..., KNOBS.index(name)] = value
+        tensor.CopyFrom(onnx.numpy_helper.from_array(strengths, "calibration"))
+        return
     node = next(node for node in graph.node if node.op_type == "CalibratedAttention")
     attribute = next(a for a in node.attribute if a.name == name)
     attribute.CopyFrom(onnx.helper.make_attribute(name, value))
@@ -60,6 +68,8 @@ def test_a_right_export_passes(tiny, tiny_file):
         "ragged batch of 4",
         "prompts in 3 chunks",
         "32 decode steps",
+        "plain, ragged batch of 4",
+        "mixed calibrated, plain, 4 decode steps",
         "ragged batch of 4: each row as if alone",
         "prompts in 3 chunks: as generation runs them",
     ]
@@ -69,7 +79,7 @@ def test_a_right_export_passes(tiny, tiny_file):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("beta", [0.9]), ("threshold", 0.5), ("scale", 0.3), ("calibrated_heads", [2])],
+    [("beta", 0.9), ("gamma", 2.0), ("threshold", 0.5), ("scale", 0.3), ("calibrated_heads", [2])],
 )
 def test_a_wrong_attribute_is_caught(tiny, tiny_file, tmp_path, name, value):
     path = changed_copy(tiny_file, tmp_path, lambda graph: set_attribute(graph, name, value))
@@ -113,8 +123,8 @@ class Nudged(Spoiled):
     def __init__(self, session, factor):
         self.session, self.factor = session, factor
 
-    def run(self, *arguments):
-        logits, state = self.session.run(*arguments)
+    def run(self, *arguments, **named):
+        logits, state = self.session.run(*arguments, **named)
         nudged = {k: v * np.float32(self.factor) if "sink" in k else v for k, v in state.items()}
         return RunOutputs(logits, nudged)
 
@@ -167,10 +177,10 @@ class Forgetful(Spoiled):
     def __init__(self, session):
         self.session = session
 
-    def run(self, ids, mask, state=None, *others):
+    def run(self, ids, mask, state=None, *others, **named):
         if state is not None and ids.shape[1] > 1:
             state = {name: np.zeros_like(value) if "sink" in name else value for name, value in state.items()}
-        return self.session.run(ids, mask, state, *others)
+        return self.session.run(ids, mask, state, *others, **named)
 
 
 def test_lost_sink_state_is_caught(tiny, tiny_file):
@@ -260,7 +270,7 @@ def test_a_half_export_is_held_against_pytorch_in_its_type(tiny, half_file):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("beta", [0.9]), ("threshold", 0.5), ("scale", 0.3), ("calibrated_heads", [2])]
+    ("name", "value"), [("beta", 0.9), ("gamma", 2.0), ("threshold", 0.5), ("scale", 0.3), ("calibrated_heads", [2])]
 )
 def test_a_wrong_attribute_is_caught_in_half(tiny, half_file, tmp_path, name, value):
     path = changed_copy(half_file, tmp_path, lambda graph: set_attribute(graph, name, value))
@@ -273,8 +283,8 @@ class Noisy(Spoiled):
     def __init__(self, session, size):
         self.session, self.size = session, size
 
-    def run(self, *arguments):
-        logits, state = self.session.run(*arguments)
+    def run(self, *arguments, **named):
+        logits, state = self.session.run(*arguments, **named)
         noise = np.random.default_rng(0).standard_normal(logits.shape).astype(np.float32)
         return RunOutputs(logits + self.size * noise, state)
 
