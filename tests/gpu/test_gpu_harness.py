@@ -56,7 +56,10 @@ def test_what_is_wrong_is_found(storage, name, place, change, message):
     "changes",
     [
         {"beta": (0.5,)},
+        {"beta": (1.0,)},
+        {"gamma": (1.2,)},
         {"threshold": 0.9},
+        {"each_sequence": True},
         {"calibrated_heads": (0, 2)},
         {"sliding_window": 5},
         {"softcap": 3.0},
@@ -65,9 +68,9 @@ def test_what_is_wrong_is_found(storage, name, place, change, message):
     ],
 )
 def test_another_operator_is_found(changes):
-    inputs = draw(ONE)
+    inputs, other = draw(ONE), replace(ONE, **changes)
     with pytest.raises(AssertionError):
-        judge(ONE, inputs, run(replace(ONE, **changes), inputs))
+        judge(ONE, inputs, run(other, replace(inputs, calibration=other.calibration)))
 
 
 def test_what_is_written_beyond_the_tokens_is_found():

@@ -9,6 +9,7 @@ import torch
 from attention_cases import (
     CASES,
     DECODE,
+    GAMMAS,
     HALF_CASES,
     OF_PYTORCH,
     PROMPT,
@@ -83,14 +84,15 @@ def test_layouts_of_the_cache(device, name, layout):
 @pytest.mark.parametrize("name", IN_PLACE)
 @pytest.mark.parametrize("storage", TYPES)
 def test_a_replayed_graph(device, storage, name):
-    """A graph that was captured with other tokens; the run that captures it adds to the state more than once."""
-    case = replace(IN_PLACE[name], storage=storage)
-    operator = BoundOperator(case, draw(case), device, graph=device.is_cuda)
+    """Captured with other tokens and strengths; the run that captures it adds to the state more than once."""
+    case = replace(IN_PLACE[name], storage=storage, each_sequence=True)
+    operator = BoundOperator(case, draw(replace(case, beta=(1.0,))), device, graph=device.is_cuda)
     operator.run()
-    for seed in (0, 1):
-        inputs = draw(replace(case, seed=seed))
+    others = {"beta": (1.0, 0.2), "gamma": GAMMAS} if case.calibrated_heads else {}
+    for replayed in (case, replace(case, seed=1, **others)):
+        inputs = draw(replayed)
         operator.write(inputs)
-        judge(case, inputs, operator.run())
+        judge(replayed, inputs, operator.run())
 
 
 @pytest.mark.parametrize("name", ["prompt", "holes", "no calibrated head", "decode, holes"])
@@ -106,5 +108,5 @@ def test_calibrated_calls_have_later_sinks(name):
     case = (CASES | LARGE)[name]
     maps = draw_maps(case, draw(case))
     assert is_decided(maps)
-    unchanged = not case.calibrated_heads or case.past + case.sequence == 1
+    unchanged = set(case.beta) == {1.0} or not case.calibrated_heads or case.past + case.sequence == 1
     assert torch.equal(maps.plain, maps.calibrated) == unchanged
