@@ -1,8 +1,8 @@
 """Traces that tests share: within a run, torch's exporter records each tiny model once, whichever process comes first.
 
-What it gives depends on the configuration, the small parameters and the heads that can be calibrated alone, as the large
-ones are away while it works; all that act-export does with it is done each time. Where a test has patched what takes
-part, and of models whose code isn't transformers' own, the trace is made anew.
+What it gives depends on the configuration, the small parameters and the heads that can be calibrated alone, as the
+large ones are away while it works; all that act-export does with it is done each time. Where a test has patched what
+takes part, and of models whose code isn't transformers' own, the trace is made anew.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable, copy_content
 from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.load import load_without_weights
-from act_export.onnx_file.names import model_file
+from act_export.onnx_file.names import CALIBRATION, model_file
 from act_export.onnx_file.publish import publish, staged
 from act_export.onnx_file.save import check_free_space
 from act_export.ops import schema
@@ -272,11 +272,11 @@ def read_signature(path: str | os.PathLike[str]) -> Signature:
 
 
 def _is_setting(model: ModelProto, default: TensorProto) -> bool:
-    """Whether an input's default is a number that a caller may override, rather than a weight."""
+    """Whether an input's default is something that a caller may override, rather than a weight."""
     elements = 1
     for dim in default.dims:
         elements *= dim
-    return model.ir_version > _INITIALIZERS_ARE_NO_DEFAULTS and elements == 1
+    return model.ir_version > _INITIALIZERS_ARE_NO_DEFAULTS and (elements == 1 or default.name == CALIBRATION)
 
 
 def _tensor(file: Path, value: ValueInfoProto, *, optional: bool = False) -> Tensor:

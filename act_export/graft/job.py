@@ -25,9 +25,11 @@ from act_export.graft.source import ModelSource, read_source
 from act_export.graft.well_formed import check_nodes
 from act_export.onnx_file.names import GENAI_CONFIG
 from act_export.onnx_file.pack_sink_state import pack_sink_state
+from act_export.onnx_file.record import FileRecord
 from act_export.ops import schema
 from act_export.ops.library import LibraryNotFoundError, library_path
 from act_export.progress import Notice
+from act_export.runtime.adapter import adapter_names
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,11 @@ def remove_graft(
     progress("reading the graph")
     source = read_source(path)
     check_target(source, out)
+    adapters = adapter_names(FileRecord.read(source.properties, str(source.path))) if source.folder is not None else ()
     record = undo(source.model)
     library = _library() if record.had_library else None
-    return Removed(write(source, source.model, out, record.genai_config, library, progress), record.layers)
+    written = write(source, source.model, out, record.genai_config, library, progress, adapters)
+    return Removed(written, record.layers)
 
 
 def _every_head(sites: Mapping[int, AttentionSite]) -> dict[int, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_outpu
 from act_export.onnx_file.save import check_free_space
 from act_export.ops.library import NAMES
 from act_export.progress import Notice
-from act_export.runtime.adapter import write_adapters
+from act_export.runtime.adapter import FOLDER, SUFFIX, write_adapters
 from act_export.staging import is_staging
 
 _SPARE_BYTES = 16 << 20
@@ -44,6 +45,7 @@ def write(
     config: str | None,
     library: Path | None,
     progress: Notice,
+    adapters: Collection[str] = (),
 ) -> Path:
     """Puts everything together beside the output, then moves it there; the graph comes last.
 
@@ -54,6 +56,7 @@ def write(
         config: Text of genai_config.json; None where there is none, or it stays as it is.
         library: The native library that a folder is to have.
         progress: Called with what is being copied.
+        adapters: Names of the input's calibrations, whose adapters stay behind.
 
     Returns:
         The ONNX file.
@@ -66,6 +69,7 @@ def write(
     data = _data_to_copy(source, target)
     others = _companions(source) if source.folder is not None else []
     weights = {source.path.parent / location for location in source.data}  # which are copied by themselves
+    left = weights | {source.path.parent / FOLDER / f"{name}{SUFFIX}" for name in adapters}
     needed = sum(_size(path) for path in [*data.values(), *others]) + model.ByteSize() + _SPARE_BYTES
     check_free_space(target if target.is_dir() else target.parent, needed)
     with staged(out) as folder:
@@ -76,13 +80,15 @@ def write(
             copy_content(path, folder / location)
         for path in others:
             if path.is_dir():
-                copy_folder(path, folder / path.name, skip=lambda inner: inner in weights)
+                copy_folder(path, folder / path.name, skip=lambda inner: inner in left)
             else:
                 copy_content(path, folder / path.name)
         if config is not None:
             (folder / GENAI_CONFIG).write_bytes(config.encode("utf-8"))
         if library is not None:
             copy_content(library, folder / library.name)
+        if adapters and not any((folder / FOLDER).iterdir()):
+            (folder / FOLDER).rmdir()
         if source.folder is not None:
             write_adapters(folder, {entry.key: entry.value for entry in model.metadata_props})
         publish(folder, target, stale=() if is_file_output(out) else (*COMPANIONS, GENAI_CONFIG))

@@ -69,14 +69,23 @@ def write_adapters(folder: Path, properties: Mapping[str, str]) -> None:
         properties: The file's metadata, by key.
 
     Raises:
+        SessionError: If there is such a file already.
         OSError: If they can't be written.
     """
     record = FileRecord.read(properties, str(folder))
-    if record.calibrations is None or not len(record.calibrations.heads):
-        return
-    for name in record.calibrations.names:
-        strengths = record.calibrations.heads.strengths(record.calibrations[name])
-        write_adapter(folder / FOLDER / f"{name}{SUFFIX}", strengths, model_version(record))
+    calibrations = record.calibrations
+    for name in adapter_names(record):
+        assert calibrations is not None  # it has names
+        path = folder / FOLDER / f"{name}{SUFFIX}"
+        if path.exists():
+            raise SessionError(f"the model has {FOLDER}/{path.name} already; rename the calibration, or that file")
+        write_adapter(path, calibrations.heads.strengths(calibrations[name]), model_version(record))
+
+
+def adapter_names(record: FileRecord) -> tuple[str, ...]:
+    """Of the calibrations that a folder has as adapters; none where no head can be calibrated."""
+    calibrations = record.calibrations
+    return calibrations.names if calibrations is not None and len(calibrations.heads) else ()
 
 
 def read_adapter(path: str | os.PathLike[str], heads: int, version: int, model: Path) -> NDArray[np.float32]:

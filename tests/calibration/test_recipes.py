@@ -163,11 +163,12 @@ def test_the_joint_recipe_is_used_and_the_others_are_named(folder, tiny):
 def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
     write(folder, "tiny", tiny.identity, "sst2", "boolq")
     write(folder, "tiny-boolq", tiny.identity, "boolq")
-    found = Calibration({})
+    found = {"boolq": Calibration({})}
     monkeypatch.setattr("act_export.search.resolve.search_calibration", lambda *_, **__: found)
     checkpoint = with_tokenizer(tiny)
     said: list[str] = []
-    assert resolved(checkpoint, CalibrationRequest(questions=Questions(("boolq",))), notice=said.append) is found
+    request = CalibrationRequest(questions=Questions(("boolq",)))
+    assert resolved(checkpoint, request, notice=said.append) is found["boolq"]
     assert said == ["a recipe for this model is shipped: --calibration tiny-boolq needs no search"]
     said.clear()
     resolved(checkpoint, CalibrationRequest(questions=Questions(("sst2",))), notice=said.append)

@@ -80,7 +80,8 @@ def test_dynamic_dimensions(graph):
 def test_metadata_has_calibration_and_nothing_of_torch(tiny, tiny_file):
     model = onnx.load(tiny_file, load_external_data=False)
     properties = {p.key: p.value for p in model.metadata_props}
-    assert Calibration.from_json(properties["act_export.calibration"]) == CALIBRATION
+    assert json.loads(properties["act_export.calibrations"])["default"] == "calibrated"
+    assert FileRecord.read(properties, "it").calibration == CALIBRATION
     assert json.loads(properties["act_export.model"])["fingerprint"] == tiny.identity.fingerprint
     assert b"pkg.torch" not in tiny_file.read_bytes()
     assert model.producer_name == "act-export"

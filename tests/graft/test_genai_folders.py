@@ -33,7 +33,8 @@ def test_what_the_folder_holds(engine: str, tmp_path: Path) -> None:
     assert hashes(folder) == before
     assert (written.path, written.layout) == (tmp_path / "out" / "model.onnx", StateLayout.CACHE_LAYERS)
     library = {library_path().name} if engine == "native" else set()
-    assert set(after) - set(before) == library
+    adapters = {f"adapters/{name}.onnx_adapter" for name in ("calibrated", "plain")}
+    assert set(after) - set(before) == library | adapters
     assert set(before) - set(after) == set()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"model.onnx"} | (

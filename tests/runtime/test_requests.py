@@ -1,4 +1,4 @@
-"""A calibration for each request: by name, by value, by adapter; one for a batch or one for each row, changed midway."""
+"""A calibration for each request: by name, by value, by adapter; one for a batch, one for each row, changed midway."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_plain_file_has_only_plain(tiny_plain_file):
         assert list(session.calibrations) == ["plain"]
         plain = generate(session, PROMPTS, max_new_tokens=3)
         assert generate(session, PROMPTS, max_new_tokens=3, calibration=["plain", None, "plain", None]) == plain
-        with pytest.raises(SessionError, match="no head of .* can be calibrated; export"):
+        with pytest.raises(SessionError, match=r"no head of .* can be calibrated; export"):
             generate(session, PROMPTS, max_new_tokens=3, calibration=STRONG)
 
 

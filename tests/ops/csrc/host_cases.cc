@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <new>
 #include <string>
 #include <thread>
@@ -94,6 +95,7 @@ std::vector<Problem> ProblemsInParts() {
       problem.head_size = problem.value_head_size = head_size;
       problem.padding = Padding::kMixed;
       problem.calibrated = Heads::kSome;
+      problem.beta.assign(std::begin(kBetas), std::end(kBetas));
       problems.push_back(problem);
     }
   }
