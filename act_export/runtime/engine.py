@@ -240,6 +240,8 @@ class Engine:
     def _check_calibration(self, shape: Sequence[object] | None) -> None:
         """Refuses a record of calibrations that the graph's input, of this shape, doesn't take."""
         heads = len(self.requests.calibrations.heads) if self.requests.calibrations is not None else 0
+        if not self.record.ours:
+            return  # what it means isn't known, and the default holds
         if (heads or shape is not None) and (shape is None or list(shape[1:]) != [heads, 3]):
             takes = "no input calibration" if shape is None else f"an input calibration {shown(list(shape))}"
             raise SessionError(

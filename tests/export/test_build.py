@@ -14,6 +14,7 @@ from tiny import CALIBRATION, tiny_checkpoint
 from act_export.calibration.file import Calibration, CalibrationError
 from act_export.errors import ActExportError
 from act_export.export import build_model
+from act_export.onnx_file.record import FileRecord
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,9 @@ def test_generated_tokens_are_those_of_the_host_caches(tiny_session, memory, cap
     for options in ({}, {"stop_tokens": [200]}, {"sampling": Sampling(temperature=1.5, seed=3)}):
         expected = generate(tiny_session, PROMPTS, max_new_tokens=24, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "allocate", lambda session, batch, _: device_cache(session, memory, batch, capacity))
+            patch.setattr(
+                Session, "allocate", lambda session, batch, _, **__: device_cache(session, memory, batch, capacity)
+            )
             assert generate(tiny_session, PROMPTS, max_new_tokens=24, **options) == expected
 
 

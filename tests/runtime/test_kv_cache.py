@@ -65,7 +65,7 @@ def some_tokens(batch, length, seed=0):
 def test_generated_tokens_are_those_by_value(file, capacity, monkeypatch):
     """Ragged, rows that end early, greedy and sampled, with room from the start and without."""
     allocate = Session.allocate
-    monkeypatch.setattr(Session, "allocate", lambda session, batch, _: allocate(session, batch, capacity))
+    monkeypatch.setattr(Session, "allocate", lambda session, batch, _, **__: allocate(session, batch, capacity))
     with Session.open(file) as session:
         stop = by_value(session, PROMPTS, max_new_tokens=24)[1][5]
         for options in ({}, {"stop_tokens": [stop]}, {"sampling": Sampling(temperature=1.5, seed=3)}):

@@ -26,7 +26,6 @@ class BenchRequest:
     Attributes:
         file: The exported model, or its folder.
         against: Other files of the same model.
-        calibrations: Of the file, each in turn: names, calibration files or adapters; none for the file's default.
         pytorch: MODEL that PyTorch runs with the file's calibration; None for no such contender.
         revision: Of that model on the hub; None for the main branch.
         trust_remote_code: Whether code that comes with that model may run.
@@ -40,11 +39,11 @@ class BenchRequest:
         pytorch_rounds: Turns of PyTorch, at the most `rounds`; None for as many.
         pytorch_tokens: New tokens of PyTorch in a turn, at the most `new_tokens`: it is slow.
         seed: Of the prompt's tokens.
+        calibrations: Of the file, each in turn: names, calibration files or adapters; none for the file's default.
     """
 
     file: Path
     against: tuple[Path, ...] = ()
-    calibrations: tuple[str, ...] = ()
     pytorch: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -58,6 +57,7 @@ class BenchRequest:
     pytorch_rounds: int | None = None
     pytorch_tokens: int = PYTORCH_TOKENS
     seed: int = 0
+    calibrations: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ActExportError for a number out of range, SessionError for a device that isn't one."""

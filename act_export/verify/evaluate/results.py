@@ -115,7 +115,6 @@ class EvaluationRequest:
     Attributes:
         file: The exported model, or its folder.
         against: Another file of the same model to compare with; None for this one without calibration.
-        calibration: Name of one of the file's calibrations, or a calibration file; None for the file's default.
         questions: What to ask, and how. Without a seed, that of the file's own search.
         split: "report", "held-out" or "all", see `act_export.verify.evaluate.held_out`.
         limit: Questions of each task at the most; None for all.
@@ -124,11 +123,11 @@ class EvaluationRequest:
         device: "cpu", "cuda" or "cuda:N".
         tokenizer: Where the tokenizer is; None looks beside the file, then where the model came from.
         trust_remote_code: Whether code that comes with the tokenizer may run.
+        calibration: Name of one of the file's calibrations, or a calibration file; None for the file's default.
     """
 
     file: Path
     against: Path | None = None
-    calibration: str | None = None
     questions: Questions = field(default_factory=Questions)
     split: str = DEFAULT_SPLIT
     limit: int | None = None
@@ -137,6 +136,7 @@ class EvaluationRequest:
     device: str = "cpu"
     tokenizer: str | None = None
     trust_remote_code: bool = False
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ActExportError for a value out of range, SessionError for a device that isn't one."""
