@@ -10,6 +10,9 @@ import typer
 from act_export.commands.console import note
 from act_export.commands.options import BetaOption, FileArgument, ThresholdOption
 from act_export.errors import ActExportError
+from act_export.files import write_whole
+
+_NUMBERS = ".bin"
 
 
 def adapter_command(
@@ -17,11 +20,16 @@ def adapter_command(
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE|NAME|plain", help="Calibration file, shipped recipe, or plain.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to: X.onnx_adapter.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to: X.onnx_adapter, or X.bin for programs that bind the numbers.")
+    ] = None,
     beta: BetaOption = None,
     threshold: ThresholdOption = None,
 ) -> None:
-    """Writes a calibration as an adapter of an exported model, which ONNX Runtime applies per request."""
+    """Writes a calibration as an adapter of an exported model, which ONNX Runtime applies per request.
+
+    X.bin has the same numbers by themselves, float32: beta, gamma and threshold of each head.
+    """
     from act_export.calibration.recipes import describe_calibration, named_calibration
     from act_export.calibration.strengths import PLAIN
     from act_export.onnx_file.load import load_without_weights, properties_of
@@ -33,8 +41,8 @@ def adapter_command(
         raise ActExportError(
             f"--calibration or --out is missing: act-export adapter {file} --calibration FILE --out NAME{SUFFIX}"
         )
-    if out.suffix != SUFFIX:
-        raise ActExportError(f"--out is {out}; its name must end in {SUFFIX}")
+    if out.suffix not in (SUFFIX, _NUMBERS):
+        raise ActExportError(f"--out is {out}; its name must end in {SUFFIX} or {_NUMBERS}")
     path = model_file(file)
     if not path.is_file():
         raise ActExportError(f"there is no model {path}")
@@ -48,7 +56,11 @@ def adapter_command(
         chosen = named_calibration(calibration).with_overrides(beta=beta, threshold=threshold)
         if record.model is not None:
             chosen.check_fits(record.model)
-    write_adapter(out, record.calibrations.heads.strengths(chosen), model_version(record))
+    strengths = record.calibrations.heads.strengths(chosen)
+    if out.suffix == SUFFIX:
+        write_adapter(out, strengths, model_version(record))
+    else:
+        write_whole(out, strengths.astype("<f4").tobytes())
     note(f"calibration: {describe_calibration(chosen) if chosen is not None else 'none (plain)'}")
     note(f"{out.stat().st_size} bytes, for {path} and other files of this model with the same calibrated heads")
     print(out)

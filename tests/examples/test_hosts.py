@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import act_export
 from act_export.export import build_model
 from act_export.ops.library import library_path
 from act_export.runtime import Session, generate
+from act_export.runtime.request import DEFAULT, Choice, DefaultType
 
 EXAMPLES = Path(act_export.__file__).parent / "docs" / "examples"
 HEADER = "onnxruntime_cxx_api.h"
@@ -79,6 +82,21 @@ def test_cpp(cpp, file):
     assert numbers(succeed([*cpp, file, library_path(), COUNT, *PROMPT])) == expected(file)
 
 
+@pytest.fixture(scope="module")
+def switched(tiny_file, tmp_path_factory) -> Path:
+    """Another calibration of the file's heads, as its numbers."""
+    folder = tmp_path_factory.mktemp("switched")
+    replace(CALIBRATION, beta=1.9, gamma=3.0, threshold=0.02).save(folder / "other.json")
+    arguments = [tiny_file, "--calibration", folder / "other.json", "--out", folder / "other.bin"]
+    succeed([sys.executable, "-m", "act_export", "adapter", *arguments])
+    return folder / "other.bin"
+
+
+def test_cpp_with_another_calibration(cpp, tiny_file, switched):
+    found = numbers(succeed([*cpp, tiny_file, library_path(), COUNT, *PROMPT, f"calibration={switched}"]))
+    assert found == expected(tiny_file, calibration=str(switched.with_suffix(".json"))) != expected(tiny_file)
+
+
 def test_cpp_refusals(cpp, tiny_file, tmp_path):
     assert run([*cpp, tiny_file, library_path(), COUNT]).returncode == 2
     failed = run([*cpp, tmp_path / "none.onnx", library_path(), COUNT, *PROMPT])
@@ -108,8 +126,8 @@ def test_a_session_in_node_cannot_register_a_library(javascript):
     assert b"customop" not in binding.read_bytes().lower()
 
 
-def expected(file: Path, native: bool = True) -> list[int]:
-    with Session.open(file, native=native) as session:
+def expected(file: Path, native: bool = True, calibration: Choice | DefaultType = DEFAULT) -> list[int]:
+    with Session.open(file, native=native, calibration=calibration) as session:
         return generate(session, [PROMPT], max_new_tokens=COUNT)[0]
 
 

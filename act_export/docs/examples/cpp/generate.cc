@@ -1,12 +1,14 @@
-// Greedy generation with ONNX Runtime alone: generate MODEL LIBRARY COUNT TOKEN...
+// Greedy generation with ONNX Runtime alone: generate MODEL LIBRARY COUNT TOKEN... [calibration=FILE]
 //
-// Prints COUNT new tokens after the prompt's. LIBRARY is libact_ops.so, with a slash in its path. The key-value cache
+// Prints COUNT new tokens after the prompt's. LIBRARY is libact_ops.so, with a slash in its path. FILE is a calibration
+// for this request, as `act-export adapter MODEL --calibration C --out FILE.bin` writes it. The key-value cache
 // and the sink state are whatever inputs the model has that begin with "past": each is a buffer for the whole run,
 // bound as the input and as the output that continues it, so that a step writes into it and copies nothing.
 #include <onnxruntime_cxx_api.h>
 
 #include <cstdint>
 #include <exception>
+#include <fstream>
 #include <iostream>
 #include <numeric>
 #include <stdexcept>
@@ -75,7 +77,9 @@ int64_t NextToken(Ort::Value& logits) {
 
 class Generator {
  public:
-  Generator(Ort::Session& session, int64_t capacity) : session_(session), binding_(session) {
+  // `calibration`: beta, gamma and threshold of each head that the model can calibrate; empty for its default.
+  Generator(Ort::Session& session, int64_t capacity, std::vector<float> calibration)
+      : session_(session), binding_(session), calibration_(std::move(calibration)) {
     Ort::AllocatorWithDefaultOptions allocator;
     binding_.BindOutput("logits", Cpu());  // first, so that it is the first of the outputs
     for (size_t i = 0; i < session.GetInputCount(); ++i) {
@@ -95,6 +99,11 @@ class Generator {
         Ort::Value last = Ort::Value::CreateTensor<int64_t>(Cpu(), &keep_, 1, nullptr, 0);
         binding_.BindInput("logits_to_keep", last);
       }
+    }
+    if (!calibration_.empty()) {  // adapters have no effect on bound inputs, so it is bound itself
+      const std::vector<int64_t> shape = {1, static_cast<int64_t>(calibration_.size() / 3), 3};
+      binding_.BindInput("calibration", Ort::Value::CreateTensor<float>(Cpu(), calibration_.data(), calibration_.size(),
+                                                                        shape.data(), shape.size()));
     }
   }
 
@@ -119,15 +128,26 @@ class Generator {
   std::vector<Ort::Value> state_;
   int64_t seen_ = 0;
   int64_t keep_ = 1;  // logits of the last position only
+  std::vector<float> calibration_;
   bool takes_positions_ = false;
 };
 
-int Main(const std::string& model, const std::string& library, int count, std::vector<int64_t> prompt) {
+std::vector<float> ReadNumbers(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file) throw std::runtime_error("can't read " + path);
+  std::vector<float> numbers(static_cast<size_t>(file.tellg()) / sizeof(float));
+  file.seekg(0);
+  file.read(reinterpret_cast<char*>(numbers.data()), static_cast<std::streamsize>(numbers.size() * sizeof(float)));
+  return numbers;
+}
+
+int Main(const std::string& model, const std::string& library, int count, std::vector<int64_t> prompt,
+         std::vector<float> calibration) {
   Ort::Env env(ORT_LOGGING_LEVEL_ERROR);
   Ort::SessionOptions options;
   options.RegisterCustomOpsLibrary(library.c_str());
   Ort::Session session(env, model.c_str(), options);
-  Generator generator(session, static_cast<int64_t>(prompt.size()) + count);
+  Generator generator(session, static_cast<int64_t>(prompt.size()) + count, std::move(calibration));
   std::vector<int64_t> tokens = std::move(prompt);
   for (int i = 0; i < count; ++i) {
     tokens = {generator.Step(std::move(tokens))};
@@ -140,13 +160,22 @@ int Main(const std::string& model, const std::string& library, int count, std::v
 
 int main(int argc, char** argv) {
   if (argc < 5) {
-    std::cerr << "usage: generate MODEL LIBRARY COUNT TOKEN...\n";
+    std::cerr << "usage: generate MODEL LIBRARY COUNT TOKEN... [calibration=FILE]\n";
     return 2;
   }
   try {
     std::vector<int64_t> prompt;
-    for (int i = 4; i < argc; ++i) prompt.push_back(std::stoll(argv[i]));
-    return Main(argv[1], argv[2], std::stoi(argv[3]), std::move(prompt));
+    std::vector<float> calibration;
+    const std::string option = "calibration=";
+    for (int i = 4; i < argc; ++i) {
+      const std::string argument = argv[i];
+      if (argument.rfind(option, 0) == 0) {
+        calibration = ReadNumbers(argument.substr(option.size()));
+      } else {
+        prompt.push_back(std::stoll(argument));
+      }
+    }
+    return Main(argv[1], argv[2], std::stoi(argv[3]), std::move(prompt), std::move(calibration));
   } catch (const std::exception& error) {
     std::cerr << "error: " << error.what() << "\n";
     return 1;

@@ -1,10 +1,12 @@
-// Greedy generation in C#: dotnet run -- MODEL LIBRARY COUNT TOKEN...
+// Greedy generation in C#: dotnet run -- MODEL LIBRARY COUNT TOKEN... [calibration=FILE]
 //
-// Prints COUNT new tokens after the prompt's. LIBRARY is libact_ops.so, with a slash in its path. The key-value cache
+// Prints COUNT new tokens after the prompt's. LIBRARY is libact_ops.so, with a slash in its path. FILE is a calibration
+// for this request, as `act-export adapter MODEL --calibration C --out FILE.bin` writes it. The key-value cache
 // and the sink state are whatever inputs the model has that begin with "past": each is a buffer for the whole run, bound
 // as the input and as the output that continues it, so that a step writes into it and copies nothing.
 using System;
 using System.Collections.Generic;
+using System.IO;
 using System.Linq;
 using System.Runtime.InteropServices;
 using Microsoft.ML.OnnxRuntime;
@@ -16,29 +18,37 @@ internal static class Program
     {
         if (arguments.Length < 4)
         {
-            Console.Error.WriteLine("usage: generate MODEL LIBRARY COUNT TOKEN...");
+            Console.Error.WriteLine("usage: generate MODEL LIBRARY COUNT TOKEN... [calibration=FILE]");
             return 2;
         }
         try
         {
-            long[] prompt = arguments.Skip(3).Select(long.Parse).ToArray();
-            IEnumerable<long> generated = Generate(arguments[0], arguments[1], int.Parse(arguments[2]), prompt);
+            const string option = "calibration=";
+            string chosen = arguments.Skip(3).FirstOrDefault(word => word.StartsWith(option, StringComparison.Ordinal));
+            float[] calibration = null;
+            if (chosen != null)
+            {
+                calibration = MemoryMarshal.Cast<byte, float>(File.ReadAllBytes(chosen.Substring(option.Length))).ToArray();
+            }
+            long[] prompt = arguments.Skip(3).Where(word => word != chosen).Select(long.Parse).ToArray();
+            IEnumerable<long> generated =
+                Generate(arguments[0], arguments[1], int.Parse(arguments[2]), prompt, calibration);
             Console.WriteLine(string.Join(" ", generated));
             return 0;
         }
-        catch (Exception error) when (error is OnnxRuntimeException or NotSupportedException or FormatException)
+        catch (Exception error) when (error is OnnxRuntimeException or NotSupportedException or FormatException or IOException)
         {
             Console.Error.WriteLine($"error: {error.Message}");
             return 1;
         }
     }
 
-    private static IEnumerable<long> Generate(string model, string library, int count, long[] prompt)
+    private static IEnumerable<long> Generate(string model, string library, int count, long[] prompt, float[] calibration)
     {
         using var options = new SessionOptions { LogSeverityLevel = OrtLoggingLevel.ORT_LOGGING_LEVEL_ERROR };
         options.RegisterCustomOpLibrary(library);
         using var session = new InferenceSession(model, options);
-        using var generator = new Generator(session, prompt.Length + count);
+        using var generator = new Generator(session, prompt.Length + count, calibration);
         long[] tokens = prompt;
         for (int i = 0; i < count; i++)
         {
@@ -57,7 +67,8 @@ internal sealed class Generator : IDisposable
     private readonly bool takesPositions;
     private long seen;
 
-    public Generator(InferenceSession session, long capacity)
+    // calibration: beta, gamma and threshold of each head that the model can calibrate; null for its default.
+    public Generator(InferenceSession session, long capacity, float[] calibration = null)
     {
         this.session = session;
         binding = session.CreateIoBinding();
@@ -86,6 +97,12 @@ internal sealed class Generator : IDisposable
             OrtValue last = OrtValue.CreateTensorValueFromMemory(new long[] { 1 }, Array.Empty<long>());
             state.Add(last);
             binding.BindInput("logits_to_keep", last);
+        }
+        if (calibration != null) // adapters have no effect on bound inputs, so it is bound itself
+        {
+            OrtValue strengths = OrtValue.CreateTensorValueFromMemory(calibration, new long[] { 1, calibration.Length / 3, 3 });
+            state.Add(strengths);
+            binding.BindInput("calibration", strengths);
         }
     }
 
