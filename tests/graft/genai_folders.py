@@ -37,10 +37,12 @@ def model(folder: Path) -> Any:
 
 
 def generator(folder: Path, tokens: Sequence[Sequence[int]] = (PROMPT,), **options: Any) -> Any:
-    """Of prompts, the shorter ones padded behind."""
+    """Of prompts, the shorter ones padded behind; of none, to give it some."""
     parameters = og.GeneratorParams(model(folder))
-    parameters.set_search_options(**{"max_length": CONTEXT, "batch_size": len(tokens), **options})
+    parameters.set_search_options(**{"max_length": CONTEXT, "batch_size": max(len(tokens), 1), **options})
     made = og.Generator(model(folder), parameters)
+    if not tokens:
+        return made
     longest = max(map(len, tokens))
     made.append_tokens(np.array([[*row, *[PAD] * (longest - len(row))] for row in tokens], np.int32))
     return made
