@@ -35,13 +35,6 @@ def calibrated(smollm2, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(smollm2, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("real") / "plain.onnx"
-    act_export("smollm2-135m", "--out", path, "--plain", "--no-verify")
-    return path
-
-
-@pytest.fixture(scope="module")
 def parity(calibrated) -> dict:
     return json.loads(act_export("verify", calibrated, "--against", "smollm2-135m", "--json"))
 
@@ -57,7 +50,7 @@ def test_the_shipped_recipe_is_inside(calibrated, smollm2):
 @pytest.mark.parametrize("engine", ["native library", "portable functions"])
 def test_parity_within_a_thousandth(parity, engine):
     report = next(e for e in parity["engines"] if e["engine"] == engine)
-    assert len(report["results"]) == 10
+    assert len(report["results"]) == 12
     for result in report["results"]:
         assert result["metrics"]["max_difference"] <= 1e-3, result
         assert result["greedy_identical"] in (None, True), result
@@ -90,8 +83,8 @@ def test_generation(calibrated):
     assert "Paris" in answer
 
 
-def test_held_out_accuracy_through_onnxruntime(calibrated, plain, sst2_rows):
-    shown = json.loads(act_export("eval", calibrated, "--against", plain, "--task", "sst2", "--json"))
+def test_held_out_accuracy_through_onnxruntime(calibrated, sst2_rows):
+    shown = json.loads(act_export("eval", calibrated, "--task", "sst2", "--limit", "80", "--json"))
     (task,) = shown["tasks"]
-    assert len(task["calibrated"]["answers"]) >= 240
+    assert len(task["calibrated"]["answers"]) == 80
     assert task["comparison"]["accuracy"]["gain"] >= 0.10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,9 +185,10 @@ def describe_calibrations(calibrations: CalibrationSet) -> Iterator[str]:
 
 def describe_calibration(calibration: Calibration) -> str:
     """What a calibration does and where it came from, in a line."""
-    strength = calibration.beta if isinstance(calibration.beta, float) else "per head"
+    knobs = [("beta", calibration.beta)] + ([("gamma", calibration.gamma)] if calibration.gamma != 1.0 else [])
+    strengths = ", ".join(f"{name} {'per head' if isinstance(given, Mapping) else given}" for name, given in knobs)
     text = (
-        f"{calibration.num_calibrated_heads} heads in {len(calibration.heads)} layers, beta {strength}, "
+        f"{calibration.num_calibrated_heads} heads in {len(calibration.heads)} layers, {strengths}, "
         f"{calibration.threshold_mode} threshold {calibration.threshold:g}"
     )
     origin = calibration.provenance

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_checkpoint, tiny_model, tiny_tokenizer
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.checkpoint.hub import HubId, is_on_hub
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.checkpoint.tokenizer import load_tokenizer_of
@@ -379,7 +380,7 @@ def test_what_searches_profiles_and_files_record(served, tiny_file, tmp_path):
     file = Path(shutil.copy(tiny_file, tmp_path))
     shutil.copy(f"{tiny_file}.data", tmp_path)
     model = onnx.load(file, load_external_data=False)
-    onnx.helper.set_model_props(model, metadata(None, loaded, loaded.name))
+    onnx.helper.set_model_props(model, metadata(CalibrationSet.of(None), loaded, loaded.name))
     onnx.save(model, file)
     assert inspect_file(file).revision == loaded.revision
     served.repositories["owner/name"].revisions["main"] = tmp_path  # whatever comes later, the file's commit counts
@@ -394,4 +395,4 @@ def test_a_model_that_is_not_from_the_hub_records_no_revision(tiny):
     from act_export.search.provenance import hub_model
 
     assert hub_model(tiny) == {}
-    assert "act_export.revision" not in metadata(None, tiny, "tiny")
+    assert "act_export.revision" not in metadata(CalibrationSet.of(None), tiny, "tiny")
