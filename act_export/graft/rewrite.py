@@ -117,11 +117,11 @@ def rewrite(
             f"the model has opset {opset}; {_OLDEST_OPSET} or newer is needed: export it again, or convert it with "
             f"onnx.version_converter"
         )
-    _check_names(graph)
     if MASK not in graph.inputs:
         raise UnsupportedPatternError(f"the model has no input {MASK}, which tells padding from tokens")
     heads = calibrations.heads
     chosen = {layer: supported(sites, layer) for layer in heads.heads}
+    _check_names(graph)
     shared = NodeBuilder()
     mask = MASK
     if graph.element_type(MASK) != TensorProto.INT64:

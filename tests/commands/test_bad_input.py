@@ -238,6 +238,7 @@ def test_onnxruntime_packages(checkpoint_folder, tmp_path, monkeypatch, installe
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_nothing(checkpoint_folder, tmp_path, sent):
     command = [sys.executable, "-m", "act_export", str(checkpoint_folder), "--out", str(tmp_path / "m.onnx"), "--plain"]

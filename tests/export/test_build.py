@@ -32,6 +32,7 @@ def test_names_follow_optimum(graph):
         *(f"past_key_values.{name}" for name in cache),
         *(f"past_sink_scores.{name}" for name in sinks),
         "logits_to_keep",
+        "calibration",
     ]
     assert [o.name for o in graph.output] == [
         "logits",

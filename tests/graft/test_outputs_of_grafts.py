@@ -22,6 +22,9 @@ from act_export.graft.source import read_source
 from act_export.runtime import Session
 
 
+ADAPTERS = ("adapters/calibrated.onnx_adapter", "adapters/plain.onnx_adapter")
+
+
 def test_folders(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -34,7 +37,7 @@ def test_folders(tmp_path: Path) -> None:
     refused(folder, tmp_path / "out", r"should have one ONNX model, and has several: a\.onnx, b\.onnx; pass")
     (folder / "a.onnx").rename(folder / "model.onnx")
     assert graft(folder, CALIBRATION, tmp_path / "out").path == tmp_path / "out" / "model.onnx"
-    assert set(hashes(tmp_path / "out")) == {"model.onnx", "b.onnx", "libact_ops.so"}
+    assert set(hashes(tmp_path / "out")) == {"model.onnx", "b.onnx", "libact_ops.so", *ADAPTERS}
     assert (tmp_path / "out" / "b.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
 
 
@@ -113,7 +116,7 @@ def test_another_output_is_replaced(tmp_path: Path) -> None:
         with Session.open(tmp_path / "out") as session:
             assert session.calibration is not None
             assert session.calibration.beta == beta
-    assert set(hashes(tmp_path / "out")) == {*hashes(folder), "libact_ops.so"}
+    assert set(hashes(tmp_path / "out")) == {*hashes(folder), "libact_ops.so", *ADAPTERS}
 
 
 def test_weights_stay_beside_a_graph_in_the_same_folder(external: Path) -> None:
@@ -139,7 +142,7 @@ def test_weights_in_a_folder_below(external: Path, tmp_path: Path) -> None:
     edit(external, change)
     assert read_source(external).data == ("weights/all.bin",)
     graft(external.parent, CALIBRATION, tmp_path / "out")
-    assert set(hashes(tmp_path / "out")) == {"model.onnx", "weights/all.bin", "libact_ops.so"}
+    assert set(hashes(tmp_path / "out")) == {"model.onnx", "weights/all.bin", "libact_ops.so", *ADAPTERS}
     graft(external, CALIBRATION, tmp_path / "one.onnx")
     assert (tmp_path / "weights" / "all.bin").read_bytes() == (external.parent / "weights" / "all.bin").read_bytes()
 

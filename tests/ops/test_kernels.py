@@ -18,8 +18,8 @@ OPERATORS = Path(act_export.ops.__file__).parent
 # What each build runs, and of how many neighbours one where not all are. Sanitizers take long: they leave out the
 # longest calls, or all but the threads.
 RUNS = {
-    "": (["--random", "300"], 5),
-    "address,undefined": (["--verbose", "--random", "40", "--max-total", "300"], 9),
+    "": (["--random", "200"], 7),
+    "address,undefined": (["--verbose", "--random", "20", "--max-total", "300"], 18),
     "thread": (["--verbose", "--filter", "threads/"], 1),
 }
 WHOLE = [pytest.param(sanitize, 1, marks=pytest.mark.slow) for sanitize, (_, one_of) in RUNS.items() if one_of > 1]
