@@ -21,7 +21,6 @@ from act_export.graft.job import graft
 from act_export.graft.source import read_source
 from act_export.runtime import Session
 
-
 ADAPTERS = ("adapters/calibrated.onnx_adapter", "adapters/plain.onnx_adapter")
 
 

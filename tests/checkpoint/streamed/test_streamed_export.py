@@ -62,7 +62,6 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
 def test_the_same_file_as_from_memory(traced_anew, tmp_path, architecture, dtype):
     source = save_in_shards(tmp_path / "checkpoint", architecture)
