@@ -136,7 +136,18 @@ def test_a_pattern_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("accuracy_level", "9" * 5000, "it must be a number up to 4"),
         ("block_size", "x", "has act_export.block_size = 'x'"),
         ("version", "1" * 20_000, "a text of at most 10000 characters"),
-        ("calibration", "[]", "calibration in F is .*; it must be an object"),
+        ("calibrations", "[]", r"calibrations of F .*must be an object"),
+        (
+            "calibrations",
+            '{"default": "a", "threshold_mode": "absolute", "heads": {}, "each": {}}',
+            "is 'a'; it must be",
+        ),
+        (
+            "calibrations",
+            '{"default": "plain", "threshold_mode": "x", "heads": {}, "each": {}}',
+            "threshold_mode = 'x'",
+        ),
+        ("calibrations", '{"default": "plain", "threshold_mode": "absolute", "heads": {"0": []}, "each": {}}', "twice"),
     ],
 )
 def test_what_a_file_says_of_itself(key: str, text: str, reason: str) -> None:

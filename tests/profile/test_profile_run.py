@@ -197,6 +197,7 @@ class Recorded(ReferenceAttention):
 
     def __init__(self, calibration: Calibration | None) -> None:
         super().__init__(calibration)
+        self.given = calibration
         self.scores: list[torch.Tensor] = []
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, LayerState]:
@@ -204,7 +205,7 @@ class Recorded(ReferenceAttention):
         maps = attention_probabilities(
             call.query, call.key.repeat_interleave(group, 1), call.attention_mask != 0, scale=call.scale
         )
-        layer = self.calibration.layer(call.layer) if self.calibration is not None else None
+        layer = self.given.layer(call.layer) if self.given is not None else None
         for head, beta in zip(layer.heads, layer.beta, strict=True) if layer is not None else ():
             maps[:, head] = calibrate_with_state(
                 maps[:, head], beta=beta, threshold=layer.threshold, threshold_mode=layer.threshold_mode
