@@ -382,6 +382,7 @@ def test_every_other_node_stays(tmp_path: Path) -> None:
     assert (others, calibration.name) == (list(before.graph.initializer), "calibration")
     assert after.graph.input[: len(before.graph.input)] == before.graph.input
     assert [given.name for given in after.graph.input[len(before.graph.input) :]] == [
+        "calibration",
         "past_sink_scores.0",
         "past_sink_scores.1",
     ]
