@@ -12,13 +12,8 @@ import torch
 from close import assert_close, assert_within, smallest_number, spacing, unit_roundoff
 from torch import Tensor
 
-from act_export.calibration.reference import (
-    SMALLEST_REST,
-    attention_probabilities,
-    calibrate_with_state,
-    calibrated_attention,
-    sink_margins,
-)
+from act_export.calibration.reference import SMALLEST_REST, calibrate_with_state, sink_margins
+from act_export.calibration.reference_operator import attention_probabilities, calibrated_attention
 from act_export.ops.schema import NO_SINK_LOGIT
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from act_export.calibration.file import Calibration
-from act_export.calibration.reference import calibrated_attention, sink_margins
+from act_export.calibration.reference import sink_margins
+from act_export.calibration.reference_operator import calibrated_attention
 
 CALIBRATION = Calibration({0: (1,), 1: (0, 3)}, beta={0: (0.4,), 1: (0.2, 1.7)}, threshold=0.1)
 NOTHING = replace(CALIBRATION, beta=1.0)

@@ -13,7 +13,8 @@ from operator_writer import VOCABULARY, Array, Operator
 
 from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
-from act_export.calibration.reference import calibrated_attention, sink_margins
+from act_export.calibration.reference import sink_margins
+from act_export.calibration.reference_operator import calibrated_attention
 from act_export.graft.graph import Graph
 from act_export.graft.rewrite import apply, find_sites, rewrite
 from act_export.graft.sink_state import StateLayout

@@ -14,12 +14,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.calibration.file import Calibration, LayerCalibration
-from act_export.calibration.reference import (
-    CalibratedProbabilities,
-    attention_probabilities,
-    calibrate_one_at_a_time,
-    calibrate_with_state,
-)
+from act_export.calibration.reference import CalibratedProbabilities, calibrate_one_at_a_time, calibrate_with_state
+from act_export.calibration.reference_operator import attention_probabilities
 
 _SINK_DIMENSIONS = 8  # of which one is used: fused kernels take multiples of 8
 MAP_ELEMENTS = 2**25  # of all heads' attention maps that are in memory at once: 128 MiB in float32

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
-from act_export.calibration.reference import calibrated_attention
+from act_export.calibration.reference_operator import calibrated_attention
 from act_export.calibration.strengths import CalibratedHeads
 from act_export.ops import schema
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
 from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
-from act_export.calibration.reference import attention_probabilities, calibrate_with_state, visible_rows
+from act_export.calibration.reference import calibrate_with_state, visible_rows
+from act_export.calibration.reference_operator import attention_probabilities
 from act_export.profile.attention_statistics import AttentionStatistics, MapGrid, attend_with_statistics, map_grid
 from act_export.profile.sink_statistics import GRID
 from act_export.runtime.sampling import left_pad

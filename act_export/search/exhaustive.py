@@ -30,7 +30,8 @@ from act_export.attention.fast_attention import (
 )
 from act_export.attention.hook import HookedModel, attention_hook
 from act_export.calibration.file import LayerCalibration
-from act_export.calibration.reference import attention_probabilities, calibrate_one_at_a_time, calibrate_with_state
+from act_export.calibration.reference import calibrate_one_at_a_time, calibrate_with_state
+from act_export.calibration.reference_operator import attention_probabilities
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
 from act_export.search.gates import log_likelihoods
 from act_export.search.request import Threshold

@@ -10,10 +10,7 @@ from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act_export.calibration.reference import (
-    attention_probabilities,
-    calibrated_attention,
-)
+from act_export.calibration.reference_operator import attention_probabilities, calibrated_attention
 
 SIZES = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.4}
 

@@ -248,19 +248,13 @@ def _wrong_attribute(random: Random) -> Case:
     case = _ordinary(random)
     heads, kv_heads = case.attributes["num_heads"], case.attributes["kv_num_heads"]
     wrong: list[tuple[str, Any]] = [
-        *(("num_heads", value) for value in [0, -1, INT64.min, heads + 1 if kv_heads > 1 else 0]),
+        *(("num_heads", value) for value in [0, -1, INT64.min, heads + 1 if kv_heads > 1 else 0, None, 2.0]),
         *(("num_heads", kv_heads * 2**power) for power in (20, 28, 40, 59)),
         *(("kv_num_heads", value) for value in [0, -1, heads + 1, 2 * heads, INT64.min, INT64.max]),
         *(("sliding_window", value) for value in [0, -2, INT64.min]),
-        *(("scale", value) for value in [float("nan"), float("inf"), float("-inf")]),
+        *(("scale", value) for value in [float("nan"), float("inf"), float("-inf"), None, 1, "1"]),
         *(("softcap", value) for value in [-1.0, -1e-45, float("nan"), float("inf"), float("-inf")]),
-        *(("sink_logits", value) for value in [[float("nan")], [float("inf")], [0.0] * (heads + 1)]),
-        ("scale", None),
-        ("num_heads", None),
-        ("num_heads", 2.0),
-        ("scale", 1),
-        ("scale", "1"),
-        ("sink_logits", [1, 2]),
+        *(("sink_logits", value) for value in [[float("nan")], [float("inf")], [0.0] * (heads + 1), [1, 2]]),
     ]
     if case.operator == schema.CALIBRATED:
         own = case.attributes["calibrated_heads"]
@@ -393,21 +387,10 @@ def _empty(random: Random) -> Case:
         shape = list(inputs[name].shape)
         shape[axis] = size
         try:
-            inputs[name] = (
-                np.resize(inputs[name], shape) if np.prod(shape, dtype=float) else _no_elements(shape, name, case)
-            )
+            elements = np.prod(shape, dtype=float)
+            inputs[name] = np.resize(inputs[name], shape) if elements else np.zeros(shape, case.inputs[name].dtype)
         except ValueError:  # NumPy counts to 2^63 bytes, zeros left out
             return replace(case, kind="empty", binding=FED)
     is_absurd = max(max(array.shape) for array in inputs.values()) > 10**8
-    return replace(
-        case,
-        kind="empty",
-        inputs=inputs,
-        binding=FED,
-        expected=EITHER if is_absurd else ANSWER,
-        remark=f"{empty} empty, {huge}",
-    )
-
-
-def _no_elements(shape: list[int], name: str, case: Case) -> Array:
-    return np.zeros(shape, case.inputs[name].dtype)
+    expected = EITHER if is_absurd else ANSWER
+    return replace(case, kind="empty", inputs=inputs, binding=FED, expected=expected, remark=f"{empty} empty, {huge}")

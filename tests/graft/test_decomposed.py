@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from act_export.calibration.file import Calibration
-from act_export.calibration.reference import calibrated_attention
+from act_export.calibration.reference_operator import calibrated_attention
 from act_export.graft import StateLayout, UnsupportedPatternError, remove_graft
 from act_export.graft.graph import Graph
 from act_export.graft.job import graft

@@ -12,7 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from act_export.calibration.reference import calibrated_attention, visible_rows
+from act_export.calibration.reference import visible_rows
+from act_export.calibration.reference_operator import calibrated_attention
 from act_export.ops import functions, schema
 from act_export.ops.library import library_path
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from native_calls import STORAGE, Layer, check, expect, make_feeds, make_model, ones, run
 from onnx import helper
 
-from act_export.calibration.reference import calibrated_attention
+from act_export.calibration.reference_operator import calibrated_attention
 from act_export.ops import functions
 from act_export.ops.schema import NO_SINK_LOGIT
 

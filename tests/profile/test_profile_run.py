@@ -17,7 +17,8 @@ from act_export.attention.call import AttentionCall, LayerState
 from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration, CalibrationError
-from act_export.calibration.reference import attention_probabilities, calibrate_with_state
+from act_export.calibration.reference import calibrate_with_state
+from act_export.calibration.reference_operator import attention_probabilities
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.profile import (

@@ -12,7 +12,8 @@ from act_export.attention.call import AttentionCall, LayerState, flatten_heads
 from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import HookedModel, attention_hook
 from act_export.calibration.file import Calibration
-from act_export.calibration.reference import attention_probabilities, calibrate_with_state
+from act_export.calibration.reference import calibrate_with_state
+from act_export.calibration.reference_operator import attention_probabilities
 from act_export.search.decoder_layers import decoder_layers
 from act_export.search.gates import GatedAttention, gate_gradients
 from act_export.tasks import EncodedExample

@@ -157,3 +157,9 @@ def test_large_logits_wait_in_a_file(monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     (first, *_) = record(case, engine, rule, follow=None)
     assert np.array_equal(first.logits, logits)
+
+
+def test_cases_of_a_model_with_a_short_context():
+    cases = parity_cases(tiny_checkpoint(max_position_embeddings=24).model, None)
+    assert all(case.attention_mask.shape[1] + case.decode_steps <= 24 for case in cases)
+    assert any(case.decode_steps for case in cases)

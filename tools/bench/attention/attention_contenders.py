@@ -182,7 +182,7 @@ def reference_output(workload: Workload, data: Data, name: str = "calibrated") -
     """The output of a contender in `STRENGTHS` by act_export.calibration.reference."""
     import torch
 
-    from act_export.calibration.reference import calibrated_attention
+    from act_export.calibration.reference_operator import calibrated_attention
 
     heads, kv_heads, size = workload.shape
     query, key, value, past_key, past_value, past_sink_scores = map(torch.from_numpy, data)
