@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def measure_time(contenders: list[Contender], workload: Workload, report: Progress) -> dict[str, Any]:
-    """Turns of each contender, A, B, C, A, B, C, and the number of threads that they had."""
+    """Turns of each contender, A, B, C, B, C, A, and the number of threads that they had."""
     prompt = workload.prompt()
     import_onnxruntime()
     threads_before = _threads_of_process()
@@ -140,7 +140,8 @@ def measure_time(contenders: list[Contender], workload: Workload, report: Progre
             take_turn(models[contender.name], prompt, new_tokens=2)  # the first run of a session reserves its memory
             done += 1
         for number in range(max(contender.rounds for contender in contenders)):
-            for contender in contenders:
+            first = number % len(contenders)  # each begins in turn: who does has waited, and who comes next has not
+            for contender in [*contenders[first:], *contenders[:first]]:
                 if number < contender.rounds:
                     report(f"round {number + 1}, {contender.name}", done / of_all)
                     _warm_up(models[contender.name], prompt)

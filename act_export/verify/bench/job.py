@@ -2,7 +2,7 @@
 
 All contenders get the same prompt of random tokens and generate greedily, without stopping. (Random tokens hold later
 sinks as text does: 13 against 17, in the three calibrated heads of smollm2-135m and 1024 tokens.) They take turns, A,
-B, C, A, B, C, in one process whose ONNX Runtime sessions share one thread pool. With a pool each, as is the default,
+B, C, B, C, A, in one process whose ONNX Runtime sessions share one thread pool. With a pool each, as is the default,
 the threads of the session that ran last spin on and take the cores from the one that comes next; the shared pool has
 ONNX Runtime's own settings, spinning included. A turn begins after a pause, in which PyTorch's threads come to rest
 too, and short runs that aren't timed. A ratio is that of two medians over the same rounds, and of a decoded token over
