@@ -1,6 +1,6 @@
 """What a graft into models of onnxruntime-genai's builder keeps, costs and takes, on smollm2-135m.
 
-    .venv/bin/python tools/bench/measure_graft.py [parity] [int4] [tokens] [speed] [large] [--folder F]
+    .venv/bin/python tools/bench/measure_graft.py [parity] [int4] [tokens] [adapters] [speed] [large] [--folder F]
 
 Models are built once and kept in the folder: the checkpoint, the builder's models in float32 and in int4 at accuracy
 level 1 and 4, their grafts with the shipped recipe, with and without the native library, and with every head of every
@@ -10,6 +10,7 @@ a process of its own.
 parity  logits of the float32 graft against act-export's own export, and 64 greedy tokens
 int4    logits of the int4 graft at accuracy level 1 against PyTorch running the reference on its dequantised weights
 tokens  128 greedy tokens of onnxruntime-genai, native library and portable functions, against act-export's own loop
+adapters  the same with three calibrations, switched between generators as adapters
 speed   onnxruntime-genai on a prompt of 512 tokens and 128 more: grafted by ungrafted, in turns, medians
 large   time and largest resident set of the graft
 """
@@ -197,6 +198,25 @@ def tokens(models: Models) -> None:
             print(f"{source.name}: {len(found)} tokens of onnxruntime-genai, {name}, are {same} as act-export's own")
 
 
+def adapters(models: Models) -> None:
+    other = models.folder / "other.json"
+    Calibration({layer: (0, 4) for layer in range(0, LAYERS, 3)}, beta=1.5, gamma=0.5).save(other)
+    ids = encode(models, TEXT)
+    for source in (models.float32, models.int4(1)):
+        folder = models.grafted(source, "--calibration", str(other), suffix="-twice")
+        genai = Genai(folder)
+        with Session.open(folder) as session:
+            names = list(session.calibrations)
+            expected = {
+                name: generate(session, [ids], max_new_tokens=NEW_TOKENS, calibration=name)[0] for name in names
+            }
+        found = {name: genai.generate(ids, NEW_TOKENS, folder / "adapters" / f"{name}.onnx_adapter") for name in names}
+        for name in names:
+            same = "the same" if found[name] == expected[name] else "NOT the same"
+            print(f"{source.name}, {name}: {NEW_TOKENS} tokens are {same} as act-export's own")
+        print(f"{source.name}: {len({*map(tuple, found.values())})} of {len(names)} differ from each other")
+
+
 def speed(models: Models) -> None:
     for source in (models.float32, models.int4(4)):
         folders = [source, models.grafted(source), models.all_heads(source)]
@@ -271,9 +291,13 @@ class Genai:
         self.genai: Any = onnxruntime_genai
         self.model = self.genai.Model(str(folder))
 
-    def generate(self, ids: Sequence[int], count: int) -> list[int]:
+    def generate(self, ids: Sequence[int], count: int, adapter: Path | None = None) -> list[int]:
         """Greedy tokens, as many even where the text ends before."""
         generator = self._generator(len(ids) + count)
+        if adapter is not None:
+            loaded = self.genai.Adapters(self.model)
+            loaded.load(str(adapter), adapter.stem)
+            generator.set_active_adapter(loaded, adapter.stem)
         generator.append_tokens(ids)
         found = []
         for _ in range(count):
@@ -302,6 +326,7 @@ MEASURES: dict[str, Callable[[Models], None]] = {
     "parity": parity,
     "int4": int4,
     "tokens": tokens,
+    "adapters": adapters,
     "speed": speed,
     "large": large,
 }
