@@ -200,7 +200,7 @@ def tokens(models: Models) -> None:
 
 def adapters(models: Models) -> None:
     other = models.folder / "other.json"
-    Calibration({layer: (0, 4) for layer in range(0, LAYERS, 3)}, beta=1.5, gamma=0.5).save(other)
+    Calibration(dict.fromkeys(range(0, LAYERS, 3), (0, 4)), beta=1.5, gamma=0.5).save(other)
     ids = encode(models, TEXT)
     for source in (models.float32, models.int4(1)):
         folder = models.grafted(source, "--calibration", str(other), suffix="-twice")
