@@ -12,7 +12,7 @@ from fake_hub import TOKEN, FakeHub, Repository, in_place_of_the_hub, use_endpoi
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import save_checkpoint, tiny_model, tiny_tokenizer
+from tiny import CALIBRATION, save_checkpoint, tiny_model, tiny_tokenizer
 
 from act_export.calibration.calibration_set import CalibrationSet
 from act_export.checkpoint.hub import HubId, is_on_hub
@@ -380,7 +380,7 @@ def test_what_searches_profiles_and_files_record(served, tiny_file, tmp_path):
     file = Path(shutil.copy(tiny_file, tmp_path))
     shutil.copy(f"{tiny_file}.data", tmp_path)
     model = onnx.load(file, load_external_data=False)
-    onnx.helper.set_model_props(model, metadata(CalibrationSet.of(None), loaded, loaded.name))
+    onnx.helper.set_model_props(model, metadata(CalibrationSet.of(CALIBRATION), loaded, loaded.name))
     onnx.save(model, file)
     assert inspect_file(file).revision == loaded.revision
     served.repositories["owner/name"].revisions["main"] = tmp_path  # whatever comes later, the file's commit counts
