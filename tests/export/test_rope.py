@@ -24,6 +24,7 @@ def _rope(rope: dict) -> dict:
     return {"rope_parameters": {"rope_theta": 10000.0, **rope}}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_frequencies_that_depend_on_the_run(kind, tmp_path):
     """Prompts below, at and above the limit, a ragged batch over it, and steps that cross it."""

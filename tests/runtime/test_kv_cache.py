@@ -61,6 +61,7 @@ def some_tokens(batch, length, seed=0):
     return np.random.default_rng(seed).integers(3, VOCABULARY, (batch, length))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("capacity", [1, 13, 256])
 def test_generated_tokens_are_those_by_value(file, capacity, monkeypatch):
     """Ragged, rows that end early, greedy and sampled, with room from the start and without."""

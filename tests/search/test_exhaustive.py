@@ -45,6 +45,7 @@ def naive(model: PreTrainedModel, batch: Sequence[EncodedExample], layer: int, h
     return calibrated - plain, calibrated_right - plain_right
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "batch"),
     [*product(["llama", "mistral", "gemma2"], [ONE_TOKEN, MIXED]), ("gpt_oss", MIXED)],

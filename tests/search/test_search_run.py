@@ -187,6 +187,7 @@ def test_the_model_is_left_alone_after_an_error_too(checkpoint: Checkpoint) -> N
     assert search_heads(checkpoint, [planted_task(checkpoint, PLANTED)], OPTIONS).calibrations["planted"].heads
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("several", [False, True])
 def test_progress_reaches_the_end_and_never_runs_backwards(checkpoint: Checkpoint, method: str, several: bool) -> None:

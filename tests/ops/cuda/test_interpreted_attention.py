@@ -150,6 +150,7 @@ BRANCHES = (
 )
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("name", BRANCHES)
 def test_float32(driver, name):
     compare(driver, CASES[name])
