@@ -25,7 +25,7 @@ from act_export.onnx_file.precision import BITS
 from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_output, publish, staged
 from act_export.ops.library import library_path
 from act_export.progress import Notice
-from act_export.runtime.adapter import write_adapters
+from act_export.runtime.adapter import stale_adapters, write_adapters
 from act_export.search.resolve import refuse_search
 from act_export.staging import scratch_folder, staging_folder
 from act_export.verify.parity.dequantized import dequantized
@@ -143,7 +143,10 @@ def export_model(
         if verify and checkpoint.streamed is None:
             report = verify_file(folder / name, checkpoint, chosen, device=device, progress=progress)
             _refuse_failure(report)
-        files = publish(folder, out.parent) if is_file_output(out) else publish(folder, out, stale=COMPANIONS)
+        if is_file_output(out):
+            files = publish(folder, out.parent)
+        else:
+            files = publish(folder, out, stale={*COMPANIONS, *stale_adapters(out)})
     return Converted(tuple(files), chosen, report)
 
 

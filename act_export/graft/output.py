@@ -16,7 +16,7 @@ from act_export.onnx_file.publish import COMPANIONS, check_output, is_file_outpu
 from act_export.onnx_file.save import check_free_space
 from act_export.ops.library import NAMES
 from act_export.progress import Notice
-from act_export.runtime.adapter import FOLDER, SUFFIX, write_adapters
+from act_export.runtime.adapter import FOLDER, SUFFIX, stale_adapters, write_adapters
 from act_export.staging import is_staging
 
 _SPARE_BYTES = 16 << 20
@@ -91,7 +91,8 @@ def write(
             (folder / FOLDER).rmdir()
         if source.folder is not None:
             write_adapters(folder, {entry.key: entry.value for entry in model.metadata_props})
-        publish(folder, target, stale=() if is_file_output(out) else (*COMPANIONS, GENAI_CONFIG))
+        stale = () if is_file_output(out) else (*COMPANIONS, GENAI_CONFIG, *stale_adapters(target))
+        publish(folder, target, stale=stale)
     return target / name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def write_adapters(folder: Path, properties: Mapping[str, str]) -> None:
         if path.exists():
             raise SessionError(f"the model has {FOLDER}/{path.name} already; rename the calibration, or that file")
         write_adapter(path, calibrations.heads.strengths(calibrations[name]), model_version(record))
+
+
+def stale_adapters(folder: Path) -> list[str]:
+    """Adapters of calibrations in a folder that another export goes to, which they don't fit: their paths in it."""
+    found = []
+    for path in sorted((folder / FOLDER).glob(f"*{SUFFIX}")):
+        with suppress(Exception):  # what ONNX Runtime can't read isn't ours, and its errors have no common base
+            if [*import_onnxruntime().AdapterFormat.read_adapter(str(path.absolute())).get_parameters()] == [
+                CALIBRATION
+            ]:
+                found.append(f"{FOLDER}/{path.name}")
+    return found
 
 
 def adapter_names(record: FileRecord) -> tuple[str, ...]:

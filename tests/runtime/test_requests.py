@@ -20,6 +20,7 @@ from act_export.calibration.file import Calibration, CalibrationError
 from act_export.calibration.strengths import CalibratedHeads
 from act_export.errors import ActExportError, SessionError
 from act_export.export import build_model
+from act_export.export.job import export_model
 from act_export.runtime import Session, generate
 from act_export.runtime.adapter import read_adapter, write_adapter, write_adapters
 from act_export.runtime.sampling import left_pad
@@ -241,6 +242,14 @@ class TestAdapters:
         path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
         with contextlib.suppress(ActExportError):
             assert read_adapter(path, 6, 7, file).shape == (1, 6, 3)
+
+    def test_those_of_an_earlier_export_go(self, tiny, tmp_path):
+        for calibrations in ({"weak": WEAK, "strong": STRONG}, {"other": STRONG}):
+            export_model(tiny, calibrations, tmp_path / "out", verify=False)
+            others = tmp_path / "out" / "adapters" / "lora.onnx_adapter"
+            others.write_bytes(b"somebody else's")
+        names = sorted(path.name.partition(".")[0] for path in others.parent.iterdir())
+        assert names == ["lora", "other", "plain"]
 
     def test_no_adapter(self, file, tmp_path):
         with Session.open(file) as session:
