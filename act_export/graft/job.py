@@ -222,7 +222,10 @@ def _refuse_calibrated(source: ModelSource) -> None:
             f"{source.path} was grafted before; take its graft out first: "
             f"act-export graft {source.folder or source.path} --remove --out PLAIN"
         )
-    if any(node.op_type == schema.CALIBRATED and node.domain == schema.DOMAIN for node in source.model.graph.node):
+    nodes = source.model.graph.node
+    if FileRecord.read(source.properties, str(source.path)).calibrations is not None or any(
+        node.op_type == schema.CALIBRATED and node.domain == schema.DOMAIN for node in nodes
+    ):
         raise ActExportError(
             f"{source.path} has a calibration already, from its export; graft the plain export, of act-export MODEL "
             f"--plain"

@@ -87,7 +87,7 @@ def write(
             (folder / GENAI_CONFIG).write_bytes(config.encode("utf-8"))
         if library is not None:
             copy_content(library, folder / library.name)
-        if adapters and not any((folder / FOLDER).iterdir()):
+        if adapters and (folder / FOLDER).is_dir() and not any((folder / FOLDER).iterdir()):
             (folder / FOLDER).rmdir()
         if source.folder is not None:
             write_adapters(folder, {entry.key: entry.value for entry in model.metadata_props})

@@ -88,9 +88,8 @@ def stale_adapters(folder: Path) -> list[str]:
     found = []
     for path in sorted((folder / FOLDER).glob(f"*{SUFFIX}")):
         with suppress(Exception):  # what ONNX Runtime can't read isn't ours, and its errors have no common base
-            if [*import_onnxruntime().AdapterFormat.read_adapter(str(path.absolute())).get_parameters()] == [
-                CALIBRATION
-            ]:
+            adapter = import_onnxruntime().AdapterFormat.read_adapter(str(path.absolute()))
+            if [*adapter.get_parameters()] == [CALIBRATION]:
                 found.append(f"{FOLDER}/{path.name}")
     return found
 

@@ -17,6 +17,7 @@ from onnx import helper
 
 from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
+from act_export.export import build_model
 from act_export.graft import StateLayout, remove_graft
 from act_export.graft.job import graft
 from act_export.graft.record import digest, record_of, removed_nodes
@@ -75,6 +76,21 @@ def test_an_export_of_act_exports(tiny_plain_file: Path, tmp_path: Path) -> None
     graft(tiny_plain_file, calibration, tmp_path / "grafted.onnx")
     remove_graft(tmp_path / "grafted.onnx", tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == tiny_plain_file.read_bytes()
+
+
+def test_an_export_for_which_a_search_found_no_heads_is_refused(tiny, tmp_path: Path) -> None:
+    """Its record says so, and would be taken for the graft's."""
+    build_model(tiny, Calibration({}), tmp_path / "none.onnx")
+    with pytest.raises(ActExportError, match="graft the plain export"):
+        graft(tmp_path / "none.onnx", Calibration({0: (1,)}), tmp_path / "out.onnx")
+
+
+def test_adapters_that_somebody_took_away_are_not_missed(tmp_path: Path) -> None:
+    folder = Decoder().save_folder(tmp_path / "in")
+    graft(folder, CALIBRATION, tmp_path / "grafted")
+    shutil.rmtree(tmp_path / "grafted" / "adapters")
+    remove_graft(tmp_path / "grafted", tmp_path / "back")
+    assert hashes(tmp_path / "back") == hashes(folder)
 
 
 @settings(max_examples=15)
