@@ -101,30 +101,15 @@ class CalibratedHeads:
         return found
 
 
-def check_strengths(strengths: NDArray[np.float32], batch: int, heads: int) -> NDArray[np.float32]:
-    """A tensor of strengths that an operator may be given.
-
-    Args:
-        strengths: (1 or batch, heads, 3).
-        batch: Number of sequences.
-        heads: Number of heads that can be calibrated.
-
-    Returns:
-        It, in float32 and contiguous.
+def check_strengths(strengths: NDArray[np.float32]) -> None:
+    """Refuses strengths that no operator takes: (calibrations, heads, 3).
 
     Raises:
-        CalibrationError: If its shape doesn't fit or a value is out of range, with the value.
+        CalibrationError: If a value is out of range, with the value.
     """
-    given = np.ascontiguousarray(strengths, np.float32)
-    if given.shape not in ((1, heads, 3), (batch, heads, 3)):
-        raise CalibrationError(
-            f"calibration has shape {given.shape}; {batch} sequences and {heads} heads need (1, {heads}, 3) or "
-            f"({batch}, {heads}, 3): beta, gamma and threshold of each head"
-        )
     for knob, (lowest, highest) in (STRENGTHS | {"threshold": (0.0, np.finfo(np.float32).max)}).items():
-        values = given[..., KNOBS.index(knob)]
+        values = strengths[..., KNOBS.index(knob)]
         wrong = values[~((values >= lowest) & (values <= highest))]
         if len(wrong):
             allowed = "0 or more" if knob == "threshold" else f"{lowest:g} to {highest:g}"
             raise CalibrationError(f"calibration has {knob} = {wrong[0]:g}; it must be {allowed}")
-    return given

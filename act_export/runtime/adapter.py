@@ -127,7 +127,7 @@ def read_adapter(path: str | os.PathLike[str], heads: int, version: int, model: 
         versions = (found.get_adapter_version(), found.get_model_version())
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise SessionError(f"{file} is no adapter that ONNX Runtime can read: {_first_line(error)}") from error
-    strengths = parameters.get(CALIBRATION)
+    strengths: NDArray[np.float32] | None = parameters.get(CALIBRATION)
     if strengths is None or len(parameters) > 1:
         raise SessionError(
             f"{file} is no calibration's adapter: it overrides {', '.join(sorted(parameters)) or 'nothing'}, not "
@@ -145,7 +145,8 @@ def read_adapter(path: str | os.PathLike[str], heads: int, version: int, model: 
             f"{file} has strengths {strengths.dtype} {strengths.shape}; {model} can calibrate {heads} heads and needs "
             f"float32 (1, {heads}, 3): write it again for this file"
         )
-    return check_strengths(strengths, 1, heads)
+    check_strengths(strengths)
+    return strengths
 
 
 def _first_line(error: Any) -> str:

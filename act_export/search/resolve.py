@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from act_export.calibration.calibration_set import UNNAMED
 from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import announce, find_recipes, named_calibration, named_calibrations, named_recipe
+from act_export.calibration.strengths import PLAIN
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
@@ -146,7 +148,13 @@ def search_calibration(
     )
     asked = request.questions if request.questions.sources else replace(request.questions, tasks=(DEFAULT_TASK,))
     result = run_search(checkpoint, SearchJob(asked, options=options), progress=progress)
-    return {re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-."): each for name, each in result.calibrations.items()}
+    return {_name_of(task): calibration for task, calibration in result.calibrations.items()}
+
+
+def _name_of(task: str) -> str:
+    """A calibration's name, which has fewer letters than that of data may have."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", task)[:100].strip("-._")
+    return name if name not in ("", PLAIN) else UNNAMED
 
 
 def calibration_to_show(checkpoint: Checkpoint, given: str | None, notice: Callable[[str], None]) -> Calibration | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import save_checkpoint, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from act_export.calibration import recipes as module
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
 from act_export.calibration.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.checkpoint.load import load_checkpoint
@@ -173,6 +175,17 @@ def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
     said.clear()
     resolved(checkpoint, CalibrationRequest(questions=Questions(("sst2",))), notice=said.append)
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("sst2", "sst2"), ("my data, 2", "my-data-2"), ("plain", "calibrated"), ("…", "calibrated")]
+)
+def test_what_a_searched_calibration_is_called(tiny, monkeypatch, task, name):
+    found = SimpleNamespace(calibrations={task: Calibration({0: (1,)})})
+    monkeypatch.setattr("act_export.search.resolve.run_search", lambda *_, **__: found)
+    request = CalibrationRequest(questions=Questions((), (Path("rows.jsonl"),)))
+    assert list(resolve_calibrations(with_tokenizer(tiny), request)) == [name]
+    assert CalibrationSet.of(resolve_calibrations(with_tokenizer(tiny), request)).default == name
 
 
 def with_tokenizer(checkpoint):
