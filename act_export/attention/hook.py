@@ -146,8 +146,28 @@ def attention_hook(model: PreTrainedModel, hook: AttentionHook) -> Iterator[Hook
     if reason is not None:
         raise ActExportError(reason)
     num_layers, _ = layers_and_heads(model.config)
-    with _routed(model):
+    with _routed(model), contiguous_rows(model):
         yield HookedModel(model, hook, num_layers)
+
+
+@contextmanager
+def contiguous_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Has the rows that the output layer gets lie next to each other in memory, for the duration of the block.
+
+    transformers slices the last positions out, and on a CPU PyTorch multiplies such rows by the vocabulary more slowly:
+    in bfloat16 hundreds of times.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        yield
+        return
+    handle = layer.register_forward_pre_hook(
+        lambda _, rows: None if torch.compiler.is_exporting() else (rows[0].contiguous(), *rows[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -46,6 +46,22 @@ def test_the_model_is_itself_again_afterwards():
     assert torch.isfinite(model(input_ids=ids, attention_mask=mask).logits).all()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+def test_the_output_layer_gets_contiguous_rows(architecture):
+    model = tiny_model(architecture)
+    ids, mask = padded_batch()
+    seen = []
+    with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
+        handle = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, rows: seen.append(rows[0].is_contiguous())
+        )
+        kept = hooked(ids, mask, logits_to_keep=1).logits
+        handle.remove()
+    assert seen == [True]
+    assert not model.get_output_embeddings()._forward_pre_hooks  # as before
+    assert kept.shape[1] == 1
+
+
 def test_state_has_sums_for_calibrated_layers_only():
     checkpoint = tiny_checkpoint()
     ids, mask = padded_batch()

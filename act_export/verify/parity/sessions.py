@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from act_export.attention.call import positions
-from act_export.attention.hook import attention_hook
+from act_export.attention.hook import attention_hook, contiguous_rows
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
@@ -245,7 +245,7 @@ def _hook_against_own_attention(checkpoint: Checkpoint, cases: Sequence[Case]) -
         kept = min(_HOOK_POSITIONS, ids.shape[1]) * hooked.fewest_logits
         ours = hooked(ids, mask, logits_to_keep=kept).logits
     last = {"logits_to_keep": kept} if kept else {}
-    with torch.no_grad():
+    with torch.no_grad(), contiguous_rows(checkpoint.model):
         own = checkpoint.model(
             input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, **last
         ).logits
