@@ -6,14 +6,12 @@ only the calibrated heads' attention maps are ever written out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
-from act_export.calibration.file import Calibration, LayerCalibration
+from act_export.calibration.file import Calibration
 from act_export.calibration.reference import CalibratedProbabilities, calibrate_one_at_a_time, calibrate_with_state
 from act_export.calibration.reference_operator import attention_probabilities
 
@@ -36,13 +34,22 @@ class FastAttention:
         output = plain_attention(call, key, value)
         sums = call.query.new_zeros((call.query.shape[0], 0, key.shape[2]))
         if layer is not None:
-            maps = map_probabilities(call, key, layer.heads, layer.gamma)
-            calibrated = calibrated_probabilities(call, maps, past.sink_scores.squeeze(-1), layer)
+            strengths = torch.tensor(layer.strengths, device=output.device)  # float32 as in a file
+            maps = map_probabilities(call, key, layer.heads, strengths[:, 1])
+            sums_before = past.sink_scores.squeeze(-1)
+            calibrated = calibrated_probabilities(
+                call,
+                maps,
+                sums_before,
+                beta=strengths[:, 0],
+                threshold=layer.threshold,
+                threshold_mode=layer.threshold_mode,
+            )
             heads = torch.tensor(layer.heads, device=output.device)
             output = output.index_copy(
                 1, heads, (calibrated.probabilities @ values_of(call, value, layer.heads)).to(output.dtype)
             )
-            is_plain = torch.tensor(layer.beta, device=output.device)[:, None] == 1
+            is_plain = strengths[:, :1] == 1
             sums = torch.where(
                 is_plain, pad(past.sink_scores.squeeze(-1), (0, call.query.shape[2])), calibrated.column_sums
             )
@@ -126,7 +133,7 @@ def visible_keys(real: Tensor, sequence: int, sliding_window: int) -> Tensor:
 
 
 def map_probabilities(
-    call: AttentionCall, key: Tensor, heads: range | tuple[int, ...], gamma: Sequence[float] | None = None
+    call: AttentionCall, key: Tensor, heads: range | tuple[int, ...], gamma: Tensor | None = None
 ) -> Tensor:
     """Attention maps of these heads, later sinks as they are: (batch, heads, sequence, total), at least float32.
 
@@ -134,7 +141,7 @@ def map_probabilities(
         call: The attention call.
         key: Keys of all positions, (batch, kv_num_heads, total, head_size).
         heads: Query heads.
-        gamma: Of each; None for 1.
+        gamma: Of each (heads,); None for 1.
     """
     return attention_probabilities(
         call.query[:, list(heads)],
@@ -144,28 +151,35 @@ def map_probabilities(
         softcap=call.softcap,
         sliding_window=call.sliding_window,
         sink_logits=call.sink_logits[list(heads)] if call.sink_logits is not None else None,
-        gamma=None if gamma is None else torch.tensor([gamma], device=key.device),
+        gamma=gamma,
     )
 
 
 def calibrated_probabilities(
-    call: AttentionCall, probabilities: Tensor, past_column_sums: Tensor, layer: LayerCalibration
+    call: AttentionCall,
+    probabilities: Tensor,
+    past_column_sums: Tensor,
+    *,
+    beta: float | Tensor,
+    threshold: float,
+    threshold_mode: str,
 ) -> CalibratedProbabilities:
-    """Calibrated attention maps (batch, calibrated heads, sequence, total) of the layer's calibrated heads.
+    """Calibrated attention maps (batch, heads, sequence, total) of some heads.
 
     Args:
         call: The attention call.
         probabilities: Their attention maps, gamma in them.
-        past_column_sums: (batch, calibrated heads, past).
-        layer: Which heads, and how.
+        past_column_sums: (batch, heads, past).
+        beta: Of all, or of each (heads,).
+        threshold: tau, or alpha where the mode is "relative".
+        threshold_mode: "absolute" or "relative".
     """
     calibrate = calibrate_one_at_a_time if call.one_at_a_time else calibrate_with_state
-    strengths = torch.tensor(layer.strengths).to(probabilities)  # float32 as in a file, whatever the maps are
     return calibrate(
         probabilities,
-        beta=strengths[:, 0, None, None],
-        threshold=strengths[:, 2, None],
-        threshold_mode=layer.threshold_mode,
+        beta=beta.to(probabilities)[:, None, None] if isinstance(beta, Tensor) else beta,
+        threshold=torch.tensor([threshold]).to(probabilities),  # float32 as in a file, whatever the maps are
+        threshold_mode=threshold_mode,
         real=(call.attention_mask != 0)[:, None],
         past_column_sums=past_column_sums.to(probabilities.dtype),
         sliding_window=call.sliding_window,

@@ -157,7 +157,7 @@ def contiguous_rows(model: PreTrainedModel) -> Iterator[None]:
     transformers slices the last positions out, and on a CPU PyTorch multiplies such rows by the vocabulary more slowly:
     in bfloat16 hundreds of times.
     """
-    layer = model.get_output_embeddings()
+    layer: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if layer is None:
         yield
         return

@@ -30,21 +30,28 @@ def search_command(
     chat: options.ChatOption = False,
     truncate: options.TruncateOption = False,
     method: Annotated[
-        str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How heads are ranked.")
+        str | None, typer.Option(metavar="act|gamma|fit", help="What to try, several by comma; else act and fit.")
+    ] = None,
+    ranking: Annotated[
+        str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How act ranks heads.")
     ] = "gates",
-    beta: Annotated[str | None, typer.Option(metavar="B,...", help="Strengths to try: scale of later sinks.")] = None,
+    beta: Annotated[str | None, typer.Option(metavar="B,...", help="For act: scales of later sinks to try.")] = None,
+    gamma: Annotated[str | None, typer.Option(metavar="G,...", help="For gamma: scales to try, each or 1/G.")] = None,
     threshold: Annotated[str | None, typer.Option(metavar="T,...", help="Sink score thresholds to try.")] = None,
     threshold_mode: Annotated[
         str | None, typer.Option(metavar="absolute|relative", help="Or both, by comma, each with its thresholds.")
     ] = None,
     heads: Annotated[str | None, typer.Option(metavar="N,...", help="Numbers of heads to try.")] = None,
+    fit_steps: Annotated[str | None, typer.Option(metavar="N,...", help="For fit: gradient steps to try.")] = None,
+    fit_l2: Annotated[str | None, typer.Option(metavar="X,...", help="For fit: pulls towards 1 to try.")] = None,
+    fit_l1: Annotated[float, typer.Option(metavar="X", help="For fit: leaves more heads at 1, e.g. 0.3.")] = 0.0,
     confirm: Annotated[int, typer.Option(help="Heads that gates+confirm measures exactly.")] = 40,
     rank: Annotated[int | None, typer.Option(help="Questions to rank heads with, of each task.")] = None,
     choose: Annotated[int | None, typer.Option(help="Questions to choose with.")] = None,
     report: Annotated[int | None, typer.Option(help="Questions to report the gain on.")] = None,
     seed: options.SeedOption = 0,
     joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Several tasks: also one set for all.")] = True,
-    random_draws: Annotated[int, typer.Option(help="Random head sets to compare with.")] = 3,
+    random_draws: Annotated[int, typer.Option(help="Random head sets to compare with.")] = 1,
     batch_tokens: options.BatchTokensOption = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for ranking, a third more time.")
@@ -72,10 +79,16 @@ def search_command(
     from act_export.verify.parity.dequantized import dequantized
 
     how = SearchOptions(
-        method=method,
+        methods=tuple(part.strip() for part in method.split(",")) if method is not None else SearchOptions().methods,
+        ranking=ranking,
         betas=options.numbers_of("--beta", beta) or SearchOptions().betas,
+        gammas=options.numbers_of("--gamma", gamma) or SearchOptions().gammas,
         thresholds=thresholds_of(options.numbers_of("--threshold", threshold), threshold_mode),
         head_counts=tuple(map(int, options.numbers_of("--heads", heads, whole=True))) or HEAD_COUNTS,
+        fit_steps=tuple(map(int, options.numbers_of("--fit-steps", fit_steps, whole=True)))
+        or SearchOptions().fit_steps,
+        fit_l2=options.numbers_of("--fit-l2", fit_l2) or SearchOptions().fit_l2,
+        fit_l1=fit_l1,
         confirm=confirm,
         batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
         gradient_checkpointing=gradient_checkpointing,

@@ -202,5 +202,6 @@ def _digest(calibration: Calibration | None) -> str:
     if calibration is None or not calibration.heads:
         return "plain"
     said = [sorted(calibration.heads.items()), calibration.threshold, calibration.threshold_mode]
-    betas = [calibration.beta] if not isinstance(calibration.beta, Mapping) else sorted(calibration.beta.items())
-    return hashlib.sha256(json.dumps([said, betas]).encode()).hexdigest()[:16]
+    for strength in (calibration.beta, calibration.gamma):
+        said.append([strength] if not isinstance(strength, Mapping) else sorted(strength.items()))
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

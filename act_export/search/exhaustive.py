@@ -29,7 +29,6 @@ from act_export.attention.fast_attention import (
     plain_attention,
 )
 from act_export.attention.hook import HookedModel, attention_hook
-from act_export.calibration.file import LayerCalibration
 from act_export.calibration.reference import calibrate_one_at_a_time, calibrate_with_state
 from act_export.calibration.reference_operator import attention_probabilities
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
@@ -188,10 +187,16 @@ class _FindSinks:
             self.has_sinks.append(torch.zeros(self.num_layers, batch, num_heads, dtype=torch.bool))
         sums = []
         for heads in head_groups(call):
-            ones = (1.0,) * len(heads)
-            group = LayerCalibration(heads, ones, ones, self.threshold.value, self.threshold.mode)
             maps = map_probabilities(call, key, heads)
-            found = calibrated_probabilities(call, maps, past.sink_scores[:, list(heads)].squeeze(-1), group)
+            sums_before = past.sink_scores[:, list(heads)].squeeze(-1)
+            found = calibrated_probabilities(
+                call,
+                maps,
+                sums_before,
+                beta=1.0,
+                threshold=self.threshold.value,
+                threshold_mode=self.threshold.mode,
+            )
             self.has_sinks[-1][call.layer, :, list(heads)] = found.sinks.flatten(2).any(2).cpu()
             sums.append(found.column_sums)
         state = LayerState(key, value, torch.cat(sums, 1).unsqueeze(-1).float())

@@ -1,9 +1,12 @@
-"""One backward pass ranks all heads.
+"""One backward pass ranks all heads, by both knobs.
 
-Each head gets a gate g: its output is o + g * (o' - o), o plain and o' calibrated, and every gate is 0. The derivative
-of the right answer's log-likelihood with respect to a gate is, to first order, what calibrating that head alone would
-gain. At gate 0 it is the inner product of the loss's gradient at the head's output with o' - o, so o' - o needs no
-graph of its own: the backward pass is that of the plain model.
+Each head gets two gates, all 0. The first, g, is of its later sinks: the output is o + g * (o' - o), o plain and o'
+calibrated. The derivative of the right answer's log-likelihood with respect to g is, to first order, what calibrating
+that head alone would gain. At gate 0 it is the inner product of the loss's gradient at the head's output with o' - o,
+so o' - o needs no graph of its own: the backward pass is that of the plain model.
+
+The second is log(gamma), of the initial token. Its derivative of row i's output is A[i, 0] * (v[0] - o[i]), by the
+softmax's own derivative, and needs no graph either.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from act_export.attention.call import AttentionCall, LayerState, empty_state, flatten_heads
+from act_export.attention.call import AttentionCall, AttentionHook, LayerState, empty_state, flatten_heads
 from act_export.attention.fast_attention import (
     calibrated_probabilities,
     head_groups,
@@ -25,7 +28,7 @@ from act_export.attention.fast_attention import (
     values_of,
 )
 from act_export.attention.hook import attention_hook
-from act_export.calibration.file import LayerCalibration
+from act_export.calibration.reference import initial_tokens
 from act_export.errors import ActExportError
 from act_export.search.decoder_layers import checkpointed
 from act_export.tasks import EncodedExample
@@ -37,13 +40,14 @@ _LOSS_SCALES = (4096, 64, 1)
 
 
 class GatedAttention:
-    """An attention hook: the plain model, with a gate per head whose gradient is exact at 0.
+    """An attention hook: the plain model, with two gates per head whose gradient is exact at 0.
 
-    Away from 0 the value is right but the gradient is not: it leaves out how a gate changes later layers' o' - o.
+    Away from 0 the first gate's value is right but its gradient is not: it leaves out how a gate changes later layers'
+    o' - o. Of the second only the gradient at 0 is right.
     """
 
     def __init__(self, gates: Tensor, *, beta: float, threshold: float, threshold_mode: str) -> None:
-        """Takes the gates (layers, heads), and how an open gate calibrates."""
+        """Takes the gates (2, layers, heads), and how an open gate calibrates later sinks."""
         self.gates = gates
         self.beta = beta
         self.threshold = threshold
@@ -58,18 +62,27 @@ class GatedAttention:
         with torch.no_grad():
             for heads in head_groups(call):
                 maps = map_probabilities(call, key, heads)
-                group = LayerCalibration(
-                    heads, (self.beta,) * len(heads), (1.0,) * len(heads), self.threshold, self.threshold_mode
+                sums_before = past.sink_scores[:, list(heads)].squeeze(-1)
+                calibrated = calibrated_probabilities(
+                    call,
+                    maps,
+                    sums_before,
+                    beta=self.beta,
+                    threshold=self.threshold,
+                    threshold_mode=self.threshold_mode,
                 )
-                calibrated = calibrated_probabilities(call, maps, past.sink_scores[:, list(heads)].squeeze(-1), group)
-                differences.append((calibrated.probabilities - maps) @ values_of(call, value, heads))
+                values = values_of(call, value, heads)
+                initial = initial_tokens(call.attention_mask != 0)[:, None, None, :].to(values.dtype)
+                of_gamma = (maps * initial).sum(-1, keepdim=True) * (initial @ values - maps @ values)
+                differences.append(torch.stack([(calibrated.probabilities - maps) @ values, of_gamma]))
                 sums.append(calibrated.column_sums)
             # a padding row has no calibrated output
             real_rows = call.attention_mask[:, -call.query.shape[2] :] != 0
-            difference = torch.cat(differences, 1).masked_fill(~real_rows[:, None, :, None], 0)
-        gate = self.gates[call.layer].to(difference)
+            difference = torch.cat(differences, 2).masked_fill(~real_rows[:, None, :, None], 0)
+        gate = self.gates[:, call.layer].to(difference)
+        opened = (gate[:, None, :, None, None] * difference).sum(0)
         state = LayerState(key, value, torch.cat(sums, 1).unsqueeze(-1).float())
-        return flatten_heads(plain + (gate[:, None, None] * difference).to(plain.dtype)), state
+        return flatten_heads(plain + opened.to(plain.dtype)), state
 
 
 def gate_gradients(
@@ -84,7 +97,7 @@ def gate_gradients(
     length_normalized: bool = False,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
-    """Derivative of the right answers' log-likelihood with respect to each head's gate, summed over one batch.
+    """Derivative of the right answers' log-likelihood with respect to each head's two gates, summed over one batch.
 
     The likelihood is that among the choices; where there is one choice only (a generation task's reference answer), its
     own. The model's parameters receive no gradient.
@@ -102,28 +115,55 @@ def gate_gradients(
         gradient_checkpointing: Compute each layer twice to keep one layer's activations instead of all layers'.
 
     Returns:
-        float64 (num_layers, num_heads); positive where calibrating the head makes the right answers likelier.
+        float64 (2, num_layers, num_heads): first positive where calibrating the head's later sinks makes the right
+        answers likelier; then by log(gamma), positive where a stronger initial token does.
 
     Raises:
         ActExportError: If a score or a gradient isn't finite, naming the prompt, or for a gradient those of its batch;
             if gradient checkpointing doesn't know the model's layers.
     """
+    gates = torch.zeros(2, num_layers, num_heads, device=model.device)
+    hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
+    saving = checkpointed(model, num_layers) if gradient_checkpointing else nullcontext()
+    with saving:
+        return likelihood_gradient(model, hook, gates, batch, length_normalized=length_normalized)
+
+
+def likelihood_gradient(
+    model: PreTrainedModel,
+    hook: AttentionHook,
+    parameter: Tensor,
+    batch: Sequence[EncodedExample],
+    *,
+    length_normalized: bool = False,
+) -> Tensor:
+    """Derivative of the right answers' log-likelihood, summed over one batch, by a parameter of an attention hook.
+
+    Args:
+        model: Any that `act_export.attention.hook.attention_hook` takes.
+        hook: Uses the parameter.
+        parameter: Of any shape.
+        batch: Examples that run together.
+        length_normalized: Compare choices by log-likelihood per token.
+
+    Returns:
+        float64, of the parameter's shape.
+
+    Raises:
+        ActExportError: If a score isn't finite, naming the prompt, or a gradient, naming those of its batch.
+    """
+    parameter.requires_grad_(True)
     for scale in _LOSS_SCALES if model.dtype == torch.float16 else (1,):
-        gates = torch.zeros(num_layers, num_heads, device=model.device, requires_grad=True)
-        hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
-        saving = checkpointed(model, num_layers) if gradient_checkpointing else nullcontext()
-        with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
+        with torch.enable_grad(), attention_hook(model, hook) as hooked:
             scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
-            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores).sum(), gates)
-        gradient = scaled.double() / scale
+            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores).sum(), parameter)
+        gradient: Tensor = scaled.double() / scale
         if gradient.isfinite().all():
-            break
-    else:
-        raise ActExportError(
-            f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}; the weights "
-            f"or their precision are at fault, float32 or bfloat16 may help"
-        )
-    return gradient.cpu()
+            return gradient.cpu()
+    raise ActExportError(
+        f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}; the weights "
+        f"or their precision are at fault, float32 or bfloat16 may help"
+    )
 
 
 def log_likelihoods(examples: Sequence[EncodedExample], scores: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import transformers
 from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
-from act_export.search.choose import Choice, heads_with_betas
+from act_export.search.choose import Choice
 from act_export.search.request import SearchTask
 from act_export.search.results import Gain, TaskReport
 from act_export.tasks import question_digests
@@ -26,7 +26,7 @@ def search_provenance(
     reports: Sequence[TaskReport],
     gains: Sequence[Gain | None],
     *,
-    method: str,
+    ranking: str,
     average: Gain | None = None,
 ) -> Provenance:
     """The record of a search.
@@ -38,10 +38,10 @@ def search_provenance(
         tasks: What it was found on.
         reports: By task.
         gains: By task, on questions that took no part; None where no set helped.
-        method: How heads were ranked.
+        ranking: How heads were ranked.
         average: Mean gain over the tasks, where the set was found on all of them together.
     """
-    asked = tasks[0].questions
+    asked, chosen = tasks[0].questions, choice.chosen.proposal
     used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
     accuracies = [
         gain.accuracy if gain is not None else report.plain_accuracy
@@ -50,6 +50,7 @@ def search_provenance(
     notes: dict[str, Any] = {
         "choose_accuracy": tried(choice),
         "choose_p": round(choice.p, 4),
+        "ranking": ranking,
         "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {
@@ -73,7 +74,7 @@ def search_provenance(
     else:
         notes |= _gain_notes(reports[0])
     return Provenance(
-        method=method,
+        method=chosen.method if chosen is not None else ",".join(methods_tried(choice)),
         tasks=tuple(task.name for task in tasks),
         samples={name: sum(report.sizes[name] for report in reports) for name in (RANK, CHOOSE, REPORT)},
         seed=asked.drawing_seed,
@@ -90,21 +91,16 @@ def hub_model(checkpoint: Checkpoint) -> dict[str, str]:
     return {"name": name, "revision": checkpoint.revision} if name and checkpoint.revision else {}
 
 
+def methods_tried(choice: Choice) -> list[str]:
+    """Methods that had something to propose; "none" where none had."""
+    named = dict.fromkeys(c.proposal.method for c in choice.candidates if c.proposal is not None)
+    return list(named) or ["none"]
+
+
 def tried(choice: Choice) -> dict[str, float]:
-    """Accuracy on the choose split by what was tried, "heads" or "heads, betas, threshold" where these differ."""
-    kinds = [_kind(candidate.calibration) for candidate in choice.candidates[1:]]
-    one_kind = len(set(kinds)) <= 1
-    labels = ["0"] + [
-        str(candidate.calibration.num_calibrated_heads)
-        + ("" if one_kind else f" heads, beta {' and '.join(f'{beta:g}' for beta in kind[0])}, {kind[1]} {kind[2]:g}")
-        for candidate, kind in zip(choice.candidates[1:], kinds, strict=True)
-    ]
-    return {label: round(candidate.accuracy, 4) for label, candidate in zip(labels, choice.candidates, strict=True)}
-
-
-def _kind(calibration: Calibration) -> tuple[tuple[float, ...], str, float]:
-    betas = tuple(sorted(set(heads_with_betas(calibration).values())))
-    return betas, calibration.threshold_mode, calibration.threshold
+    """Accuracy on the choose split by what was tried."""
+    labels = [c.proposal.label if c.proposal is not None else "plain" for c in choice.candidates]
+    return {label: round(c.accuracy, 4) for label, c in zip(labels, choice.candidates, strict=True)}
 
 
 def package_versions() -> dict[str, str]:

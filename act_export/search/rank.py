@@ -1,4 +1,4 @@
-"""What calibrating each head alone would gain: the order in which heads are considered."""
+"""What changing each head alone would gain: the order in which heads are considered."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ class Effects:
             is the first-order estimate. -inf where the head wasn't measured.
         correct: By beta, int64 (layers, heads): right answers gained less lost, the paper's criterion; none from gates.
         passes: Forward passes of one prompt that it took; a backward pass counts as two.
+        slopes: Derivatives of the mean log-likelihood by beta and by log(gamma), at 1 and 0: float64 (2, layers,
+            heads). None where no backward pass was taken.
     """
 
     log_likelihood: Mapping[float, Tensor]
     correct: Mapping[float, Tensor]
     passes: float
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,12 @@ def rank_heads(
     *,
     joint: bool = False,
 ) -> Ranking:
-    """Effects of all heads on the tasks' ranking splits, by the method of the options.
+    """Effects of all heads on the tasks' ranking splits, by the ranking and the methods of the options.
 
     Args:
         checkpoint: The model.
         tasks: At least one.
-        options: Method, betas, thresholds.
+        options: Methods, ranking, betas, thresholds.
         workers: Who does it.
         joint: The ranking for all tasks together will be used: "gates+confirm" measures its first heads too.
 
@@ -75,22 +78,20 @@ def rank_heads(
         ActExportError: If a score or a gradient isn't finite; if the method needs the model's decoder layers and can't
             find them.
     """
-    if options.method == "exhaustive":
-        own = _exact(checkpoint, tasks, options, workers, [[None] * len(options.thresholds)] * len(tasks))
-        return Ranking(own, _together(own))
-    estimated = _by_gates(checkpoint, tasks, options, workers)
-    if options.method == "gates":
+    estimated = _by_gates(checkpoint, tasks, options, workers) if _takes_gradients(options) else None
+    if estimated is not None and (options.ranking == "gates" or "act" not in options.methods):
         return Ranking(estimated, _together(estimated))
-    first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
-    own = _exact(checkpoint, tasks, options, workers, first)
-    own = tuple(
-        tuple(replace(after, passes=before.passes + after.passes) for before, after in zip(*of_task, strict=True))
-        for of_task in zip(estimated, own, strict=True)
-    )
+    first: list[list[Mapping[float, Heads] | None]] = [[None] * len(options.thresholds)] * len(tasks)
+    if estimated is not None and options.ranking == "gates+confirm":
+        first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
+    own = _with_slopes(_exact(checkpoint, tasks, options, workers, first), estimated)
     if not joint:
         return Ranking(own, ())
+    if estimated is None or options.ranking == "exhaustive":
+        return Ranking(own, _together(own))
     shared = [_first(effects, options.confirm) for effects in _together(estimated)]
-    return Ranking(own, _together(_exact(checkpoint, tasks, options, workers, [shared] * len(tasks))))
+    exact = _exact(checkpoint, tasks, options, workers, [shared] * len(tasks))
+    return Ranking(own, _together(_with_slopes(exact, estimated)))
 
 
 def first_heads(effect: Tensor, count: int) -> list[tuple[int, int]]:
@@ -104,15 +105,33 @@ def first_heads(effect: Tensor, count: int) -> list[tuple[int, int]]:
     return [divmod(index, effect.shape[1]) for index in order.tolist()]
 
 
+def _takes_gradients(options: SearchOptions) -> bool:
+    return options.ranking != "exhaustive" or options.methods != ("act",)
+
+
+def _with_slopes(
+    exact: tuple[tuple[Effects, ...], ...], estimated: tuple[tuple[Effects, ...], ...] | None
+) -> tuple[tuple[Effects, ...], ...]:
+    """Measured effects, with the slopes of the estimate before them and what both took."""
+    if estimated is None:
+        return exact
+    return tuple(
+        tuple(
+            replace(after, passes=b.passes + after.passes, slopes=b.slopes) for b, after in zip(*of_task, strict=True)
+        )
+        for of_task in zip(estimated, exact, strict=True)
+    )
+
+
 def ranking_cost(task: EncodedTask, options: SearchOptions, num_layers: int, num_heads: int) -> float:
     """About what ranking costs, in the unit of `Unit.cost`."""
-    plain = sum(cost_of(batch) for batch in _batches(task, options))
-    gates = 0 if options.method == "exhaustive" else GRADIENT_COST * plain
+    plain = sum(cost_of(batch) for batch in ranking_batches(task, options))
+    gates = GRADIENT_COST * plain if _takes_gradients(options) else 0
     heads = {
         "gates": 0,
         "exhaustive": num_layers * num_heads,
         "gates+confirm": min(options.confirm, num_layers * num_heads),
-    }[options.method]
+    }[options.ranking if "act" in options.methods else "gates"]
     return len(options.thresholds) * (gates + len(options.betas) * heads * plain / 2)
 
 
@@ -130,24 +149,32 @@ def _together(own: Sequence[Sequence[Effects]]) -> tuple[Effects, ...]:
             },
             {},
             sum(effects.passes for effects in of_tasks),
+            _mean_slopes(of_tasks),
         )
         for of_tasks in zip(*own, strict=True)
     )
 
 
-def _batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExample]]:
+def _mean_slopes(of_tasks: Sequence[Effects]) -> Tensor | None:
+    slopes = [effects.slopes for effects in of_tasks if effects.slopes is not None]
+    return torch.stack(slopes).mean(0) if slopes else None
+
+
+def ranking_batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExample]]:
+    """The ranking split's examples, as they run together."""
     examples = task.splits[RANK]
     return [
         [examples[index] for index in indices] for indices in batches(examples, Batching(None, options.batch_tokens))
     ]
 
 
-def _compares_per_token(task: EncodedTask) -> bool:
+def compares_per_token(task: EncodedTask) -> bool:
     """A generated answer's likelihood is taken per token, so that it counts as much as that of a choice."""
     return task.task.length_normalized or task.task.generation is not None
 
 
-def _name(task: EncodedTask, threshold: Threshold) -> str:
+def name_of(task: EncodedTask, threshold: Threshold) -> str:
+    """What a journal's keys call both."""
     return f"{task.name} {threshold.mode} {threshold.value}"
 
 
@@ -166,7 +193,7 @@ def _by_gates(
             beta=0.0,  # the gradient is proportional to 1 - beta: one pass for all
             threshold=threshold.value,
             threshold_mode=threshold.mode,
-            length_normalized=_compares_per_token(task),
+            length_normalized=compares_per_token(task),
             gradient_checkpointing=options.gradient_checkpointing,
         )
         values: list[float] = gradient.flatten().tolist()
@@ -176,27 +203,28 @@ def _by_gates(
         (task, threshold, number, batch)
         for task in tasks
         for threshold in options.thresholds
-        for number, batch in enumerate(_batches(task, options))
+        for number, batch in enumerate(ranking_batches(task, options))
     ]
     units = [
         Unit(
-            f"gates {_name(task, threshold)} {number}",
+            f"gates {name_of(task, threshold)} {number}",
             GRADIENT_COST * cost_of(batch),
             lambda task=task, threshold=threshold, batch=batch: compute(task, threshold, batch),  # type: ignore[misc]
-            lambda value: are_numbers(value, shape[0] * shape[1]),
+            lambda value: are_numbers(value, 2 * shape[0] * shape[1]),
         )
         for task, threshold, number, batch in plan
     ]
     totals: dict[str, Tensor] = {}
     for (task, threshold, _, _), values in zip(plan, workers.run("ranking heads", units), strict=True):
-        gradient = torch.tensor(values, dtype=torch.float64).view(shape)
-        name = _name(task, threshold)
+        gradient = torch.tensor(values, dtype=torch.float64).view(2, *shape)
+        name = name_of(task, threshold)
         totals[name] = totals[name] + gradient if name in totals else gradient
 
     def effects(task: EncodedTask, threshold: Threshold) -> Effects:
         count = len(task.splits[RANK])
-        erased = totals[_name(task, threshold)] / count
-        return Effects({beta: (1 - beta) * erased for beta in options.betas}, {}, GRADIENT_COST * count)
+        erased, log_gamma = totals[name_of(task, threshold)] / count
+        slopes = torch.stack([-erased, log_gamma])  # an open gate takes beta from 1 to 0
+        return Effects({beta: (1 - beta) * erased for beta in options.betas}, {}, GRADIENT_COST * count, slopes)
 
     return tuple(tuple(effects(task, threshold) for threshold in options.thresholds) for task in tasks)
 
@@ -239,7 +267,7 @@ def _exact(
     for t, task in enumerate(tasks):
         for k, threshold in enumerate(options.thresholds):
             chosen = wanted[t][k]
-            for number, batch in enumerate(_batches(task, options)):
+            for number, batch in enumerate(ranking_batches(task, options)):
                 for beta in options.betas:
                     for layer in range(num_layers):
                         heads = [h for h in range(num_heads) if chosen is None or (layer, h) in chosen[beta]]
@@ -283,13 +311,13 @@ def _exact_unit(
     options: SearchOptions,
 ) -> Unit:
     def compute() -> list[list[float]]:
-        plain = runs.get(f"{_name(task, threshold)} {number}", batch, threshold, _compares_per_token(task))
+        plain = runs.get(f"{name_of(task, threshold)} {number}", batch, threshold, compares_per_token(task))
         effects = plain.effects(layer, heads, beta=beta, batch_tokens=options.batch_tokens)
         return [list(effects.log_likelihood), list(effects.correct), [effects.passes]]
 
     num_layers = runs.checkpoint.identity.num_layers
     share = (num_layers - layer) / num_layers
-    key = f"exact {_name(task, threshold)} {beta} {number} {layer} {heads}"
+    key = f"exact {name_of(task, threshold)} {beta} {number} {layer} {heads}"
     num_heads = runs.checkpoint.identity.num_heads
     return Unit(key, cost_of(batch) * len(heads) * share, compute, lambda value: _are_effects(value, num_heads))
 

@@ -9,11 +9,19 @@ from act_export.calibration.file import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibra
 from act_export.errors import ActExportError, shown
 from act_export.tasks import Generation, Questions, Splits
 
-METHODS = ("gates", "gates+confirm", "exhaustive")
-HEAD_COUNTS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60)
+METHODS = ("act", "gamma", "fit")
+RANKINGS = ("gates", "gates+confirm", "exhaustive")
+HEAD_COUNTS = (1, 3, 10, 20, 40, 80)
 BATCH_TOKENS = 2048
 _MOST_HEADS = 1_000_000
-_RANGES = (("confirm", 1, _MOST_HEADS), ("batch_tokens", 1, 2**40), ("random_draws", 0, 10_000))
+_RANGES = (
+    ("confirm", 1, _MOST_HEADS),
+    ("batch_tokens", 1, 2**40),
+    ("random_draws", 0, 10_000),
+    ("fit_steps", 1, 1000),
+    ("fit_l2", 0, 1000),
+    ("fit_l1", 0, 1000),
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,16 @@ class SearchOptions:
     """How to search.
 
     Attributes:
-        method: "gates", "exhaustive" or "gates+confirm".
-        betas: Strengths to try. Each alone; and each below 1 together with each above, every head taking what suits it.
+        methods: What is tried, all in one decision: "act" weakens the later sinks of the first heads, the paper's way;
+            "gamma" sets the initial token's strength of the first heads; "fit" both strengths of all heads.
+        ranking: How "act" ranks heads: "gates", "exhaustive" or "gates+confirm".
+        betas: Of "act", to try. Each alone; and each below 1 together with each above, every head taking what suits it.
+        gammas: Of "gamma", to try: every head takes the one or its inverse, whichever suits it.
         thresholds: To try.
         head_counts: Numbers of heads to try.
+        fit_steps: Of "fit", to try: strengths after so many gradient steps.
+        fit_l2: Of "fit", to try: how strongly strengths are drawn back to 1.
+        fit_l1: Leaves strengths that gain less at 1, so that fewer heads are touched; 0 touches all.
         confirm: How many of the heads that gates rank first "gates+confirm" measures exactly, for each beta.
         batch_tokens: Positions that run together at the most, which bounds memory; see
             `act_export.tasks.batching.positions_of`. One example alone may have more.
@@ -91,14 +105,19 @@ class SearchOptions:
         random_draws: How often as many random heads are measured instead, as a control.
     """
 
-    method: str = "gates"
+    methods: tuple[str, ...] = ("act", "fit")
+    ranking: str = "gates"
     betas: tuple[float, ...] = (DEFAULT_BETA,)
+    gammas: tuple[float, ...] = (0.6,)
     thresholds: tuple[Threshold, ...] = (Threshold(),)
     head_counts: tuple[int, ...] = HEAD_COUNTS
+    fit_steps: tuple[int, ...] = (2, 3, 5)
+    fit_l2: tuple[float, ...] = (1e-4,)
+    fit_l1: float = 0.0
     confirm: int = 40
     batch_tokens: int = BATCH_TOKENS
     gradient_checkpointing: bool = False
-    random_draws: int = 3
+    random_draws: int = 1
 
     def __post_init__(self) -> None:
         """Checks every value.
@@ -107,9 +126,13 @@ class SearchOptions:
             CalibrationError: For a beta or threshold that no calibration may have.
             ActExportError: For any other value, naming it.
         """
-        if self.method not in METHODS:
-            raise ActExportError(f"there is no method {self.method!r}; it must be {', '.join(METHODS)}")
-        for name in ("betas", "thresholds", "head_counts"):
+        unknown = next((name for name in self.methods if name not in METHODS), None)
+        if unknown is not None:
+            advice = f"--ranking {unknown} is how heads are ranked; " if unknown in RANKINGS else ""
+            raise ActExportError(f"there is no method {unknown!r}; {advice}methods are {', '.join(METHODS)}")
+        if self.ranking not in RANKINGS:
+            raise ActExportError(f"there is no ranking {self.ranking!r}; it must be {', '.join(RANKINGS)}")
+        for name in ("methods", "betas", "gammas", "thresholds", "head_counts", "fit_steps", "fit_l2"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ActExportError(f"{name} are {values}; name at least one, and none twice")
@@ -119,13 +142,18 @@ class SearchOptions:
                 raise CalibrationError(
                     "beta is 1, which changes nothing; below 1 weakens later sinks, above 1 strengthens"
                 )
+        for gamma in self.gammas:
+            Calibration({}, gamma=gamma)
+            if gamma == 1:
+                raise CalibrationError("gamma is 1, which changes nothing; 0.5 halves the initial token or doubles it")
         for threshold in self.thresholds:
             Calibration({}, threshold=threshold.value, threshold_mode=threshold.mode)
         for name, least, most in _RANGES:
-            value = getattr(self, name)
-            if not least <= value <= most:
-                bound = f"at least {least}" if value < least else f"at most {most}"
-                raise ActExportError(f"{name} is {value}; it must be {bound}")
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if not least <= value <= most:
+                    bound = f"at least {least}" if value < least else f"at most {most}"
+                    raise ActExportError(f"{name} is {value}; it must be {bound}")
         if not all(1 <= count <= _MOST_HEADS for count in self.head_counts):
             raise ActExportError(
                 f"the numbers of heads are {shown(self.head_counts)}; each must be at least 1 and at most {_MOST_HEADS}"

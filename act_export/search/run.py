@@ -26,12 +26,14 @@ from act_export.search.answers import (
     cost_of,
     encode_task,
 )
-from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
+from act_export.search.choose import Choice, choose
+from act_export.search.fit import fit_strengths, fitting_cost
 from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Workers, process_index, same_everywhere
+from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
 from act_export.search.provenance import package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
-from act_export.search.request import SearchOptions, SearchTask
+from act_export.search.request import SearchOptions, SearchTask, Threshold
 from act_export.search.results import (
     Gain,
     SearchResult,
@@ -45,7 +47,7 @@ from act_export.search.results import (
 from act_export.tasks import question_digests
 
 JOINT = "joint"
-_JOURNAL_VERSION = 2  # another one where the same key may stand for another result
+_JOURNAL_VERSION = 3  # another one where the same key may stand for another result
 
 
 def search_heads(
@@ -152,7 +154,7 @@ class _Search:
 
     def run(self, joint: bool) -> SearchResult:
         ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint)
-        plain = self._answer("choosing how many", [(task, CHOOSE, None) for task in self.tasks])
+        plain = self._answer("choosing", [(task, CHOOSE, None) for task in self.tasks])
         found = {
             task.name: self._choose([task], effects, [answers])
             for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
@@ -195,22 +197,42 @@ class _Search:
             effects: By threshold.
             plain: By task, the plain model's answers.
         """
-        candidates: list[Calibration] = []
-        for threshold, of_threshold in zip(self.options.thresholds, effects, strict=True):
-            candidates += candidate_calibrations(
-                of_threshold.log_likelihood, self.options.head_counts, threshold, self.checkpoint.identity
-            )
+        proposals = [
+            proposal
+            for threshold, of_threshold in zip(self.options.thresholds, effects, strict=True)
+            for proposal in self._propose(tasks, threshold, of_threshold)
+        ]
         flat = self._answer(
-            "choosing how many" if len(tasks) == 1 else "choosing a joint set",
-            [(task, CHOOSE, candidate) for candidate in candidates for task in tasks],
+            "choosing" if len(tasks) == 1 else "choosing a joint set",
+            [(task, CHOOSE, proposal.calibration) for proposal in proposals for task in tasks],
         )
         rows = [flat[start : start + len(tasks)] for start in range(0, len(flat), len(tasks))]
-        choice = choose(candidates, plain, rows)
-        chosen = choice.chosen.calibration
-        if not chosen.heads:
-            first = self.options.thresholds[0]
-            chosen = Calibration({}, self.options.betas[0], first.value, first.mode, self.checkpoint.identity)
-        return _Found(chosen, choice)
+        choice = choose(proposals, plain, rows)
+        if choice.chosen.proposal is not None:
+            return _Found(choice.chosen.proposal.calibration, choice)
+        first = self.options.thresholds[0]
+        nothing = Calibration({}, self.options.betas[0], first.value, first.mode, self.checkpoint.identity)
+        return _Found(nothing, choice)
+
+    def _propose(self, tasks: Sequence[EncodedTask], threshold: Threshold, effects: Effects) -> list[Proposal]:
+        """What each method has to offer at this threshold."""
+        options, model = self.options, self.checkpoint.identity
+        proposals: list[Proposal] = []
+        if "act" in options.methods:
+            proposals += first_heads_by_beta(effects.log_likelihood, options.head_counts, threshold, model)
+        if "gamma" in options.methods:
+            assert effects.slopes is not None  # other methods than "act" have them computed
+            proposals += first_heads_by_gamma(effects.slopes[1], options.gammas, options.head_counts, threshold, model)
+        if "fit" in options.methods:
+            assert effects.slopes is not None
+            for l2 in options.fit_l2:
+                strengths = fit_strengths(self.checkpoint, tasks, effects.slopes, threshold, l2, options, self.workers)
+                said = f", L2 {l2:g}" if len(options.fit_l2) > 1 else ""
+                proposals += fitted(strengths, said, threshold, model)
+        if len(options.thresholds) > 1:
+            said = f", {threshold.mode} {threshold.value:g}"
+            proposals = [proposal._replace(label=proposal.label + said) for proposal in proposals]
+        return proposals
 
     def _report(self, found: Mapping[str, _Found], together: _Found | None) -> dict[str, dict[str, Answers]]:
         """By task, answers to the report split: plain, own, joint, random heads, published sets; and content-free."""
@@ -256,7 +278,7 @@ class _Search:
             [task.task for task in tasks],
             of_tasks,
             gains,
-            method=self.options.method,
+            ranking=self.options.ranking,
             average=average,
         )
         return replace(found.calibration, provenance=provenance)
@@ -302,7 +324,13 @@ def _planned_cost(
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
     weak = sum(beta < 1 for beta in options.betas)
     ways = len(options.betas) + weak * (len(options.betas) - weak)
-    candidates = ways * len(options.thresholds) * len(options.head_counts)
+    counts = len(options.head_counts)
+    of_methods = {
+        "act": ways * counts,
+        "gamma": len(options.gammas) * counts,
+        "fit": len(options.fit_l2) * len(options.fit_steps),
+    }
+    candidates = len(options.thresholds) * sum(of_methods[method] for method in options.methods)
     times = {
         CHOOSE: 1 + candidates * (2 if joint else 1),
         REPORT: 2 + options.random_draws + published + joint,
@@ -311,6 +339,8 @@ def _planned_cost(
     total = 0.0
     for task in tasks:
         total += ranking_cost(task, options, layers, heads)
+        if "fit" in options.methods:
+            total += fitting_cost(task, options) * (2 if joint else 1)
         total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
     return total
 

@@ -18,7 +18,7 @@ from act_export.files import cache_folder
 from act_export.search.journal import Journal
 
 SIZES = ("--rank", "40", "--choose", "50", "--report", "40")
-BETA = ("--method", "gates+confirm", "--beta", "0", "--heads", "1,2")
+BETA = ("--method", "act", "--ranking", "gates+confirm", "--beta", "0", "--heads", "1,2")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_one_task_writes_one_file(model: Path, rows: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     found = Calibration.load(out)
     assert (found.heads, found.beta) == (PLANTED.heads, 0.0)
-    assert found.provenance.method == "gates+confirm"
+    assert (found.provenance.method, found.provenance.notes["ranking"]) == ("act", "gates+confirm")
     assert found.provenance.samples == {"rank": 40, "choose": 50, "report": 40}
     lines = result.stdout.splitlines()
     assert lines[-1] == str(out)
@@ -147,13 +147,14 @@ def test_the_same_command_goes_on_by_itself(
 def test_options_reach_the_search(model: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "c.json"
     result = run(
-        *(model, "--data", rows, "--out", out, *SIZES, "--method", "exhaustive", "--beta", "0,1.5", "--seed", 4),
+        *(model, "--data", rows, "--out", out, *SIZES, "--ranking", "exhaustive", "--beta", "0,1.5", "--seed", 4),
+        *("--method", "act"),
         *("--threshold-mode", "absolute,relative", "--heads", "1", "--random-draws", 5, "--dtype", "bfloat16"),
     )
     assert result.exit_code == 0, result.output
     origin = Calibration.load(out).provenance
-    assert (origin.method, origin.seed, origin.notes["dtype"]) == ("exhaustive", 4, "bfloat16")
-    kinds = {label.partition("beta")[2] for label in origin.notes["choose_accuracy"] if label != "0"}
+    assert (origin.notes["ranking"], origin.seed, origin.notes["dtype"]) == ("exhaustive", 4, "bfloat16")
+    kinds = {label.partition("beta")[2] for label in origin.notes["choose_accuracy"] if label != "plain"}
     assert {" 0, absolute 0.1", " 1.5, absolute 0.1"} <= kinds
     if "controls" in origin.notes:
         assert len(origin.notes["controls"]["random_heads"]) == 5
@@ -181,7 +182,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nothing to confirm": (["--confirm", "0"], "confirm is 0; it must be at least 1"),
     "no tokens": (["--batch-tokens", "0"], "batch_tokens is 0; it must be at least 1"),
     "draws below 0": (["--random-draws=-1"], "random_draws is -1; it must be at least 0"),
-    "unknown method": (["--method", "gate"], "there is no method 'gate'; it must be gates, gates+confirm, exhaustive"),
+    "unknown method": (["--method", "act,fits"], "there is no method 'fits'; methods are act, gamma, fit"),
+    "a ranking for a method": (
+        ["--method", "gates"],
+        "--ranking gates is how heads are ranked; methods are act, gamma",
+    ),
+    "unknown ranking": (["--ranking", "gate"], "no ranking 'gate'; it must be gates, gates+confirm, exhaustive"),
     "empty split": (["--rank", "0"], "the rank split has 0 examples"),
     "too few rows": (["--report", "400"], "there are 130 different prompts"),
     "usual splits of too few rows": (["--report", "40", "--rank", "1000"], "there are 130 different prompts"),

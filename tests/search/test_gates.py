@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -51,7 +52,11 @@ class NaiveGates:
         real = call.attention_mask != 0
         plain = attention_probabilities(call.query, key.repeat_interleave(group, 1), real, scale=call.scale)
         calibrated = calibrate_with_state(plain, real=real[:, None], past_column_sums=sums, **KNOBS)
-        mixed = plain + self.gates[call.layer][:, None, None] * (calibrated.probabilities - plain)
+        gate, log_gamma = self.gates[:, call.layer]
+        first = torch.arange(real.shape[1]) == real.long().argmax(1)[:, None]
+        weighted = plain * torch.where(first[:, None, None], log_gamma.exp()[:, None, None], 1)
+        weighted = weighted / weighted.sum(-1, keepdim=True).clamp(min=1e-12)
+        mixed = weighted + gate[:, None, None] * (calibrated.probabilities - plain)
         output = mixed @ value.repeat_interleave(group, 1)
         return flatten_heads(output), LayerState(key, value, calibrated.column_sums[..., None])
 
@@ -82,7 +87,7 @@ def gradients(
     model: PreTrainedModel, examples: Sequence[EncodedExample], batch_size: int = 16, **options: Any
 ) -> Tensor:
     """Mean over the examples, batch by batch."""
-    total = torch.zeros(3, 4, dtype=torch.float64)
+    total = torch.zeros(2, 3, 4, dtype=torch.float64)
     for indices in batches(examples, Batching(batch_size)):
         batch = [examples[index] for index in indices]
         total += gate_gradients(model, batch, num_layers=3, num_heads=4, **(KNOBS | options))
@@ -91,7 +96,7 @@ def gradients(
 
 @pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_gradients_are_those_of_the_whole_graph(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
-    gates = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    gates = torch.zeros(2, 3, 4, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(gain(llama, NaiveGates(gates), examples), gates)
     assert expected.abs().min() > 0
     torch.testing.assert_close(gradients(llama, examples), expected, atol=1e-6, rtol=1e-5)
@@ -100,15 +105,14 @@ def test_gradients_are_those_of_the_whole_graph(llama: PreTrainedModel, examples
 @pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_gradients_are_finite_differences(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
     step = 1e-3  # the model's own norms are float32, so no smaller one
-    measured = torch.zeros(3, 4, dtype=torch.float64)
+    measured = torch.zeros(2, 3, 4, dtype=torch.float64)
     with torch.no_grad():
-        for layer in range(3):
-            for head in range(4):
-                gates = torch.zeros(3, 4, dtype=torch.float64)
-                gates[layer, head] = step
-                above = gain(llama, NaiveGates(gates), examples)
-                below = gain(llama, NaiveGates(-gates), examples)
-                measured[layer, head] = (above - below) / (2 * step)
+        for place in product(range(2), range(3), range(4)):
+            gates = torch.zeros(2, 3, 4, dtype=torch.float64)
+            gates[place] = step
+            above = gain(llama, NaiveGates(gates), examples)
+            below = gain(llama, NaiveGates(-gates), examples)
+            measured[place] = (above - below) / (2 * step)
     torch.testing.assert_close(gradients(llama, examples), measured, atol=5e-4, rtol=1e-2)
 
 
@@ -117,8 +121,8 @@ def test_an_open_gate_calibrates_its_head(name: str, request: pytest.FixtureRequ
     model: PreTrainedModel = request.getfixturevalue(name)
     ids = torch.tensor([[0, 0, 5, 17, 99, 5, 40, 5, 3], [9, 8, 7, 8, 8, 7, 1, 2, 2]])
     mask = (ids > 0).long()
-    gates = torch.zeros(3, 4, dtype=torch.float64)
-    gates[0, 2] = gates[2, 1] = 1
+    gates = torch.zeros(2, 3, 4, dtype=torch.float64)
+    gates[0, 0, 2] = gates[0, 2, 1] = 1
     opened = GatedAttention(gates, threshold_mode="absolute", **KNOBS)
     fixed = FastAttention(Calibration({0: (2,), 2: (1,)}, **KNOBS))
     plain = FastAttention(None)
@@ -161,9 +165,10 @@ def test_gradient_checkpointing_changes_memory_not_gradients(
 
 def test_the_gradient_is_proportional_to_one_minus_beta(llama: PreTrainedModel) -> None:
     """So that one backward pass ranks heads for every strength."""
-    erased = gradients(llama, ONE_TOKEN, beta=0.0)
+    erased = gradients(llama, ONE_TOKEN, beta=0.0)[0]
     for beta in (0.4, 0.9, 1.0):
-        torch.testing.assert_close(gradients(llama, ONE_TOKEN, beta=beta), (1 - beta) * erased, atol=1e-6, rtol=1e-5)
+        gradient = gradients(llama, ONE_TOKEN, beta=beta)[0]
+        torch.testing.assert_close(gradient, (1 - beta) * erased, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -168,7 +168,19 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         return [
             *("search", str(checkpoint), "--data", str(data), "--out", str(tmp_path / f"{name}.json")),
             *("--journal", str(tmp_path / f"{name} journal"), "--rank", "40", "--choose", "50", "--report", "40"),
-            *("--beta", "0", "--heads", "1,2", "--method", "gates+confirm", "--batch-tokens", "200", *more),
+            *(
+                "--beta",
+                "0",
+                "--heads",
+                "1,2",
+                "--method",
+                "act",
+                "--ranking",
+                "gates+confirm",
+                "--batch-tokens",
+                "200",
+                *more,
+            ),
         ]
 
     alone = CliRunner().invoke(app, search("alone", rows))

@@ -15,11 +15,11 @@ from act_export.search import SearchOptions, Threshold
 from act_export.search.answers import RANK, EncodedTask, encode_task
 from act_export.search.processes import Workers
 from act_export.search.rank import first_heads, rank_heads, ranking_cost
-from act_export.search.request import METHODS
+from act_export.search.request import RANKINGS
 from act_export.tasks.scoring import predicted_choice
 
 THRESHOLD = Threshold(0.1)
-OPTIONS = SearchOptions(method="exhaustive", betas=(0.2, 1.5), confirm=3, batch_tokens=100)
+OPTIONS = SearchOptions(methods=("act",), ranking="exhaustive", betas=(0.2, 1.5), confirm=3, batch_tokens=100)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def test_confirmed_effects_are_the_exhaustive_ones_of_the_heads_that_gates_rank_
     checkpoint: Checkpoint, task: EncodedTask
 ) -> None:
     gates, confirmed, exhaustive = (
-        rank_heads(checkpoint, [task], replace(OPTIONS, method=method), Workers()).own[0][0]
-        for method in ("gates", "gates+confirm", "exhaustive")
+        rank_heads(checkpoint, [task], replace(OPTIONS, ranking=ranking), Workers()).own[0][0]
+        for ranking in ("gates", "gates+confirm", "exhaustive")
     )
     for beta in OPTIONS.betas:
         first = first_heads(gates.log_likelihood[beta], 3)
@@ -94,7 +94,7 @@ def test_gates_give_the_slope_of_the_effects_at_beta_1(task: EncodedTask) -> Non
     """One pass serves all betas."""
     checkpoint = words_checkpoint()
     checkpoint.model.double()
-    options = replace(OPTIONS, method="gates", betas=(0.3, 1.7, 0.0))
+    options = replace(OPTIONS, ranking="gates", betas=(0.3, 1.7, 0.0))
     ((estimated,),) = rank_heads(checkpoint, [task], options, Workers()).own
     assert estimated.correct == {}
     (weaker, _), (stronger, _) = (naive_effects(checkpoint, task, beta) for beta in (1 - 1e-4, 1 + 1e-4))
@@ -105,11 +105,11 @@ def test_gates_give_the_slope_of_the_effects_at_beta_1(task: EncodedTask) -> Non
         torch.testing.assert_close(estimated.log_likelihood[beta], (1 - beta) * estimated.log_likelihood[0.0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ranking", RANKINGS)
 def test_batches_and_checkpointing_change_nothing_but_rounding(
-    checkpoint: Checkpoint, task: EncodedTask, method: str
+    checkpoint: Checkpoint, task: EncodedTask, ranking: str
 ) -> None:
-    options = replace(OPTIONS, method=method)
+    options = replace(OPTIONS, ranking=ranking)
     ((expected,),) = rank_heads(checkpoint, [task], replace(options, batch_tokens=10_000), Workers()).own
     for changed in (replace(options, batch_tokens=1), replace(options, gradient_checkpointing=True)):
         ((effects,),) = rank_heads(checkpoint, [task], changed, Workers()).own
@@ -120,9 +120,9 @@ def test_batches_and_checkpointing_change_nothing_but_rounding(
         assert effects.passes == pytest.approx(expected.passes)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_planned_cost_is_about_what_is_spent(checkpoint: Checkpoint, task: EncodedTask, method: str) -> None:
-    options = replace(OPTIONS, method=method, confirm=100)
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_the_planned_cost_is_about_what_is_spent(checkpoint: Checkpoint, task: EncodedTask, ranking: str) -> None:
+    options = replace(OPTIONS, ranking=ranking, confirm=100)
     workers = Workers()
     rank_heads(checkpoint, [task], options, workers)
     planned = ranking_cost(task, options, num_layers=2, num_heads=4)

@@ -23,7 +23,7 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.search.answers import Answers
-from act_export.search.choose import other_heads
+from act_export.search.proposals import other_heads
 from act_export.search.results import average_gain, gain_of, predicted_shares
 from act_export.tasks import EncodedExample, Example, encode_examples, prompt_digest
 from act_export.tasks.metrics import token_f1

@@ -27,7 +27,9 @@ from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Unit, Workers
 from act_export.tasks import Questions
 
-OPTIONS = SearchOptions(method="gates+confirm", betas=(0.0,), head_counts=(1, 2), confirm=4, batch_tokens=200)
+OPTIONS = SearchOptions(
+    methods=("act",), ranking="gates+confirm", betas=(0.0,), head_counts=(1, 2), confirm=4, batch_tokens=200
+)
 SLOWLY = """
 import time
 from act_export.commands.main import main
@@ -129,8 +131,8 @@ def test_a_finished_search_is_only_read(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "gates"},
-        {"method": "exhaustive"},
+        {"ranking": "gates"},
+        {"ranking": "exhaustive"},
         {"betas": (0.0, 1.5)},
         {"thresholds": (Threshold(0.1), Threshold(0.2))},
         {"head_counts": (1, 4)},
@@ -281,7 +283,20 @@ def search_command(folder: tuple[Path, Path], out: Path, journal: Path) -> list[
     checkpoint, rows = folder
     return [
         *("search", str(checkpoint), "--data", str(rows), "--out", str(out), "--journal", str(journal)),
-        *("--rank", "40", "--choose", "50", "--report", "40", "--method", "exhaustive", "--beta", "0"),
+        *(
+            "--rank",
+            "40",
+            "--choose",
+            "50",
+            "--report",
+            "40",
+            "--method",
+            "act",
+            "--ranking",
+            "exhaustive",
+            "--beta",
+            "0",
+        ),
         *("--heads", "1,2", "--batch-tokens", "100"),
     ]
 

@@ -15,10 +15,10 @@ from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
-from act_export.search.request import METHODS, thresholds_of
+from act_export.search.request import RANKINGS, thresholds_of
 from act_export.tasks import Example, Questions, Splits, TaskError, prompt_digest, unused
 
-OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4)
+OPTIONS = SearchOptions(methods=("act",), betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4)
 
 
 @pytest.fixture
@@ -26,16 +26,16 @@ def checkpoint() -> Checkpoint:
     return words_checkpoint()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_planted_heads_are_found(checkpoint: Checkpoint, method: str) -> None:
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_planted_heads_are_found(checkpoint: Checkpoint, ranking: str) -> None:
     task = planted_task(checkpoint, PLANTED, seed=3)
-    found = search_heads(checkpoint, [task], replace(OPTIONS, method=method)).calibrations["planted"]
+    found = search_heads(checkpoint, [task], replace(OPTIONS, ranking=ranking)).calibrations["planted"]
     assert (found.heads, found.beta) == (PLANTED.heads, 0.0)
     assert (found.threshold, found.threshold_mode) == (0.1, "absolute")
     assert found.model == checkpoint.identity
     origin = found.provenance
     assert origin is not None
-    assert origin.method == method
+    assert (origin.method, origin.notes["ranking"]) == ("act", ranking)
     assert origin.tasks == ("planted",)
     assert origin.samples == {"rank": 40, "choose": 50, "report": 50}
     assert origin.seed == 3
@@ -54,9 +54,9 @@ def test_planted_heads_are_found(checkpoint: Checkpoint, method: str) -> None:
     shares = origin.notes["predicted_shares"]
     assert sum(shares["plain"]) == pytest.approx(1) == sum(shares["calibrated"])
     assert set(origin.notes["controls"]) == {"random_heads", "plain_without_label_prior", "without_choice_bias"}
-    assert len(origin.notes["controls"]["random_heads"]) == 3
-    assert list(origin.notes["choose_accuracy"])[:2] == ["0", "1"]
-    assert max(origin.notes["choose_accuracy"].values()) == origin.notes["choose_accuracy"]["1"] == 1
+    assert len(origin.notes["controls"]["random_heads"]) == 1
+    assert list(origin.notes["choose_accuracy"])[:2] == ["plain", "act: 1 head"]
+    assert max(origin.notes["choose_accuracy"].values()) == origin.notes["choose_accuracy"]["act: 1 head"] == 1
     assert origin.notes["ranking_forward_passes"] > 0
 
 
@@ -94,14 +94,14 @@ def test_where_nothing_helps_no_head_is_calibrated_and_that_is_said(checkpoint: 
 
 def test_every_head_takes_the_beta_that_suits_it(checkpoint: Checkpoint) -> None:
     planted = Calibration({0: (1, 3)}, beta={0: (1.8, 0.0)}, threshold=0.1)
-    options = replace(OPTIONS, method="exhaustive", betas=(1.8, 0.0))
+    options = replace(OPTIONS, ranking="exhaustive", betas=(1.8, 0.0))
     result = search_heads(checkpoint, [planted_task(checkpoint, planted)], options)
     found = result.calibrations["planted"]
     assert (found.heads, found.beta) == (planted.heads, planted.beta)
     assert result.reports["planted"].own.accuracy == 1
     labels = result.reports["planted"].choose_accuracy
-    assert labels["2 heads, beta 0 and 1.8, absolute 0.1"] == 1
-    assert {"0", "1 heads, beta 0, absolute 0.1", "1 heads, beta 1.8, absolute 0.1"} <= set(labels)
+    assert labels["act: 2 heads, beta 0 and 1.8"] == 1
+    assert {"plain", "act: 1 head, beta 0", "act: 1 head, beta 1.8"} <= set(labels)
 
 
 @pytest.mark.parametrize("planted", [Threshold(0.2), Threshold(1.5, "relative")])
@@ -115,12 +115,12 @@ def test_the_threshold_that_suits_is_chosen(checkpoint: Checkpoint, planted: Thr
     assert result.reports["planted"].own.accuracy == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_length_normalized_choices(checkpoint: Checkpoint, method: str) -> None:
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_length_normalized_choices(checkpoint: Checkpoint, ranking: str) -> None:
     """The choice of four tokens would never be chosen by its whole log-likelihood."""
     choices = (" w97 w5", " w98 w9 w4 w4")
     task = planted_task(checkpoint, PLANTED, choices=choices, length_normalized=True)
-    options = replace(OPTIONS, method=method)
+    options = replace(OPTIONS, ranking=ranking)
     found = search_heads(checkpoint, [task], options)
     assert found.calibrations["planted"].heads == PLANTED.heads
     assert found.reports["planted"].own.accuracy == 1
@@ -129,10 +129,10 @@ def test_length_normalized_choices(checkpoint: Checkpoint, method: str) -> None:
     assert otherwise.reports["planted"].plain_accuracy != found.reports["planted"].plain_accuracy
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_written_answers(checkpoint: Checkpoint, method: str) -> None:
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_written_answers(checkpoint: Checkpoint, ranking: str) -> None:
     """Their credit is F1, between right and wrong."""
-    result = search_heads(checkpoint, [written_by(checkpoint, PLANTED)], replace(OPTIONS, method=method))
+    result = search_heads(checkpoint, [written_by(checkpoint, PLANTED)], replace(OPTIONS, ranking=ranking))
     found, report = result.calibrations["written"], result.reports["written"]
     assert found.heads == PLANTED.heads
     assert report.own.accuracy == found.provenance.calibrated_accuracy == 1
@@ -145,7 +145,7 @@ def test_written_answers(checkpoint: Checkpoint, method: str) -> None:
 def test_batch_tokens_change_nothing_but_rounding(checkpoint: Checkpoint) -> None:
     task = planted_task(checkpoint, PLANTED)
     results = [
-        search_heads(checkpoint, [task], replace(OPTIONS, method="gates+confirm", batch_tokens=size))
+        search_heads(checkpoint, [task], replace(OPTIONS, ranking="gates+confirm", batch_tokens=size))
         for size in (1, 40, 100_000)
     ]
     for result in results[1:]:
@@ -160,7 +160,7 @@ def test_a_search_repeats_and_leaves_the_model_alone(checkpoint: Checkpoint, che
     implementation = checkpoint.model.config._attn_implementation
     forwards = [module.forward.__func__ for module in checkpoint.model.modules()]
     tasks = [planted_task(checkpoint, PLANTED), written_by(checkpoint, PLANTED)]
-    options = replace(OPTIONS, method="gates+confirm", gradient_checkpointing=checkpointing)
+    options = replace(OPTIONS, ranking="gates+confirm", gradient_checkpointing=checkpointing)
     first, second = (search_heads(checkpoint, tasks, options) for _ in range(2))
     assert first == second
     assert checkpoint.model.config._attn_implementation == implementation
@@ -181,47 +181,55 @@ def test_the_model_is_left_alone_after_an_error_too(checkpoint: Checkpoint) -> N
 
     with pytest.raises(KeyboardInterrupt):
         search_heads(
-            checkpoint, [planted_task(checkpoint, PLANTED)], replace(OPTIONS, method="gates+confirm"), progress=stop
+            checkpoint, [planted_task(checkpoint, PLANTED)], replace(OPTIONS, ranking="gates+confirm"), progress=stop
         )
     assert checkpoint.model.config._attn_implementation == implementation
     assert search_heads(checkpoint, [planted_task(checkpoint, PLANTED)], OPTIONS).calibrations["planted"].heads
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("several", [False, True])
-def test_progress_reaches_the_end_and_never_runs_backwards(checkpoint: Checkpoint, method: str, several: bool) -> None:
+def test_progress_reaches_the_end_and_never_runs_backwards(checkpoint: Checkpoint, ranking: str, several: bool) -> None:
     tasks = [planted_task(checkpoint, PLANTED, name=name) for name in ("one", "two")[: 2 if several else 1]]
     steps: list[tuple[str, float]] = []
     search_heads(
         checkpoint,
         tasks,
-        replace(OPTIONS, method=method, betas=(0.0, 1.5), batch_tokens=200),
+        replace(OPTIONS, ranking=ranking, betas=(0.0, 1.5), batch_tokens=200),
         progress=lambda step, done: steps.append((step, done)),
     )
     shares = [done for _, done in steps]
     assert shares == sorted(shares)
     assert (shares[0], steps[-1]) == (0, ("done", 1))
     assert shares[-2] > 0.4  # the plan isn't far off
-    assert ("ranking heads" in dict(steps)) == (method != "exhaustive")
-    assert ("measuring heads" in dict(steps)) == (method != "gates")
+    assert ("ranking heads" in dict(steps)) == (ranking != "exhaustive")
+    assert ("measuring heads" in dict(steps)) == (ranking != "gates")
     assert {"choosing how many", "measuring the gain"} <= set(dict(steps))
     assert ("choosing a joint set" in dict(steps)) == several
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, method: str) -> None:
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, ranking: str) -> None:
     task = planted_task(checkpoint, None)
     with torch.no_grad():
         checkpoint.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ActExportError, match=r"after the prompt '[w0-9 .]+' are .*nan"):
-        search_heads(checkpoint, [task], replace(OPTIONS, method=method))
+        search_heads(checkpoint, [task], replace(OPTIONS, ranking=ranking))
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "random"}, ActExportError, "no method 'random'; it must be gates, gates.confirm, exhaustive"),
+        ({"methods": ("act", "best")}, ActExportError, "no method 'best'; methods are act, gamma, fit"),
+        ({"methods": ("exhaustive",)}, ActExportError, "no method 'exhaustive'; --ranking exhaustive is how heads are"),
+        ({"methods": ()}, ActExportError, r"methods are \(\); name at least one"),
+        ({"ranking": "random"}, ActExportError, "no ranking 'random'; it must be gates, gates.confirm, exhaustive"),
+        ({"gammas": (0.0,)}, CalibrationError, "gamma is 0.0; it must lie in"),
+        ({"gammas": (1.0,)}, CalibrationError, "gamma is 1, which changes nothing"),
+        ({"fit_steps": (3, 0)}, ActExportError, "fit_steps is 0; it must be at least 1"),
+        ({"fit_l2": (-1.0,)}, ActExportError, "fit_l2 is -1.0; it must be at least 0"),
+        ({"fit_l1": -0.1}, ActExportError, "fit_l1 is -0.1; it must be at least 0"),
         ({"betas": ()}, ActExportError, r"betas are \(\); name at least one"),
         ({"betas": (0.4, 0.4)}, ActExportError, r"betas are \(0.4, 0.4\); .* none twice"),
         ({"betas": (0.4, 3)}, CalibrationError, "beta is 3; it must lie in"),
@@ -298,6 +306,6 @@ def test_a_question_with_one_choice_needs_generation_settings(checkpoint: Checkp
 def test_confirmed_heads_of_a_joint_set_are_measured_on_every_task(checkpoint: Checkpoint) -> None:
     """Also where the tasks' own first heads have none in common."""
     tasks = [planted_task(checkpoint, PLANTED, name=name, seed=seed) for name, seed in (("one", 3), ("two", 4))]
-    result = search_heads(checkpoint, tasks, replace(OPTIONS, method="gates+confirm", confirm=1))
+    result = search_heads(checkpoint, tasks, replace(OPTIONS, ranking="gates+confirm", confirm=1))
     assert result.joint is not None
     assert result.joint.num_calibrated_heads == 1
