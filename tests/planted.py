@@ -88,13 +88,18 @@ def planted_task(
     sizes: tuple[int, int, int] = (40, 50, 50),
     seed: int = 0,
     length_normalized: bool = False,
+    first_token: bool = False,
 ) -> SearchTask:
     """Questions whose right answer is what the model, calibrated so, says."""
-    examples = [Example(prompt, choices, 0, content_free=content_free) for prompt in prompts(sum(sizes), seed)]
+    examples = [
+        Example(prompt, choices, 0, content_free=content_free, first_token=first_token)
+        for prompt in prompts(sum(sizes), seed)
+    ]
     scores = reference_scores(
         checkpoint, calibration, encode_examples(checkpoint.tokenizer, examples), length_normalized=length_normalized
     )
-    answered = [replace(e, answer=predicted_choice(row)) for e, row in zip(examples, scores, strict=True)]
+    said = [predicted_choice(row[: len(choices)]) for row in scores]
+    answered = [replace(e, answer=choice) for e, choice in zip(examples, said, strict=True)]
     rank, choose, report = sizes
     splits = split_examples(answered, rank=rank, choose=choose, report=report, seed=seed)
     return SearchTask(name, splits, length_normalized, questions=Questions(seed=seed))

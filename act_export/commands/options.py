@@ -39,7 +39,8 @@ DataFilesOption = Annotated[
 ScoringOption = Annotated[
     str | None,
     typer.Option(
-        metavar="letter|likelihood|likelihood-per-token|generation", help="Instead of the task's own scoring."
+        metavar="letter|likelihood|likelihood-per-token|first-token|generation",
+        help="Instead of the task's own scoring.",
     ),
 ]
 ShotsOption = Annotated[int, typer.Option(min=0, help="Examples before each question.")]

@@ -316,7 +316,12 @@ def _digest(checkpoint: Checkpoint, sources: Sequence[PromptSource], options: Pr
         torch.__version__,
         transformers.__version__,
         [
-            [source.name, source.prompts, [[q.prompt, q.choices, q.answer] for q in source.questions], source.form]
+            [
+                source.name,
+                source.prompts,
+                [[q.prompt, q.choices, q.answer, q.first_token] for q in source.questions],
+                source.form,
+            ]
             for source in sources
         ],
     ]

@@ -24,7 +24,7 @@ from act_export.tasks.generation import generate_answers
 from act_export.tasks.label_prior import content_free_examples
 from act_export.tasks.language_model import TorchLanguageModel
 from act_export.tasks.metrics import exact_match, token_f1
-from act_export.tasks.scoring import predicted_choice, score_choices
+from act_export.tasks.scoring import predicted_choice, score_choices, scores_of_choices
 
 RANK, CHOOSE, REPORT, CONTENT_FREE = "rank", "choose", "report", "content-free"
 METRICS = {"exact": exact_match, "f1": token_f1}
@@ -53,7 +53,7 @@ class EncodedTask:
     def digest(self) -> str:
         """Different for different questions, choices, answers or splits."""
         content = {
-            name: [[e.prompt, e.choices, e.answer, e.references] for e in examples]
+            name: [[e.prompt, e.choices, e.answer, e.references, e.first_token] for e in examples]
             for name, examples in self.splits.items()
         }
         settings = [self.task.length_normalized, repr(self.task.generation)]
@@ -67,17 +67,30 @@ class Answers:
     Attributes:
         scores: By example, log-likelihoods of its choices; empty rows where the answer is generated.
         credits: By example, 1 for a right answer and 0 for a wrong one; between where the metric is F1.
-        log_likelihood: Mean log-likelihood of the right answer among the choices; 0 where the answer is generated.
+        log_likelihood: Mean log-likelihood of the right answer among the choices, or where first tokens are compared
+            among all tokens; 0 where the answer is generated.
+        valid: By example, whether the likeliest first token is a choice's; None where first tokens aren't compared.
     """
 
     scores: tuple[tuple[float, ...], ...]
     credits: tuple[float, ...]
     log_likelihood: float
+    valid: tuple[bool, ...] | None = None
 
     @property
     def accuracy(self) -> float:
         """Mean credit."""
         return sum(self.credits) / len(self.credits)
+
+    @property
+    def invalid(self) -> float | None:
+        """Share of answers that are none of the choices; None where first tokens aren't compared."""
+        return None if self.valid is None else 1 - sum(self.valid) / len(self.valid)
+
+    @property
+    def valid_accuracy(self) -> float | None:
+        """Mean credit of valid answers; None where there is none, or first tokens aren't compared."""
+        return sum(self.credits) / sum(self.valid) if self.valid and any(self.valid) else None
 
 
 def encode_task(checkpoint: Checkpoint, task: SearchTask) -> EncodedTask:
@@ -135,7 +148,7 @@ def answer(
         parts.append(list(batches(examples, Batching(None, options.batch_tokens))))
         for number, indices in enumerate(parts[-1]):
             batch = [examples[index] for index in indices]
-            counts = [1 if task.task.generation is not None else len(example.choices) for example in batch]
+            counts = [1 if task.task.generation is not None else example.num_scores for example in batch]
             units.append(
                 Unit(
                     f"answer {task.name} {split} {number} {_digest(calibration)}",
@@ -171,7 +184,7 @@ def cost_of(batch: Sequence[EncodedExample]) -> float:
 def _answer_batch(
     checkpoint: Checkpoint, task: EncodedTask, batch: Sequence[EncodedExample], calibration: Calibration | None
 ) -> list[list[float]]:
-    """By example, log-likelihoods of the choices, or where the answer is generated its credit."""
+    """By example, its row of scores, or where the answer is generated its credit."""
     with attention_hook(checkpoint.model, FastAttention(calibration)) as hooked:
         model = TorchLanguageModel(hooked)
         generation = task.task.generation
@@ -193,9 +206,19 @@ def _answer_batch(
 def _judge(task: EncodedTask, examples: Sequence[EncodedExample], rows: Sequence[tuple[float, ...]]) -> Answers:
     if task.task.generation is not None:
         return Answers(((),) * len(rows), tuple(row[0] for row in rows), 0.0)
-    correct = tuple(float(predicted_choice(row) == e.answer) for row, e in zip(rows, examples, strict=True))
-    right = [row[e.answer] - float(np.logaddexp.reduce(row)) for row, e in zip(rows, examples, strict=True)]
-    return Answers(tuple(rows), correct, float(np.mean(right)) if right else 0.0)
+    said = [predicted_choice(row) for row in rows]
+    correct = tuple(float(choice == e.answer) for choice, e in zip(said, examples, strict=True))
+    right = [
+        row[e.answer] - (0.0 if e.first_token else float(np.logaddexp.reduce(row)))
+        for row, e in zip(rows, examples, strict=True)
+    ]
+    valid = tuple(choice < len(e.choices) for choice, e in zip(said, examples, strict=True))
+    return Answers(
+        tuple(scores_of_choices(rows, examples)),
+        correct,
+        float(np.mean(right)) if right else 0.0,
+        valid if examples and examples[0].first_token else None,
+    )
 
 
 def _digest(calibration: Calibration | None) -> str:

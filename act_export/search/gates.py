@@ -99,8 +99,7 @@ def gate_gradients(
 ) -> Tensor:
     """Derivative of the right answers' log-likelihood with respect to each head's two gates, summed over one batch.
 
-    The likelihood is that among the choices; where there is one choice only (a generation task's reference answer), its
-    own. The model's parameters receive no gradient.
+    The likelihood is that of `log_likelihoods`. The model's parameters receive no gradient.
 
     Args:
         model: Any that `act_export.attention.hook.attention_hook` takes.
@@ -167,18 +166,22 @@ def likelihood_gradient(
 
 
 def log_likelihoods(examples: Sequence[EncodedExample], scores: Sequence[Tensor]) -> Tensor:
-    """Log-likelihood of each example's right answer among its choices, or its own where it is the only one.
+    """Log-likelihood of each example's right answer, as its accuracy would have it.
+
+    Among the choices, or its own where it is the only one (a generation task's reference answer). Its own too where
+    first tokens are compared: there it has to beat the whole vocabulary, so what counts against it isn't the other
+    choices alone, nor them and the one other token that happens to be the likeliest.
 
     Args:
         examples: n of them.
-        scores: By example, log-likelihoods (choices,).
+        scores: By example, as `act_export.tasks.scoring.choice_scores` gives them.
 
     Returns:
         (n,).
     """
     return torch.stack(
         [
-            row.log_softmax(0)[example.answer] if len(row) > 1 else row[0]
+            row[example.answer] if example.first_token or len(row) == 1 else row.log_softmax(0)[example.answer]
             for row, example in zip(scores, examples, strict=True)
         ]
     )

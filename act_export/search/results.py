@@ -9,8 +9,8 @@ import numpy as np
 
 from act_export.calibration.file import Calibration
 from act_export.search.answers import CONTENT_FREE, REPORT, Answers, EncodedTask
-from act_export.search.choice_bias import same_choices, without_choice_bias
 from act_export.tasks.label_prior import without_label_prior
+from act_export.tasks.remedies import same_choices, without_choice_bias
 from act_export.tasks.scoring import predicted_choice
 from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
 
@@ -45,7 +45,7 @@ class TaskReport:
         label_prior: Accuracy of the plain model without its label prior, see `act_export.tasks.label_prior`; None
             where questions have no content-free form.
         choice_bias: Accuracies of the plain model and with the task's own set, both without their mean preference for a
-            choice, see `act_export.search.choice_bias`; None where questions have different choices.
+            choice, see `act_export.tasks.remedies`; None where questions have different choices.
         published: Accuracies with the head sets that others published for this model, by name.
         predicted_shares: How often each choice is given, plain and calibrated.
         p: Of the choice of the own set.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from act_export.errors import others_errors
@@ -27,6 +27,7 @@ class EncodedExample:
         answer: Index of the right choice.
         text: The prompt, shortened, for messages.
         references: Texts that count as right where the model writes the answer itself; else none.
+        first_token: The choices are their first tokens, and all others of the vocabulary are compared with them.
     """
 
     prompt: tuple[int, ...]
@@ -34,6 +35,12 @@ class EncodedExample:
     answer: int
     text: str = field(default="", compare=False)
     references: tuple[str, ...] = ()
+    first_token: bool = False
+
+    @property
+    def num_scores(self) -> int:
+        """How many numbers score it: one per choice, and where first tokens are compared one of all others."""
+        return len(self.choices) + self.first_token
 
 
 def encode_examples(
@@ -94,7 +101,7 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, example: Example, limit: i
     kept = encoded.prompt[:first] + encoded.prompt[first + over :]
     if over >= len(encoded.prompt) - first:
         raise TaskError(f"{_named(example)} can't be shortened to {limit} tokens: its longest choice leaves no room")
-    return EncodedExample(kept, encoded.choices, encoded.answer, encoded.text, encoded.references)
+    return replace(encoded, prompt=kept)
 
 
 def _encode_message(tokenizer: PreTrainedTokenizerBase, example: Example, limit: int | None) -> EncodedExample:
@@ -149,8 +156,10 @@ def _encode(
                 f"the tokens of {_named(example)} change when {choice!r} follows it, so the choice can't be scored "
                 f"alone; end the prompt without a space and begin each choice with one"
             )
-        encoded.append(whole[len(prompt) :])
-    return EncodedExample(prompt, tuple(encoded), example.answer, _short(example.prompt), example.references)
+        encoded.append(whole[len(prompt) :][: 1 if example.first_token else None])
+    return EncodedExample(
+        prompt, tuple(encoded), example.answer, _short(example.prompt), example.references, example.first_token
+    )
 
 
 def _check(encoded: EncodedExample, example: Example, max_length: int | None) -> None:
@@ -160,9 +169,10 @@ def _check(encoded: EncodedExample, example: Example, max_length: int | None) ->
             raise TaskError(f"the choice {choice!r} of {_named(example)} has no tokens")
         other = first.setdefault(tokens, index)
         if other < index:
+            same = "begin with the same token" if example.first_token else "have the same tokens"
             raise TaskError(
-                f"the choices {example.choices[other]!r} and {choice!r} of {_named(example)} have the same tokens; the "
-                f"model can't tell them apart"
+                f"the choices {example.choices[other]!r} and {choice!r} of {_named(example)} {same}; the model can't "
+                f"tell them apart{', pass another scoring' if example.first_token else ''}"
             )
         length = len(encoded.prompt) + len(tokens)
         if max_length is not None and length > max_length:

@@ -38,6 +38,7 @@ class Example:
         content_free: The prompt with "N/A" for all that the question is about; "" where there is none.
         group: What no two splits may share, as the passage that several questions are about; "" for nothing.
         where: Where it comes from, for messages: "line 12 of data.jsonl".
+        first_token: The model's first token alone is its answer, see `act_export.tasks.scoring`.
     """
 
     prompt: str
@@ -48,6 +49,7 @@ class Example:
     content_free: str = ""
     group: str = ""
     where: str = field(default="", compare=False)
+    first_token: bool = False
 
     @property
     def question(self) -> str:

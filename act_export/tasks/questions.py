@@ -7,7 +7,7 @@ from pathlib import Path
 
 from act_export.tasks.examples import TaskError, TaskExamples, read_examples
 from act_export.tasks.task import load_examples
-from act_export.tasks.task_definition import GENERATION, LIKELIHOOD, PER_TOKEN
+from act_export.tasks.task_definition import FIRST_TOKEN, GENERATION, LIKELIHOOD, PER_TOKEN
 
 DEFAULT_TASK = "sst2"
 _MOST_SHOTS = 10_000
@@ -21,9 +21,10 @@ class Questions:
     Attributes:
         tasks: Names of tasks, or paths of task files. What is named twice counts once, as of data.
         data: JSON Lines files of questions. Their prompts stand as they are: no few-shot examples are put before them,
-            and of scorings they take "likelihood" and "likelihood-per-token" (or, where they have no choices,
-            "generation").
-        scoring: "letter", "likelihood", "likelihood-per-token" or "generation"; None for each task's own.
+            and of scorings they take "likelihood", "likelihood-per-token" and "first-token" (or, where they have no
+            choices, "generation").
+        scoring: "letter", "likelihood", "likelihood-per-token", "first-token" or "generation"; None for each task's
+            own.
         shots: Few-shot examples before each question.
         chat: A prompt is a user's message in the model's chat template.
         truncate: Prompts that are too long for the model are cut on the left, not refused.
@@ -82,10 +83,11 @@ class Questions:
                 f"{data.name}: few-shot examples are drawn from the rows of a task; put those of a data file into its "
                 f"prompts"
             )
-        ways = (LIKELIHOOD, PER_TOKEN) if data.generation is None else (GENERATION,)
+        ways = (LIKELIHOOD, PER_TOKEN, FIRST_TOKEN) if data.generation is None else (GENERATION,)
         if self.scoring not in (None, *ways):
             raise TaskError(
                 f"{data.name}: the prompts of a data file stand as they are, so they can't be scored as "
                 f"{self.scoring!r}; pass {' or '.join(ways)}, or leave it out"
             )
-        return replace(data, length_normalized=self.scoring == PER_TOKEN)
+        examples = tuple(replace(example, first_token=self.scoring == FIRST_TOKEN) for example in data.examples)
+        return replace(data, examples=examples, length_normalized=self.scoring == PER_TOKEN)

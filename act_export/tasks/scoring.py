@@ -5,6 +5,11 @@ pass; further tokens go on from the prompt's state as if they were decoded one a
 computes that in one pass, ONNX Runtime in a call for each token). They are not run together with the prompt: sink
 statistics of a call include all its rows, so the prompt, and the choice's early tokens, would be calibrated with
 statistics of tokens that have not been generated yet, and differently for every choice.
+
+Scored by the first token, as in the papers of ACT and ZeroTuning, an answer is right only if the likeliest token after
+the prompt, which greedy decoding would give, is the right choice's first; where it is no choice's first token, the
+answer is invalid. So choices are their first tokens, and a row of scores has one more number: the log-likelihood of the
+likeliest of all other tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ def score_choices(
         length_normalized: Divide by the number of the choice's tokens.
 
     Returns:
-        In the order of `examples`, one number per choice.
+        In the order of `examples`, one number per choice; by the first token, another of the likeliest other token.
 
     Raises:
         ActExportError: If a log-likelihood isn't finite, naming the prompt.
@@ -56,8 +61,13 @@ def score_choices(
 
 
 def predicted_choice(scores: Sequence[float]) -> int:
-    """Index of the likeliest choice; of equals the first."""
+    """Index of the likeliest choice; of equals the first. Where another token is likelier, the number of choices."""
     return max(range(len(scores)), key=lambda index: scores[index])
+
+
+def scores_of_choices(rows: Sequence[Sequence[float]], examples: Sequence[EncodedExample]) -> list[tuple[float, ...]]:
+    """Rows of scores without the number of all other tokens."""
+    return [tuple(row[: len(example.choices)]) for row, example in zip(rows, examples, strict=True)]
 
 
 def choice_scores(
@@ -66,7 +76,7 @@ def choice_scores(
     """Log-likelihoods of the choices of one batch, differentiable where the model is.
 
     Returns:
-        One per example, shape (choices,).
+        One per example, shape (choices,), or where first tokens are compared (choices + 1,).
 
     Raises:
         ActExportError: If one isn't finite, naming the prompt.
@@ -75,7 +85,8 @@ def choice_scores(
     logits, state = model(input_ids, attention_mask, None)
     choices = [tokens for example in batch for tokens in example.choices]
     prompts = torch.tensor([index for index, example in enumerate(batch) for _ in example.choices])
-    scores = logits.log_softmax(-1)[prompts, torch.tensor([tokens[0] for tokens in choices])]
+    following = logits.log_softmax(-1)
+    scores = following[prompts, torch.tensor([tokens[0] for tokens in choices])]
 
     going_on = [index for index, tokens in enumerate(choices) if len(tokens) > 1]
     if going_on:
@@ -90,6 +101,10 @@ def choice_scores(
     if length_normalized:
         scores = scores / torch.tensor([len(tokens) for tokens in choices])
     by_example = list(torch.split(scores, [len(example.choices) for example in batch]))
+    for index, example in enumerate(batch):
+        if example.first_token:
+            others = following[index].index_fill(0, torch.tensor(example.choices).flatten(), float("-inf"))
+            by_example[index] = torch.cat([by_example[index], others.max()[None]])
     for example, row in zip(batch, by_example, strict=True):
         if not row.isfinite().all():
             raise ActExportError(

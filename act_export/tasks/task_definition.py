@@ -13,7 +13,8 @@ from act_export.tasks.sources import FileSource, HubSource
 from act_export.tasks.template import CONTENT_FREE, Template
 
 LETTER, LIKELIHOOD, PER_TOKEN, GENERATION = "letter", "likelihood", "likelihood-per-token", "generation"
-SCORINGS = (LETTER, LIKELIHOOD, PER_TOKEN, GENERATION)
+FIRST_TOKEN = "first-token"
+SCORINGS = (LETTER, LIKELIHOOD, PER_TOKEN, FIRST_TOKEN, GENERATION)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Task:
     Attributes:
         name: What the command line calls it.
         description: One line.
-        formats: By scoring: "letter", "likelihood", "generation". Scoring per token uses that of "likelihood".
+        formats: By scoring: "letter", "likelihood", "generation". Scoring per token uses that of "likelihood", scoring
+            by the first token that of letters, or of labels where there are such.
         scoring: The task's own.
         source: Where the rows come from.
         answer: The field with the right choice: its index, its text, or its letter.
@@ -111,7 +113,7 @@ class Task:
     @property
     def scorings(self) -> tuple[str, ...]:
         """The ways it can be scored."""
-        return tuple(name for name in SCORINGS if (LIKELIHOOD if name == PER_TOKEN else name) in self.formats)
+        return tuple(name for name in SCORINGS if self._format(name) in self.formats)
 
     def check_scoring(self, scoring: str) -> None:
         """Raises TaskError if the task can't be scored so, with the ways it can."""
@@ -132,7 +134,7 @@ class Task:
         """
         scoring = self.scoring if scoring is None else scoring
         self.check_scoring(scoring)
-        form = self.formats[LIKELIHOOD if scoring == PER_TOKEN else scoring]
+        form = self.formats[self._format(scoring)]
         options = self._options(row)
         values = self._values(row, options)
         references = self._references(row) if self.references else ()
@@ -150,6 +152,7 @@ class Task:
             content_free="" if references else instruction + blank,
             group=self.unique.render(values) if self.unique else "",
             where=where,
+            first_token=scoring == FIRST_TOKEN,
         )
         return Question(
             example,
@@ -159,6 +162,12 @@ class Task:
             self.shot.render({"prompt": body, "answer": choices[answer]}),
             self.shots_alike.render(values) if self.shots_alike else "",
         )
+
+    def _format(self, scoring: str) -> str:
+        """Whose format a scoring uses."""
+        if scoring == FIRST_TOKEN:
+            return LETTER if self.options else LIKELIHOOD
+        return LIKELIHOOD if scoring == PER_TOKEN else scoring
 
     def _values(self, row: Mapping[str, Any], options: Sequence[str]) -> dict[str, str]:
         """What templates can use: the row's texts and numbers, derived fields, and the options, a letter each."""

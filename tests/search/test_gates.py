@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -32,7 +33,8 @@ MORE_TOKENS = [
     EncodedExample((5, 17, 99, 5, 40, 5, 3), ((1, 30, 4), (2,)), 0),
     EncodedExample((8, 64), ((1, 5), (2, 6), (9, 9, 9)), 2),
 ]
-EXAMPLES = {"one token": ONE_TOKEN, "more tokens": MORE_TOKENS}
+FIRST_TOKEN = [replace(example, first_token=True) for example in ONE_TOKEN]
+EXAMPLES = {"one token": ONE_TOKEN, "more tokens": MORE_TOKENS, "first token": FIRST_TOKEN}
 
 
 class NaiveGates:
@@ -79,7 +81,10 @@ def gain(model: PreTrainedModel, hook: GatedAttention | NaiveGates, examples: Se
     with attention_hook(model, hook) as hooked:
         scores = [choice_scores(Stepwise(hooked), [example])[0] for example in examples]
     return torch.stack(
-        [row.log_softmax(0)[example.answer] for row, example in zip(scores, examples, strict=True)]
+        [
+            (row if example.first_token else row.log_softmax(0))[example.answer]
+            for row, example in zip(scores, examples, strict=True)
+        ]
     ).mean()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,31 @@ def test_choices_with_the_same_tokens_are_refused() -> None:
 
     with pytest.raises(TaskError, match=r"choices ' E' and ' É' of the prompt 'ok\?' have the same tokens"):
         encode_examples(Deaf(), [Example("ok?", (" E", " É"), 0)])
+
+
+def test_by_the_first_token_choices_are_their_first_tokens() -> None:
+    example = Example("ok?", (" no", " yes", " maybe"), 1, first_token=True)
+    (encoded,) = encode_examples(Characters(" n", " ye", " may"), [example], max_length=4)
+    assert encoded == EncodedExample((111, 107, 63), ((1032,), (2032,), (3032,)), 1, first_token=True)
+    assert encoded.num_scores == 4
+
+
+def test_choices_that_begin_alike_are_refused_by_the_first_token() -> None:
+    example = Example("ok?", (" no", " not"), 1, where="row 3 of mine", first_token=True)
+    with pytest.raises(
+        TaskError,
+        match=r"choices ' no' and ' not' of the prompt 'ok\?', row 3 of mine, begin with the same token; .*another",
+    ):
+        encode_examples(Characters(" no", "t"), [example])
+    assert encode_examples(Characters(" no", "t"), [replace(example, first_token=False)])
+
+
+def test_a_message_is_answered_by_a_first_token_too() -> None:
+    tokenizer = real_tokenizer(chat_template=CHAT)
+    example = Example("Is it?", (" no", " yes"), 1, first_token=True)
+    (encoded,) = encode_examples(tokenizer, [example], chat=True)
+    assert [tokenizer.decode(choice) for choice in encoded.choices] == ["n", "y"]
+    assert encoded.first_token
 
 
 def test_a_choice_or_prompt_without_tokens_is_refused() -> None:

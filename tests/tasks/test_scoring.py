@@ -18,7 +18,7 @@ from act_export.errors import ActExportError
 from act_export.tasks import EncodedExample
 from act_export.tasks.batching import Batching, batches, positions_of
 from act_export.tasks.language_model import SessionLanguageModel, TorchLanguageModel
-from act_export.tasks.scoring import predicted_choice, score_choices
+from act_export.tasks.scoring import predicted_choice, score_choices, scores_of_choices
 
 VOCABULARY = 23
 token = st.integers(0, VOCABULARY - 1)
@@ -100,6 +100,38 @@ def test_length_normalized_scores_are_per_token(example: EncodedExample) -> None
     ((*plain,),) = score_choices(Recurrent(), [example])
     ((*normalized,),) = score_choices(Recurrent(), [example], length_normalized=True)
     assert normalized == pytest.approx([score / len(c) for score, c in zip(plain, example.choices, strict=True)])
+
+
+@st.composite
+def by_first_token(draw: st.DrawFn) -> EncodedExample:
+    choices = draw(st.lists(token, min_size=1, max_size=4, unique=True))
+    return EncodedExample(draw(tokens), tuple((first,) for first in choices), 0, first_token=True)
+
+
+@given(examples=st.lists(st.one_of(by_first_token(), an_example()), min_size=1, max_size=7), size=st.integers(1, 4))
+def test_by_the_first_token_the_whole_vocabulary_is_compared(examples: list[EncodedExample], size: int) -> None:
+    for model in (Recurrent(), SessionLanguageModel(RecurrentSession())):
+        for example, row in zip(examples, score_choices(model, examples, Batching(size)), strict=True):
+            if not example.first_token:
+                assert row == pytest.approx(brute_force(example), abs=1e-4, rel=1e-4)
+                continue
+            text = torch.tensor([example.prompt])
+            (logits,) = Recurrent()(text, torch.ones_like(text), None)[0]
+            shares = logits.softmax(-1).tolist()
+            firsts = [choice[0] for choice in example.choices]
+            others = max(share for token, share in enumerate(shares) if token not in firsts)
+            assert np.exp(row) == pytest.approx([*(shares[first] for first in firsts), others], abs=1e-5, rel=1e-4)
+            assert (*firsts, None)[predicted_choice(row)] == (int(logits.argmax()) if max(shares) > others else None)
+            assert scores_of_choices([row], [example]) == [row[:-1]]
+
+
+def test_first_tokens_take_one_pass_and_are_the_greedy_ones() -> None:
+    model = Recurrent()
+    prompts = [(1, 2, 3), (4,), (7, 7), (20, 1)]
+    rows = score_choices(model, [EncodedExample(p, ((5,), (9,)), 0, first_token=True) for p in prompts])
+    assert len(model.calls) == 1
+    greedy = [int(model(torch.tensor([p]), torch.ones(1, len(p)).long(), None)[0].argmax()) for p in prompts]
+    assert [predicted_choice(row) == 2 for row in rows] == [token not in (5, 9) for token in greedy]
 
 
 def test_one_token_answers_take_one_pass_and_longer_ones_only_their_own_steps() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,27 @@ def test_how_a_task_is_scored_can_be_chosen(cache: Path) -> None:
         TaskError, match="sst2 can't be scored by 'letter'; it can by likelihood or likelihood-per-token"
     ):
         load_examples("sst2", scoring="letter")
+
+
+def test_by_the_first_token_options_are_letters_and_labels_themselves(cache: Path) -> None:
+    keep("csqa", json.dumps({"question": "a?", "options": ["b", "c"], "answer": 1}))
+    keep("sst2", *map(json.dumps, SST2))
+    for name, own in (("csqa", "letter"), ("sst2", "likelihood")):
+        first, whole = (load_examples(name, scoring=scoring).examples for scoring in ("first-token", own))
+        assert all(example.first_token for example in first)
+        assert tuple(replace(example, first_token=False) for example in first) == whole
+    with pytest.raises(TaskError, match="squad can't be scored by 'first-token'; it can by generation"):
+        load_examples("squad", scoring="first-token")
+
+
+def test_data_is_scored_by_the_first_token(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "choices": [" b", " c"], "answer": 0}) + "\n")
+    ((first,), (whole,)) = (Questions(data=(path,), scoring=way).load()[0].examples for way in ("first-token", None))
+    assert (first.first_token, whole.first_token) == (True, False)
+    assert first.choices == whole.choices
+    with pytest.raises(TaskError, match="scored as 'letter'; pass likelihood or likelihood-per-token or first-token"):
+        Questions(data=(path,), scoring="letter").load()
 
 
 def test_a_number_of_shots_below_zero_is_refused() -> None:

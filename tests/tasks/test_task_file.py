@@ -197,6 +197,7 @@ def without(document: dict[str, Any], *names: str) -> dict[str, Any]:
         ),
         ({**TASK, "derived": {"x": {"field": "a", "values": {"b": 1}}}}, "they must be texts"),
         ({**OPTIONS, "formats": {}}, "formats is empty"),
+        ({**OPTIONS, "scoring": "first-token"}, "is 'first-token'; it must be one of likelihood, likelihood-per-token"),
         ({**OPTIONS, "formats": {"letters": {}}}, "formats has 'letters'; it may have 'letter' and 'likelihood'"),
         ({**OPTIONS, "formats": {"letter": {"template": "{question}"}}}, "has no place for {options}"),
         ({**OPTIONS, "formats": {"likelihood": {"template": "a", "choice": " x"}}}, "must have a place for {option}"),
