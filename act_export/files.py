@@ -209,6 +209,16 @@ def copy_folder(
                 copy_content(path, own / path.name)
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: If it can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def join_whole(path: Path, parts: Sequence[Path], *, sha256: str) -> str:
     """Writes files one after another into one, whole or not at all, holding little of them in memory.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from act_export.errors import CheckpointError as CheckpointError
 
 _HOMES = {
-    "BUILT_IN": "checkpoint.built_in",
+    "BUILT_IN": "checkpoint.gguf.built_in",
     "Checkpoint": "checkpoint.load",
     "CheckpointError": "errors",
     "Fetched": "checkpoint.fetch",

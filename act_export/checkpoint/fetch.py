@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from act_export.checkpoint.configuration import read_configuration
 from act_export.checkpoint.folder import check_configuration, weight_files
-from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
+from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf, names_like
 from act_export.checkpoint.gguf.convert import converted
 from act_export.checkpoint.gguf.header import has_magic
 from act_export.checkpoint.hub import HubAccess, HubId, commit_of, fetch_small_files, fetch_weights, is_on_hub
@@ -91,9 +91,10 @@ def fetch_checkpoint(
         return Fetched(source, path, trust_remote_code)
     if path.is_file():
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
+    near = names_like(source)
     raise CheckpointError(
         f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
-        f"({', '.join(BUILT_IN)})"
+        f"({', '.join(BUILT_IN)})" + (f"; did you mean {' or '.join(near)}?" if near else "")
     )
 
 

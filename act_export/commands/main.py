@@ -30,6 +30,7 @@ from act_export.commands.generate import generate_command
 from act_export.commands.graft import graft_command
 from act_export.commands.inspect import inspect_command
 from act_export.commands.library import library_command
+from act_export.commands.options import MODELS
 from act_export.commands.printing import readers_ended
 from act_export.commands.profile import profile_command, report_command
 from act_export.commands.search import search_command
@@ -65,8 +66,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Attention sink calibration baked into ONNX models.\n\n"
-    "[bold]act-export MODEL --out calibrated.onnx[/bold] is the whole job: MODEL is a checkpoint folder, a hub id, a "
-    ".gguf file or smollm2-135m.",
+    "[bold]act-export MODEL --out calibrated.onnx[/bold] is the whole job: MODEL is a "
+    f"{MODELS}.",
 )
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from act_export.checkpoint.gguf.built_in import BUILT_IN
 from act_export.errors import ActExportError
 
 if TYPE_CHECKING:
     from act_export.tasks import Questions
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, .gguf file or smollm2-135m.")
-]
+MODELS = f"checkpoint folder, hub id, .gguf file or built-in name ({', '.join(BUILT_IN)})"
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODELS[0].upper()}{MODELS[1:]}.")]
 RevisionOption = Annotated[
     str | None,
     typer.Option("--revision", metavar="REVISION", help="Of a hub id: branch, tag or commit; or owner/name@REVISION."),

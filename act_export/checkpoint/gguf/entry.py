@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from act_export.errors import ActExportError
-from act_export.files import flush
+from act_export.files import flush, sha256_of
 from act_export.json_file import look_up, read_json
 from act_export.staging import beginning
 
@@ -37,12 +37,6 @@ def entry_name(paths: Sequence[Path]) -> str:
         digest.update(bytes.fromhex(sha256_of(path)))
     readers = f"{CONVERTER}-{metadata.version('transformers')}-{metadata.version('gguf')}"
     return f"{beginning(paths[0].stem)}-{digest.hexdigest()[:16]}-{readers}"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_record(folder: Path, **facts: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -117,8 +119,30 @@ def test_joining_is_concatenation(tmp_path_factory, contents, block):
     assert not (folder / "other").exists()
 
 
-def test_every_built_in_model_says_how_to_get_it():
-    for model in BUILT_IN.values():
-        assert model.requirements
-        assert all("==" in requirement for requirement in model.requirements)
-        assert len(model.parts) == 1 or model.sha256
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_built_in_model_says_how_to_get_it(name):
+    model = BUILT_IN[name]
+    installed = [requirement.partition("==")[0].replace("-", "_") for requirement in model.requirements]
+    assert all("==" in requirement for requirement in model.requirements)
+    assert [package for package, _ in model.parts] == installed
+    assert len(set(model.parts)) == len(model.parts)
+    numbers = [int(re.search(r"(\d+)\D*$", place)[1]) for _, place in model.parts]
+    assert len(numbers) == 1 or numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    assert len(model.parts) == 1 or re.fullmatch("[0-9a-f]{64}", model.sha256)
+    documented = (files("act_export") / "docs" / "gguf.md").read_text()
+    assert re.search(rf"\| `{name}` \| `{model.requirements[0]}`", documented)
+    assert f"`{name}`" in (Path(__file__).parents[3] / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("smollm2-135", r"\); did you mean smollm2-135m\?$"),
+        ("Qwen2.5-Coder-0.5B", r"\); did you mean qwen2\.5-coder-0\.5b\?$"),
+        ("qwen2.5-coder-1.5b-instruct", r"did you mean qwen2\.5-coder-1\.5b or qwen2\.5-coder-0\.5b\?$"),
+        ("nothing", r"built-in name \(.*qwen2\.5-coder-1\.5b\)$"),
+    ],
+)
+def test_a_name_that_is_nearly_one(given, said):
+    with pytest.raises(CheckpointError, match=f"there is no model {given}: .*{said}"):
+        load_checkpoint(given)
