@@ -32,7 +32,7 @@ from act_export.search.answers import EncodedTask, cost_of
 from act_export.search.gates import likelihood_gradient
 from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
-from act_export.search.rank import GRADIENT_COST, compares_per_token, name_of, ranking_batches
+from act_export.search.rank import GRADIENT_COST, compares_per_token, gradient_batches, name_of
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample
 
@@ -127,7 +127,7 @@ def fit_strengths(
 
 def fitting_cost(task: EncodedTask, options: SearchOptions) -> float:
     """About what fitting costs for each task, in the unit of `Unit.cost`."""
-    plain = sum(cost_of(batch) for batch in ranking_batches(task, options))
+    plain = sum(cost_of(batch) for batch in gradient_batches(task, options))
     return len(options.thresholds) * len(options.fit_l2) * (max(options.fit_steps) - 1) * STEP_COST * plain
 
 
@@ -154,7 +154,7 @@ def _gradient(
         values: list[float] = gradient.flatten().tolist()
         return values
 
-    plan = [(task, number, batch) for task in tasks for number, batch in enumerate(ranking_batches(task, options))]
+    plan = [(task, number, batch) for task in tasks for number, batch in enumerate(gradient_batches(task, options))]
     units = [
         Unit(
             f"fit {name_of(task, threshold)} {number} {at}",
@@ -166,6 +166,6 @@ def _gradient(
     ]
     total = torch.zeros_like(logs)
     for (task, _, _), values in zip(plan, workers.run("fitting strengths", units), strict=True):
-        counted = len(tasks) * sum(len(batch) for batch in ranking_batches(task, options))
+        counted = len(tasks) * sum(len(batch) for batch in gradient_batches(task, options))
         total += torch.tensor(values, dtype=torch.float64).view(logs.shape) / counted
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -115,15 +116,25 @@ def package_versions() -> dict[str, str]:
 def _gain_notes(report: TaskReport) -> dict[str, Any]:
     """What stands in a calibration's provenance beside its accuracy."""
     assert report.own is not None  # only a set of heads has a gain
-    notes: dict[str, Any] = {"gain_interval_95": list(report.own.interval)}
+    assert report.beyond is not None
+    notes: dict[str, Any] = {
+        "gain_beyond_control": {
+            "control": report.control,
+            "accuracy": report.controls[report.control],
+            "gain": report.beyond.gain,
+            "interval_95": list(report.beyond.interval),
+        },
+        "gain_interval_95": list(report.own.interval),
+    }
     if report.own.p is not None:
         notes["mcnemar_p"] = report.own.p
     if report.predicted_shares is not None:
         plain, calibrated = report.predicted_shares
         notes["predicted_shares"] = {"plain": list(plain), "calibrated": list(calibrated)}
-    controls: dict[str, Any] = {"random_heads": list(report.random_heads)}
-    if report.label_prior is not None:
-        controls["plain_without_label_prior"] = report.label_prior
+    for name, pair in (("measures", report.measures), ("invalid", report.invalid)):
+        if pair is not None and pair[1] is not None:
+            notes[name] = {"plain": asdict(pair[0]), "calibrated": asdict(pair[1])}
+    controls: dict[str, Any] = {"random_heads": list(report.random_heads), "plain": dict(report.controls)}
     if report.choice_bias is not None:
         plain_unbiased, calibrated_unbiased = report.choice_bias
         controls["without_choice_bias"] = {"plain": plain_unbiased, "calibrated": calibrated_unbiased}

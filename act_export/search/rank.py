@@ -21,6 +21,8 @@ from act_export.tasks.batching import Batching, batches
 
 GRADIENT_COST = 3  # of a batch, in forward passes: the backward pass computes twice what the forward pass does
 
+GRADIENT_TOKENS = 256  # that run together: all layers' activations of these are in memory
+
 Heads = Sequence[tuple[int, int]]
 """(layer, head) pairs."""
 
@@ -125,7 +127,7 @@ def _with_slopes(
 
 def ranking_cost(task: EncodedTask, options: SearchOptions, num_layers: int, num_heads: int) -> float:
     """About what ranking costs, in the unit of `Unit.cost`."""
-    plain = sum(cost_of(batch) for batch in ranking_batches(task, options))
+    plain = sum(cost_of(batch) for batch in gradient_batches(task, options))
     gates = GRADIENT_COST * plain if _takes_gradients(options) else 0
     heads = {
         "gates": 0,
@@ -160,12 +162,15 @@ def _mean_slopes(of_tasks: Sequence[Effects]) -> Tensor | None:
     return torch.stack(slopes).mean(0) if slopes else None
 
 
-def ranking_batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExample]]:
-    """The ranking split's examples, as they run together."""
+def ranking_batches(task: EncodedTask, tokens: int) -> list[list[EncodedExample]]:
+    """The ranking split's examples, as they run together: so many tokens at the most."""
     examples = task.splits[RANK]
-    return [
-        [examples[index] for index in indices] for indices in batches(examples, Batching(None, options.batch_tokens))
-    ]
+    return [[examples[index] for index in indices] for indices in batches(examples, Batching(None, tokens))]
+
+
+def gradient_batches(task: EncodedTask, options: SearchOptions) -> list[list[EncodedExample]]:
+    """The ranking split's examples, as they run together where activations are kept for a backward pass."""
+    return ranking_batches(task, min(options.batch_tokens, GRADIENT_TOKENS))
 
 
 def compares_per_token(task: EncodedTask) -> bool:
@@ -203,7 +208,7 @@ def _by_gates(
         (task, threshold, number, batch)
         for task in tasks
         for threshold in options.thresholds
-        for number, batch in enumerate(ranking_batches(task, options))
+        for number, batch in enumerate(gradient_batches(task, options))
     ]
     units = [
         Unit(
@@ -267,7 +272,7 @@ def _exact(
     for t, task in enumerate(tasks):
         for k, threshold in enumerate(options.thresholds):
             chosen = wanted[t][k]
-            for number, batch in enumerate(ranking_batches(task, options)):
+            for number, batch in enumerate(ranking_batches(task, options.batch_tokens)):
                 for beta in options.betas:
                     for layer in range(num_layers):
                         heads = [h for h in range(num_heads) if chosen is None or (layer, h) in chosen[beta]]

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from act_export.calibration.file import Calibration
-from act_export.search.answers import CONTENT_FREE, REPORT, Answers, EncodedTask
-from act_export.tasks.label_prior import without_label_prior
-from act_export.tasks.remedies import same_choices, without_choice_bias
-from act_export.tasks.scoring import predicted_choice
+from act_export.search.answers import Answers
+from act_export.tasks.measures import Measures
 from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
 
 
@@ -33,6 +31,19 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Invalid:
+    """First tokens that begin none of the choices.
+
+    Attributes:
+        share: Of all answers.
+        accuracy: Of the other answers; None where there are none.
+    """
+
+    share: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class TaskReport:
     """What a search found on one task, on questions that took no part in it.
 
@@ -42,8 +53,14 @@ class TaskReport:
         own: With the set found on this task; None where no set helped.
         joint: With the set found on all tasks together; None where there is none.
         random_heads: Accuracies with as many heads drawn at random as the task's own set has.
-        label_prior: Accuracy of the plain model without its label prior, see `act_export.tasks.label_prior`; None
-            where questions have no content-free form.
+        controls: Accuracies of the plain model with each cheap remedy that fits, and with none: see
+            `act_export.search.controls`.
+        control: The best of them.
+        beyond: What the task's own set gains over the best; None where no set helped.
+        joint_beyond: The same of the joint set.
+        measures: Of the plain model and with the task's own set; None where answers are generated.
+        invalid: Shares of first tokens that begin no choice, plain and calibrated, and the accuracies of the others;
+            None where first tokens aren't compared.
         choice_bias: Accuracies of the plain model and with the task's own set, both without their mean preference for a
             choice, see `act_export.tasks.remedies`; None where questions have different choices.
         published: Accuracies with the head sets that others published for this model, by name.
@@ -60,7 +77,12 @@ class TaskReport:
     own: Gain | None
     joint: Gain | None
     random_heads: tuple[float, ...]
-    label_prior: float | None
+    controls: Mapping[str, float]
+    control: str
+    beyond: Gain | None
+    joint_beyond: Gain | None
+    measures: tuple[Measures, Measures | None] | None
+    invalid: tuple[Invalid, Invalid | None] | None
     choice_bias: tuple[float, float] | None
     published: Mapping[str, float]
     predicted_shares: tuple[tuple[float, ...], tuple[float, ...]] | None
@@ -80,7 +102,8 @@ class SearchResult:
         joint: Found on all tasks together, None where the search was on one or no joint set was asked for.
         reports: By task.
         average: Mean gain of the tasks' own sets over all tasks, 0 counting for those without; None for one task.
-        joint_average: The same for the joint set.
+        average_beyond: Their mean gain over the best control of each task.
+        joint_average: As `average`, for the joint set.
         units: How many units of work this run computed, and how many there were.
         damaged: Lines of the journal that were left out.
     """
@@ -89,9 +112,18 @@ class SearchResult:
     joint: Calibration | None
     reports: Mapping[str, TaskReport]
     average: Gain | None = None
+    average_beyond: Gain | None = None
     joint_average: Gain | None = None
     units: tuple[int, int] = field(default=(0, 0), compare=False)
     damaged: int = field(default=0, compare=False)
+
+
+def invalid_of(answers: Answers) -> Invalid | None:
+    """None where first tokens aren't compared."""
+    if answers.invalid is None:
+        return None
+    accuracy = answers.valid_accuracy
+    return Invalid(round(answers.invalid, 4), None if accuracy is None else round(accuracy, 4))
 
 
 def gain_of(plain: Answers, calibrated: Answers) -> Gain:
@@ -118,46 +150,6 @@ def average_gain(plain: Mapping[str, Answers], calibrated: Mapping[str, Answers]
         interval=_rounded(mean_interval(differences)),
         p=None,
     )
-
-
-def label_prior_accuracy(task: EncodedTask, plain: Answers, content_free: Answers) -> float | None:
-    """Accuracy of the plain model on the report split without its label prior; None where there is no such form."""
-    if not task.splits[CONTENT_FREE]:
-        return None
-    scores = without_label_prior(plain.scores, task.task.splits.report, content_free.scores)
-    return _accuracy(task, scores)
-
-
-def choice_bias_accuracies(
-    task: EncodedTask, report: tuple[Answers, Answers], choose: tuple[Answers, Answers]
-) -> tuple[float, float] | None:
-    """Accuracies of the plain and the calibrated model on the report split without their mean preference on the other.
-
-    None where the questions have different choices.
-    """
-    if task.task.generation is not None or not same_choices([e for part in task.splits.values() for e in part]):
-        return None
-    plain, calibrated = (
-        _accuracy(task, without_choice_bias(mine.scores, others.scores))
-        for mine, others in zip(report, choose, strict=True)
-    )
-    return plain, calibrated
-
-
-def predicted_shares(plain: Answers, calibrated: Answers) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """How often each choice, by its index, is the model's answer."""
-    most = max(map(len, plain.scores))
-    counts = [
-        np.bincount([predicted_choice(row) for row in answers.scores], minlength=most) / len(answers.scores)
-        for answers in (plain, calibrated)
-    ]
-    first, second = (tuple(round(float(share), 4) for share in shares) for shares in counts)
-    return first, second
-
-
-def _accuracy(task: EncodedTask, scores: list[tuple[float, ...]]) -> float:
-    right = [predicted_choice(row) == e.answer for row, e in zip(scores, task.splits[REPORT], strict=True)]
-    return round(float(np.mean(right)), 4)
 
 
 def _rounded(interval: tuple[float, float]) -> tuple[float, float]:

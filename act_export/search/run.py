@@ -27,26 +27,18 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, choose
+from act_export.search.controls import have_same_choices
 from act_export.search.fit import fit_strengths, fitting_cost
 from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
-from act_export.search.provenance import package_versions, search_provenance, tried
+from act_export.search.provenance import package_versions, search_provenance
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.request import SearchOptions, SearchTask, Threshold
-from act_export.search.results import (
-    Gain,
-    SearchResult,
-    TaskReport,
-    average_gain,
-    choice_bias_accuracies,
-    gain_of,
-    label_prior_accuracy,
-    predicted_shares,
-)
+from act_export.search.results import Gain, SearchResult, TaskReport, average_gain
+from act_export.search.task_report import CONTROL, JOINT, answers_with_controls, task_report
 from act_export.tasks import question_digests
 
-JOINT = "joint"
 _JOURNAL_VERSION = 3  # another one where the same key may stand for another result
 
 
@@ -162,17 +154,17 @@ class _Search:
         together = self._choose(self.tasks, ranking.joint, plain) if joint else None
         answered = self._report(found, together)
         reports = {
-            task.name: _task_report(task, found[task.name], answered[task.name], sum(e.passes for e in effects))
+            task.name: task_report(task, found[task.name].choice, answered[task.name], sum(e.passes for e in effects))
             for task, effects in zip(self.tasks, ranking.own, strict=True)
         }
         own = {
             task.name: self._recorded([task], found[task.name], reports, [reports[task.name].own])
             for task in self.tasks
         }
-        plain_answers = {name: answers["plain"] for name, answers in answered.items()}
 
-        def average(kind: str) -> Gain:
-            return average_gain(plain_answers, {name: a.get(kind, a["plain"]) for name, a in answered.items()})
+        def average(kind: str, *, beyond: bool = False) -> Gain:
+            over = {name: a[CONTROL + reports[name].control if beyond else "plain"] for name, a in answered.items()}
+            return average_gain(over, {name: a.get(kind, over[name]) for name, a in answered.items()})
 
         shared = joint_average = None
         if together is not None:
@@ -184,6 +176,7 @@ class _Search:
             shared,
             reports,
             average("own") if len(self.tasks) > 1 else None,
+            average("own", beyond=True) if len(self.tasks) > 1 else None,
             joint_average,
             (self.workers.computed, len(self.workers.needed)),
             self.workers.journal.damaged if self.workers.journal is not None else 0,
@@ -235,7 +228,7 @@ class _Search:
         return proposals
 
     def _report(self, found: Mapping[str, _Found], together: _Found | None) -> dict[str, dict[str, Answers]]:
-        """By task, answers to the report split: plain, own, joint, random heads, published sets; and content-free."""
+        """By task, answers to the report split: plain, own, joint, random heads, published sets, and controls."""
         requests: list[tuple[EncodedTask, str, Calibration | None]] = []
         labels: list[tuple[str, str]] = []
 
@@ -246,6 +239,8 @@ class _Search:
         for task in self.tasks:
             ask(task, "plain", None)
             ask(task, CONTENT_FREE, None, CONTENT_FREE)
+            if have_same_choices(task):
+                ask(task, RANK, None, RANK)
             own = found[task.name].calibration
             if own.heads:
                 ask(task, "own", own)
@@ -259,6 +254,8 @@ class _Search:
         reported: dict[str, dict[str, Answers]] = {}
         for (task_name, label), answers in zip(labels, self._answer("measuring the gain", requests), strict=True):
             reported.setdefault(task_name, {})[label] = answers
+        for task in self.tasks:
+            reported[task.name] |= answers_with_controls(task, reported[task.name], found[task.name].choice)
         return reported
 
     def _recorded(
@@ -287,36 +284,6 @@ class _Search:
         return answer(self.checkpoint, requests, self.options, self.workers, step=step)
 
 
-def _task_report(task: EncodedTask, found: _Found, answers: Mapping[str, Answers], passes: float) -> TaskReport:
-    plain, own, choice = answers["plain"], answers.get("own"), found.choice
-    splits = task.task.splits
-    generated = task.task.generation is not None
-    return TaskReport(
-        task=task.name,
-        plain_accuracy=round(plain.accuracy, 4),
-        own=gain_of(plain, own) if own is not None else None,
-        joint=gain_of(plain, answers[JOINT]) if JOINT in answers else None,
-        random_heads=tuple(round(a.accuracy, 4) for label, a in answers.items() if label.startswith("random ")),
-        label_prior=label_prior_accuracy(task, plain, answers[CONTENT_FREE]),
-        choice_bias=choice_bias_accuracies(
-            task, (plain, own), (choice.candidates[0].answers[0], choice.chosen.answers[0])
-        )
-        if own is not None
-        else None,
-        published={
-            label.removeprefix("published "): round(a.accuracy, 4)
-            for label, a in answers.items()
-            if label.startswith("published ")
-        },
-        predicted_shares=predicted_shares(plain, own) if own is not None and not generated else None,
-        p=round(choice.p, 4),
-        choose_accuracy=tried(choice),
-        forward_passes=round(passes, 1),
-        sizes={RANK: len(splits.rank), CHOOSE: len(splits.choose), REPORT: len(splits.report)},
-        duplicates=splits.duplicates,
-    )
-
-
 def _planned_cost(
     checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions, published: int, joint: bool
 ) -> float:
@@ -334,6 +301,7 @@ def _planned_cost(
     times = {
         CHOOSE: 1 + candidates * (2 if joint else 1),
         REPORT: 2 + options.random_draws + published + joint,
+        RANK: 1,
         CONTENT_FREE: 1,
     }
     total = 0.0

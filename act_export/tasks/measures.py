@@ -34,6 +34,15 @@ class Measures:
     negative_log_likelihood: float
     expected_calibration_error: float
 
+    def rounded(self) -> Measures:
+        """To four places."""
+        return Measures(
+            round(self.balanced_accuracy, 4),
+            None if self.auroc is None else round(self.auroc, 4),
+            round(self.negative_log_likelihood, 4),
+            round(self.expected_calibration_error, 4),
+        )
+
 
 def measure(scores: Sequence[Sequence[float]], answers: Sequence[int], *, same_choices: bool) -> Measures:
     """All measures of the same answers.

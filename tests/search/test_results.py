@@ -23,13 +23,14 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
 from act_export.search.answers import Answers
+from act_export.search.controls import predicted_shares
 from act_export.search.proposals import other_heads
-from act_export.search.results import average_gain, gain_of, predicted_shares
-from act_export.tasks import EncodedExample, Example, encode_examples, prompt_digest
+from act_export.search.results import average_gain, gain_of
+from act_export.tasks import EncodedExample, Example, Questions, encode_examples, prompt_digest
 from act_export.tasks.metrics import token_f1
 from act_export.tasks.scoring import predicted_choice
 
-OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4))
+OPTIONS = SearchOptions(methods=("act",), random_draws=3, betas=(0.0,), head_counts=(1, 2, 4))
 PUBLISHED = {
     "theirs": Calibration({0: (2,), 1: (0,)}, beta=0.4, threshold=0.2),
     "the same": replace(PLANTED, beta={0: (0.0,)}),
@@ -162,16 +163,17 @@ def test_the_label_prior_is_that_of_the_content_free_prompt(
     )
     rows = np.array(reference_scores(checkpoint, None, report)) - np.array(prior)
     right = [int(row.argmax()) == e.answer for row, e in zip(rows, report, strict=True)]
-    assert result.reports["first"].label_prior == pytest.approx(np.mean(right), abs=1e-4)
-    assert result.reports["first"].label_prior != result.reports["first"].plain_accuracy
-    assert result.reports["third"].label_prior is None
+    first = result.reports["first"]
+    assert first.controls["label prior"] == pytest.approx(np.mean(right), abs=1e-4)
+    assert first.controls["label prior"] != first.controls["plain"] == first.plain_accuracy
+    assert "label prior" not in result.reports["third"].controls
 
 
 def test_there_is_no_label_prior_where_a_question_has_no_content_free_form(checkpoint: Checkpoint) -> None:
     task = planted_task(checkpoint, PLANTED, content_free="")
     result = search_heads(checkpoint, [task], OPTIONS)
-    assert result.reports["planted"].label_prior is None
-    assert "plain_without_label_prior" not in result.calibrations["planted"].provenance.notes["controls"]
+    assert "label prior" not in result.reports["planted"].controls
+    assert "label prior" not in result.calibrations["planted"].provenance.notes["controls"]["plain"]
 
 
 def test_the_choice_bias_is_that_of_the_choose_split(
@@ -186,7 +188,55 @@ def test_the_choice_bias_is_that_of_the_choose_split(
         rows = log_shares(reference_scores(checkpoint, calibration, report)) - bias
         return float(np.mean([int(row.argmax()) == e.answer for row, e in zip(rows, report, strict=True)]))
 
-    assert result.reports["first"].choice_bias == pytest.approx((unbiased(None), unbiased(PLANTED)), abs=1e-4)
+    first = result.reports["first"]
+    assert first.choice_bias == pytest.approx((unbiased(None), unbiased(PLANTED)), abs=1e-4)
+    assert first.controls["choice bias"] == first.choice_bias[0]
+
+
+def test_what_a_set_gains_beyond_the_best_remedy(
+    checkpoint: Checkpoint, tasks: list[SearchTask], result: SearchResult
+) -> None:
+    """Offsets are the best that a grid finds for the ranking questions; the rest is arithmetic."""
+    rank, report = (
+        encode_examples(checkpoint.tokenizer, part) for part in (tasks[0].splits.rank, tasks[0].splits.report)
+    )
+    rows = log_shares(reference_scores(checkpoint, None, rank))
+    right = np.array([e.answer for e in rank])
+
+    def loss(lean: float) -> float:
+        shifted = log_shares((rows + np.array([lean / 2, -lean / 2])).tolist())
+        return float(-shifted[np.arange(len(right)), right].sum() + 0.05 * lean**2 / 2)
+
+    lean = min(np.linspace(-10, 10, 4001), key=loss)
+    shifted = np.array(reference_scores(checkpoint, None, report)) + np.array([lean / 2, -lean / 2])
+    accuracy = np.mean([int(row.argmax()) == e.answer for row, e in zip(shifted, report, strict=True)])
+    first = result.reports["first"]
+    assert first.controls["offsets"] == pytest.approx(accuracy, abs=0.011)  # a question may lie on the edge
+    assert first.controls[first.control] == max(first.controls.values())
+    assert first.beyond.gain == pytest.approx(first.own.accuracy - first.controls[first.control], abs=1e-4)
+    assert first.beyond.interval[0] <= first.beyond.gain <= first.beyond.interval[1]
+    assert result.average_beyond.gain <= result.average.gain
+    noted = result.calibrations["first"].provenance.notes
+    assert noted["gain_beyond_control"]["gain"] == first.beyond.gain
+    assert noted["measures"]["calibrated"]["auroc"] == first.measures[1].auroc >= first.measures[0].auroc
+
+
+def test_first_tokens_that_are_no_answer_are_counted(checkpoint: Checkpoint) -> None:
+    """A remedy that allows the choices alone makes every answer valid."""
+    task = planted_task(checkpoint, PLANTED)
+    splits = {
+        name: tuple(replace(e, first_token=True) for e in getattr(task.splits, name))
+        for name in ("rank", "choose", "report")
+    }
+    task = replace(task, splits=replace(task.splits, **splits), questions=Questions(scoring="first-token"))
+    report = search_heads(checkpoint, [task], replace(OPTIONS, head_counts=(1,), random_draws=0)).reports["planted"]
+    plain = report.invalid[0]
+    rows = reference_scores(checkpoint, None, encode_examples(checkpoint.tokenizer, task.splits.report))
+    invalid = np.mean([int(np.argmax(row)) == len(CHOICES) for row in rows])
+    assert plain.share == pytest.approx(invalid, abs=1e-4)
+    assert plain.share > 0.5
+    assert report.plain_accuracy == pytest.approx((1 - plain.share) * (plain.accuracy or 0), abs=1e-3)
+    assert report.controls["choices only"] > report.plain_accuracy
 
 
 def test_there_is_no_choice_bias_where_choices_differ(checkpoint: Checkpoint) -> None:
@@ -198,6 +248,8 @@ def test_there_is_no_choice_bias_where_choices_differ(checkpoint: Checkpoint) ->
     turned = replace(task, splits=replace(task.splits, report=others))
     report = search_heads(checkpoint, [turned], OPTIONS).reports["planted"]
     assert report.choice_bias is None
+    assert set(report.controls) == {"plain", "label prior"}
+    assert report.measures[0].auroc is None
     assert report.own.accuracy == 1
 
 

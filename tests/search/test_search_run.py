@@ -53,7 +53,7 @@ def test_planted_heads_are_found(checkpoint: Checkpoint, ranking: str) -> None:
     assert origin.notes["dtype"] == "float32"
     shares = origin.notes["predicted_shares"]
     assert sum(shares["plain"]) == pytest.approx(1) == sum(shares["calibrated"])
-    assert set(origin.notes["controls"]) == {"random_heads", "plain_without_label_prior", "without_choice_bias"}
+    assert set(origin.notes["controls"]) == {"random_heads", "plain", "without_choice_bias"}
     assert len(origin.notes["controls"]["random_heads"]) == 1
     assert list(origin.notes["choose_accuracy"])[:2] == ["plain", "act: 1 head"]
     assert max(origin.notes["choose_accuracy"].values()) == origin.notes["choose_accuracy"]["act: 1 head"] == 1
@@ -139,7 +139,8 @@ def test_written_answers(checkpoint: Checkpoint, ranking: str) -> None:
     assert 0 < report.plain_accuracy < 0.5
     assert report.own.p is None
     assert "mcnemar_p" not in found.provenance.notes
-    assert (report.label_prior, report.choice_bias, report.predicted_shares) == (None, None, None)
+    assert (report.measures, report.choice_bias, report.predicted_shares) == (None, None, None)
+    assert set(report.controls) == {"plain"}
 
 
 def test_batch_tokens_change_nothing_but_rounding(checkpoint: Checkpoint) -> None:

@@ -1,0 +1,90 @@
+"""What a search found, as a table and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from act_export.commands.printing import PlainConsole, PlainTable
+
+if TYPE_CHECKING:
+    from act_export.search import SearchResult
+    from act_export.search.results import Gain, TaskReport
+
+
+def print_search_result(result: SearchResult) -> None:
+    """Prints a row for each task, on standard output: accuracies on questions that took no part in the search."""
+    table = PlainTable(title="accuracy on questions that took no part in the search")
+    for column in ("task", "plain", "best control", "calibrated", "gain beyond control", "gain over plain"):
+        table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
+    for name, report in result.reports.items():
+        accuracy = report.own.accuracy if report.own is not None else report.plain_accuracy
+        table.add_row(
+            name,
+            f"{report.plain_accuracy:.1%}",
+            f"{report.controls[report.control]:.1%}",
+            f"{accuracy:.1%}",
+            _gain(report.beyond),
+            _gain(report.own),
+        )
+    if result.average is not None:
+        table.add_section()
+        found = any(calibration.heads for calibration in result.calibrations.values())
+        table.add_row("average", *_average(result, result.average if found else None, result.average_beyond))
+        if result.joint is not None:
+            joint = result.joint_average if result.joint.heads else None
+            beyond = [report.joint_beyond for report in result.reports.values() if report.joint_beyond is not None]
+            mean = sum(gain.gain for gain in beyond) / len(beyond) if beyond else None
+            table.add_row("one set for all", *_average(result, joint, None, mean))
+    console = PlainConsole()
+    console.print(table)
+    for name, report in result.reports.items():
+        for line in _details(name, report):
+            console.say(line)
+
+
+def _average(result: SearchResult, gain: Gain | None, beyond: Gain | None, mean: float | None = None) -> list[str]:
+    reports = result.reports.values()
+    plain, control = (
+        sum(values) / len(reports)
+        for values in ([r.plain_accuracy for r in reports], [r.controls[r.control] for r in reports])
+    )
+    accuracy = plain if gain is None else gain.accuracy
+    over_control = _gain(beyond if gain is not None else None) if mean is None else f"{100 * mean:+.1f}"
+    return [f"{plain:.1%}", f"{control:.1%}", f"{accuracy:.1%}", over_control, _gain(gain)]
+
+
+def _details(name: str, report: TaskReport) -> Iterator[str]:
+    """What a sceptic asks for, a line each."""
+    sizes = report.sizes
+    yield f"{name}: {sizes['rank']} questions to rank and fit with, {sizes['choose']} to choose, {sizes['report']} here"
+    controls = ", ".join(f"{accuracy:.1%} {control}" for control, accuracy in report.controls.items())
+    yield f"{name}: controls of the plain model: {controls}"
+    if report.measures is not None:
+        plain, own = report.measures
+        for label, of, form in (
+            ("balanced accuracy", "balanced_accuracy", ".1%"),
+            ("AUROC", "auroc", ".3f"),
+            ("negative log-likelihood", "negative_log_likelihood", ".3f"),
+            ("expected calibration error", "expected_calibration_error", ".3f"),
+        ):
+            before, after = getattr(plain, of), getattr(own, of) if own is not None else None
+            if before is not None:
+                yield f"{name}: {label} {before:{form}}" + (f" -> {after:{form}}" if after is not None else "")
+    if report.invalid is not None:
+        for label, invalid in zip(("plain", "calibrated"), report.invalid, strict=True):
+            if invalid is not None:
+                valid = "none" if invalid.accuracy is None else f"{invalid.accuracy:.1%}"
+                yield f"{name}: {label}: {invalid.share:.1%} invalid answers; accuracy of the valid ones {valid}"
+    if report.random_heads:
+        yield f"{name}: with as many random heads {', '.join(f'{a:.1%}' for a in report.random_heads)}"
+    for published, accuracy in report.published.items():
+        yield f"{name}: {accuracy:.1%} with the published heads {published}"
+
+
+def _gain(gain: Gain | None) -> str:
+    """Points and their interval; where no set helped, there's none."""
+    if gain is None:
+        return "no set"
+    low, high = gain.interval
+    return f"{100 * gain.gain:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
