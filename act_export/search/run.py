@@ -14,6 +14,7 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
+from act_export.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.progress import Progress
 from act_export.search.answers import (
     CHOOSE,
@@ -27,7 +28,6 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, candidate_calibrations, choose, other_heads
-from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.provenance import package_versions, search_provenance, tried
 from act_export.search.rank import Effects, rank_heads, ranking_cost
