@@ -161,6 +161,21 @@ class Journal:
         return file
 
 
+def own_journal(folder: Path, work: Mapping[str, Any], *, process: int = 0) -> Journal | None:
+    """A journal that nobody asked for, in a folder in which all work has its own; None where it can't be written to.
+
+    Args:
+        folder: Made if it isn't there.
+        work: As of `Journal`, and so is the process.
+        process: Of several.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, work]).encode()).hexdigest()[:16]
+    try:
+        return Journal(folder / digest, work, process=process)
+    except JournalError:
+        return None
+
+
 def are_numbers(value: Any, count: int) -> bool:
     """Whether a value, as JSON has it, is a list of so many numbers."""
     return isinstance(value, list) and len(value) == count and all(type(each) in (int, float) for each in value)
