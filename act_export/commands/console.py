@@ -53,8 +53,8 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             fail(str(error), EXIT_UNUSABLE)
         except (InterruptedByUser, KeyboardInterrupt):
             fail(
-                "interrupted; no partial output was left. What a search or a profile has finished is kept: the same "
-                "command goes on",
+                "interrupted; no partial output was left. What a search, a profile or a chat has finished is kept: "
+                "the same command goes on",
                 EXIT_UNUSABLE,
             )
         except (typer.Exit, typer.Abort):

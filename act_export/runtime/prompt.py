@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,33 @@ def encode_prompt(
         ActExportError: If the text has half characters, there is no chat template, or it fails, there is no token, one
             that isn't the model's, or more than its context holds.
     """
-    _check_text(text)
     if chat:
-        text = render_chat(tokenizer, [{"role": "user", "content": text}])
+        return EncodedPrompt(encode_chat(session, tokenizer, [{"role": "user", "content": text}]), [])
+    _check_text(text)
+    return _encode(session, tokenizer, text, special=True)
+
+
+def encode_chat(
+    session: Session, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Encodes messages up to where the model's reply begins: token ids, at least one.
+
+    Args:
+        session: The model.
+        tokenizer: Its tokenizer.
+        messages: Each with "role" and "content".
+
+    Raises:
+        ActExportError: As `encode_prompt`.
+    """
+    for message in messages:
+        _check_text(message["content"])
+    return _encode(session, tokenizer, render_chat(tokenizer, messages), special=False).ids
+
+
+def _encode(session: Session, tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> EncodedPrompt:
     with others_errors("the tokenizer can't encode the prompt", "pass the model's own with --tokenizer"):
-        ids, end = _encoded(tokenizer, text, special=not chat)
+        ids, end = _encoded(tokenizer, text, special=special)
     if not end:
         raise ActExportError("the prompt is empty: it has no token; give some text to go on from")
     _check_tokens(session, tokenizer, ids[:end])

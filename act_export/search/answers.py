@@ -15,7 +15,7 @@ from act_export.attention.hook import attention_hook
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint
 from act_export.checkpoint.stop_tokens import stop_tokens
-from act_export.search.journal import are_numbers
+from act_export.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, SearchTask
 from act_export.tasks import EncodedExample, Example, encode_examples

@@ -28,9 +28,9 @@ from act_export.attention.fast_attention import (
 )
 from act_export.calibration.file import STRENGTHS
 from act_export.checkpoint.load import Checkpoint
+from act_export.journal import are_numbers
 from act_export.search.answers import EncodedTask, cost_of
 from act_export.search.gates import likelihood_gradient
-from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.rank import GRADIENT_COST, compares_per_token, gradient_batches, name_of
 from act_export.search.request import SearchOptions, Threshold

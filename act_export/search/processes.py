@@ -17,8 +17,8 @@ import torch
 from torch import distributed
 
 from act_export.errors import ActExportError
+from act_export.journal import Journal, difference
 from act_export.progress import Progress
-from act_export.search.journal import Journal, difference
 
 _PATIENCE = timedelta(days=1)  # of a process that has done its units, for the others
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from act_export.checkpoint.load import Checkpoint
+from act_export.journal import are_numbers
 from act_export.search.answers import RANK, EncodedTask, cost_of
 from act_export.search.exhaustive import PlainRun
 from act_export.search.gates import gate_gradients
-from act_export.search.journal import are_numbers
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample

@@ -14,6 +14,7 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
+from act_export.journal import Journal, own_journal
 from act_export.progress import Progress
 from act_export.search.answers import (
     CHOOSE,
@@ -29,7 +30,6 @@ from act_export.search.answers import (
 from act_export.search.choose import Choice, choose
 from act_export.search.controls import have_same_choices
 from act_export.search.fit import fit_strengths, fitting_cost
-from act_export.search.journal import FORMAT_VERSION, Journal, JournalError
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
 from act_export.search.provenance import package_versions, search_provenance
@@ -92,8 +92,7 @@ def search_heads(
         {**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published or ())}
     )
     if journal is None and journals is not None:
-        journal = Path(journals) / hashlib.sha256(json.dumps([FORMAT_VERSION, description]).encode()).hexdigest()[:16]
-        kept = _open_if_possible(journal, description)
+        kept = own_journal(Path(journals), description, process=process_index())
     else:
         kept = Journal(journal, description, process=process_index()) if journal is not None else None
     workers = Workers(
@@ -311,14 +310,6 @@ def _planned_cost(
             total += fitting_cost(task, options) * (2 if joint else 1)
         total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
     return total
-
-
-def _open_if_possible(folder: Path, description: Mapping[str, Any]) -> Journal | None:
-    """A journal that nobody asked for: where the folder can't be written to, the search does without."""
-    try:
-        return Journal(folder, description, process=process_index())
-    except JournalError:
-        return None
 
 
 def _configuration_digest(checkpoint: Checkpoint) -> str:

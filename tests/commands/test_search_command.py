@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from act_export.calibration.file import Calibration
 from act_export.commands.main import app
 from act_export.files import cache_folder
-from act_export.search.journal import Journal
+from act_export.journal import Journal
 
 SIZES = ("--rank", "40", "--choose", "50", "--report", "40")
 BETA = ("--method", "act", "--ranking", "gates+confirm", "--beta", "0", "--heads", "1,2")

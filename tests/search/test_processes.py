@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from act_export.commands.main import app
 from act_export.errors import ActExportError
-from act_export.search.journal import Journal
+from act_export.journal import Journal
 from act_export.search.processes import Unit, Workers, _share, own_device, process_count, process_group, process_index
 
 # Each process runs its commands one after the other, in one process group, and says how each ended.

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from act_export.checkpoint.load import Checkpoint
 from act_export.commands.main import app
+from act_export.journal import Journal, JournalError
 from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
-from act_export.search.journal import Journal, JournalError
 from act_export.search.processes import Unit, Workers
 from act_export.tasks import Questions
 
@@ -33,7 +33,7 @@ OPTIONS = SearchOptions(
 SLOWLY = """
 import time
 from act_export.commands.main import main
-from act_export.search.journal import Journal
+from act_export.journal import Journal
 record = Journal.record
 def slowly(journal, key, value):
     record(journal, key, value)

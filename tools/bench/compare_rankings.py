@@ -22,10 +22,10 @@ from rich.table import Table
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
+from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task
 from act_export.search.job import SearchJob
-from act_export.search.journal import Journal
 from act_export.search.processes import Workers
 from act_export.search.rank import rank_heads
 from act_export.search.run import describe_search

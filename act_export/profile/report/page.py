@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 import html
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import vl_convert
 
 from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
 from act_export.files import write_whole
+from act_export.html_page import as_json, as_script, script_hash
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import TOKENS, page_document
 from act_export.profile.report.facts import key_facts, threshold_text
@@ -76,16 +73,16 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
         calibration: Whose heads to mark; None for none.
         accuracies: Of tasks.
     """
-    bundle, script = plotting_library(), _as_script(_script())
+    bundle, script = plotting_library(), as_script(_script())
     overall = profile.overall
     return Template(_part("page.html")).substitute(
         model=html.escape(profile.model_name),
         summary=html.escape(summary(profile)),
-        script_hashes=" ".join(map(_hash, (bundle, script))),
+        script_hashes=" ".join(map(script_hash, (bundle, script))),
         style=_part("page.css"),
         bundle=bundle,
         script=script,
-        data=_as_json(page_document(profile, calibration, accuracies)),
+        data=as_json(page_document(profile, calibration, accuracies)),
         grid=GRID,
         token_limit=TOKENS,
         threshold=html.escape(threshold_text(overall.by[ABSOLUTE])),
@@ -109,7 +106,7 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
 def plotting_library() -> str:
     """Vega, Vega-Lite and vega-embed as the page's script: it sets `vegaEmbed`, and nothing else is seen of it."""
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return _as_script(f"(() => {{{bundle}}})();")
+    return as_script(f"(() => {{{bundle}}})();")
 
 
 def _script() -> str:
@@ -119,19 +116,3 @@ def _script() -> str:
 
 def _part(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _as_script(text: str) -> str:
-    """Line ends as the HTML parser makes them, so that the hash is right, and nothing that would end the element."""
-    plain = text.replace("\r\n", "\n").replace("\r", "\n")
-    return plain.replace("</script", "<\\/script").replace("<!--", "<\\!--")
-
-
-def _as_json(document: Mapping[str, Any]) -> str:
-    """JSON in which no token's text can be taken for HTML."""
-    text = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"

@@ -1,8 +1,7 @@
-"""Chromium for the tests of the page, and where profiles at random come from."""
+"""The page of a report in Chromium."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,6 @@ from browser_page import ACCURACIES, Open, Opened, _check_message, _check_reques
 from act_export.calibration.file import Calibration
 from act_export.profile.report import TaskAccuracy, write_report
 from act_export.profile.sink_profile import SinkProfile
-
-_ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """A browser that Playwright drives."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright for Python isn't installed")
-    executable = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
-    if executable is None:
-        pytest.skip("there is no chromium or google-chrome on the PATH")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=executable, args=_ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.search.journal import Journal, JournalError
+from act_export.journal import Journal, JournalError
 
 SEARCH: dict[str, Any] = {"model": "sha256:0", "seed": 0}
 

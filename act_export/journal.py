@@ -1,8 +1,8 @@
-"""What a search has computed so far, on disk: an interrupted search goes on where it stopped.
+"""What long work has computed so far, on disk: where it was interrupted, the same work goes on.
 
-A journal is a folder. `journal.json` says which search it belongs to; `units-PROCESS.jsonl` has a line for each
-finished unit of work, {"unit": key, "value": JSON, "check": sum}, written by one process and read by all. Numbers
-survive exactly (JSON holds Python floats to the last bit), so a resumed search gives the same answer. A line that was
+A journal is a folder. `journal.json` says which work it belongs to; `units-PROCESS.jsonl` has a line for each
+finished unit of it, {"unit": key, "value": JSON, "check": sum}, written by one process and read by all. Numbers
+survive exactly (JSON holds Python floats to the last bit), so resumed work gives the same answer. A line that was
 cut off by a crash, or that the sum doesn't fit, counts as not written: its unit is computed again. Where a unit has two
 lines the last one counts. A process locks its file: the same search can't write to it twice at a time.
 """
@@ -29,11 +29,11 @@ _LARGEST_SHOWN = 60
 
 
 class JournalError(ActExportError):
-    """A journal that belongs to another search, or can't be read or written."""
+    """A journal that belongs to other work, or can't be read or written."""
 
 
 class Journal:
-    """The finished units of one search.
+    """The finished units of one search, or other work.
 
     Attributes:
         folder: Where it is.
@@ -46,11 +46,11 @@ class Journal:
 
         Args:
             folder: Made if it isn't there.
-            search: All that decides what the units are and what they give; JSON with names as keys.
+            search: Or other work: all that decides what the units are and what they give; JSON with names as keys.
             process: Number of this process among those that write to the folder.
 
         Raises:
-            JournalError: If the folder has another search's journal, naming what differs, is in use, or can't be used.
+            JournalError: If the folder has other work's journal, naming what differs, is in use, or can't be used.
         """
         self.folder = Path(folder)
         self._path = self.folder / f"units-{process}.jsonl"
@@ -159,6 +159,21 @@ class Journal:
             file.close()
             raise
         return file
+
+
+def own_journal(folder: Path, work: Mapping[str, Any], *, process: int = 0) -> Journal | None:
+    """A journal that nobody asked for, in a folder in which all work has its own; None where it can't be written to.
+
+    Args:
+        folder: Made if it isn't there.
+        work: As of `Journal`, and so is the process.
+        process: Of several.
+    """
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, work]).encode()).hexdigest()[:16]
+    try:
+        return Journal(folder / digest, work, process=process)
+    except JournalError:
+        return None
 
 
 def are_numbers(value: Any, count: int) -> bool:
