@@ -10,6 +10,7 @@ from act_export.errors import ActExportError, shown
 from act_export.tasks import Generation, Questions, Splits
 
 METHODS = ("act", "gamma", "fit")
+PRECISIONS = ("auto", "own")
 RANKINGS = ("gates", "gates+confirm", "exhaustive")
 HEAD_COUNTS = (1, 3, 10, 20, 40, 80)
 BATCH_TOKENS = 2048
@@ -103,6 +104,8 @@ class SearchOptions:
             `act_export.tasks.batching.positions_of`. One example alone may have more.
         gradient_checkpointing: A third of the memory for ranking, for a third more time.
         random_draws: How often as many random heads are measured instead, as a control.
+        precision: "own" searches in the model's own; "auto" in bfloat16 where that is faster, see
+            `act_export.search.precision`.
     """
 
     methods: tuple[str, ...] = ("act", "fit")
@@ -118,6 +121,7 @@ class SearchOptions:
     batch_tokens: int = BATCH_TOKENS
     gradient_checkpointing: bool = False
     random_draws: int = 1
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         """Checks every value.
@@ -132,6 +136,8 @@ class SearchOptions:
             raise ActExportError(f"there is no method {unknown!r}; {advice}methods are {', '.join(METHODS)}")
         if self.ranking not in RANKINGS:
             raise ActExportError(f"there is no ranking {self.ranking!r}; it must be {', '.join(RANKINGS)}")
+        if self.precision not in PRECISIONS:
+            raise ActExportError(f"precision is {self.precision!r}; it must be {' or '.join(PRECISIONS)}")
         for name in ("methods", "betas", "gammas", "thresholds", "head_counts", "fit_steps", "fit_l2"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

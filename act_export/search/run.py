@@ -30,6 +30,7 @@ from act_export.search.answers import (
 from act_export.search.choose import Choice, choose
 from act_export.search.controls import have_same_choices
 from act_export.search.fit import fit_strengths, fitting_cost
+from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
 from act_export.search.provenance import package_versions, search_provenance
@@ -81,6 +82,20 @@ def search_heads(
         JournalError: If the journal is another search's.
     """
     options = options or SearchOptions()
+    with precision_for_search(checkpoint.model, options.precision):
+        return _search(checkpoint, tasks, options, journal, journals, joint, published or {}, progress)
+
+
+def _search(
+    checkpoint: Checkpoint,
+    tasks: Sequence[SearchTask],
+    options: SearchOptions,
+    journal: str | os.PathLike[str] | None,
+    journals: str | os.PathLike[str] | None,
+    joint: bool,
+    published: Mapping[str, Calibration],
+    progress: Progress | None,
+) -> SearchResult:
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise ActExportError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
@@ -88,17 +103,15 @@ def search_heads(
     description = describe_search(checkpoint, encoded, options)
     joint = joint and len(encoded) > 1
     seeds = {task.name: task.questions.drawing_seed for task in tasks}
-    same_everywhere(
-        {**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published or ())}
-    )
+    same_everywhere({**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published)})
     if journal is None and journals is not None:
         kept = own_journal(Path(journals), description, process=process_index())
     else:
         kept = Journal(journal, description, process=process_index()) if journal is not None else None
     workers = Workers(
-        kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint), progress=progress
+        kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published), joint), progress=progress
     )
-    search = _Search(checkpoint, encoded, options, published or {}, workers)
+    search = _Search(checkpoint, encoded, options, published, workers)
     try:
         result = search.run(joint)
     finally:

@@ -230,6 +230,7 @@ def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, rankin
         ({"gammas": (1.0,)}, CalibrationError, "gamma is 1, which changes nothing"),
         ({"fit_steps": (3, 0)}, ActExportError, "fit_steps is 0; it must be at least 1"),
         ({"fit_l2": (-1.0,)}, ActExportError, "fit_l2 is -1.0; it must be at least 0"),
+        ({"precision": "half"}, ActExportError, "precision is .half.; it must be auto or own"),
         ({"fit_l1": -0.1}, ActExportError, "fit_l1 is -0.1; it must be at least 0"),
         ({"betas": ()}, ActExportError, r"betas are \(\); name at least one"),
         ({"betas": (0.4, 0.4)}, ActExportError, r"betas are \(0.4, 0.4\); .* none twice"),
