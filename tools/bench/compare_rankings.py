@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/bench/compare_rankings.py [--model smollm2-135m] [--task sst2] [--journal FOLDER]
 
-Ranks all heads of the model on one task's ranking split by both methods, prints Spearman's correlation, what each
-took in forward passes of one prompt, the time, and the held-out accuracy that each method's own search reaches. The
+Ranks all heads of the model on one task's ranking split in both ways, prints Spearman's correlation, what each
+took in forward passes of one prompt, the time, and the held-out accuracy that each's own search reaches. The
 paper's loop, every head switched on for all prompts, is timed on a few heads. With a journal an interrupted run goes on
 where it stopped; times are then those of the last run alone.
 """
@@ -46,20 +46,20 @@ def main() -> None:
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
     (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     orders, rows = {}, []
-    for method in ("gates", "exhaustive"):
-        options = SearchOptions(method=method)
+    for ranking in ("gates", "exhaustive"):
+        options = SearchOptions(methods=("act",), ranking=ranking, precision="own")
         encoded = encode_task(checkpoint, task)
-        journal = arguments.journal / method if arguments.journal is not None else None
+        journal = arguments.journal / ranking if arguments.journal is not None else None
         kept = Journal(journal, describe_search(checkpoint, [encoded], options)) if journal is not None else None
         with ProgressBar(console=Console(stderr=True)) as bar:
-            row = bar.add_task(method, total=1.0)
+            row = bar.add_task(ranking, total=1.0)
             workers = Workers(kept, planned_cost=1.0)
             started = time.monotonic()
             ((effects,),) = rank_heads(checkpoint, [encoded], options, workers).own
             seconds = time.monotonic() - started
             if kept is not None:
                 kept.close()  # the search writes to it
-            orders[method] = effects.log_likelihood[options.betas[0]].flatten()
+            orders[ranking] = effects.log_likelihood[options.betas[0]].flatten()
             found = search_heads(
                 checkpoint,
                 [task],
@@ -67,19 +67,19 @@ def main() -> None:
                 journal=journal,
                 progress=lambda _, done, bar=bar, row=row: bar.update(row, completed=done),
             )
-        rows.append((method, effects.passes, seconds, workers.computed, found.reports[task.name], found))
+        rows.append((ranking, effects.passes, seconds, workers.computed, found.reports[task.name], found))
 
     prompts = len(task.splits.rank)
     naive_passes = layers * heads * prompts
     naive_seconds = time_of_the_loop(checkpoint, encoded, options) * layers * heads / NAIVE_HEADS
     table = Table(title=f"{arguments.model}, {arguments.task}, {layers * heads} heads, {prompts} prompts to rank with")
-    for column in ("method", "passes", "of the loop's", "ranking", "heads found", "plain", "calibrated"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("ranking", "passes", "of the loop's", "ranking", "heads found", "plain", "calibrated"):
+        table.add_column(column, justify="left" if column == "ranking" else "right")
     table.add_row("the paper's loop", str(naive_passes), "100%", f"{naive_seconds:.0f} s (extrapolated)", "", "", "")
-    for method, passes, seconds, computed, report, found in rows:
+    for ranking, passes, seconds, computed, report, found in rows:
         accuracy = report.own.accuracy if report.own is not None else report.plain_accuracy
         table.add_row(
-            method,
+            ranking,
             f"{passes:.0f}",
             f"{passes / naive_passes:.1%}",
             f"{seconds:.0f} s" if computed else "in the journal",

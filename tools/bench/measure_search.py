@@ -24,7 +24,7 @@ from statistics import median
 
 import numpy as np
 
-SEARCH = ["-m", "act_export", "search", "smollm2-135m", "--task", "sst2", "--random-draws", "1"]
+SEARCH = ["-m", "act_export", "search", "smollm2-135m", "--task", "sst2", "--method", "act", "--random-draws", "1"]
 SEARCH += ["--rank", "48", "--choose", "48", "--report", "48", "--heads", "1,3,10", "--batch-tokens", "512"]
 ONE = [sys.executable, *SEARCH]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *SEARCH]
