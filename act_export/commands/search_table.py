@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def print_search_result(result: SearchResult) -> None:
     """Prints a row for each task, on standard output: accuracies on questions that took no part in the search."""
-    table = PlainTable(title="accuracy on questions that took no part in the search")
-    for column in ("task", "plain", "best control", "calibrated", "gain beyond control", "gain over plain"):
+    table = PlainTable(title="accuracy on questions that took no part in the search, gains with 95% intervals")
+    for column in ("task", "plain", "best control", "calibrated", "gain beyond it", "gain over plain"):
         table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
     for name, report in result.reports.items():
         accuracy = report.own.accuracy if report.own is not None else report.plain_accuracy
@@ -30,12 +30,10 @@ def print_search_result(result: SearchResult) -> None:
     if result.average is not None:
         table.add_section()
         found = any(calibration.heads for calibration in result.calibrations.values())
-        table.add_row("average", *_average(result, result.average if found else None, result.average_beyond))
+        table.add_row("average", *_average(result, result.average, result.average_beyond, found=found))
         if result.joint is not None:
-            joint = result.joint_average if result.joint.heads else None
-            beyond = [report.joint_beyond for report in result.reports.values() if report.joint_beyond is not None]
-            mean = sum(gain.gain for gain in beyond) / len(beyond) if beyond else None
-            table.add_row("one set for all", *_average(result, joint, None, mean))
+            gains = result.joint_average, result.joint_beyond
+            table.add_row("with one set", *_average(result, *gains, found=bool(result.joint.heads)))
     console = PlainConsole()
     console.print(table)
     for name, report in result.reports.items():
@@ -43,15 +41,15 @@ def print_search_result(result: SearchResult) -> None:
             console.say(line)
 
 
-def _average(result: SearchResult, gain: Gain | None, beyond: Gain | None, mean: float | None = None) -> list[str]:
+def _average(result: SearchResult, gain: Gain | None, beyond: Gain | None, *, found: bool) -> list[str]:
     reports = result.reports.values()
     plain, control = (
         sum(values) / len(reports)
         for values in ([r.plain_accuracy for r in reports], [r.controls[r.control] for r in reports])
     )
-    accuracy = plain if gain is None else gain.accuracy
-    over_control = _gain(beyond if gain is not None else None) if mean is None else f"{100 * mean:+.1f}"
-    return [f"{plain:.1%}", f"{control:.1%}", f"{accuracy:.1%}", over_control, _gain(gain)]
+    accuracy = gain.accuracy if found and gain is not None else plain
+    gains = [_gain(each if found else None) for each in (beyond, gain)]
+    return [f"{plain:.1%}", f"{control:.1%}", f"{accuracy:.1%}", *gains]
 
 
 def _details(name: str, report: TaskReport) -> Iterator[str]:
@@ -83,8 +81,8 @@ def _details(name: str, report: TaskReport) -> Iterator[str]:
 
 
 def _gain(gain: Gain | None) -> str:
-    """Points and their interval; where no set helped, there's none."""
+    """Points, and below them their 95% interval; where no set helped, there's none."""
     if gain is None:
         return "no set"
     low, high = gain.interval
-    return f"{100 * gain.gain:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
+    return f"{100 * gain.gain:+.1f}\n{100 * low:+.1f} to {100 * high:+.1f}"

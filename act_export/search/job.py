@@ -178,6 +178,7 @@ def report_json(result: SearchResult) -> str:
         "average": asdict(result.average) if result.average is not None else None,
         "average_beyond": asdict(result.average_beyond) if result.average_beyond is not None else None,
         "joint_average": asdict(result.joint_average) if result.joint_average is not None else None,
+        "joint_beyond": asdict(result.joint_beyond) if result.joint_beyond is not None else None,
         "heads": {name: calibration.num_calibrated_heads for name, calibration in result.calibrations.items()},
         "joint_heads": result.joint.num_calibrated_heads if result.joint is not None else None,
     }

@@ -104,6 +104,7 @@ class SearchResult:
         average: Mean gain of the tasks' own sets over all tasks, 0 counting for those without; None for one task.
         average_beyond: Their mean gain over the best control of each task.
         joint_average: As `average`, for the joint set.
+        joint_beyond: As `average_beyond`, for the joint set.
         units: How many units of work this run computed, and how many there were.
         damaged: Lines of the journal that were left out.
     """
@@ -114,6 +115,7 @@ class SearchResult:
     average: Gain | None = None
     average_beyond: Gain | None = None
     joint_average: Gain | None = None
+    joint_beyond: Gain | None = None
     units: tuple[int, int] = field(default=(0, 0), compare=False)
     damaged: int = field(default=0, compare=False)
 

@@ -178,9 +178,9 @@ class _Search:
             over = {name: a[CONTROL + reports[name].control if beyond else "plain"] for name, a in answered.items()}
             return average_gain(over, {name: a.get(kind, over[name]) for name, a in answered.items()})
 
-        shared = joint_average = None
+        shared = joint_average = joint_beyond = None
         if together is not None:
-            joint_average = average(JOINT)
+            joint_average, joint_beyond = average(JOINT), average(JOINT, beyond=True)
             gains = [report.joint for report in reports.values()]
             shared = self._recorded(self.tasks, together, reports, gains, joint_average)
         return SearchResult(
@@ -190,6 +190,7 @@ class _Search:
             average("own") if len(self.tasks) > 1 else None,
             average("own", beyond=True) if len(self.tasks) > 1 else None,
             joint_average,
+            joint_beyond,
             (self.workers.computed, len(self.workers.needed)),
             self.workers.journal.damaged if self.workers.journal is not None else 0,
         )

@@ -69,9 +69,8 @@ def test_one_task_writes_one_file(model: Path, rows: Path, tmp_path: Path) -> No
     assert "100.0%" in row
     assert f"{found.provenance.plain_accuracy:.1%}" in row
     assert f"{100 * (1 - found.provenance.plain_accuracy):+.1f}" in row
-    assert "rows.jsonl: 1 heads in 1 layers, beta 0.0, absolute threshold 0.1; gates+confirm on rows.jsonl" in (
-        result.stderr
-    )
+    assert "rows.jsonl: 1 heads in 1 layers, beta 0.0, absolute threshold 0.1; act on rows.jsonl" in result.stderr
+    assert "rows.jsonl: controls of the plain model: " in result.stdout
     assert "search: done, 100% of all" in result.stderr
     assert [path.name for path in out.parent.iterdir()] == ["found.json"]
 
@@ -86,7 +85,7 @@ def test_several_tasks_write_a_folder(model: Path, rows: Path, other_rows: Path,
     assert list(Calibration.load(out / "joint.json").provenance.tasks) == ["rows.jsonl", "more.jsonl"]
     report = json.loads((out / "search.json").read_text())
     assert set(report["tasks"]) == {"rows.jsonl", "more.jsonl"}
-    for words in ("rows.jsonl", "more.jsonl", "average", "joint set"):
+    for words in ("rows.jsonl", "more.jsonl", "average", "with one set"):
         assert words in result.stdout
     alone = run(model, "--data", rows, "--data", other_rows, "--out", tmp_path / "b", "--no-joint", *SIZES, *BETA)
     assert alone.exit_code == 0, alone.output

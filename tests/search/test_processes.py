@@ -174,7 +174,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
                 "--heads",
                 "1,2",
                 "--method",
-                "act",
+                "act,fit",
                 "--ranking",
                 "gates+confirm",
                 "--batch-tokens",

@@ -28,7 +28,13 @@ from act_export.search.processes import Unit, Workers
 from act_export.tasks import Questions
 
 OPTIONS = SearchOptions(
-    methods=("act",), ranking="gates+confirm", betas=(0.0,), head_counts=(1, 2), confirm=4, batch_tokens=200
+    methods=("act", "fit"),
+    ranking="gates+confirm",
+    betas=(0.0,),
+    head_counts=(1, 2),
+    fit_steps=(2,),
+    confirm=4,
+    batch_tokens=200,
 )
 SLOWLY = """
 import time
@@ -137,6 +143,8 @@ def test_a_finished_search_is_only_read(
         {"thresholds": (Threshold(0.1), Threshold(0.2))},
         {"head_counts": (1, 4)},
         {"confirm": 2},
+        {"fit_steps": (1, 2)},
+        {"fit_l2": (0.1,)},
         {"seed": 5},
         {"random_draws": 5},
         {"gradient_checkpointing": True},
@@ -227,7 +235,7 @@ def test_a_value_that_no_unit_can_have_is_computed_again(
 ) -> None:
     whole = search_heads(checkpoint, tasks[:1], OPTIONS, journal=tmp_path)
     kinds = {key.split()[0]: key for key in reversed(keys_of(tmp_path))}
-    assert set(kinds) == {"gates", "exact", "answer"}
+    assert set(kinds) == {"gates", "exact", "fit", "answer"}
     journal = Journal(tmp_path, described(tmp_path))
     for key in kinds.values():
         journal.record(key, value)

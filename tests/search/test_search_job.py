@@ -12,11 +12,12 @@ from planted import PLANTED, save_planted
 
 from act_export.calibration.file import Calibration, ModelIdentity, Provenance
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
-from act_export.commands.search import print_search_result
+from act_export.commands.search_table import print_search_result
 from act_export.errors import ActExportError
 from act_export.files import cache_folder
 from act_export.search import SearchOptions, SearchResult
 from act_export.search.job import SearchJob, check_output, published_sets, run_search, save_result
+from act_export.search.results import Gain
 from act_export.tasks import Questions, TaskError
 
 OPTIONS = SearchOptions(methods=("act",), ranking="gates+confirm", betas=(0.0,), head_counts=(1, 2))
@@ -262,40 +263,53 @@ def test_a_result_that_cannot_be_written_says_that_the_search_is_kept(
         save_result(result, tmp_path / "a file" / "c.json")
 
 
-def shown(result: SearchResult, capsys: pytest.CaptureFixture) -> list[list[str]]:
-    """Cells of the printed table's rows."""
+def shown(result: SearchResult, capsys: pytest.CaptureFixture) -> tuple[list[list[str]], str]:
+    """Cells of the printed table's rows, both lines of a cell joined; and the lines below the table."""
     print_search_result(result)
-    lines = capsys.readouterr().out.splitlines()
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    out = capsys.readouterr().out
+    rows: list[list[str]] = []
+    for line in out.splitlines():
+        if line.startswith("│"):
+            cells = [cell.strip() for cell in line.split("│")[1:-1]]
+            if cells[0]:
+                rows.append(cells)
+            else:
+                rows[-1] = [f"{first} {more}".strip() for first, more in zip(rows[-1], cells, strict=True)]
+    return rows, out.rpartition("┘")[2]
+
+
+def of(gain: Gain) -> str:
+    low, high = gain.interval
+    return f"{100 * gain.gain:+.1f} {100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def test_the_table_has_the_figures(
     checkpoint: Checkpoint, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     result = run_search(checkpoint, job(*copies(rows, tmp_path, "one.jsonl", "two.jsonl")))
-    one, two, average = shown(result, capsys)
+    (one, two, average, with_one), lines = shown(result, capsys)
     for name, row in (("one.jsonl", one), ("two.jsonl", two)):
         report = result.reports[name]
-        low, high = report.own.interval
-        gain = f"{100 * report.own.gain:+.1f}, {100 * low:+.1f} to {100 * high:+.1f}"
-        random = ", ".join(f"{accuracy:.1%}" for accuracy in report.random_heads)
-        plain, calibrated = f"{report.plain_accuracy:.1%}", f"{report.own.accuracy:.1%}"
-        assert row == [name, "40", plain, calibrated, "1", gain, random, "", gain]
+        accuracies = [report.plain_accuracy, report.controls[report.control], report.own.accuracy]
+        assert row == [name, *(f"{accuracy:.1%}" for accuracy in accuracies), of(report.beyond), of(report.own)]
+        assert f"{name}: with as many random heads {report.random_heads[0]:.1%}\n" in lines
+        assert f"{name}: AUROC {report.measures[0].auroc:.3f} -> {report.measures[1].auroc:.3f}\n" in lines
     assert average[0] == "average"
-    assert average[3] == f"{result.average.accuracy:.1%}"
-    assert average[5].startswith(f"{100 * result.average.gain:+.1f}, ")
+    assert average[3:] == [f"{result.average.accuracy:.1%}", of(result.average_beyond), of(result.average)]
+    joint = f"{result.joint_average.accuracy:.1%}"
+    assert with_one[3:] == [joint, of(result.joint_beyond), of(result.joint_average)]
 
 
 def test_the_table_says_where_there_is_no_set(
     checkpoint: Checkpoint, rows: Path, capsys: pytest.CaptureFixture
 ) -> None:
     result = run_search(checkpoint, job(rows))
-    report = replace(result.reports["rows.jsonl"], own=None, random_heads=(), label_prior=0.5)
+    report = replace(result.reports["rows.jsonl"], own=None, beyond=None, random_heads=())
     without = replace(
         result,
         reports={"rows.jsonl": report},
         calibrations={"rows.jsonl": Calibration({}, model=checkpoint.identity)},
     )
-    (row,) = shown(without, capsys)
-    plain = f"{report.plain_accuracy:.1%}"
-    assert row == ["rows.jsonl", "40", plain, plain, "0", "no set", "", "50.0%"]
+    (row,), _ = shown(without, capsys)
+    plain, control = f"{report.plain_accuracy:.1%}", f"{report.controls[report.control]:.1%}"
+    assert row == ["rows.jsonl", plain, control, plain, "no set", "no set"]
