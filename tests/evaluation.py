@@ -22,4 +22,4 @@ def evaluate(
 ) -> Evaluation:
     encoded = encode_examples(tokenizer, examples)
     scores = score_choices(model, encoded, batching, length_normalized=length_normalized)
-    return Evaluation.of(scores, [example.answer for example in encoded])
+    return Evaluation.of(scores, encoded)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from act_export.commands.main import app
 
-KEYS = {"name", "questions", "calibrated", "plain", "comparison", "control", "beyond_control"}
+KEYS = {"name", "questions", "calibrated", "plain", "comparison", "controls", "best_control", "beyond_best_control"}
 
 
 def run(*arguments: object):
@@ -50,7 +50,7 @@ def test_several_tasks_in_one_run(tiny_file, tiny_plain_file, checkpoint_folder,
         assert len(task["questions"]) == 4
     assert shown["files"] == {"calibrated": str(tiny_file), "plain": str(tiny_plain_file)}
     assert (shown["request"]["limit"], shown["request"]["portable"]) == (4, bool(portable))
-    assert shown["average"].keys() >= {"plain", "calibrated", "gain", "gain_interval", "control"}
+    assert shown["average"].keys() >= {"plain", "calibrated", "gain", "gain_interval", "best_control"}
     table = run(*asked)
     assert table.exit_code == 0, table.output
     for words in ("choosing.jsonl", "exact match", "average", "gain, points"):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import fmean
 
 from act_export.errors import ActExportError
+from act_export.tasks import EncodedExample
+from act_export.tasks.measures import Measures, measure
 from act_export.tasks.metrics import exact_match, token_f1
-from act_export.tasks.scoring import predicted_choice
+from act_export.tasks.remedies import same_choices
+from act_export.tasks.scoring import predicted_choice, scores_of_choices
 from act_export.tasks.statistics import accuracy_interval, gain_interval, mcnemar_p, mean_interval
 
-if TYPE_CHECKING:
-    pass
-
-
 ACCURACY, EXACT_MATCH, F1 = "accuracy", "exact_match", "f1"
+INVALID, VALID_ACCURACY = "invalid", "valid_accuracy"
+
+Share = tuple[float, tuple[float, float]]
+"""A mean, and its 95% interval."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +27,34 @@ class Evaluation:
 
     Attributes:
         log_likelihoods: By example, one per choice.
-        predictions: By example, index of the likeliest choice.
+        predictions: By example, index of the likeliest choice; None where the likeliest first token is no choice's.
         answers: By example, index of the right choice.
+        same_choices: Whether all examples have the same choices, in the same order.
+        first_token: Whether first tokens are compared, see `act_export.tasks.scoring`.
     """
 
     log_likelihoods: tuple[tuple[float, ...], ...]
-    predictions: tuple[int, ...]
+    predictions: tuple[int | None, ...]
     answers: tuple[int, ...]
+    same_choices: bool = False
+    first_token: bool = False
 
     @classmethod
-    def of(cls, scores: Sequence[tuple[float, ...]], answers: Iterable[int]) -> Evaluation:
-        """Of log-likelihoods, and the right choices."""
-        return cls(tuple(scores), tuple(map(predicted_choice, scores)), tuple(answers))
+    def of(cls, scores: Sequence[tuple[float, ...]], examples: Sequence[EncodedExample]) -> Evaluation:
+        """Of rows of scores, as `act_export.tasks.scoring.score_choices` gives them, or of the choices alone."""
+        said = [predicted_choice(row) for row in scores]
+        return cls(
+            tuple(scores_of_choices(scores, examples)),
+            tuple(choice if choice < len(e.choices) else None for choice, e in zip(said, examples, strict=True)),
+            tuple(example.answer for example in examples),
+            same_choices(examples),
+            any(example.first_token for example in examples),
+        )
 
     @property
     def correct(self) -> tuple[bool, ...]:
         """By example, whether the prediction is right."""
-        return tuple(map(int.__eq__, self.predictions, self.answers))
+        return tuple(said == right for said, right in zip(self.predictions, self.answers, strict=True))
 
     @property
     def accuracy(self) -> float:
@@ -51,6 +65,11 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """95% interval of the accuracy."""
         return accuracy_interval(sum(self.correct), len(self.correct))
+
+    @property
+    def measures(self) -> Measures:
+        """What leaning to an answer doesn't raise, among the choices."""
+        return measure(self.log_likelihoods, self.answers, same_choices=self.same_choices)
 
     @property
     def main_metric(self) -> str:
@@ -154,7 +173,23 @@ def compare(
     )
 
 
-def metric_interval(evaluation: Evaluation | AnswerEvaluation, metric: str) -> tuple[float, float]:
-    """95% interval of a metric's mean: by Wilson's score, of F1 by a bootstrap."""
-    values = evaluation.metrics[metric]
-    return mean_interval([values]) if metric == F1 else accuracy_interval(int(sum(values)), len(values))
+def shares(evaluation: Evaluation | AnswerEvaluation) -> dict[str, Share]:
+    """By metric its mean and interval: by Wilson's score, of F1 by a bootstrap.
+
+    Where first tokens are compared, also "invalid", how many answers are no choice, and "valid_accuracy", how many of
+    the others are right; without this one where there is none.
+    """
+    found = {
+        metric: (fmean(values), mean_interval([values])) if metric == F1 else _share(int(sum(values)), len(values))
+        for metric, values in evaluation.metrics.items()
+    }
+    if isinstance(evaluation, Evaluation) and evaluation.first_token:
+        invalid, total = evaluation.predictions.count(None), len(evaluation.predictions)
+        found[INVALID] = _share(invalid, total)
+        if invalid < total:
+            found[VALID_ACCURACY] = _share(sum(evaluation.correct), total - invalid)
+    return found
+
+
+def _share(count: int, total: int) -> Share:
+    return count / total, accuracy_interval(count, total)

@@ -20,19 +20,27 @@ from act_export.tasks.examples import TaskExamples
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.label_prior import content_free_examples, without_label_prior
 from act_export.tasks.language_model import SessionLanguageModel
-from act_export.tasks.scoring import score_choices
+from act_export.tasks.remedies import without_choice_bias
+from act_export.tasks.scoring import score_choices, scores_of_choices
 from act_export.tasks.splits import place
 from act_export.verify.evaluate.answers import (
     AnswerEvaluation,
     Evaluation,
 )
 from act_export.verify.evaluate.held_out import held_out
-from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
+from act_export.verify.evaluate.results import (
+    CALIBRATED,
+    CHOICE_BIAS,
+    LABEL_PRIOR,
+    PLAIN,
+    EvaluationReport,
+    EvaluationRequest,
+    TaskResult,
+    average_over,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CALIBRATED, PLAIN = "calibrated", "plain"  # the two sides
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,10 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     asked = replace(request.questions, seed=_seed(request.questions, list(calibrations.values()))).load()
     tasks = [_questions(task, list(calibrations.values()), request) for task in asked]
     plain = list(files)[-1]
-    has_control = _is_plain(calibrations[plain])
+    has_controls = _is_plain(calibrations[plain])
     steps = _Steps(progress)
     work: list[_Work] = []
-    found: dict[str, list[tuple[Evaluation | AnswerEvaluation, Evaluation | None]]] = {}
+    found: dict[str, list[tuple[Evaluation | AnswerEvaluation, dict[str, Evaluation]]]] = {}
     tokenizer: PreTrainedTokenizerBase | None = None
     for name, file in files.items():
         opened = Session.open(
@@ -72,9 +80,10 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
         with opened as session:
             if tokenizer is None:
                 tokenizer = load_tokenizer(session, request.tokenizer, trust_remote_code=request.trust_remote_code)
-                work = [_encode(task, tokenizer, file.limits.context, request, has_control) for task in tasks]
+                work = [_encode(task, tokenizer, file.limits.context, request, has_controls) for task in tasks]
                 steps.plan(work, len(files))
-            found[name] = [_evaluate(session, tokenizer, one, request, steps, name, name == plain) for one in work]
+            controlled = has_controls and name == plain
+            found[name] = [_evaluate(session, tokenizer, one, request, steps, name, controlled) for one in work]
     results = tuple(
         TaskResult(
             one.task.name,
@@ -166,7 +175,7 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
     request: EvaluationRequest,
-    has_control: bool,
+    has_controls: bool,
 ) -> _Work:
     if task.generation is not None and context is not None:
         if context <= task.generation.max_new_tokens:
@@ -180,7 +189,7 @@ def _encode(
         asked = request.questions
         return encode_examples(tokenizer, examples, max_length=context, chat=asked.chat, truncate=asked.truncate)
 
-    content_free = content_free_examples(task.examples) if has_control and task.generation is None else ()
+    content_free = content_free_examples(task.examples) if has_controls and task.generation is None else ()
     return _Work(task, encode(task.examples), encode(content_free) if content_free else ())
 
 
@@ -217,9 +226,9 @@ def _evaluate(
     request: EvaluationRequest,
     steps: _Steps,
     name: str,
-    with_control: bool,
-) -> tuple[Evaluation | AnswerEvaluation, Evaluation | None]:
-    """What a file answers, and its control."""
+    controlled: bool,
+) -> tuple[Evaluation | AnswerEvaluation, dict[str, Evaluation]]:
+    """What a file answers, and its controls by name."""
     model = SessionLanguageModel(session)
     size = BATCH_SIZE if request.batch_tokens is None else None
     if not session.pads_left:
@@ -237,13 +246,16 @@ def _evaluate(
             stop=generation.stop,
             stop_tokens=session.limits.stop_tokens,
         )
-        return AnswerEvaluation.of(texts, [example.references for example in work.encoded], generation.metric), None
+        return AnswerEvaluation.of(texts, [example.references for example in work.encoded], generation.metric), {}
     per_token = work.task.length_normalized
-    answers = [example.answer for example in work.encoded]
     scores = score_choices(model, work.encoded, batching, length_normalized=per_token)
-    if not with_control or not work.content_free:
-        return Evaluation.of(scores, answers), None
-    counter = steps.counter(f"{work.task.name}, label prior", work.content_free)
-    prior = score_choices(model, work.content_free, replace(batching, done=counter), length_normalized=per_token)
-    control = without_label_prior(scores, work.task.examples, prior)
-    return Evaluation.of(scores, answers), Evaluation.of(control, answers)
+    evaluation = Evaluation.of(scores, work.encoded)
+    controls: dict[str, list[tuple[float, ...]]] = {}
+    if controlled and work.content_free:
+        counter = steps.counter(f"{work.task.name}, label prior", work.content_free)
+        rows = score_choices(model, work.content_free, replace(batching, done=counter), length_normalized=per_token)
+        priors = scores_of_choices(rows, work.content_free)
+        controls[LABEL_PRIOR] = without_label_prior(evaluation.log_likelihoods, work.task.examples, priors)
+    if controlled and evaluation.same_choices and len(scores) > 1:
+        controls[CHOICE_BIAS] = without_choice_bias(evaluation.log_likelihoods)
+    return evaluation, {name: Evaluation.of(rows, work.encoded) for name, rows in controls.items()}

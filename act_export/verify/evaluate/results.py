@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 from act_export.errors import ActExportError
 from act_export.runtime.device import Device
@@ -12,6 +13,9 @@ from act_export.tasks import Questions
 from act_export.tasks.statistics import mean_interval
 from act_export.verify.evaluate.answers import AnswerEvaluation, Comparison, Evaluation, compare
 from act_export.verify.evaluate.held_out import DEFAULT_SPLIT, SPLITS
+
+CALIBRATED, PLAIN = "calibrated", "plain"  # the two sides
+LABEL_PRIOR, CHOICE_BIAS = "label_prior", "choice_bias"  # what a control takes off the plain model's answers
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,16 @@ class TaskResult:
         questions: By example, the digest of its question, see `act_export.tasks.prompt_digest`.
         calibrated: Of the file.
         plain: Of the file it is compared with, on the same questions.
-        control: The plain model's answers with its label prior taken off, see `act_export.tasks.label_prior`. None
-            where there is no plain model or a question has no content-free prompt.
+        controls: The plain model's answers with a cheap remedy, by its name: "label_prior", where each question has a
+            content-free prompt, see `act_export.tasks.label_prior`; "choice_bias", where all have the same choices, its
+            mean taken over the other questions, see `act_export.tasks.remedies`. None where no file is plain.
     """
 
     name: str
     questions: tuple[str, ...]
     calibrated: Evaluation | AnswerEvaluation
     plain: Evaluation | AnswerEvaluation | None = None
-    control: Evaluation | None = None
+    controls: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @property
     def comparisons(self) -> Mapping[str, Comparison]:
@@ -41,9 +46,28 @@ class TaskResult:
         return {metric: compare(self.plain, self.calibrated, metric=metric) for metric in self.calibrated.metrics}
 
     @property
-    def beyond_control(self) -> Comparison | None:
-        """What the calibrated model gains over the control."""
-        return compare(self.control, self.calibrated) if self.control is not None else None
+    def beyond_controls(self) -> Mapping[str, Comparison]:
+        """By control, what calibration gains over it; nothing where there is no plain model."""
+        if self.plain is None:
+            return {}
+        return {name: compare(control, self.calibrated) for name, control in self.controls.items()}
+
+    @property
+    def best_control(self) -> tuple[str, Evaluation | AnswerEvaluation] | None:
+        """What is best without calibration, in hindsight: "plain" or a control, and its answers.
+
+        None where there is no plain model.
+        """
+        if self.plain is None:
+            return None
+        without = {PLAIN: self.plain, **self.controls}
+        name = max(without, key=lambda name: fmean(_main(without[name])))
+        return name, without[name]
+
+    @property
+    def beyond_best_control(self) -> Comparison | None:
+        """What calibration gains over that."""
+        return compare(self.best_control[1], self.calibrated) if self.best_control is not None else None
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,9 @@ class Average:
         plain_interval: Of it.
         gain: Calibrated minus plain.
         gain_interval: Paired.
-        control: Of the plain model with its label prior taken off; None unless every task has it.
+        best_control: Of what is best on each task without calibration, see `TaskResult.best_control`.
+        beyond_best_control: Calibrated minus that.
+        beyond_best_control_interval: Paired.
     """
 
     calibrated: float
@@ -66,7 +92,9 @@ class Average:
     plain_interval: tuple[float, float] | None = None
     gain: float | None = None
     gain_interval: tuple[float, float] | None = None
-    control: float | None = None
+    best_control: float | None = None
+    beyond_best_control: float | None = None
+    beyond_best_control_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,22 +114,31 @@ class EvaluationReport:
 
 def average_over(results: Sequence[TaskResult]) -> Average:
     """The average of one or more tasks."""
-    calibrated = [result.calibrated.metrics[result.calibrated.main_metric] for result in results]
+    calibrated = [_main(result.calibrated) for result in results]
+    plain = [_main(result.plain) for result in results if result.plain is not None]
+    best = [_main(result.best_control[1]) for result in results if result.best_control is not None]
     average = Average(_mean_of_means(calibrated), mean_interval(calibrated))
-    controls = [result.control.metrics[result.control.main_metric] for result in results if result.control is not None]
-    if len(controls) == len(results):
-        average = replace(average, control=_mean_of_means(controls))
-    plain = [result.plain.metrics[result.plain.main_metric] for result in results if result.plain is not None]
     if len(plain) < len(results):
         return average
-    gains = [[new - old for old, new in zip(*pair, strict=True)] for pair in zip(plain, calibrated, strict=True)]
+    gains, beyond = _differences(plain, calibrated), _differences(best, calibrated)
     return replace(
         average,
         plain=_mean_of_means(plain),
         plain_interval=mean_interval(plain),
         gain=_mean_of_means(gains),
         gain_interval=mean_interval(gains),
+        best_control=_mean_of_means(best),
+        beyond_best_control=_mean_of_means(beyond),
+        beyond_best_control_interval=mean_interval(beyond),
     )
+
+
+def _main(evaluation: Evaluation | AnswerEvaluation) -> tuple[float, ...]:
+    return evaluation.metrics[evaluation.main_metric]
+
+
+def _differences(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[new - old for old, new in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)]
 
 
 def _mean_of_means(groups: Sequence[Sequence[float]]) -> float:

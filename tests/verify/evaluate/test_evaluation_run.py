@@ -3,9 +3,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluation import evaluate
 from rich.console import Console
@@ -17,9 +19,10 @@ from act_export.export import build_model
 from act_export.runtime import Session, generate
 from act_export.tasks import Questions, TaskError, prompt_digest, read_examples, split_examples
 from act_export.tasks.language_model import SessionLanguageModel
+from act_export.tasks.measures import measure
 from act_export.tasks.metrics import token_f1
 from act_export.tasks.statistics import mean_interval
-from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare
+from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare, shares
 from act_export.verify.evaluate.job import evaluate_files
 from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
 
@@ -94,11 +97,32 @@ def test_the_control_takes_the_plain_models_prior_off(report, files, choosing) -
     with Session.open(files["against"]) as session:
         (prior,) = evaluate(SessionLanguageModel(session), TOKENIZER, [prompt]).log_likelihoods
     result = report.tasks[0]
-    for row, plain in zip(result.control.log_likelihoods, result.plain.log_likelihoods, strict=True):
+    control = result.controls["label_prior"]
+    for row, plain in zip(control.log_likelihoods, result.plain.log_likelihoods, strict=True):
         assert row == pytest.approx([score - off for score, off in zip(plain, prior, strict=True)], abs=1e-4, rel=1e-5)
-    assert result.beyond_control == compare(result.control, result.calibrated)
-    assert [one.control for one in report.tasks[1:]] == [None, None]
-    assert report.average.control is None
+    assert result.beyond_controls["label_prior"] == compare(control, result.calibrated)
+    assert [list(one.controls) for one in report.tasks] == [["label_prior", "choice_bias"], ["choice_bias"], []]
+
+
+def test_the_other_control_takes_off_what_the_plain_model_says_of_other_questions(report) -> None:
+    for result in report.tasks[:2]:
+        shares = [np.exp(row) / np.exp(row).sum() for row in result.plain.log_likelihoods]
+        said = []
+        for index, row in enumerate(shares):
+            others = np.log(shares[:index] + shares[index + 1 :]).mean(0)
+            said.append(int((np.log(row) - others).argmax()))
+        assert result.controls["choice_bias"].predictions == tuple(said)
+        assert result.controls["choice_bias"].answers == result.plain.answers
+
+
+def test_the_best_control_may_be_the_plain_model() -> None:
+    right, half, wrong = (Evaluation(((0.0, 0.0),) * 2, said, (0, 0)) for said in ((0, 0), (1, 0), (1, 1)))
+    for plain, control, best in ((wrong, half, "choice_bias"), (half, half, "plain"), (half, wrong, "plain")):
+        result = TaskResult("a", ("q",) * 2, right, plain, {"label_prior": wrong, "choice_bias": control})
+        assert result.best_control[0] == best
+        assert result.beyond_best_control == compare(half, right)
+    alone = TaskResult("a", ("q",) * 2, right, None, {"label_prior": half})
+    assert (alone.best_control, alone.beyond_best_control, alone.beyond_controls) == (None, None, {})
 
 
 def test_answers_are_generated_and_measured(report, files, writing) -> None:
@@ -125,15 +149,19 @@ def of(values: list[float]) -> AnswerEvaluation:
 
 def test_the_average_weighs_tasks_alike_and_pairs_their_questions() -> None:
     plain, calibrated = [0.5, 0.25, 0.0, 1.0], [0.75, 0.25, 0.5, 1.0]
-    right, wrong = Evaluation(((0.0, 0.0),) * 2, (0, 0), (0, 0)), Evaluation(((0.0, 0.0),) * 2, (1, 0), (0, 0))
+    right, half, wrong = (Evaluation(((0.0, 0.0),) * 2, said, (0, 0)) for said in ((0, 0), (1, 0), (1, 1)))
     average = average_over(
-        [TaskResult("a", ("q",) * 4, of(calibrated), of(plain)), TaskResult("b", ("q",) * 2, right, wrong, wrong)]
+        [
+            TaskResult("a", ("q",) * 4, of(calibrated), of(plain)),
+            TaskResult("b", ("q",) * 2, right, wrong, {"label_prior": half}),
+        ]
     )
-    assert (average.plain, average.calibrated) == ((0.4375 + 0.5) / 2, (0.625 + 1) / 2)
+    assert (average.plain, average.calibrated) == ((0.4375 + 0) / 2, (0.625 + 1) / 2)
     assert average.gain == average.calibrated - average.plain
-    assert average.gain_interval == mean_interval([[0.25, 0.0, 0.5, 0.0], [1.0, 0.0]])
-    assert average.control is None
-    assert average_over([TaskResult("b", ("q",) * 2, right, wrong, wrong)]).control == 0.5
+    assert average.gain_interval == mean_interval([[0.25, 0.0, 0.5, 0.0], [1.0, 1.0]])
+    assert average.best_control == (0.4375 + 0.5) / 2
+    assert average.beyond_best_control == pytest.approx(average.calibrated - average.best_control)
+    assert average.beyond_best_control_interval == mean_interval([[0.25, 0.0, 0.5, 0.0], [1.0, 0.0]])
     alone = average_over([TaskResult("b", ("q",) * 2, right)])
     assert (alone.calibrated, alone.plain, alone.gain, alone.gain_interval) == (1.0, None, None, None)
 
@@ -147,7 +175,7 @@ def test_gains_of_f1_are_paired() -> None:
 
 def test_json_has_every_question_and_is_read_again(report) -> None:
     document = json.loads(report_json(report))
-    assert (document["format"], document["version"]) == ("act-export evaluation", 1)
+    assert (document["format"], document["version"]) == ("act-export evaluation", 2)
     assert document["request"]["split"] == "report"
     assert [task["name"] for task in document["tasks"]] == [result.name for result in report.tasks]
     for task, result in zip(document["tasks"], report.tasks, strict=True):
@@ -160,8 +188,19 @@ def test_json_has_every_question_and_is_read_again(report) -> None:
                 assert low <= mean <= high
         assert set(task["comparison"]) == set(result.comparisons)
     assert document["tasks"][0]["calibrated"]["answers"] == list(report.tasks[0].calibrated.answers)
-    assert document["tasks"][0]["control"]["metrics"].keys() == {"accuracy"}
-    assert document["tasks"][1]["control"] is None
+    for task, result in zip(document["tasks"][:2], report.tasks, strict=False):
+        assert task["controls"].keys() == result.controls.keys()
+        for name, control in task["controls"].items():
+            assert control["metrics"].keys() == {"accuracy"}
+            assert control["predictions"] == list(result.controls[name].predictions)
+            assert control["beyond"]["gain"] == result.beyond_controls[name].gain
+        assert task["best_control"] in ("plain", *result.controls)
+        assert task["beyond_best_control"]["gain"] == result.beyond_best_control.gain
+        for side in ("plain", "calibrated"):
+            measures = measure(getattr(result, side).log_likelihoods, getattr(result, side).answers, same_choices=True)
+            assert task[side]["measures"] == asdict(measures)
+    assert document["tasks"][2]["plain"]["measures"] is None
+    assert (document["tasks"][2]["controls"], document["tasks"][2]["best_control"]) == ({}, "plain")
     assert document["average"]["gain"] == report.average.gain
 
 
@@ -175,13 +214,26 @@ def test_the_table_has_every_metric_and_the_average(report) -> None:
     text = printed(report)
     lines = [line.split() for line in text.splitlines()]
     for result in report.tasks:
-        assert any(line[:2] == [result.name, str(len(result.questions))] for line in lines)
-    for words in ("exact match", "F1", "mean of the tasks", "plain, prior off", "McNemar's"):
+        place = next(number for number, line in enumerate(lines) if line[:1] == [result.name])
+        assert lines[place + 1][:2] == [str(len(result.questions)), "questions"]
+    for words in ("exact match", "F1", "average", "prior off", "bias off", "McNemar's"):
         assert words in text
     first = report.tasks[0]
-    for share in (first.plain.accuracy, first.calibrated.accuracy, first.control.accuracy, report.average.calibrated):
+    controls = [control.accuracy for control in first.controls.values()]
+    for share in (first.plain.accuracy, first.calibrated.accuracy, *controls, report.average.calibrated):
         assert f"{share:.1%}" in text
-    assert f"choosing.jsonl {100 * first.beyond_control.gain:+.1f}" in text
+    assert f"choosing.jsonl {100 * first.beyond_best_control.gain:+.1f}" in text
+    assert f"on average {100 * report.average.beyond_best_control:+.1f}" in text
+    rows = {line[0]: line for line in lines if line and line[0] in ("plain", "calibrated") and line[1] != "calibrated"}
+    for side, found in (("plain", report.tasks[1].plain), ("calibrated", report.tasks[1].calibrated)):
+        measures = found.measures
+        assert rows[side][1:6] == [
+            f"{found.accuracy:.1%}",
+            f"{measures.balanced_accuracy:.1%}",
+            f"{measures.auroc:.3f}",
+            f"{measures.negative_log_likelihood:.3f}",
+            f"{measures.expected_calibration_error:.3f}",
+        ]
     assert "…" not in text  # numbers are never cut
 
 
@@ -199,8 +251,29 @@ def test_a_file_alone(files, choosing) -> None:
     plain = evaluate_files(
         EvaluationRequest(files["against"], tokenizer=files["tokenizer"], questions=Questions(data=(choosing,)))
     )
-    assert plain.tasks[0].control is not None  # the file is the plain model
-    assert "plain, prior off" in printed(plain)
+    assert set(plain.tasks[0].controls) == {"label_prior", "choice_bias"}  # the file is the plain model
+    assert plain.tasks[0].best_control is None
+    for words in ("prior off", "the file", "AUROC"):
+        assert words in printed(plain)
+    assert "calibrated gains" not in printed(plain)
+
+
+def test_first_tokens_are_those_of_generation(files, folder) -> None:
+    """With so many letters among the choices, some answers are valid."""
+    letters = [chr(code) for code in range(33, 127) if chr(code) not in "#"]
+    rows = [{"prompt": f"{i} and {i}?", "choices": [f"{x}." for x in letters], "answer": i % 93} for i in range(30)]
+    path = write_rows(folder / "letters.jsonl", rows)
+    asked = Questions(data=(path,), scoring="first-token")
+    (result,) = evaluate_files(EvaluationRequest(**files, questions=asked, split="all")).tasks
+    prompts = [TOKENIZER(row["prompt"]).input_ids for row in rows]
+    for name, found in (("file", result.calibrated), ("against", result.plain)):
+        with Session.open(files[name]) as session:
+            said = [tokens[0] for tokens in generate(session, prompts, max_new_tokens=1)]
+        firsts = [TOKENIZER(letter).input_ids[0] for letter in letters]
+        assert found.predictions == tuple(firsts.index(token) if token in firsts else None for token in said)
+        assert 0 < found.predictions.count(None) < 30
+        mean, _ = shares(found)["valid_accuracy"]
+        assert mean == sum(found.correct) / (30 - found.predictions.count(None))
 
 
 @pytest.mark.parametrize("split", ["report", "all"])

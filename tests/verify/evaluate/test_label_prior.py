@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from act_export.tasks import Example
+from act_export.tasks import EncodedExample, Example
 from act_export.tasks.label_prior import content_free_examples, without_label_prior
 from act_export.verify.evaluate.answers import Evaluation
 
@@ -46,6 +46,7 @@ def test_a_model_that_always_leans_to_one_answer_is_set_right() -> None:
     leaning = [(-5.0, -1.0), (-6.0, -0.5), (-4.8, -1.1), (-7.0, -0.1)]
     examples = [example(index) for index in range(4)]
     corrected = without_label_prior(leaning, examples, [(-5.5, -0.8)])
-    plain, control = (Evaluation.of(scores, (0, 1, 0, 1)) for scores in (leaning, corrected))
+    encoded = [EncodedExample((1,), ((2,), (3,)), example.answer) for example in examples]
+    plain, control = (Evaluation.of(scores, encoded) for scores in (leaning, corrected))
     assert (plain.accuracy, control.accuracy) == (0.5, 1.0)
     assert control.predictions == (0, 1, 0, 1)
