@@ -1,7 +1,8 @@
 """Ways to better answers, side by side: the same rows to learn from, the same rows to report on.
 
     .venv/bin/python tools/bench/compare_methods.py --task sst2,rte [--model smollm2-135m] [--scoring first-token]
-        [--seeds 0,1,2] [--ways act,fit,zerotuning] [--chat] [--journal FOLDER] [--json FILE]
+        [--seeds 0,1,2] [--ways act,fit,zerotuning] [--chat] [--rank 96]
+        [--choose 128] [--report 240] [--journal FOLDER] [--json FILE]
 
 - few-shot: the plain model with four examples before each question;
 - label prior, choice bias, offsets, choices only: cheap remedies, see act_export/docs/search.md;
@@ -47,12 +48,12 @@ WAYS = ("few-shot", "zerotuning", "act", "gamma", "fit", "exhaustive")
 class Bench:
     """One task with one seed."""
 
-    def __init__(self, checkpoint: Checkpoint, questions: Questions, options: SearchOptions, journal: Path | None):
-        (self.task,) = SearchJob(questions).load()
-        self.checkpoint, self.questions, self.options = checkpoint, questions, options
+    def __init__(self, checkpoint: Checkpoint, job: SearchJob, journal: Path | None):
+        (self.task,) = job.load()
+        self.checkpoint, self.questions, self.options = checkpoint, job.questions, job.options
         self.encoded = encode_task(checkpoint, self.task)
         self.journal = journal
-        self.kept = Journal(journal, describe_search(checkpoint, [self.encoded], options)) if journal else None
+        self.kept = Journal(journal, describe_search(checkpoint, [self.encoded], self.options)) if journal else None
         self.workers = Workers(self.kept)
         self.found: dict[str, Calibration] = {}
 
@@ -127,6 +128,8 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--ways", default="few-shot,zerotuning,act,fit")
+    for split in (RANK, CHOOSE, REPORT):
+        parser.add_argument(f"--{split}", type=int)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -149,7 +152,9 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[st
         for seed in map(int, arguments.seeds.split(",")):
             questions = Questions((task,), scoring=arguments.scoring, chat=arguments.chat, seed=seed)
             journal = arguments.journal / f"{task}-{seed}" if arguments.journal is not None else None
-            bench = Bench(checkpoint, questions, SearchOptions(precision="own"), journal)
+            sizes = {split: getattr(arguments, split) for split in (RANK, CHOOSE, REPORT)}
+            job = SearchJob(questions, **sizes, options=SearchOptions(precision="own"))
+            bench = Bench(checkpoint, job, journal)
             controls = bench.controls()
             best = best_control(controls)
             for way, answers in [*controls.items(), *((way, bench.by(way)) for way in ways)]:
