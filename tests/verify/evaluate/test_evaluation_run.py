@@ -262,9 +262,11 @@ def test_first_tokens_are_those_of_generation(files, folder) -> None:
     """With so many letters among the choices, some answers are valid."""
     letters = [chr(code) for code in range(33, 127) if chr(code) not in "#"]
     rows = [{"prompt": f"{i} and {i}?", "choices": [f"{x}." for x in letters], "answer": i % 93} for i in range(30)]
-    path = write_rows(folder / "letters.jsonl", rows)
+    path = write_rows(folder / "letters.jsonl", [{**row, "content_free": "N/A?"} for row in rows])
     asked = Questions(data=(path,), scoring="first-token")
     (result,) = evaluate_files(EvaluationRequest(**files, questions=asked, split="all")).tasks
+    assert set(result.controls) == {"label_prior", "choice_bias"}
+    assert all(None not in control.predictions for control in result.controls.values())
     prompts = [TOKENIZER(row["prompt"]).input_ids for row in rows]
     for name, found in (("file", result.calibrated), ("against", result.plain)):
         with Session.open(files[name]) as session:
