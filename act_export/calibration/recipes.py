@@ -17,6 +17,7 @@ from act_export.calibration.file import Calibration, CalibrationError, ModelIden
 from act_export.calibration.strengths import CalibratedHeads
 
 PUBLISHED = "published"  # the method of heads that others found
+BY_NAME_ONLY = "by_name_only"  # in a recipe's notes: why it isn't used unless it is named
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Recipe:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks its heads were found on."""
         return self.calibration.provenance.tasks if self.calibration.provenance is not None else ()
+
+    @property
+    def by_name_only(self) -> str:
+        """What it costs elsewhere, so that it isn't used unless it is named; empty where nothing is known of that."""
+        origin = self.calibration.provenance
+        return str(origin.notes.get(BY_NAME_ONLY, "")) if origin is not None else ""
 
     def describe(self) -> str:
         """Its name, the tasks, and what isn't known of it."""
@@ -81,7 +88,7 @@ def shipped_recipes(folder: Path | None = None) -> list[Recipe]:
 
 
 def find_recipes(model: ModelIdentity, names: Sequence[str] = (), *, folder: Path | None = None) -> list[Recipe]:
-    """The recipes for a model; the first is the one to use where nobody chooses.
+    """The recipes for a model; the first is the one to use where nobody chooses, unless it is `by_name_only`.
 
     Args:
         model: The model's identity.
@@ -89,14 +96,14 @@ def find_recipes(model: ModelIdentity, names: Sequence[str] = (), *, folder: Pat
         folder: As in `shipped_recipes`.
 
     Returns:
-        Those with the model's fingerprint, and those without any that have its shape and one of its names. The one
-        found on the most tasks comes first; among equals the names decide.
+        Those with the model's fingerprint, and those without any that have its shape and one of its names. Those that
+        may be used by themselves come first, of these the one found on the most tasks; among equals the names decide.
 
     Raises:
         CalibrationError: If a recipe isn't a calibration.
     """
     fitting = [recipe for recipe in shipped_recipes(folder) if recipe.fits_by_itself(model, names)]
-    return sorted(fitting, key=lambda recipe: (-len(recipe.tasks), recipe.name))
+    return sorted(fitting, key=lambda r: (bool(r.by_name_only), -len(r.tasks), r.name))
 
 
 def named_recipe(given: str | os.PathLike[str], *, folder: Path | None = None) -> Recipe | None:
@@ -129,6 +136,15 @@ def announce(chosen: Recipe, others: Sequence[Recipe]) -> str:
         names = ", ".join(other.name for other in others)
         line += f"; others for this model: {names}: --calibration {others[0].name}"
     return line
+
+
+def announce_plain(recipes: Sequence[Recipe]) -> str:
+    """A line that says why none of the model's recipes is used, and how to use one."""
+    first = recipes[0]
+    return (
+        f"no calibration: the shipped recipe {first.describe()} isn't used unless it is named, because "
+        f"{first.by_name_only}; --calibration {first.name} uses it"
+    )
 
 
 def _is_called(name: str, hub_id: str) -> bool:

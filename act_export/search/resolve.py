@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 
 from act_export.calibration.calibration_set import UNNAMED
 from act_export.calibration.file import Calibration
-from act_export.calibration.recipes import announce, find_recipes, named_calibration, named_calibrations, named_recipe
+from act_export.calibration.recipes import (
+    announce,
+    announce_plain,
+    find_recipes,
+    named_calibration,
+    named_calibrations,
+    named_recipe,
+)
 from act_export.calibration.strengths import PLAIN
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
@@ -83,7 +90,7 @@ def resolve_calibrations(
     if request.plain:
         return {}
     found = _without_search(checkpoint, request, notice)
-    if found:
+    if found is not None:
         return {
             name: calibration.with_overrides(
                 beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
@@ -99,8 +106,10 @@ def resolve_calibrations(
     return search_calibration(checkpoint, request, progress=progress)
 
 
-def _without_search(checkpoint: Checkpoint, request: CalibrationRequest, notice: Notice) -> dict[str, Calibration]:
-    """The given calibrations, or the model's recipe where nothing was given; none where a search is asked for."""
+def _without_search(
+    checkpoint: Checkpoint, request: CalibrationRequest, notice: Notice
+) -> dict[str, Calibration] | None:
+    """The given calibrations, or the model's recipe where nothing was given; None where a search is asked for."""
     given = named_calibrations(request.calibrations)
     for calibration in given.values():
         calibration.check_fits(checkpoint.identity)
@@ -115,13 +124,16 @@ def _without_search(checkpoint: Checkpoint, request: CalibrationRequest, notice:
         for recipe in recipes:
             if recipe.tasks == request.questions.tasks:
                 notice(f"a recipe for this model is shipped: --calibration {recipe.name} needs no search")
+        return None
+    if recipes and recipes[0].by_name_only:
+        notice(announce_plain(recipes))
         return {}
     if recipes:
         notice(announce(recipes[0], recipes[1:]))
         return {recipes[0].name: recipes[0].calibration}
     if checkpoint.streamed is None:
         notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
-    return {}
+    return None
 
 
 def refuse_search(checkpoint: Checkpoint) -> None:

@@ -162,6 +162,22 @@ def test_the_joint_recipe_is_used_and_the_others_are_named(folder, tiny):
     assert resolved(tiny, CalibrationRequest(plain=True)) is None
 
 
+def test_a_recipe_that_costs_elsewhere_is_used_by_name_only(folder, tiny):
+    """The plain model is exported, without a search; a recipe that costs nothing goes before it."""
+    costly = write(folder, "tiny", tiny.identity, "sst2", "boolq")
+    noted = replace(costly, provenance=replace(costly.provenance, notes={"by_name_only": "it costs 5 points on CB"}))
+    (folder / "tiny.json").write_text(noted.to_json())
+    said: list[str] = []
+    assert resolved(tiny, CalibrationRequest(), notice=said.append) is None
+    assert said == [
+        "no calibration: the shipped recipe tiny (sst2, boolq) isn't used unless it is named, because it costs 5 "
+        "points on CB; --calibration tiny uses it"
+    ]
+    assert resolved(tiny, CalibrationRequest(calibrations=("tiny",))) == noted
+    harmless = write(folder, "tiny-boolq", tiny.identity, "boolq")
+    assert resolved(tiny, CalibrationRequest()) == harmless
+
+
 def test_a_search_says_that_there_is_a_recipe(folder, tiny, monkeypatch):
     write(folder, "tiny", tiny.identity, "sst2", "boolq")
     write(folder, "tiny-boolq", tiny.identity, "boolq")
