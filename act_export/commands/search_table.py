@@ -58,6 +58,8 @@ def _details(name: str, report: TaskReport) -> Iterator[str]:
     yield f"{name}: {sizes['rank']} questions to rank and fit with, {sizes['choose']} to choose, {sizes['report']} here"
     controls = ", ".join(f"{accuracy:.1%} {control}" for control, accuracy in report.controls.items())
     yield f"{name}: controls of the plain model: {controls}"
+    if report.beyond is not None and report.beyond.interval[0] <= 0:
+        yield f"{name}: that calibration adds anything beyond the best control, {report.control}, isn't shown"
     if report.measures is not None:
         plain, own = report.measures
         for label, of, form in (
