@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -50,6 +51,13 @@ settings.load_profile("repeatable")
 
 def pytest_report_header() -> str:
     return f"samples of tables: SAMPLE_SEED={SAMPLE_SEED}"
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for in what tests make alone, and less often: it was a tenth of an export."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.hookimpl(tryfirst=True)  # what isn't drawn is deselected as what is slow

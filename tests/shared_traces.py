@@ -1,8 +1,9 @@
 """Traces that tests share: within a run, torch's exporter records each tiny model once, whichever process comes first.
 
-What it gives depends on the configuration, the small parameters and the heads that can be calibrated alone, as the
-large ones are away while it works; all that act-export does with it is done each time. Where a test has patched what
-takes part, and of models whose code isn't transformers' own, the trace is made anew.
+What it gives depends on the configuration, the buffers and the heads that can be calibrated, not on the values of
+parameters: the large ones are away while it works, and a model's own small ones are put into its copy of the trace. All
+that act-export does with it is done each time. Where a test has patched what takes part, and of models whose code isn't
+transformers' own, the trace is made anew.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _TAKES_PART = (
     *("act_export.checkpoint", "act_export.export", "act_export.ops"),
 )
 _OBJECTS = ("kwargs", "custom_translation_table")  # of the options: tensors and functions
+_ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration
 
 
 class SharedTraces:
@@ -56,7 +58,12 @@ class SharedTraces:
             made.write_bytes(ir.to_proto(program.model).SerializeToString())
             made.rename(path)
             return program
-        return torch.onnx.ONNXProgram(ir.from_proto(onnx.ModelProto.FromString(path.read_bytes())), None)
+        model = ir.from_proto(onnx.ModelProto.FromString(path.read_bytes()))
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in model.graph.initializers:
+                own = ir.Tensor(parameter.detach().clone().numpy(), name=name)
+                model.graph.initializers[name].const_value = own
+        return torch.onnx.ONNXProgram(model, None)
 
     def _takes_part(self) -> bool:
         """Whether anything is patched that a trace depends on."""
@@ -72,17 +79,18 @@ class SharedTraces:
         if hooked is None or not isinstance(hooked.hook, OperatorAttention):
             return None
         model, hook = hooked.model, hooked.hook
-        parameters = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        parameters = [*model.named_parameters(remove_duplicate=False)]
+        buffers = [*model.named_buffers(remove_duplicate=False)]
         ours = type(model).__module__.startswith(("transformers.models.", "act_export."))
-        if not ours or sum(values.numel() for _, values in parameters) > _LARGEST:
+        if not ours or sum(values.numel() for _, values in (*parameters, *buffers)) > _LARGEST:
             return None
-        given = {
-            name: str(option) for name, option in options.items() if name not in ("kwargs", "custom_translation_table")
-        }
-        shapes = [(name, str(tuple(part.shape)), str(part.dtype)) for name, part in _tensors(options["kwargs"])]
-        text = [type(model).__qualname__, str(model.config), str(hook.heads), str(hook.sink_logits), given, shapes]
-        digest = hashlib.sha256(json.dumps(text, default=str).encode())
-        for name, values in parameters:
+        given = {name: str(option) for name, option in options.items() if name not in _OBJECTS}
+        config = {name: value for name, value in model.config.to_dict().items() if name not in _ORIGIN}
+        tensors = (*_tensors(options["kwargs"]), *parameters)
+        shapes = [(name, str(tuple(part.shape)), str(part.dtype)) for name, part in tensors]
+        text = [type(model).__qualname__, config, str(hook.heads), str(hook.sink_logits), given, shapes]
+        digest = hashlib.sha256(json.dumps(text, default=str, sort_keys=True).encode())
+        for name, values in buffers:
             digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
             digest.update(values.detach().float().numpy().tobytes())
         return digest.hexdigest()

@@ -26,6 +26,7 @@ from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.export.rope import traceable_rotation
+from act_export.export.slice_pairs import quick_slice_pairs
 from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, POSITIONS, GraphNames
 from act_export.ops import functions, schema
 
@@ -148,7 +149,7 @@ def trace(
         raise ActExportError("torch's exporter returned nothing")
     attach_weights(program.model, own_weights, read_weight or own_weights.__getitem__, prefix=_WEIGHT_PREFIX)
     TransposeWeightsPass()(program.model)
-    with as_unsupported(model.config.model_type), low_memory_told(*EXPORTING), _quiet_exporter():
+    with as_unsupported(model.config.model_type), low_memory_told(*EXPORTING), _quiet_exporter(), quick_slice_pairs():
         program.optimize()
     exported = program.model
     UnrollExpertsPass()(exported)

@@ -200,8 +200,10 @@ def test_other_types(whole, dtype, tmp_path):
 
 
 def test_on_the_command_line(checkpoint_folder_with_vision, tmp_path):
-    out = tmp_path / "out"
-    result = run(checkpoint_folder_with_vision, "--out", out, "--plain", "--inputs-embeds", "--no-verify")
+    out, heads = tmp_path / "out", tmp_path / "heads.json"
+    heads.write_text(json.dumps(CALIBRATION.heads))
+    options = ("--calibration", heads, "--inputs-embeds", "--no-verify")
+    result = run(checkpoint_folder_with_vision, "--out", out, *options)
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(out / "model.onnx")
     assert {"embedding.onnx", "embedding.onnx.data", "model.onnx", "tokenizer.json"} <= {p.name for p in out.iterdir()}
@@ -209,8 +211,7 @@ def test_on_the_command_line(checkpoint_folder_with_vision, tmp_path):
     assert (config["model_type"], config["image_token_id"]) == ("qwen2_vl", IMAGE_TOKEN)
     assert run("generate", out, "One light", "--max-new-tokens", 3).exit_code == 0
     # The same folder again, for text: nothing of the first export stays.
-    (tmp_path / "heads.json").write_text('{"0": [1], "1": [0, 3]}')
-    result = run(checkpoint_folder_with_vision, "--out", out, "--calibration", tmp_path / "heads.json")
+    result = run(checkpoint_folder_with_vision, "--out", out, "--plain")
     assert result.exit_code == 0, result.output
     assert not (out / "embedding.onnx").exists()
     assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2_vl_text"

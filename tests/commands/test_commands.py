@@ -18,6 +18,8 @@ from act_export.calibration.file import Calibration, ModelIdentity, Provenance
 from act_export.checkpoint.load import load_checkpoint
 from act_export.runtime import Session
 
+HEADS_OF_EXPORTED = {0: (1,), 1: (0, 3)}  # torch traces a model once for each choice of heads
+
 
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path_factory) -> None:
@@ -29,7 +31,7 @@ def rows(tmp_path_factory) -> Path:
     """Enough rows to search with; the answer is in the prompt."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with path.open("w") as file:
-        for i in range(480):
+        for i in range(160):
             answer = i % 2
             prompt = f"Row {i}: {'good' if answer else 'bad'}. It is"
             file.write(json.dumps({"prompt": prompt, "choices": [" n", " y"], "answer": answer}) + "\n")
@@ -78,6 +80,7 @@ def test_verify(exported, checkpoint_folder):
     assert all(engine["passed"] for engine in report["engines"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_export_in_a_half_type(checkpoint_folder, heads_file, tmp_path, dtype):
     out = tmp_path / "half.onnx"
@@ -106,7 +109,7 @@ def test_search_then_export_then_eval(checkpoint_folder, rows, tmp_path):
     assert result.exit_code == 0, result.output
     found = Calibration.load(calibration)
     assert found.provenance is not None
-    assert found.provenance.samples["report"] == 240
+    assert found.provenance.samples["report"] == 83
     for name, options in (("calibrated", ["--calibration", calibration]), ("plain", ["--plain"])):
         result = run(checkpoint_folder, "--out", tmp_path / f"{name}.onnx", "--no-verify", *options)
         assert result.exit_code == 0, result.output
@@ -125,7 +128,7 @@ def test_search_then_export_then_eval(checkpoint_folder, rows, tmp_path):
     shown = json.loads(result.stdout)
     # ONNX Runtime measures what PyTorch measured in the search.
     (shown,) = shown["tasks"]
-    assert len(shown["plain"]["answers"]) == 240
+    assert len(shown["plain"]["answers"]) == 83
     assert shown["comparison"]["accuracy"]["gain"] == pytest.approx(
         found.provenance.calibrated_accuracy - found.provenance.plain_accuracy, abs=0.01
     )
@@ -210,12 +213,13 @@ def test_a_shipped_recipe_is_used_by_itself_and_by_name(checkpoint_folder, tmp_p
     identity = load_checkpoint(str(checkpoint_folder)).identity
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    for name, head, tasks in (("tiny", 1, ("sst2", "boolq")), ("tiny-boolq", 2, ("boolq",))):
-        Calibration({0: (head,)}, model=identity, provenance=Provenance("gates", tasks)).save(recipes / f"{name}.json")
+    for name, beta, tasks in (("tiny", 0.4, ("sst2", "boolq")), ("tiny-boolq", 1.7, ("boolq",))):
+        recipe = Calibration(HEADS_OF_EXPORTED, beta=beta, model=identity, provenance=Provenance("gates", tasks))
+        recipe.save(recipes / f"{name}.json")
     monkeypatch.setattr("act_export.calibration.recipes.recipes_folder", lambda: recipes)
-    for options, used, others, head in (
-        ([], "tiny (sst2, boolq)", "tiny-boolq", 1),
-        (["--calibration", "tiny-boolq"], "tiny-boolq (boolq)", "tiny", 2),
+    for options, used, others, beta in (
+        ([], "tiny (sst2, boolq)", "tiny-boolq", 0.4),
+        (["--calibration", "tiny-boolq"], "tiny-boolq (boolq)", "tiny", 1.7),
     ):
         result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--no-verify", *options)
         assert result.exit_code == 0, result.output
@@ -223,7 +227,7 @@ def test_a_shipped_recipe_is_used_by_itself_and_by_name(checkpoint_folder, tmp_p
         assert line in result.output
         with Session.open(tmp_path / "m.onnx") as session:
             assert session.calibration is not None
-            assert session.calibration.heads == {0: (head,)}
+            assert (session.calibration.heads, session.calibration.beta) == (HEADS_OF_EXPORTED, beta)
 
 
 def test_published_heads_without_a_fingerprint(checkpoint_folder, tmp_path):

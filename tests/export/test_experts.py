@@ -249,6 +249,7 @@ def test_mixtral_end_to_end(typed, checkpoint):
     assert_agrees(typed[1], checkpoint)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("typed", ["float16", "bfloat16", "int8", "int4"], indirect=True)
 def test_smaller_types_pass_and_choose_experts_in_float32(typed, checkpoint):
     dtype, path = typed
@@ -267,6 +268,7 @@ def test_smaller_types_pass_and_choose_experts_in_float32(typed, checkpoint):
     assert report.passed, describe_failures(report)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("typed", ["int8", "int4"], indirect=True)
 def test_dequantized_experts_are_those_of_the_file(typed, checkpoint):
     dtype, path = typed

@@ -53,6 +53,7 @@ def compute(model: ir.Model) -> dict[str, np.ndarray]:
     return dict(zip([output.name for output in session.get_outputs()], session.run(None, feeds), strict=True))
 
 
+@pytest.mark.sampled(1)
 def test_a_layer_has_no_debris_and_the_result_stays(traced):
     architecture, model = traced
     before = compute(model)

@@ -46,6 +46,9 @@ def resolved(checkpoint, request, **rest):
     return found[0] if found else None
 
 
+HEADS = {1: (2,), 2: (0, 1)}  # of the model in the folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return save_in_shards(tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
@@ -85,7 +88,7 @@ def test_no_weight_is_read_before_it_is_written(folder):
         read.append(name)
         return checkpoint.streamed.read(name)
 
-    graph = trace(checkpoint.model, CalibratedHeads.of([CALIBRATION]), read_weight=reading).graph
+    graph = trace(checkpoint.model, CalibratedHeads(HEADS), read_weight=reading).graph
     assert not read
     tensors = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     assert all(isinstance(tensor, ir.LazyTensor) for tensor in tensors if tensor.size > 1024)
@@ -96,7 +99,7 @@ def test_no_weight_is_read_before_it_is_written(folder):
 
 def test_the_first_layers_are_compared(folder, tmp_path):
     """On the command line, and the whole is written."""
-    (tmp_path / "heads.json").write_text(json.dumps({"1": [2], "2": [0, 1]}))
+    (tmp_path / "heads.json").write_text(json.dumps(HEADS))
     options = ("--out", tmp_path / "a.onnx", "--calibration", tmp_path / "heads.json", "--stream")
     result = CliRunner().invoke(app, [str(each) for each in (folder, *options)])
     assert result.exit_code == 0, result.output

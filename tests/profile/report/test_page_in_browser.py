@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
-import pytest
 from browser_page import ACCURACIES, HEADS, LAYERS, Open, tooltip, whole_profile
 from one_token import one_token_profile
 from profiles import random_profile
@@ -42,6 +42,12 @@ def hover(element: Any) -> None:
     element.hover(force=True)
 
 
+def point_away(page: Any) -> None:
+    """From all that has a tooltip."""
+    page.mouse.move(0, 0)
+    page.wait_for_selector("#tooltip", state="hidden")
+
+
 def test_every_figure_is_drawn(opened: Open) -> None:
     page = opened(whole_profile()).page
     for chart in CHARTS:
@@ -55,26 +61,26 @@ def test_every_figure_is_drawn(opened: Open) -> None:
     assert min(drawn) > 10  # colours, not one blank square
 
 
-@pytest.mark.parametrize("source", ["all", "sst2"])
-@pytest.mark.parametrize("mode", ["absolute", "relative"])
-def test_tooltip_of_a_head_has_its_numbers(opened: Open, source: str, mode: str) -> None:
+def test_tooltip_of_a_head_has_its_numbers(opened: Open) -> None:
     profile = whole_profile()
     found = opened(profile)
-    found.choose("#source", source)
-    found.choose("#mode", mode)
-    statistics, (layer, head) = profile[source], (LAYERS // 2, HEADS // 2)
-    hover(cell(found.page, "heads-chart", layer=layer, head=head))
-    sinks = statistics.by[mode]
-    assert tooltip(found.page) == {
-        "Layer": str(layer),
-        "Head": str(head),
-        "Calibration": "calibrated",
-        "Beta": "0.4",
-        "Later-sink mass": f"{sinks.mass[layer, head]:.2%}",
-        "Later sinks per prompt": f"{sinks.count[layer, head]:.2f}",
-        "Initial sink score": f"{statistics.initial_score[layer, head]:.3f}",
-        "Entropy of a row (nats)": f"{statistics.entropy[layer, head]:.2f}",
-    }
+    for source, mode in product(("all", "sst2"), ("absolute", "relative")):
+        found.choose("#source", source)
+        found.choose("#mode", mode)
+        statistics, (layer, head) = profile[source], (LAYERS // 2, HEADS // 2)
+        point_away(found.page)
+        hover(cell(found.page, "heads-chart", layer=layer, head=head))
+        sinks = statistics.by[mode]
+        assert tooltip(found.page) == {
+            "Layer": str(layer),
+            "Head": str(head),
+            "Calibration": "calibrated",
+            "Beta": "0.4",
+            "Later-sink mass": f"{sinks.mass[layer, head]:.2%}",
+            "Later sinks per prompt": f"{sinks.count[layer, head]:.2f}",
+            "Initial sink score": f"{statistics.initial_score[layer, head]:.3f}",
+            "Entropy of a row (nats)": f"{statistics.entropy[layer, head]:.2f}",
+        }, (source, mode)
 
 
 def test_selectors_change_the_sentences_and_the_figures(opened: Open) -> None:
@@ -154,35 +160,36 @@ def test_only_a_click_beside_the_dialog_closes_it(opened: Open) -> None:
     page.wait_for_selector("#enlarged:not([open])", state="attached")
 
 
-@pytest.mark.parametrize("way", ["click", "Enter"])
-def test_a_map_is_enlarged_and_escape_closes_it(opened: Open, way: str) -> None:
+def test_a_map_is_enlarged_and_escape_closes_it(opened: Open) -> None:
     profile = whole_profile()
     page = opened(profile).page
     button = page.locator("#layer-maps button").nth(2)
-    button.scroll_into_view_if_needed()
-    if way == "click":
-        button.click()
-    else:
-        button.focus()
-        page.keyboard.press("Enter")
-    page.wait_for_selector("#enlarged[open] svg")
-    assert page.inner_text("#enlarged-title") == "Layer 2, mean over heads (all prompts)"
-    hover(cell(page, "map-chart", query=9, key=3))
-    mean = profile.overall.mean_map[2].mean(0, dtype=np.float64)
-    assert tooltip(page) == {
-        "Queries": "28.1 to 31.3%",
-        "Keys": "9.4 to 12.5%",
-        "Attention": f"{round(mean[9, 3] * 10_000) / 100:.2f}%",
-    }
-    page.click("#enlarged-heads button:has-text('1')")
-    page.wait_for_selector("#map-chart[aria-label='Attention map of layer 2, head 1'] svg")
-    assert page.inner_text("#enlarged-title") == "Layer 2, head 1 (all prompts)"
-    hover(cell(page, "map-chart", query=9, key=3))
-    share = np.float64(profile.overall.mean_map[2, 1, 9, 3])
-    assert tooltip(page)["Attention"] == f"{round(share * 10_000) / 100:.2f}%"
-    page.keyboard.press("Escape")
-    page.wait_for_selector("#enlarged:not([open])", state="attached")
-    assert button.evaluate("(button) => button === document.activeElement")
+    for way in ("click", "Enter"):
+        button.scroll_into_view_if_needed()
+        if way == "click":
+            button.click()
+        else:
+            button.focus()
+            page.keyboard.press("Enter")
+        page.wait_for_selector("#enlarged[open] svg")
+        assert page.inner_text("#enlarged-title") == "Layer 2, mean over heads (all prompts)"
+        point_away(page)
+        hover(cell(page, "map-chart", query=9, key=3))
+        mean = profile.overall.mean_map[2].mean(0, dtype=np.float64)
+        assert tooltip(page) == {
+            "Queries": "28.1 to 31.3%",
+            "Keys": "9.4 to 12.5%",
+            "Attention": f"{round(mean[9, 3] * 10_000) / 100:.2f}%",
+        }
+        page.click("#enlarged-heads button:has-text('1')")
+        page.wait_for_selector("#map-chart[aria-label='Attention map of layer 2, head 1'] svg")
+        assert page.inner_text("#enlarged-title") == "Layer 2, head 1 (all prompts)"
+        hover(cell(page, "map-chart", query=9, key=3))
+        share = np.float64(profile.overall.mean_map[2, 1, 9, 3])
+        assert tooltip(page)["Attention"] == f"{round(share * 10_000) / 100:.2f}%"
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#enlarged:not([open])", state="attached")
+        assert button.evaluate("(button) => button === document.activeElement")
 
 
 def test_tokens_are_sorted_and_searched(opened: Open) -> None:
@@ -202,41 +209,42 @@ def test_tokens_are_sorted_and_searched(opened: Open) -> None:
     assert page.inner_text("#token-count").startswith("0 of ")
 
 
-@pytest.mark.parametrize("over", ["calibrated", "all", "3"])
-def test_prompt_shows_scores_before_and_after(opened: Open, over: str) -> None:
+def test_prompt_shows_scores_before_and_after(opened: Open) -> None:
     profile = whole_profile()
     for scores, score in ((profile.examples[1].scores, 0.5), (profile.examples[1].calibrated_scores, 0.2)):
         assert scores is not None
         scores[..., 7] = score
     page = opened(profile).page
     page.select_option("#example", "1")
-    page.select_option("#over", over)
     example, calibration = profile.examples[1], profile.calibration
     assert calibration is not None
-    chosen = {
+    every = {
         "calibrated": [(layer, head) for layer, heads in calibration.heads.items() for head in heads],
         "all": [(layer, head) for layer in range(LAYERS) for head in range(HEADS)],
         "3": [(3, head) for head in range(HEADS)],
-    }[over]
-    for part, scores in (("before", example.scores), ("after", example.calibrated_scores)):
-        assert scores is not None
-        means = np.mean([scores[place] for place in chosen], 0, dtype=np.float64)
-        tokens = page.locator(f"#{part} [role=listitem]")
-        assert tokens.count() == len(example.ids)
-        hover(tokens.nth(2))
-        shown = tooltip(page)
-        assert shown["Sink score"] == f"{round(means[2] * 10_000) / 10_000:.4f}"
-        assert shown["Id"] == str(example.ids[2])
-        above = np.round(means, 4) > profile.overall.by["absolute"].threshold
-        marked = page.evaluate(
-            f"[...document.querySelectorAll('#{part} [role=listitem]')].map((e) => e.matches('.sink'))"
-        )
-        assert marked == above.tolist()
-        hover(tokens.nth(7))
-        assert tooltip(page)["Kind"] == "later sink"
-        names = [token.get_attribute("aria-label") for token in tokens.all()]
-        assert [name.endswith(", later sink") for name in names[1:]] == above[1:].tolist()
-        assert names[0].endswith(", initial sink") == above[0]
+    }
+    for over, chosen in every.items():
+        page.select_option("#over", over)
+        for part, scores in (("before", example.scores), ("after", example.calibrated_scores)):
+            assert scores is not None
+            means = np.mean([scores[place] for place in chosen], 0, dtype=np.float64)
+            tokens = page.locator(f"#{part} [role=listitem]")
+            assert tokens.count() == len(example.ids)
+            point_away(page)
+            hover(tokens.nth(2))
+            shown = tooltip(page)
+            assert shown["Sink score"] == f"{round(means[2] * 10_000) / 10_000:.4f}"
+            assert shown["Id"] == str(example.ids[2])
+            above = np.round(means, 4) > profile.overall.by["absolute"].threshold
+            marked = page.evaluate(
+                f"[...document.querySelectorAll('#{part} [role=listitem]')].map((e) => e.matches('.sink'))"
+            )
+            assert marked == above.tolist()
+            hover(tokens.nth(7))
+            assert tooltip(page)["Kind"] == "later sink"
+            names = [token.get_attribute("aria-label") for token in tokens.all()]
+            assert [name.endswith(", later sink") for name in names[1:]] == above[1:].tolist()
+            assert names[0].endswith(", initial sink") == above[0]
 
 
 def test_a_profile_with_nothing_beside_the_sinks_says_how_to_get_the_rest(opened: Open) -> None:

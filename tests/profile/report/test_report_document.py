@@ -27,7 +27,7 @@ from act_export.profile.sink_statistics import GRID, MODES
 
 EXACT = 0.5001 / 10_000
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 4))
-PAGES = settings(max_examples=12)
+PAGES = settings(max_examples=6)
 texts = st.lists(st.text(max_size=12), min_size=1, max_size=6)
 
 

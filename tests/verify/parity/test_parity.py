@@ -308,9 +308,9 @@ def test_sink_state_lost_in_half_is_no_rounding(tiny, half_file):
 def test_a_model_that_overflows_in_pytorch_too(tmp_path):
     checkpoint = tiny_checkpoint("mistral")
     checkpoint.model.lm_head.weight.mul_(2e4)
-    build_model(checkpoint, None, tmp_path / "m.onnx", dtype="float16")
+    build_model(checkpoint, CALIBRATION, tmp_path / "m.onnx", dtype="float16")
     with pytest.raises(ActExportError, match="logits aren't finite in PyTorch either; export it with --dtype bfloat16"):
-        verify(checkpoint, None, tmp_path / "m.onnx", precision="float16")
+        verify(checkpoint, CALIBRATION, tmp_path / "m.onnx", precision="float16")
 
 
 def test_a_half_model_is_a_copy_with_rounded_parameters(tiny):
