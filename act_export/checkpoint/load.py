@@ -18,8 +18,9 @@ from act_export.calibration.file import ModelIdentity
 from act_export.checkpoint.fetch import Fetched, configuration_of, fetch_checkpoint, is_gguf, names_of
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.loader_errors import MEMORY_ADVICE, quiet_transformers, readable_errors
-from act_export.checkpoint.low_memory import low_memory_told
+from act_export.checkpoint.low_memory import low_memory_told, return_freed
 from act_export.checkpoint.placement import Placement
+from act_export.checkpoint.stored.safetensors_file import FLOATS, Stored, StoredTensor
 from act_export.checkpoint.tokenizer import tokenizer_of
 from act_export.errors import CheckpointError
 
@@ -162,23 +163,24 @@ def _load_whole(
     from act_export.checkpoint.witness import check_against_files
 
     name, folder = fetched.name, str(fetched.folder)
-    unwrapped = {each: tensor.read() for each, tensor in contents.tensors.items()} if contents.wrapped else None
-    loader: Any = loader_of(config) if unwrapped is None else kind
+    handed = _handed_over(contents, placement)
+    loader: Any = loader_of(config) if handed is None else kind
     with readable_errors(name), quiet_transformers():
         loaded: Any = loader.from_pretrained(
-            folder if unwrapped is None else None,
+            folder if handed is None else None,
             config=config,
             attn_implementation=None,  # transformers' own choice, whatever the files say
             experts_implementation=None,
-            state_dict=unwrapped,
+            state_dict=handed,
             dtype=placement.stored_dtype,
             device_map=placement.device_map,
             output_loading_info=True,
             trust_remote_code=fetched.trust_remote_code,
         )
     model, report = loaded
-    if unwrapped is not None:
+    if handed is not None:
         set_generation(model, fetched.folder)
+        return_freed()
     check_report(report, model, contents, name)
     placement.check_complete(model, name)
     model.eval().requires_grad_(False)
@@ -186,6 +188,31 @@ def _load_whole(
         check_against_files(model, contents, name)
     loaded_model: PreTrainedModel = model
     return loaded_model
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A tensor in its file, for transformers, which asks for its numbers when it needs them."""
+
+    tensor: Stored
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self.tensor.read()
+
+
+def _handed_over(contents: Contents, placement: Placement) -> dict[str, Any] | None:
+    """Weights that transformers gets from here instead of from the files; None where it reads the files itself.
+
+    Those are weights whose names have wrappers, and those of a type other than the model's: it maps files into memory,
+    where what it has read of them would stay beside the model.
+    """
+    tensors, wanted = contents.tensors, placement.stored_dtype
+    if isinstance(wanted, str):
+        return {name: tensor.read() for name, tensor in tensors.items()} if contents.wrapped else None
+    of_other_type = placement.device_map is None and any(
+        isinstance(tensor, StoredTensor) and FLOATS.get(tensor.kind, wanted) != wanted for tensor in tensors.values()
+    )
+    return {name: _Unread(tensor) for name, tensor in tensors.items()} if contents.wrapped or of_other_type else None
 
 
 def _load_streamed(

@@ -1,7 +1,8 @@
-"""Memory that doesn't suffice: how other libraries say so, and one error with what to do."""
+"""Memory that doesn't suffice: how other libraries say so, one error with what to do, and giving back what is free."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,13 @@ def is_low_memory(error: BaseException) -> bool:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
+
+
+def return_freed() -> None:
+    """Has the C library give freed memory back to the system: of many small blocks, glibc keeps it by itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from act_export.errors import CheckpointError
 
+_PIECE = 1 << 22  # numbers
+
 
 def check_numbers(weight: str, values: Tensor, where: str) -> None:
     """Refuses a weight with NaN, or with an infinity in any place but that of a bias that rules something out (-inf).
 
-    One pass over the numbers, which takes no memory unless something is wrong.
+    One pass over the numbers, which takes little memory unless something is wrong.
 
     Args:
         weight: Its name in the model.
@@ -40,10 +42,15 @@ def check_numbers(weight: str, values: Tensor, where: str) -> None:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity."""
-    if bool(values.sum(dtype=torch.float32).isfinite()):
-        return True
-    return bool(values.isfinite().all())  # a sum of large numbers is infinite too
+    """Whether there is neither NaN nor infinity.
+
+    Some numbers at a time: on a CPU, PyTorch makes a copy in float32 of the half-precision numbers that it adds up.
+    """
+    return all(
+        bool(piece.sum(dtype=torch.float32).isfinite())
+        or bool(piece.isfinite().all())  # a sum of large numbers is infinite too
+        for piece in torch.split(values.flatten(), _PIECE)
+    )
 
 
 def check_fits(weight: str, values: Tensor, rounded: Tensor, where: str) -> None:

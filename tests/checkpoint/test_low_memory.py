@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from act_export.checkpoint.low_memory import is_low_memory, low_memory_told
+from act_export.checkpoint.low_memory import is_low_memory, low_memory_told, return_freed
 from act_export.commands.main import app
 from act_export.errors import ActExportError
 from act_export.export import build_model
@@ -76,3 +79,27 @@ def test_while_the_graph_is_traced(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("act_export.attention.reference_attention.calibrated_attention", fail)
     with pytest.raises(ActExportError, match="isn't enough memory to export the model"):
         build_model(tiny, None, tmp_path / "a.onnx")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library isn't glibc")
+def test_freed_memory_is_given_back():
+    """Small blocks, freed but for every thousandth, stay with a process that uses glibc until it is asked for them."""
+    program = """
+from act_export.checkpoint.low_memory import return_freed
+def resident_kb():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+blocks = [bytes(20_000) for _ in range(10_000)]
+full = resident_kb()
+blocks = blocks[::1000]
+kept = resident_kb()
+return_freed()
+print(full - kept, full - resident_kb())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    by_itself, given_back = map(int, done.stdout.split())
+    assert by_itself < 20_000 < 150_000 < given_back
+
+
+def test_where_the_c_library_keeps_nothing(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda _: object())
+    return_freed()

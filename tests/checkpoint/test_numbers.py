@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from act_export.checkpoint.load import load_checkpoint
-from act_export.checkpoint.numbers import check_fits, check_numbers
+from act_export.checkpoint.numbers import check_fits, check_numbers, is_finite
 from act_export.errors import CheckpointError
 
 NORM, UP, BIAS = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.bias"
@@ -79,6 +81,19 @@ def test_a_number_that_a_type_has_no_room_for(tmp_path, number, stored, dtype, s
 def test_a_number_that_is_streamed_and_has_no_room(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{NORM} .* has the number 1e\+300; float32"):
         load_checkpoint(spoiled(tmp_path, NORM, 1e300, dtype=torch.float64), stream=True)
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.5, -3e38, 3e38]), max_size=12),
+    st.none() | st.tuples(st.integers(0, 11), st.sampled_from([math.nan, math.inf, -math.inf])),
+    st.integers(1, 5),
+)
+def test_numbers_are_looked_at_in_pieces(values, spoil, piece):
+    if spoil is not None and spoil[0] < len(values):
+        values[spoil[0]] = spoil[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("act_export.checkpoint.numbers._PIECE", piece)
+        assert is_finite(torch.tensor(values)) == all(math.isfinite(value) for value in values)
 
 
 def test_what_is_finite_passes():

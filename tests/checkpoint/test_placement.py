@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import CALIBRATION, save_checkpoint, tiny_model
+from tiny_models import VARIANTS
+from tiny_vision import tiny_whole
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, modeling_utils
 
 from act_export.attention.fast_attention import FastAttention
 from act_export.attention.hook import attention_hook
@@ -141,6 +144,35 @@ def test_weights_that_are_nowhere():
         model = torch.nn.Linear(2, 2)
     with pytest.raises(ActExportError, match=r"leaves 2 of its weights .*e\.g\. weight; take a smaller dtype"):
         Placement(device_map="auto").check_complete(model, "a model")
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("architecture", sorted({variant.architecture for variant in VARIANTS}))
+def test_files_of_another_type_are_loaded_without_mapping_them(tmp_path, monkeypatch, architecture, stored, dtype):
+    """The model is the one that transformers loads from the folder by itself."""
+    model = tiny_model(architecture)
+    model.generation_config.max_length = 77
+    model.to(STORED[stored]).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=STORED[dtype])
+    monkeypatch.setattr(modeling_utils, "safe_open", pytest.fail)
+    found = load_checkpoint(str(tmp_path), dtype=dtype).model
+    assert found.name_or_path == expected.name_or_path == str(tmp_path)
+    assert found.generation_config == expected.generation_config
+    assert found.generation_config.max_length == 77
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava"])
+def test_a_text_tower_of_another_type(tmp_path, family):
+    tiny_whole(family).to(torch.bfloat16).save_pretrained(tmp_path)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    found = load_checkpoint(str(tmp_path)).model
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("source", ["smollm2-135m", "model.gguf"])

@@ -1,6 +1,6 @@
 """GGUF files as checkpoint folders: converted once, compared with the file, and kept in the user's cache folder.
 
-transformers converts the weights; the configuration comes from the file's keys, and `gguf_witness` compares the result
+transformers converts the weights; the configuration comes from the file's keys, and `witness` compares the result
 with the file before anybody uses it. What can't be verified is refused.
 """
 
@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from act_export.checkpoint.gguf import entry as gguf_entry
 from act_export.checkpoint.gguf.header import GgufFile
 from act_export.checkpoint.gguf.keys import Keys
-from act_export.checkpoint.gguf.plan import configuration, hollow_shapes, pairs_of
+from act_export.checkpoint.gguf.plan import configuration, pairs_of, shapes_of
 from act_export.checkpoint.gguf.settings import Settings, read_settings
 from act_export.checkpoint.gguf.shards import read_gguf, write_joined
 from act_export.checkpoint.gguf.tokenizer import stop_tokens, tokenizer_by
+from act_export.checkpoint.gguf.weights import save_weights
 from act_export.checkpoint.gguf.witness import compare
 from act_export.checkpoint.loader_errors import quiet_transformers, readable_errors
+from act_export.checkpoint.low_memory import return_freed
 from act_export.errors import CheckpointError
 from act_export.files import cache_folder
 from act_export.staging import staging_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedModel
 
 
 def converted(gguf: Path) -> Path:
@@ -53,6 +55,7 @@ def converted(gguf: Path) -> Path:
             report = compare(gguf, made)
             gguf_entry.write_record(made, remarks=remarks, report=asdict(report))
             gguf_entry.publish(made, folder, own)
+            return_freed()
     except OSError as error:
         raise CheckpointError(
             f"can't write the converted checkpoint to {place}: {error.strerror or error}; set XDG_CACHE_HOME to "
@@ -75,8 +78,8 @@ def _convert(gguf: Path, header: GgufFile, in_shards: bool, own: Path, made: Pat
     keys = Keys(header)
     settings = read_settings(keys)
     with readable_errors(str(gguf)), quiet_transformers():
-        config = configuration(settings)
-        pairs_of(header, keys.architecture, settings, hollow_shapes(config))
+        model = _model_of(settings)
+        pairs = pairs_of(header, keys.architecture, settings, shapes_of(model))
     whole = own / "model.gguf"  # transformers knows such files by this ending
     if in_shards:
         write_joined(header, whole)
@@ -86,22 +89,34 @@ def _convert(gguf: Path, header: GgufFile, in_shards: bool, own: Path, made: Pat
         tokenizer, remarks = tokenizer_by(header, whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
-        _save_model(whole, config, settings, stop_tokens(header), made)
+        save_weights(header, pairs, model, own, made)
+        _save_settings(model, settings, stop_tokens(header), made)
     return [*settings.remarks, *remarks]
 
 
-def _save_model(whole: Path, config: PreTrainedConfig, settings: Settings, stops: list[int], made: Path) -> None:
+def _model_of(settings: Settings) -> PreTrainedModel:
+    """The model of a file's settings, without weights."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
+    from transformers import AutoModelForCausalLM
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(whole.parent), "gguf_file": whole.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **place, config=config, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    from act_export.checkpoint.streamed.weights import model_without_values
+
+    config = configuration(settings)
+    return model_without_values(
+        lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     )
+
+
+def _save_settings(model: PreTrainedModel, settings: Settings, stops: list[int], made: Path) -> None:
+    """What else `save_pretrained` writes of a model."""
+    from transformers import GenerationConfig
+
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(made)
     ends = stops[0] if len(stops) == 1 else stops
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=settings.values["bos_token_id"],
         eos_token_id=ends or None,
         pad_token_id=settings.values["pad_token_id"],
     )
-    model.save_pretrained(made)
+    generation.save_pretrained(made)

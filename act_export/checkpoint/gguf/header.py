@@ -28,6 +28,7 @@ _LARGEST_ALIGNMENT = 1 << 20
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST_NAME = 1 << 16  # bytes
+_AT_ONCE = 1 << 22  # numbers that are dequantised
 _KINDS: dict[int, str] = {kind: np.dtype(f"<{code}").str for kind, code in _NUMBERS.items()}
 
 
@@ -65,8 +66,11 @@ class StoredTensor:
             raise CheckpointError(f"can't read {self.path}: {cause.strerror or cause}") from cause
         if blocks.size != self.size_bytes:
             raise CheckpointError(f"{self.path} is cut short while it is read; tensor {shown(self.name)} isn't whole")
-        rows = blocks.reshape(*self.shape[:-1], -1)
-        values: np.ndarray = np.ascontiguousarray(quants.dequantize(rows, self.kind), np.float32)
+        rows = blocks.reshape(prod(self.shape[:-1]), -1)
+        values = np.empty((len(rows), self.shape[-1]), np.float32)
+        step = max(1, _AT_ONCE // self.shape[-1])
+        for first in range(0, len(rows), step):  # all at once, gguf takes as much memory again
+            values[first : first + step] = quants.dequantize(rows[first : first + step], self.kind)
         return values.reshape(self.shape)
 
 

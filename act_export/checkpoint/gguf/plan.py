@@ -16,7 +16,7 @@ from act_export.checkpoint.gguf.settings import Settings
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _OF_ROTARY = {"": (), "llama3": (SHARED_FACTORS,), "longrope": (SHARED_FACTORS, LONG_FACTORS, SHORT_FACTORS)}
 _ADVICE = "get the file again, or convert the original checkpoint to safetensors and pass that"
@@ -41,15 +41,17 @@ def configuration(settings: Settings) -> PreTrainedConfig:
     return AutoConfig.for_model(settings.model_type, **settings.values)
 
 
-def hollow_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The parameters of the model with a configuration, each once, and their shapes; no weight is made."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.tie_weights()
+def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """A model's parameters, each once, and their shapes."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def by_parameter(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """The tensors that each parameter is made of."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.target.parameter, []).append(pair)
+    return found
 
 
 def pairs_of(gguf: GgufFile, architecture: str, settings: Settings, shapes: Mapping[str, Sequence[int]]) -> list[Pair]:

@@ -1,12 +1,13 @@
 """An independent witness of a converted GGUF file: the model is compared with what the file itself holds.
 
-Every stored tensor is dequantised by the package gguf and compared with the loaded model's parameter, by tables of our
-own; every parameter has to be there, every key to be accounted for; the configuration has to say what the keys say, and
-the model's rotary positions to be those of the file. No code of transformers' own GGUF loader takes part.
+Every stored tensor is dequantised by the package gguf and compared with the checkpoint's parameter, one at a time, by
+tables of our own; every parameter has to be there, every key to be accounted for; the configuration has to say what the
+keys say, and the model's rotary positions to be those of the file. No code of transformers' own GGUF loader takes part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from act_export.checkpoint.gguf.header import GgufFile
 from act_export.checkpoint.gguf.keys import Keys
-from act_export.checkpoint.gguf.plan import Pair, kinds_of, pairs_of
+from act_export.checkpoint.gguf.plan import Pair, by_parameter, kinds_of, pairs_of, shapes_of
 from act_export.checkpoint.gguf.rope import Rotary
 from act_export.checkpoint.gguf.settings import Settings, is_close, read_settings
 from act_export.checkpoint.gguf.shards import read_gguf
@@ -25,6 +26,8 @@ from act_export.errors import CheckpointError, shown
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+    from act_export.checkpoint.stored.origins import Origin
 
 TOLERANCE = 1e-6  # of the largest number of the tensor, or of 1; a conversion that is right differs by nothing
 ROTARY_TOLERANCE = 1e-5  # relative; the model's frequencies are float32
@@ -72,21 +75,22 @@ def compare(gguf_path: Path, folder: Path) -> Report:
     gguf, _ = read_gguf(gguf_path)
     keys = Keys(gguf)
     settings = read_settings(keys)
-    model = _load(folder, gguf_path)
+    model, origins = _load(folder, gguf_path)
     _check_configuration(model, settings, gguf)
-    parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes = shapes_of(model)
     pairs = pairs_of(gguf, keys.architecture, settings, shapes)
     largest, where = 0.0, ""
-    for pair in pairs:
-        difference = _difference(pair, parameters[pair.target.parameter].detach().numpy(), settings, gguf)
-        if difference > largest or not where:
-            largest, where = difference, pair.tensor.name
+    for parameter, parts in by_parameter(pairs).items():
+        found = origins[parameter].read().numpy()
+        for pair in parts:
+            difference = _difference(pair, found, settings, gguf)
+            if difference > largest or not where:
+                largest, where = difference, pair.tensor.name
     return Report(
         architecture=keys.architecture,
         kinds=dict(kinds_of(pairs)),
         tensors=len(pairs),
-        parameters=len(parameters),
+        parameters=len(shapes),
         tied=bool(settings.values["tie_word_embeddings"]),
         keys=len(gguf.keys),
         settings=len(settings.values),
@@ -96,19 +100,28 @@ def compare(gguf_path: Path, folder: Path) -> Report:
     )
 
 
-def _load(folder: Path, gguf_path: Path) -> PreTrainedModel:
+def _load(folder: Path, gguf_path: Path) -> tuple[PreTrainedModel, Mapping[str, Origin]]:
+    """The checkpoint's model without weights, and where each of them is."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from act_export.checkpoint.completeness import contents_of
+    from act_export.checkpoint.configuration import read_configuration
+    from act_export.checkpoint.stored.files import tensors_of
+    from act_export.checkpoint.streamed.weights import model_without_values
+
     with readable_errors(str(gguf_path)), quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, local_files_only=True
+        config = read_configuration(folder, str(folder))
+        model = model_without_values(
+            lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         )
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise _differs(gguf_path, f"{kind.replace('_', ' ')} in {folder}: {shown(sorted(map(str, info[kind])))}")
-    return model  # type: ignore[no-any-return]
+        try:
+            origins = contents_of(model, tensors_of(folder), str(folder), config).origins
+        except CheckpointError as error:
+            raise _differs(gguf_path, str(error)) from error
+    if origins is None:
+        raise _differs(gguf_path, "its weights can't be read one at a time")
+    return model, origins
 
 
 def _check_configuration(model: PreTrainedModel, settings: Settings, gguf: GgufFile) -> None:
@@ -135,10 +148,16 @@ def _difference(pair: Pair, parameter: np.ndarray, settings: Settings, gguf: Ggu
     found = pair.target.slice_of(parameter)
     if found.shape != expected.shape:
         raise _differs(gguf.path, f"{pair.target.parameter} has shape {found.shape}, tensor {name} {expected.shape}")
-    difference = float(np.abs(found - expected).max())
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+    scale = max(1.0, _largest(expected))
+    difference = _largest(np.subtract(found, expected, out=expected))
+    if not difference <= TOLERANCE * scale:
         raise _differs(gguf.path, f"{pair.target.parameter} differs from tensor {name} by {difference:.3g}")
     return difference
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest magnitude, without a copy of the numbers."""
+    return float(np.maximum(abs(values.max()), abs(values.min())))
 
 
 def _check_rotary(model: PreTrainedModel, settings: Settings, gguf: GgufFile) -> float:

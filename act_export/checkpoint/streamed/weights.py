@@ -72,7 +72,7 @@ def hollow_model(
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    model = _without_values(
+    model = model_without_values(
         lambda: auto.from_config(
             config,
             dtype=torch.float32,
@@ -94,11 +94,26 @@ def hollow_model(
     return model, weights
 
 
+def model_without_values(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model whose parameters have no values; its buffers, such as rotary frequencies, have theirs.
+
+    Args:
+        make: Makes it.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    with init_empty_weights(include_buffers=False):
+        model = make()
+    model.tie_weights()  # which doesn't last inside that block
+    model.train(False)
+    return model
+
+
 def set_generation(model: PreTrainedModel, folder: Path) -> None:
     """What `from_pretrained` adds to a model: where it is from, and how it generates."""
     from transformers import GenerationConfig
 
-    model.config.name_or_path = str(folder)
+    model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
@@ -111,7 +126,7 @@ def model_with_weights(config: PreTrainedConfig, weights: StreamedWeights, like:
         weights: Where they are.
         like: The model that the weights are of.
     """
-    model = _without_values(lambda: type(like)(config))
+    model = model_without_values(lambda: type(like)(config))
     model.generation_config = like.generation_config
     known = _parameters(like)
     for names in _tied(model):
@@ -120,17 +135,6 @@ def model_with_weights(config: PreTrainedConfig, weights: StreamedWeights, like:
                 _untie(model, each)
     _set_values(model, {each: weights.read(each) for each, _ in model.named_parameters()}, weights)
     model.requires_grad_(False)
-    return model
-
-
-def _without_values(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model whose parameters have no values; its buffers, such as rotary frequencies, have theirs."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
-    with init_empty_weights(include_buffers=False):
-        model = make()
-    model.tie_weights()  # which doesn't last inside that block
-    model.train(False)
     return model
 
 
