@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from close import assert_logits_close
+from typer.testing import CliRunner
 
 from act_export.calibration.recipes import find_recipes
+from act_export.commands.main import app
 from act_export.runtime import Session, generate
 
 pytestmark = pytest.mark.real
@@ -20,9 +20,8 @@ LAYERS = 30
 
 
 def act_export(*arguments: object) -> str:
-    command = [sys.executable, "-m", "act_export", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
