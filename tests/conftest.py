@@ -60,6 +60,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
+def pytest_unconfigure() -> None:
+    """Or libraries report what is still there at the end as leaks."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(tryfirst=True)  # what isn't drawn is deselected as what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The real model's tests are the longest, so they begin."""

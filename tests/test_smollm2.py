@@ -27,9 +27,9 @@ def act_export(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def calibrated(smollm2, tmp_path_factory) -> Path:
-    """`act-export smollm2-135m --out calibrated.onnx`, which `parity` verifies."""
+    """`act-export smollm2-135m --calibration smollm2-135m --out calibrated.onnx`, which `parity` verifies."""
     path = tmp_path_factory.mktemp("real") / "calibrated.onnx"
-    act_export("smollm2-135m", "--out", path, "--no-verify")
+    act_export("smollm2-135m", "--calibration", "smollm2-135m", "--out", path, "--no-verify")
     return path
 
 
