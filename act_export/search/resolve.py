@@ -155,6 +155,7 @@ def search_calibration(
     )
     assert isinstance(defaults.beta, float | int)
     options = SearchOptions(
+        methods=("act",) if request.beta is not None else SearchOptions().methods,  # a fit has betas of its own
         betas=(defaults.beta,),
         thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
     )
