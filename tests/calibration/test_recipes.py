@@ -201,6 +201,7 @@ def test_what_a_searched_calibration_is_called(tiny, monkeypatch, task, name):
     monkeypatch.setattr("act_export.search.resolve.run_search", lambda *_, **__: found)
     request = CalibrationRequest(questions=Questions((), (Path("rows.jsonl"),)))
     assert list(resolve_calibrations(with_tokenizer(tiny), request)) == [name]
+    assert CalibrationSet.of(resolve_calibrations(with_tokenizer(tiny), request)).default == name
 
 
 @pytest.mark.parametrize(("beta", "methods"), [(None, ("act", "fit")), (0.2, ("act",))])
@@ -215,7 +216,6 @@ def test_a_search_that_is_given_a_beta_proposes_it_alone(tiny, monkeypatch, beta
     request = CalibrationRequest(questions=Questions((), (Path("rows.jsonl"),)), beta=beta)
     resolve_calibrations(with_tokenizer(tiny), request)
     assert [(options.methods, options.betas) for options in asked] == [(methods, (beta or 0.4,))]
-    assert CalibrationSet.of(resolve_calibrations(with_tokenizer(tiny), request)).default == name
 
 
 def with_tokenizer(checkpoint):
