@@ -181,7 +181,7 @@ def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
 
 def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> EffectsOf:
     def measure(batch: Sequence[EncodedExample]) -> Tensor:
-        of_later_sinks, _ = gate_gradients(
+        gradients = gate_gradients(
             checkpoint.model,
             batch,
             num_layers=checkpoint.identity.num_layers,
@@ -190,6 +190,6 @@ def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> Eff
             threshold=job.options.absolute_threshold,
             length_normalized=task.length_normalized,
         )
-        return of_later_sinks
+        return gradients[0]  # by the gate of later sinks
 
     return measure
