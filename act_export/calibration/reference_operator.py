@@ -65,7 +65,7 @@ def attention_probabilities(
         logits = softcap * torch.tanh(logits / softcap)
     if gamma is not None:
         check_range("gamma", gamma, GAMMAS)
-        logits = logits + gamma.to(dtype).log()[..., None, None] * initial_tokens(real)[:, None, None, :]
+        logits = logits + gamma.to(logits).log()[..., None, None] * initial_tokens(real)[:, None, None, :]
     columns = torch.arange(total, device=query.device)
     rows = columns[total - sequence :, None]
     visible = columns <= rows

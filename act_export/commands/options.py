@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -128,3 +129,28 @@ def numbers_of(option: str, given: str | None, *, whole: bool = False) -> tuple[
     except ValueError as error:
         kind = "whole numbers" if whole else "numbers"
         raise ActExportError(f"{option} is {given!r}; it must be {kind}, by comma") from error
+
+
+def methods_of(
+    method: str | None, given: Mapping[str, Mapping[str, object]], usual: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Methods of a search.
+
+    Args:
+        method: What --method says; None for the usual ones, of which a given --beta leaves "act" alone.
+        given: By method, its options and their values; None for those that weren't given.
+        usual: Tried without --method.
+
+    Raises:
+        ActExportError: If an option is of a method that isn't tried.
+    """
+    methods = usual if method is None else tuple(part.strip() for part in method.split(","))
+    if method is None and given["act"]["--beta"] is not None:
+        methods = ("act",)  # a fit has betas of its own
+    for owner, values in given.items():
+        named = [name for name, value in values.items() if value is not None]
+        if named and owner not in methods and not ("--heads" in named and "gamma" in methods):
+            raise ActExportError(
+                f"{named[0]} is of the method {owner}, which isn't tried; pass --method {','.join((*methods, owner))}"
+            )
+    return methods

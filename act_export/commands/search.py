@@ -40,7 +40,10 @@ def search_command(
     heads: Annotated[str | None, typer.Option(metavar="N,...", help="Numbers of heads to try.")] = None,
     fit_steps: Annotated[str | None, typer.Option(metavar="N,...", help="For fit: gradient steps to try.")] = None,
     fit_l2: Annotated[str | None, typer.Option(metavar="X,...", help="For fit: pulls towards 1 to try.")] = None,
-    fit_l1: Annotated[float, typer.Option(metavar="X", help="For fit: leaves more heads at 1, e.g. 0.3.")] = 0.0,
+    fit_l1: Annotated[
+        float,
+        typer.Option(metavar="X", help="For fit: strengths of smaller derivatives stay at 1, 0 to 1."),
+    ] = 0.0,
     confirm: Annotated[int, typer.Option(help="Heads that gates+confirm measures exactly.")] = 40,
     rank: Annotated[int | None, typer.Option(help="Questions to rank heads with, of each task.")] = None,
     choose: Annotated[int | None, typer.Option(help="Questions to choose with.")] = None,
@@ -80,8 +83,13 @@ def search_command(
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
     from act_export.verify.parity.dequantized import dequantized
 
+    given: dict[str, dict[str, object]] = {
+        "act": {"--beta": beta, "--heads": heads},
+        "gamma": {"--gamma": gamma},
+        "fit": {"--fit-steps": fit_steps, "--fit-l2": fit_l2, "--fit-l1": fit_l1 or None},
+    }
     how = SearchOptions(
-        methods=tuple(part.strip() for part in method.split(",")) if method is not None else SearchOptions().methods,
+        methods=options.methods_of(method, given, SearchOptions().methods),
         ranking=ranking,
         betas=options.numbers_of("--beta", beta) or SearchOptions().betas,
         gammas=options.numbers_of("--gamma", gamma) or SearchOptions().gammas,

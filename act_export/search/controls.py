@@ -47,7 +47,8 @@ def control_answers(task: EncodedTask, plain: Mapping[str, Answers]) -> dict[str
         rows["label prior"] = tuple(without_label_prior(answers.scores, task.task.splits.report, neutral))
     if have_same_choices(task):
         rows["choice bias"] = tuple(without_choice_bias(answers.scores, plain[CHOOSE].scores))
-        offsets = fitted_offsets(plain[RANK].scores, [e.answer for e in task.splits[RANK]])
+        labelled = [e.answer for split in (RANK, CHOOSE) for e in task.splits[split]]  # as many as a calibration has
+        offsets = fitted_offsets([*plain[RANK].scores, *plain[CHOOSE].scores], labelled)
         rows["offsets"] = tuple(with_offsets(answers.scores, offsets))
     return {name: answers if name == PLAIN else with_scores(task, answers, given) for name, given in rows.items()}
 
@@ -80,7 +81,7 @@ def choice_bias_accuracies(
 
 
 def predicted_shares(plain: Answers, calibrated: Answers) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """How often each choice, by its index, is the model's answer."""
+    """How often each choice, by its index, is the likeliest of the choices."""
     most = max(map(len, plain.scores))
     counts = [
         np.bincount([predicted_choice(row) for row in answers.scores], minlength=most) / len(answers.scores)

@@ -2,8 +2,9 @@
 
 Both knobs of every head move together, by Adam on the logarithms of beta and gamma: the loss is the right answers'
 negative log-likelihood, with an L2 penalty that draws strengths back to 1 and, where asked for, an L1 penalty that
-leaves most heads at exactly 1. A few steps only: the more, the better the ranking questions are known by heart. Which
-step is used, and whether any, is decided on other questions, among all other candidates.
+leaves strengths at exactly 1 whose derivative is smaller than a share of the largest. A few steps only: the more, the
+better the ranking questions are known by heart. Which step is used, and whether any, is decided on other questions,
+among all other candidates.
 
 The model that is differentiated is the definition's own (`act_export.calibration.reference`); only the set of later
 sinks is taken as it is. The first step's gradient is the ranking's.
@@ -76,7 +77,12 @@ class FittedAttention:
                 return calibrated.probabilities @ values_of(of_query, value, heads), calibrated.column_sums.detach()
 
             output, of_heads = recomputed(
-                of_group, call.query, key, value, self.log_strengths[:, call.layer], use_reentrant=False
+                of_group,
+                call.query,
+                key,
+                value,
+                self.log_strengths[:, call.layer].to(call.query.device),
+                use_reentrant=False,
             )
             outputs.append(output)
             sums.append(of_heads)
@@ -112,6 +118,7 @@ def fit_strengths(
     """
     logs = torch.zeros_like(slopes, dtype=torch.float64)
     optimizer = torch.optim.Adam([logs], lr=_LEARNING_RATE)
+    least = _LEARNING_RATE * options.fit_l1 * slopes.abs().max()
     found: dict[int, Tensor] = {}
     for step in range(1, max(options.fit_steps) + 1):
         gained = slopes if step == 1 else _gradient(checkpoint, tasks, logs, threshold, options, workers)
@@ -119,10 +126,18 @@ def fit_strengths(
         optimizer.step()
         logs.copy_(torch.clamp(logs, _LOWEST, _HIGHEST))
         if options.fit_l1:
-            logs.copy_(logs.sign() * (logs.abs() - _LEARNING_RATE * options.fit_l1).clamp(min=0))
+            logs.copy_(logs.sign() * (logs.abs() - least / _scale(optimizer, logs)).clamp(min=0))
+        logs.copy_(torch.round(logs, decimals=9))  # the same on processors that round otherwise
         if step in options.fit_steps:
             found[step] = logs.exp()
     return found
+
+
+def _scale(optimizer: torch.optim.Adam, logs: Tensor) -> Tensor:
+    """What Adam divides each derivative by."""
+    state, (_, decay) = optimizer.state[logs], optimizer.param_groups[0]["betas"]
+    second: Tensor = state["exp_avg_sq"] / (1 - decay ** float(state["step"]))
+    return second.sqrt() + float(optimizer.param_groups[0]["eps"])
 
 
 def fitting_cost(task: EncodedTask, options: SearchOptions) -> float:
@@ -150,6 +165,7 @@ def _gradient(
             parameter,
             batch,
             length_normalized=compares_per_token(task),
+            checkpointed_layers=checkpoint.identity.num_layers if options.gradient_checkpointing else None,
         )
         values: list[float] = gradient.flatten().tolist()
         return values

@@ -123,9 +123,14 @@ def gate_gradients(
     """
     gates = torch.zeros(2, num_layers, num_heads, device=model.device)
     hook = GatedAttention(gates, beta=beta, threshold=threshold, threshold_mode=threshold_mode)
-    saving = checkpointed(model, num_layers) if gradient_checkpointing else nullcontext()
-    with saving:
-        return likelihood_gradient(model, hook, gates, batch, length_normalized=length_normalized)
+    return likelihood_gradient(
+        model,
+        hook,
+        gates,
+        batch,
+        length_normalized=length_normalized,
+        checkpointed_layers=num_layers if gradient_checkpointing else None,
+    )
 
 
 def likelihood_gradient(
@@ -135,6 +140,7 @@ def likelihood_gradient(
     batch: Sequence[EncodedExample],
     *,
     length_normalized: bool = False,
+    checkpointed_layers: int | None = None,
 ) -> Tensor:
     """Derivative of the right answers' log-likelihood, summed over one batch, by a parameter of an attention hook.
 
@@ -144,6 +150,7 @@ def likelihood_gradient(
         parameter: Of any shape.
         batch: Examples that run together.
         length_normalized: Compare choices by log-likelihood per token.
+        checkpointed_layers: The model's layers, to compute each twice and keep one layer's activations; None not to.
 
     Returns:
         float64, of the parameter's shape.
@@ -153,7 +160,8 @@ def likelihood_gradient(
     """
     parameter.requires_grad_(True)
     for scale in _LOSS_SCALES if model.dtype == torch.float16 else (1,):
-        with torch.enable_grad(), attention_hook(model, hook) as hooked:
+        saving = checkpointed(model, checkpointed_layers) if checkpointed_layers is not None else nullcontext()
+        with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
             scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
             (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores).sum(), parameter)
         gradient: Tensor = scaled.double() / scale

@@ -14,13 +14,14 @@ _WORTH_IT = 50_000_000  # parameters: smaller models spend their time elsewhere
 
 def bfloat16_is_fast(model: PreTrainedModel) -> bool:
     """Whether the model is in float32, and its processor or GPU has products of bfloat16."""
-    if model.dtype != torch.float32 or model.num_parameters() < _WORTH_IT:
+    spread = getattr(model, "hf_device_map", None) is not None  # whose parameters come and go
+    if spread or model.dtype != torch.float32 or model.num_parameters() < _WORTH_IT:
         return False
     if model.device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if model.device.type != "cpu":
         return False
-    has = torch.cpu.get_capabilities()
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch don't say
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 

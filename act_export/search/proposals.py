@@ -91,7 +91,8 @@ def fitted(strengths: Mapping[int, Tensor], said: str, threshold: Threshold, mod
     """
     found = []
     for step, of_step in strengths.items():
-        touched = (of_step.log().abs() > _ABOUT_ONE).any(0)
+        of_step = torch.where(of_step.log().abs() > _ABOUT_ONE, of_step, 1.0)
+        touched = (of_step != 1).any(0)
         found += _first(
             "fit", touched.double(), of_step, [touched.numel()], f" after {step} steps{said}", threshold, model
         )

@@ -13,7 +13,7 @@ from act_export.calibration.file import Calibration, Provenance
 from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice
-from act_export.search.request import SearchTask
+from act_export.search.request import SearchOptions, SearchTask
 from act_export.search.results import Gain, TaskReport
 from act_export.tasks import question_digests
 from act_export.version import __version__
@@ -27,8 +27,9 @@ def search_provenance(
     reports: Sequence[TaskReport],
     gains: Sequence[Gain | None],
     *,
-    ranking: str,
+    options: SearchOptions,
     average: Gain | None = None,
+    average_beyond: Gain | None = None,
 ) -> Provenance:
     """The record of a search.
 
@@ -39,8 +40,9 @@ def search_provenance(
         tasks: What it was found on.
         reports: By task.
         gains: By task, on questions that took no part; None where no set helped.
-        ranking: How heads were ranked.
+        options: How it was searched.
         average: Mean gain over the tasks, where the set was found on all of them together.
+        average_beyond: The same over the best control of each task.
     """
     asked, chosen = tasks[0].questions, choice.chosen.proposal
     used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
@@ -51,7 +53,7 @@ def search_provenance(
     notes: dict[str, Any] = {
         "choose_accuracy": tried(choice),
         "choose_p": round(choice.p, 4),
-        "ranking": ranking,
+        "ranking": options.ranking,
         "ranking_forward_passes": round(sum(report.forward_passes for report in reports), 1),
         "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
         "questions": {
@@ -61,14 +63,19 @@ def search_provenance(
             "truncate": asked.truncate,
         },
     }
+    if chosen is not None and chosen.method == "fit":
+        notes["fit"] = {"l1": options.fit_l1, "l2": list(options.fit_l2)}
     if checkpoint.weights:
         notes["weights"] = checkpoint.weights
     if model := hub_model(checkpoint):
         notes["model"] = model
     if not calibration.heads:
         notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
-    elif average is not None:
+    elif average is not None and average_beyond is not None:
         notes["average_gain"] = {"gain": average.gain, "interval_95": list(average.interval)}
+        beyond = {"gain": average_beyond.gain, "interval_95": list(average_beyond.interval)}
+        notes["average_gain_beyond_controls"] = beyond
+        notes["controls"] = {report.task: dict(report.controls) for report in reports}
         notes["gains"] = {
             report.task: [gain.gain, *gain.interval] for gain, report in zip(gains, reports, strict=True) if gain
         }

@@ -21,7 +21,7 @@ _RANGES = (
     ("random_draws", 0, 10_000),
     ("fit_steps", 1, 1000),
     ("fit_l2", 0, 1000),
-    ("fit_l1", 0, 1000),
+    ("fit_l1", 0, 1),
 )
 
 
@@ -98,7 +98,7 @@ class SearchOptions:
         head_counts: Numbers of heads to try.
         fit_steps: Of "fit", to try: strengths after so many gradient steps.
         fit_l2: Of "fit", to try: how strongly strengths are drawn back to 1.
-        fit_l1: Leaves strengths that gain less at 1, so that fewer heads are touched; 0 touches all.
+        fit_l1: Of "fit": strengths whose derivative is below this share of the largest stay at 1; 0 moves all.
         confirm: How many of the heads that gates rank first "gates+confirm" measures exactly, for each beta.
         batch_tokens: Positions that run together at the most, which bounds memory; see
             `act_export.tasks.batching.positions_of`. One example alone may have more.

@@ -126,6 +126,11 @@ def _without_search(
                 notice(f"a recipe for this model is shipped: --calibration {recipe.name} needs no search")
         return None
     if recipes and recipes[0].by_name_only:
+        if any(value is not None for value in (request.beta, request.threshold, request.threshold_mode)):
+            raise ActExportError(
+                f"{announce_plain(recipes)}, and without a calibration there is nothing that --beta, --threshold or "
+                f"--threshold-mode could change; name one, or pass --task to search"
+            )
         notice(announce_plain(recipes))
         return {}
     if recipes:

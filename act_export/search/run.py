@@ -38,7 +38,7 @@ from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.request import SearchOptions, SearchTask, Threshold
 from act_export.search.results import Gain, SearchResult, TaskReport, average_gain
 from act_export.search.task_report import CONTROL, JOINT, answers_with_controls, task_report
-from act_export.tasks import question_digests
+from act_export.tasks import Example, question_digests
 
 _JOURNAL_VERSION = 3  # another one where the same key may stand for another result
 
@@ -176,13 +176,13 @@ class _Search:
 
         def average(kind: str, *, beyond: bool = False) -> Gain:
             over = {name: a[CONTROL + reports[name].control if beyond else "plain"] for name, a in answered.items()}
-            return average_gain(over, {name: a.get(kind, over[name]) for name, a in answered.items()})
+            return average_gain(over, {name: a.get(kind, a["plain"]) for name, a in answered.items()})
 
         shared = joint_average = joint_beyond = None
         if together is not None:
             joint_average, joint_beyond = average(JOINT), average(JOINT, beyond=True)
             gains = [report.joint for report in reports.values()]
-            shared = self._recorded(self.tasks, together, reports, gains, joint_average)
+            shared = self._recorded(self.tasks, together, reports, gains, joint_average, joint_beyond)
         return SearchResult(
             own,
             shared,
@@ -278,6 +278,7 @@ class _Search:
         reports: Mapping[str, TaskReport],
         gains: Sequence[Gain | None],
         average: Gain | None = None,
+        average_beyond: Gain | None = None,
     ) -> Calibration:
         """What was found, with where it came from."""
         of_tasks = [reports[task.name] for task in tasks]
@@ -288,8 +289,9 @@ class _Search:
             [task.task for task in tasks],
             of_tasks,
             gains,
-            ranking=self.options.ranking,
+            options=self.options,
             average=average,
+            average_beyond=average_beyond,
         )
         return replace(found.calibration, provenance=provenance)
 
@@ -337,22 +339,28 @@ def _configuration_digest(checkpoint: Checkpoint) -> str:
 
 
 def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:
-    """The tasks without questions to report on that another task ranks or chooses with.
+    """The tasks without questions to choose with that another ranks with, or to report on that another uses.
 
     Raises:
         ActExportError: If a task has none left.
     """
+
+    def without(examples: Sequence[Example], used: Sequence[set[str]], index: int) -> tuple[Example, ...]:
+        others = set().union(*used[:index], *used[index + 1 :])
+        return tuple(e for e in examples if others.isdisjoint(question_digests(e)))
+
+    ranking = [{digest for e in task.splits.rank for digest in question_digests(e)} for task in tasks]
     used = [
         {digest for e in (*task.splits.rank, *task.splits.choose) for digest in question_digests(e)} for task in tasks
     ]
     apart = []
     for index, task in enumerate(tasks):
-        others = set().union(*used[:index], *used[index + 1 :])
-        left = tuple(e for e in task.splits.report if others.isdisjoint(question_digests(e)))
-        if not left:
+        choose = without(task.splits.choose, ranking, index)
+        left = without(task.splits.report, used, index)
+        if not left or not choose:
             raise ActExportError(
-                f"all questions that {task.name} would be reported on are used by another task's search; search on "
-                f"them one at a time"
+                f"all questions that {task.name} would {'be reported on' if choose else 'choose with'} are used by "
+                f"another task's search; search on them one at a time"
             )
-        apart.append(replace(task, splits=replace(task.splits, report=left)))
+        apart.append(replace(task, splits=replace(task.splits, choose=choose, report=left)))
     return apart

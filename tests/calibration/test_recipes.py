@@ -174,6 +174,8 @@ def test_a_recipe_that_costs_elsewhere_is_used_by_name_only(folder, tiny):
         "points on CB; --calibration tiny uses it"
     ]
     assert resolved(tiny, CalibrationRequest(calibrations=("tiny",))) == noted
+    with pytest.raises(ActExportError, match="no calibration: .* there is nothing that --beta"):
+        resolved(tiny, CalibrationRequest(beta=0.2))
     harmless = write(folder, "tiny-boolq", tiny.identity, "boolq")
     assert resolved(tiny, CalibrationRequest()) == harmless
 

@@ -186,6 +186,12 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--method", "gates"],
         "--ranking gates is how heads are ranked; methods are act, gamma",
     ),
+    "an option of another method": (
+        ["--gamma", "0.5"],
+        "--gamma is of the method gamma, which isn't tried; pass --method",
+    ),
+    "a fit without fit": (["--method", "act", "--fit-l1", "0.1"], "--fit-l1 is of the method fit, which isn't tried"),
+    "beta without act": (["--method", "fit", "--beta", "0.3"], "--beta is of the method act, which isn't tried"),
     "unknown ranking": (["--ranking", "gate"], "no ranking 'gate'; it must be gates, gates+confirm, exhaustive"),
     "empty split": (["--rank", "0"], "the rank split has 0 examples"),
     "too few rows": (["--report", "400"], "there are 130 different prompts"),

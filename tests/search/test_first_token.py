@@ -14,9 +14,9 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import REPORT, answer, encode_task
 from act_export.search.processes import Workers
-from act_export.search.request import METHODS
+from act_export.search.request import RANKINGS
 
-OPTIONS = SearchOptions(betas=(0.0,), head_counts=(1, 2, 4), confirm=4)
+OPTIONS = SearchOptions(methods=("act",), betas=(0.0,), head_counts=(1, 2, 4), confirm=4)
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def checkpoint() -> Checkpoint:
     return words_checkpoint()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_first_tokens(checkpoint: Checkpoint, method: str) -> None:
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_first_tokens(checkpoint: Checkpoint, ranking: str) -> None:
     """Nearly all words are choices, or a model that is no language's would hardly say one of them."""
     choices = tuple(f" w{token} w4" for token in range(6, 99))
     task = planted_task(checkpoint, PLANTED, choices=choices, first_token=True)
-    result = search_heads(checkpoint, [task], replace(OPTIONS, method=method))
+    result = search_heads(checkpoint, [task], replace(OPTIONS, ranking=ranking))
     assert result.calibrations["planted"].heads == PLANTED.heads
     assert result.reports["planted"].plain_accuracy < result.reports["planted"].own.accuracy
 

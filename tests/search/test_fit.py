@@ -126,9 +126,35 @@ def test_steps_make_the_right_answers_likelier(checkpoint: Checkpoint, task: Enc
 def test_penalties_keep_strengths_near_one(checkpoint: Checkpoint, task: EncodedTask) -> None:
     free = fit(checkpoint, task, OPTIONS)[8].log().abs()
     held = fit(checkpoint, task, OPTIONS, l2=10.0)[8].log().abs()
-    sparse = fit(checkpoint, task, replace(OPTIONS, fit_l1=0.5))[8].log().abs()
     assert held.mean() < free.mean() / 2
-    assert 0 < (sparse > 0.02).sum() < (free > 0.02).sum()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_l1_leaves_strengths_with_small_derivatives_at_one(
+    checkpoint: Checkpoint, task: EncodedTask, share: float
+) -> None:
+    """After the first step exactly those with at least this share of the largest have moved, each as it should."""
+    ((effects,),) = rank_heads(checkpoint, [task], OPTIONS, Workers()).own
+    slopes = effects.slopes
+    assert slopes is not None
+    found = fit(checkpoint, task, replace(OPTIONS, fit_steps=(1,), fit_l1=share))[1]
+    large = slopes.abs() > share * slopes.abs().max()
+    assert 0 < large.sum() < slopes.numel()
+    assert torch.equal(found != 1, large)
+    assert torch.equal(found[large] > 1, slopes[large] > 0)
+
+
+def test_gradient_checkpointing_changes_memory_not_the_fit(checkpoint: Checkpoint, task: EncodedTask) -> None:
+    options = replace(OPTIONS, fit_steps=(2,))
+    saved: list[int] = []
+    found = []
+    for saving in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            found.append(fit(checkpoint, task, replace(options, gradient_checkpointing=saving))[2])
+            found.append(torch.tensor(sum(saved)))
+        saved.clear()
+    torch.testing.assert_close(found[0], found[2], atol=1e-4, rtol=1e-4)
+    assert found[3] < found[1]
 
 
 def test_a_search_finds_strengths_that_answer_unseen_questions(checkpoint: Checkpoint) -> None:

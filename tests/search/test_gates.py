@@ -135,7 +135,7 @@ def test_an_open_gate_calibrates_its_head(name: str, request: pytest.FixtureRequ
     for hook in (opened, fixed, plain):
         with attention_hook(model, hook) as hooked, torch.no_grad():
             logits.append(hooked(ids, mask).logits[mask > 0])
-    torch.testing.assert_close(logits[0], logits[1], atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=1e-6)  # a file's beta is float32
     assert (logits[1] - logits[2]).abs().max() > 1e-3
 
 

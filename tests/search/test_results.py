@@ -196,9 +196,10 @@ def test_the_choice_bias_is_that_of_the_choose_split(
 def test_what_a_set_gains_beyond_the_best_remedy(
     checkpoint: Checkpoint, tasks: list[SearchTask], result: SearchResult
 ) -> None:
-    """Offsets are the best that a grid finds for the ranking questions; the rest is arithmetic."""
+    """Offsets are the best that a grid finds for the ranking and choosing questions; the rest is arithmetic."""
+    splits = tasks[0].splits
     rank, report = (
-        encode_examples(checkpoint.tokenizer, part) for part in (tasks[0].splits.rank, tasks[0].splits.report)
+        encode_examples(checkpoint.tokenizer, part) for part in ((*splits.rank, *splits.choose), splits.report)
     )
     rows = log_shares(reference_scores(checkpoint, None, rank))
     right = np.array([e.answer for e in rank])
