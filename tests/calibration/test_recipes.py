@@ -17,6 +17,7 @@ from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
 from act_export.calibration.recipes import announce, find_recipes, named_recipe, shipped_recipes
 from act_export.checkpoint.load import load_checkpoint
+from act_export.errors import ActExportError
 from act_export.export.job import export_model
 from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
@@ -174,7 +175,7 @@ def test_a_recipe_that_costs_elsewhere_is_used_by_name_only(folder, tiny):
         "points on CB; --calibration tiny uses it"
     ]
     assert resolved(tiny, CalibrationRequest(calibrations=("tiny",))) == noted
-    with pytest.raises(ActExportError, match="no calibration: .* there is nothing that --beta"):
+    with pytest.raises(ActExportError, match=r"no calibration: .* there is nothing that --beta"):
         resolved(tiny, CalibrationRequest(beta=0.2))
     harmless = write(folder, "tiny-boolq", tiny.identity, "boolq")
     assert resolved(tiny, CalibrationRequest()) == harmless
