@@ -48,7 +48,25 @@ def evaluation(plain: Evaluation | None = PLAIN) -> str:
 def search(**reports: tuple[Gain | None, Gain | None]) -> str:
     made = {
         task: TaskReport(
-            task, 0.5, own, joint, (), None, None, {}, None, 0.01, {}, 1.0, {"rank": 9, "report": 200}, duplicates=0
+            task=task,
+            plain_accuracy=0.5,
+            own=own,
+            joint=joint,
+            random_heads=(),
+            controls={"plain": 0.5},
+            control="plain",
+            beyond=own,
+            joint_beyond=joint,
+            measures=None,
+            invalid=None,
+            choice_bias=None,
+            published={},
+            predicted_shares=None,
+            p=0.01,
+            choose_accuracy={},
+            forward_passes=1.0,
+            sizes={"rank": 9, "report": 200},
+            duplicates=0,
         )
         for task, (own, joint) in reports.items()
     }
