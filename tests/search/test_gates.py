@@ -128,14 +128,15 @@ def test_an_open_gate_calibrates_its_head(name: str, request: pytest.FixtureRequ
     mask = (ids > 0).long()
     gates = torch.zeros(2, 3, 4, dtype=torch.float64)
     gates[0, 0, 2] = gates[0, 2, 1] = 1
-    opened = GatedAttention(gates, threshold_mode="absolute", **KNOBS)
+    as_in_a_file = KNOBS | {"beta": torch.tensor(KNOBS["beta"]).item()}  # float32
+    opened = GatedAttention(gates, threshold_mode="absolute", **as_in_a_file)
     fixed = FastAttention(Calibration({0: (2,), 2: (1,)}, **KNOBS))
     plain = FastAttention(None)
     logits = []
     for hook in (opened, fixed, plain):
         with attention_hook(model, hook) as hooked, torch.no_grad():
             logits.append(hooked(ids, mask).logits[mask > 0])
-    torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=1e-6)  # a file's beta is float32
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-7, rtol=1e-7)
     assert (logits[1] - logits[2]).abs().max() > 1e-3
 
 
