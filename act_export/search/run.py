@@ -82,43 +82,34 @@ def search_heads(
         JournalError: If the journal is another search's.
     """
     options = options or SearchOptions()
-    with precision_for_search(checkpoint.model, options.precision):
-        return _search(checkpoint, tasks, options, journal, journals, joint, published or {}, progress)
-
-
-def _search(
-    checkpoint: Checkpoint,
-    tasks: Sequence[SearchTask],
-    options: SearchOptions,
-    journal: str | os.PathLike[str] | None,
-    journals: str | os.PathLike[str] | None,
-    joint: bool,
-    published: Mapping[str, Calibration],
-    progress: Progress | None,
-) -> SearchResult:
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names):
         raise ActExportError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
-    encoded = [encode_task(checkpoint, task) for task in _apart(tasks)]
-    description = describe_search(checkpoint, encoded, options)
-    joint = joint and len(encoded) > 1
-    seeds = {task.name: task.questions.drawing_seed for task in tasks}
-    same_everywhere({**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published)})
-    if journal is None and journals is not None:
-        kept = own_journal(Path(journals), description, process=process_index())
-    else:
-        kept = Journal(journal, description, process=process_index()) if journal is not None else None
-    workers = Workers(
-        kept, planned_cost=_planned_cost(checkpoint, encoded, options, len(published), joint), progress=progress
-    )
-    search = _Search(checkpoint, encoded, options, published, workers)
-    try:
-        result = search.run(joint)
-    finally:
-        if kept is not None:
-            kept.close()
-    workers.finish()
-    return result
+    with precision_for_search(checkpoint.model, options.precision):
+        encoded = [encode_task(checkpoint, task) for task in _apart(tasks)]
+        description = describe_search(checkpoint, encoded, options)
+        joint = joint and len(encoded) > 1
+        seeds = {task.name: task.questions.drawing_seed for task in tasks}
+        same_everywhere(
+            {**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published or ())}
+        )
+        if journal is None and journals is not None:
+            kept = own_journal(Path(journals), description, process=process_index())
+        else:
+            kept = Journal(journal, description, process=process_index()) if journal is not None else None
+        workers = Workers(
+            kept,
+            planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint),
+            progress=progress,
+        )
+        search = _Search(checkpoint, encoded, options, published or {}, workers)
+        try:
+            result = search.run(joint)
+        finally:
+            if kept is not None:
+                kept.close()
+        workers.finish()
+        return result
 
 
 def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions) -> dict[str, Any]:
