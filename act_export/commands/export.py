@@ -115,7 +115,7 @@ def export_command(
     with progress_bar("search") as progress:
         chosen = resolve_calibrations(searched, request, notice=note, progress=progress)
     if chosen and not switchable and not any(each.num_calibrated_heads for each in chosen.values()):
-        note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
+        note("nothing that was tried gained more than luck explains, so no head is calibrated: this is a plain export")
     with status() as step:
         written = export_model(
             checkpoint,

@@ -34,6 +34,7 @@ from act_export.commands.options import MODELS
 from act_export.commands.printing import readers_ended
 from act_export.commands.profile import profile_command, report_command
 from act_export.commands.search import search_command
+from act_export.commands.trial import try_command
 from act_export.commands.triton import triton_command
 from act_export.commands.verify import verify_command
 from act_export.limits import allow_process_limits
@@ -97,6 +98,7 @@ def _version(
 _OTHERS_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _COMMANDS: dict[str, Callable[..., None]] = {
     DEFAULT_COMMAND: export_command,
+    "try": try_command,
     "search": search_command,
     "graft": graft_command,
     "adapter": adapter_command,

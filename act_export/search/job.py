@@ -30,6 +30,7 @@ class SearchJob:
         choose: Questions to choose the number of heads with; None for the usual number.
         report: Questions to report accuracies on; None for the usual number.
         options: How to search.
+        own: Find a set for each task.
         joint: With several tasks, also find one set for all.
         journal: Folder for finished work; None for one of the search's own in the cache folder.
     """
@@ -39,6 +40,7 @@ class SearchJob:
     choose: int | None = None
     report: int | None = None
     options: SearchOptions = field(default_factory=SearchOptions)
+    own: bool = True
     joint: bool = True
     journal: Path | None = None
 
@@ -88,6 +90,7 @@ def run_search(
         job.options,
         journal=job.journal,
         journals=cache_folder() / "searches",
+        own=job.own,
         joint=job.joint,
         published=published_sets(checkpoint),
         progress=progress,

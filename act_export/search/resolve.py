@@ -22,7 +22,12 @@ from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
 from act_export.search import SearchOptions, Threshold
 from act_export.search.job import SearchJob, run_search
-from act_export.tasks import DEFAULT_TASK, Questions
+from act_export.search.results import Gain
+from act_export.tasks import Questions
+from act_export.tasks.questions import MIX
+
+MIX_NAME = "mix"
+_MIX_SIZES = (24, 40, 96)  # of each task's splits
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,10 @@ def resolve_calibrations(
             f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE or "
             f"--plain"
         )
-    return search_calibration(checkpoint, request, progress=progress)
+    if request.questions.sources:
+        return search_calibration(checkpoint, request, progress=progress)
+    notice(f"no recipe is shipped for this model: searching one set of heads for {', '.join(MIX)}; --plain leaves it")
+    return search_mix(checkpoint, request, notice=notice, progress=progress)
 
 
 def _without_search(
@@ -136,8 +144,6 @@ def _without_search(
     if recipes:
         notice(announce(recipes[0], recipes[1:]))
         return {recipes[0].name: recipes[0].calibration}
-    if checkpoint.streamed is None:
-        notice(f"no recipe is shipped for this model: searching on {DEFAULT_TASK}")
     return None
 
 
@@ -154,19 +160,64 @@ def refuse_search(checkpoint: Checkpoint) -> None:
 def search_calibration(
     checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
 ) -> dict[str, Calibration]:
-    """Searches on the requested task or data, the default task where neither is given; see `act_export.search.job`."""
+    """Searches on the requested task or data; see `act_export.search.job`."""
+    job = SearchJob(request.questions, options=_options(request))
+    result = run_search(checkpoint, job, progress=progress)
+    return {_name_of(task): calibration for task, calibration in result.calibrations.items()}
+
+
+def search_mix(
+    checkpoint: Checkpoint,
+    request: CalibrationRequest,
+    *,
+    notice: Notice = lambda _: None,
+    progress: Progress | None = None,
+) -> dict[str, Calibration]:
+    """One set of heads for the mix of tasks, which stands for what models are asked.
+
+    Returns:
+        The set, if it gains on average more than luck explains and no task loses beyond it; else nothing: the plain
+        model.
+    """
+    rank, choose, report = _MIX_SIZES
+    questions = Questions(MIX, seed=request.questions.seed, truncate=True)
+    options = replace(_options(request), random_draws=0)
+    job = SearchJob(questions, rank, choose, report, options, own=False)
+    result = run_search(checkpoint, job, progress=progress)
+    found, average, beyond = result.joint, result.joint_average, result.joint_beyond
+    assert found is not None  # a joint search
+    if not found.heads:
+        notice("no set of heads serves the mix of tasks better than luck explains: this is the plain model")
+        return {}
+    assert average is not None
+    assert beyond is not None
+    lost = [name for name, r in result.reports.items() if r.joint is not None and r.joint.interval[1] < 0]
+    said = (
+        f"the set that was found gains {_points(average)} on average, {_points(beyond)} beyond the best cheap remedies"
+    )
+    if average.interval[0] <= 0 or lost:
+        why = f"it loses on {', '.join(lost)}" if lost else "that may be luck"
+        notice(f"{said}, but {why}: this is the plain model")
+        return {}
+    notice(said)
+    return {MIX_NAME: found}
+
+
+def _options(request: CalibrationRequest) -> SearchOptions:
     defaults = Calibration({}).with_overrides(
         beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
     )
     assert isinstance(defaults.beta, float | int)
-    options = SearchOptions(
+    return SearchOptions(
         methods=("act",) if request.beta is not None else SearchOptions().methods,  # a fit has betas of its own
         betas=(defaults.beta,),
         thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
     )
-    asked = request.questions if request.questions.sources else replace(request.questions, tasks=(DEFAULT_TASK,))
-    result = run_search(checkpoint, SearchJob(asked, options=options), progress=progress)
-    return {_name_of(task): calibration for task, calibration in result.calibrations.items()}
+
+
+def _points(gain: Gain) -> str:
+    low, high = (100 * bound for bound in gain.interval)
+    return f"{100 * gain.gain:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
 def _name_of(task: str) -> str:

@@ -12,6 +12,8 @@ from act_export.search.answers import Answers
 from act_export.tasks.measures import Measures
 from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
 
+CONTROL = "control "
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -107,6 +109,8 @@ class SearchResult:
         joint_beyond: As `average_beyond`, for the joint set.
         units: How many units of work this run computed, and how many there were.
         damaged: Lines of the journal that were left out.
+        answers: By task, answers to its reported questions: "plain", "own" where a set helped, and of each control by
+            `CONTROL` and its name.
     """
 
     calibrations: Mapping[str, Calibration]
@@ -118,6 +122,7 @@ class SearchResult:
     joint_beyond: Gain | None = None
     units: tuple[int, int] = field(default=(0, 0), compare=False)
     damaged: int = field(default=0, compare=False)
+    answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict, compare=False, repr=False)
 
 
 def invalid_of(answers: Answers) -> Invalid | None:

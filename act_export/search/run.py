@@ -36,8 +36,8 @@ from act_export.search.proposals import Proposal, first_heads_by_beta, first_hea
 from act_export.search.provenance import package_versions, search_provenance
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.request import SearchOptions, SearchTask, Threshold
-from act_export.search.results import Gain, SearchResult, TaskReport, average_gain
-from act_export.search.task_report import CONTROL, JOINT, answers_with_controls, task_report
+from act_export.search.results import CONTROL, Gain, SearchResult, TaskReport, average_gain
+from act_export.search.task_report import JOINT, answers_with_controls, task_report
 from act_export.tasks import Example, question_digests
 
 _JOURNAL_VERSION = 3  # another one where the same key may stand for another result
@@ -50,6 +50,7 @@ def search_heads(
     *,
     journal: str | os.PathLike[str] | None = None,
     journals: str | os.PathLike[str] | None = None,
+    own: bool = True,
     joint: bool = True,
     published: Mapping[str, Calibration] | None = None,
     progress: Progress | None = None,
@@ -68,6 +69,7 @@ def search_heads(
         options: How to search; None for the defaults.
         journal: Folder that keeps finished work: the same search goes on from there.
         journals: Instead, a folder in which every search has such a folder of its own. With neither nothing is kept.
+        own: Find a set for each task; without it there is only the joint one.
         joint: With several tasks, also find one set for all.
         published: Head sets to report beside the found ones, by name.
         progress: Called after every batch.
@@ -90,21 +92,20 @@ def search_heads(
         description = describe_search(checkpoint, encoded, options)
         joint = joint and len(encoded) > 1
         seeds = {task.name: task.questions.drawing_seed for task in tasks}
-        same_everywhere(
-            {**description, **asdict(options), "seed": seeds, "joint": joint, "published": sorted(published or ())}
-        )
+        sets = {"own": own, "joint": joint, "published": sorted(published or ())}
+        same_everywhere({**description, **asdict(options), "seed": seeds, **sets})
         if journal is None and journals is not None:
             kept = own_journal(Path(journals), description, process=process_index())
         else:
             kept = Journal(journal, description, process=process_index()) if journal is not None else None
         workers = Workers(
             kept,
-            planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), joint),
+            planned_cost=_planned_cost(checkpoint, encoded, options, len(published or {}), own=own, joint=joint),
             progress=progress,
         )
         search = _Search(checkpoint, encoded, options, published or {}, workers)
         try:
-            result = search.run(joint)
+            result = search.run(own=own, joint=joint)
         finally:
             if kept is not None:
                 kept.close()
@@ -147,11 +148,11 @@ class _Search:
     published: Mapping[str, Calibration]
     workers: Workers
 
-    def run(self, joint: bool) -> SearchResult:
+    def run(self, *, own: bool, joint: bool) -> SearchResult:
         ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint)
         plain = self._answer("choosing", [(task, CHOOSE, None) for task in self.tasks])
         found = {
-            task.name: self._choose([task], effects, [answers])
+            task.name: self._choose([task], effects, [answers]) if own else self._found(choose([], [answers], []))
             for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
         }
         together = self._choose(self.tasks, ranking.joint, plain) if joint else None
@@ -160,7 +161,7 @@ class _Search:
             task.name: task_report(task, found[task.name].choice, answered[task.name], sum(e.passes for e in effects))
             for task, effects in zip(self.tasks, ranking.own, strict=True)
         }
-        own = {
+        calibrations = {
             task.name: self._recorded([task], found[task.name], reports, [reports[task.name].own])
             for task in self.tasks
         }
@@ -175,7 +176,7 @@ class _Search:
             gains = [report.joint for report in reports.values()]
             shared = self._recorded(self.tasks, together, reports, gains, joint_average, joint_beyond)
         return SearchResult(
-            own,
+            calibrations,
             shared,
             reports,
             average("own") if len(self.tasks) > 1 else None,
@@ -184,6 +185,7 @@ class _Search:
             joint_beyond,
             (self.workers.computed, len(self.workers.needed)),
             self.workers.journal.damaged if self.workers.journal is not None else 0,
+            answered,
         )
 
     def _choose(self, tasks: Sequence[EncodedTask], effects: Sequence[Effects], plain: Sequence[Answers]) -> _Found:
@@ -204,7 +206,9 @@ class _Search:
             [(task, CHOOSE, proposal.calibration) for proposal in proposals for task in tasks],
         )
         rows = [flat[start : start + len(tasks)] for start in range(0, len(flat), len(tasks))]
-        choice = choose(proposals, plain, rows)
+        return self._found(choose(proposals, plain, rows))
+
+    def _found(self, choice: Choice) -> _Found:
         if choice.chosen.proposal is not None:
             return _Found(choice.chosen.proposal.calibration, choice)
         first = self.options.thresholds[0]
@@ -291,7 +295,13 @@ class _Search:
 
 
 def _planned_cost(
-    checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions, published: int, joint: bool
+    checkpoint: Checkpoint,
+    tasks: Sequence[EncodedTask],
+    options: SearchOptions,
+    published: int,
+    *,
+    own: bool,
+    joint: bool,
 ) -> float:
     """About what the whole search costs, in the unit of `Unit.cost`."""
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
@@ -305,8 +315,8 @@ def _planned_cost(
     }
     candidates = len(options.thresholds) * sum(of_methods[method] for method in options.methods)
     times = {
-        CHOOSE: 1 + candidates * (2 if joint else 1),
-        REPORT: 2 + options.random_draws + published + joint,
+        CHOOSE: 1 + candidates * (own + joint),
+        REPORT: 1 + own * (1 + options.random_draws) + published + joint,
         RANK: 1,
         CONTENT_FREE: 1,
     }
@@ -314,7 +324,7 @@ def _planned_cost(
     for task in tasks:
         total += ranking_cost(task, options, layers, heads)
         if "fit" in options.methods:
-            total += fitting_cost(task, options) * (2 if joint else 1)
+            total += fitting_cost(task, options) * (own + joint)
         total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
     return total
 

@@ -14,10 +14,9 @@ from act_export.search.controls import (
     predicted_shares,
 )
 from act_export.search.provenance import tried
-from act_export.search.results import TaskReport, gain_of, invalid_of
+from act_export.search.results import CONTROL, TaskReport, gain_of, invalid_of
 
 JOINT = "joint"
-CONTROL = "control "
 
 
 def answers_with_controls(task: EncodedTask, answers: Mapping[str, Answers], choice: Choice) -> dict[str, Answers]:

@@ -10,6 +10,7 @@ from act_export.tasks.task import load_examples
 from act_export.tasks.task_definition import FIRST_TOKEN, GENERATION, LIKELIHOOD, PER_TOKEN
 
 DEFAULT_TASK = "sst2"
+MIX = ("sst2", "rte", "csqa", "arc_easy", "obqa")  # of what models are asked: short questions, several forms
 _MOST_SHOTS = 10_000
 _SEEDS = 2**63
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from act_export.tasks.examples import Example, TaskError
 
 RANK, CHOOSE, REPORT = 96, 128, 240
+USUAL_ROWS = RANK + CHOOSE + REPORT
 MINIMUM = 24
 
 
@@ -68,6 +69,44 @@ def split_examples(
     return Splits(ranking, choosing, reporting, len(given) - len(different))
 
 
+def split_folds(examples: Iterable[Example], count: int, *, seed: int = 0) -> list[Splits]:
+    """Splits of several searches, no two of which report on the same question: cross-validation, where rows are few.
+
+    Each reports on a part of its own and has its other two splits of the remaining questions.
+
+    Args:
+        examples: Of those with the same question or group, one is used.
+        count: Of searches, at least 2.
+        seed: Another seed draws other splits.
+
+    Raises:
+        TaskError: If there are too few different questions, or too few with one of the answers.
+    """
+    given = list(examples)
+    different = drawn(given, seed)
+    if len(different) < MINIMUM:
+        raise _too_few(len(different))
+    size = min(REPORT, len(different) // count)
+    folds = []
+    for start in range(0, count * size, size):
+        rest = different[start + size :] + different[:start]
+        ranking = min(RANK, len(rest) * RANK // (RANK + CHOOSE))
+        sizes = (ranking, min(CHOOSE, len(rest) - ranking))
+        parts = _consecutive(rest, sizes)
+        if _lacks_an_answer(rest, parts):
+            parts = _stratified(rest, sizes)
+        reported = tuple(different[start : start + size])
+        folds.append(Splits(tuple(parts[0]), tuple(parts[1]), reported, len(given) - len(different)))
+    return folds
+
+
+def _too_few(available: int) -> TaskError:
+    return TaskError(
+        f"there are {available} different prompts; {MINIMUM} are needed, and {USUAL_ROWS} for splits of the usual "
+        f"sizes. Add data"
+    )
+
+
 def check_sizes(**sizes: int | None) -> None:
     """Raises TaskError for a split of less than one example; None stands for the usual size."""
     for name, size in sizes.items():
@@ -102,10 +141,7 @@ def _sizes(available: int, asked: dict[str, int | None]) -> list[int]:
     usual = {"rank": RANK, "choose": CHOOSE, "report": REPORT}
     open_names = [name for name, size in asked.items() if size is None]
     if open_names and available < MINIMUM:
-        raise TaskError(
-            f"there are {available} different prompts; {MINIMUM} are needed, and {sum(usual.values())} "
-            f"for splits of the usual sizes. Add data"
-        )
+        raise _too_few(available)
     left = available - sum(size for size in asked.values() if size is not None)
     wanted = sum(usual[name] for name in open_names)
     sizes = {

@@ -44,6 +44,14 @@ def gain_interval(plain: ArrayLike, calibrated: ArrayLike, *, seed: int = 0) -> 
     return float(low), float(high)
 
 
+def detectable_gain(examples: int) -> float:
+    """The smallest gain in accuracy that so many examples can tell from luck, about: half its 95% interval.
+
+    It is taken that a quarter of the answers change, as they do where a lean to one answer goes.
+    """
+    return _NORMAL_QUANTILE * math.sqrt(0.25 / examples)
+
+
 def mean_interval(groups: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[float, float]:
     """95% interval of the mean of the groups' means: numbers are drawn anew within each group.
 

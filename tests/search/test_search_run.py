@@ -286,6 +286,21 @@ def test_results_of_a_search_on_one_task_have_no_joint_set(checkpoint: Checkpoin
     assert asdict(result)["reports"]["planted"]["sizes"] == {"rank": 40, "choose": 50, "report": 50}
 
 
+def test_the_joint_set_alone_is_that_of_the_whole_search(checkpoint: Checkpoint) -> None:
+    tasks = [planted_task(checkpoint, PLANTED, name=name, seed=seed) for name, seed in (("one", 3), ("two", 4))]
+    steps: list[tuple[str, float]] = []
+    whole = search_heads(checkpoint, tasks, OPTIONS)
+    alone = search_heads(checkpoint, tasks, OPTIONS, own=False, progress=lambda *step: steps.append(step))
+    assert alone.joint is not None
+    assert whole.joint is not None
+    assert alone.joint.to_json() == whole.joint.to_json()
+    assert (alone.joint_average, alone.joint_beyond) == (whole.joint_average, whole.joint_beyond)
+    assert [calibration.heads for calibration in alone.calibrations.values()] == [{}, {}]
+    assert alone.units[0] < whole.units[0]
+    assert [done for _, done in steps] == sorted(done for _, done in steps)
+    assert steps[-2][1] > 0.4  # the plan isn't far off
+
+
 def test_questions_that_another_task_uses_are_not_reported_on(checkpoint: Checkpoint) -> None:
     one, other = (planted_task(checkpoint, PLANTED, name=name, seed=seed) for name, seed in (("one", 3), ("other", 4)))
     borrowed = (*one.splits.rank[:5], *one.splits.choose[:4], *other.splits.report)

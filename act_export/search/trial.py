@@ -1,0 +1,274 @@
+"""Whether calibration is worth it: several searches on one set of questions, and what they come to.
+
+The searches report on different questions, so that together they are a cross-validation of the search: what it finds on
+some questions is measured on others, and where it finds nothing the plain model's answers count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from act_export.calibration.file import Calibration
+from act_export.checkpoint.load import Checkpoint
+from act_export.errors import ActExportError
+from act_export.progress import Progress
+from act_export.search.answers import Answers
+from act_export.search.elsewhere import (
+    TextCost,
+    cost_in_answers,
+    cost_in_text,
+    pieces_of,
+    questions_elsewhere,
+    used_questions,
+)
+from act_export.search.job import SearchJob, run_search
+from act_export.search.request import SearchOptions, SearchTask
+from act_export.search.results import CONTROL, Gain, SearchResult, gain_of
+from act_export.tasks import Example, Questions, TaskExamples
+from act_export.tasks.questions import MIX
+from act_export.tasks.remedies import fitted_offsets
+from act_export.tasks.splits import USUAL_ROWS, drawn, split_folds
+from act_export.tasks.statistics import accuracy_interval, detectable_gain
+
+SEARCHES = 3
+PLAIN = "plain"
+_QUESTIONS_ELSEWHERE, _PIECES_ELSEWHERE = 48, 8
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """Questions to try a model on.
+
+    Attributes:
+        name: What to call them.
+        different: How many different questions there are.
+        searches: Their splits, one for each search.
+        chance: Accuracy of always giving the most frequent answer, or of guessing where questions have different
+            choices; None where answers are generated.
+    """
+
+    name: str
+    different: int
+    searches: tuple[SearchTask, ...]
+    chance: float | None
+
+    @property
+    def reported(self) -> int:
+        """Questions that accuracies come from."""
+        return sum(len(task.splits.report) for task in self.searches)
+
+    @property
+    def detectable(self) -> float:
+        """The smallest gain that these questions can tell from luck, about."""
+        return detectable_gain(self.reported)
+
+    @property
+    def recommended(self) -> int:
+        """Different questions from which on splits have their usual sizes."""
+        return USUAL_ROWS
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the searches come to, on questions that each had not seen.
+
+    Attributes:
+        plain: Accuracy of the plain model.
+        at_chance: Whether that may be chance.
+        remedies: By name, what each cheap remedy of the plain model gains, fitted on the questions of each search.
+        remedy: The best of them; "plain" where none gains.
+        calibrated: What calibration gains over the plain model.
+        beyond: What it gains over the best remedy.
+        offsets: By answer, what to add to the plain model's log-likelihood of it, in nats, fitted on all questions;
+            none where these have different choices.
+        found: In how many searches a set of heads was found.
+        calibration: The one with the smallest p; None where none was found.
+    """
+
+    plain: float
+    at_chance: bool
+    remedies: Mapping[str, Gain]
+    remedy: str
+    calibrated: Gain
+    beyond: Gain
+    offsets: Mapping[str, float]
+    found: int
+    calibration: Calibration | None
+
+    @property
+    def verdict(self) -> str:
+        """What to do.
+
+        "calibrate": it gains, and more than any remedy. "remedy": one gains, and that calibration gains more isn't
+        shown. "either": calibration gains; that it gains more than the best remedy isn't shown, nor that this gains.
+        "plain": calibration gains nothing. "undecided": the questions don't show whether it gains.
+        """
+        gains = self.calibrated.interval[0] > 0
+        if gains and self.beyond.interval[0] > 0:
+            return "calibrate"
+        if self.remedy != PLAIN and self.remedies[self.remedy].interval[0] > 0:
+            return "remedy"
+        if gains:
+            return "either"
+        return "plain" if self.found == 0 or self.calibrated.interval[1] <= 0 else "undecided"
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What a calibration costs on other questions.
+
+    Attributes:
+        tasks: By task, what it gains.
+        text: What it does to a text; None where no text could be had.
+        missing: Why what is missing is missing, a line each.
+    """
+
+    tasks: Mapping[str, Gain]
+    text: TextCost | None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Where something is lost beyond luck."""
+        tasks = [name for name, gain in self.tasks.items() if gain.interval[1] < 0]
+        return (*tasks, *(["text"] if self.text is not None and self.text.intervals[0][1] < 0 else []))
+
+
+def trial_data(questions: Questions, *, searches: int = SEARCHES) -> TrialData:
+    """The questions of one task or file, split for each search.
+
+    Raises:
+        ActExportError: If there isn't one source.
+        TaskError: If there is no such task or file, its questions can't be had, or there are too few.
+    """
+    if len(questions.sources) != 1:
+        raise ActExportError(
+            f"{len(questions.sources)} sets of questions are named; name one, with --data FILE.jsonl or --task NAME"
+        )
+    if searches < 2:
+        raise ActExportError(f"--searches is {searches}; it must be at least 2")
+    (task,) = questions.load()
+    seed = questions.drawing_seed
+    splits = split_folds(task.examples, searches, seed=seed)
+    tasks = [SearchTask(task.name, of, task.length_normalized, task.generation, questions) for of in splits]
+    return TrialData(task.name, len(drawn(task.examples, seed)), tuple(tasks), _chance(task))
+
+
+def run_trial(
+    checkpoint: Checkpoint,
+    data: TrialData,
+    options: SearchOptions | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Trial:
+    """Searches, and measures; interrupted, the same call goes on where it stopped.
+
+    Args:
+        checkpoint: The model.
+        data: What `trial_data` gave.
+        options: How to search; None for the defaults.
+        progress: Called after every unit of work.
+
+    Raises:
+        ActExportError: As `act_export.search.search_heads`.
+    """
+    job = SearchJob(data.searches[0].questions, options=replace(options or SearchOptions(), random_draws=0))
+    results = []
+    for number, task in enumerate(data.searches):
+        results.append(run_search(checkpoint, job, tasks=[task], progress=_part(progress, number, len(data.searches))))
+    return summarize(data, results)
+
+
+def summarize(data: TrialData, results: Sequence[SearchResult]) -> Trial:
+    """What the searches of a trial come to, their questions taken together."""
+    answers = [result.answers[data.name] for result in results]
+    plain = _together([of[PLAIN] for of in answers])
+    calibrated = _together([of.get("own", of[PLAIN]) for of in answers])
+    names = [name for name in answers[0] if name.startswith(CONTROL) and all(name in of for of in answers)]
+    remedies = {name.removeprefix(CONTROL): _together([of[name] for of in answers]) for name in names}
+    remedies = {PLAIN: remedies.pop(PLAIN, plain), **remedies}
+    best = max(remedies, key=lambda name: remedies[name].accuracy)
+    found = [
+        (result.reports[data.name].p, number)
+        for number, result in enumerate(results)
+        if result.calibrations[data.name].heads
+    ]
+    right = round(sum(plain.credits))
+    at_chance = data.chance is not None and accuracy_interval(right, len(plain.credits))[0] <= data.chance
+    return Trial(
+        round(plain.accuracy, 4),
+        at_chance,
+        {name: gain_of(plain, of) for name, of in remedies.items() if name != PLAIN},
+        best,
+        gain_of(plain, calibrated),
+        gain_of(remedies[best], calibrated),
+        _offsets(data, plain),
+        len(found),
+        results[min(found)[1]].calibrations[data.name] if found else None,
+    )
+
+
+def elsewhere(
+    checkpoint: Checkpoint, calibration: Calibration, *, without: str = "", progress: Progress | None = None
+) -> Elsewhere:
+    """Measures a calibration on the mix of tasks and on a text.
+
+    What can't be had, as rows that have to be fetched, is left out and named.
+
+    Args:
+        checkpoint: The model, with a tokenizer.
+        calibration: To measure.
+        without: A task that isn't measured: the one it was found on.
+        progress: Called with each task.
+    """
+    used = used_questions([calibration])
+    gains: dict[str, Gain] = {}
+    text, missing = None, []
+    names = [name for name in MIX if name != without]
+    for number, name in enumerate(names):
+        if progress is not None:
+            progress(f"elsewhere: {name}", number / (len(names) + 1))
+        try:
+            questions = questions_elsewhere(name, _QUESTIONS_ELSEWHERE, used)
+            _, (gains[name],) = cost_in_answers(checkpoint, name, questions, [calibration])
+        except ActExportError as error:
+            missing.append(f"{name} isn't measured: {error}")
+    if progress is not None:
+        progress("elsewhere: a text", len(names) / (len(names) + 1))
+    try:
+        pieces = pieces_of(checkpoint, None, _PIECES_ELSEWHERE)
+        text = cost_in_text(checkpoint, pieces, [calibration])
+    except ActExportError as error:
+        missing.append(f"perplexity isn't measured: {error}")
+    return Elsewhere(gains, text, tuple(missing))
+
+
+def _together(parts: Sequence[Answers]) -> Answers:
+    """Answers to the questions of all parts."""
+    credits = tuple(credit for part in parts for credit in part.credits)
+    return Answers(tuple(row for part in parts for row in part.scores), credits, 0.0)
+
+
+def _offsets(data: TrialData, plain: Answers) -> dict[str, float]:
+    reported = [example for task in data.searches for example in task.splits.report]
+    if data.searches[0].generation is not None or len({example.choices for example in reported}) > 1:
+        return {}
+    offsets = fitted_offsets(plain.scores, [example.answer for example in reported])
+    return dict(zip(reported[0].choices, (round(offset, 4) for offset in offsets), strict=True))
+
+
+def _chance(task: TaskExamples) -> float | None:
+    if task.generation is not None:
+        return None
+    examples: Sequence[Example] = task.examples
+    if len({example.choices for example in examples}) == 1:
+        return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+    return sum(1 / len(example.choices) for example in examples) / len(examples)
+
+
+def _part(progress: Progress | None, number: int, count: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda step, done: progress(f"{number + 1} of {count}: {step}", (number + done) / count)
