@@ -16,21 +16,32 @@ SOURCE = Path(__file__).parent / "csrc"
 OPERATORS = Path(act_export.ops.__file__).parent
 
 # What each build runs, and of how many neighbours one where not all are. Sanitizers take long: they leave out the
-# longest calls, or all but the threads.
+# longest calls, or all but the threads, and a run has one of them.
 RUNS = {
     "": (["--random", "200"], 7),
     "address,undefined": (["--verbose", "--random", "20", "--max-total", "300"], 18),
     "thread": (["--verbose", "--filter", "threads/"], 1),
 }
-WHOLE = [pytest.param(sanitize, 1, marks=pytest.mark.slow) for sanitize, (_, one_of) in RUNS.items() if one_of > 1]
+SANITIZERS = ("address,undefined", "thread")
 
 
-@pytest.mark.parametrize(
-    ("sanitize", "one_of"),
-    [*((sanitize, one_of) for sanitize, (_, one_of) in RUNS.items()), *WHOLE],
-    ids=lambda value: "release" if value == "" else str(value),
-)
-def test_kernels(sanitize, one_of, sample_seed, tmp_path):
+@pytest.mark.parametrize("one_of", [RUNS[""][1], pytest.param(1, marks=pytest.mark.slow)])
+def test_kernels(one_of, sample_seed, tmp_path):
+    check_kernels("", one_of, sample_seed, tmp_path)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("sanitize", SANITIZERS)
+def test_kernels_with_a_sanitizer(sanitize, sample_seed, tmp_path):
+    check_kernels(sanitize, RUNS[sanitize][1], sample_seed, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_cases_with_the_address_sanitizer(sample_seed, tmp_path):
+    check_kernels(SANITIZERS[0], 1, sample_seed, tmp_path)
+
+
+def check_kernels(sanitize: str, one_of: int, sample_seed: str, tmp_path: Path) -> None:
     if sanitize and not _has_sanitizer(sanitize, tmp_path):
         pytest.skip(f"a program built with -fsanitize={sanitize} doesn't run here")
     sources = (*SOURCE.glob("*.*"), OPERATORS / "CMakeLists.txt", OPERATORS / "csrc")

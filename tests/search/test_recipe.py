@@ -38,6 +38,7 @@ def test_the_shipped_recipe_records_the_prompts_it_was_found_with(sst2_rows: Non
     assert tuple(held_out(examples, [recipe], split="report")) == splits.report
 
 
+@pytest.mark.slow  # of PyTorch; through ONNX Runtime each run shows it, in test_smollm2.py
 def test_the_shipped_recipe_answers_more_unseen_questions(smollm2: Checkpoint, sst2_rows: None) -> None:
     recipe = Calibration.load(RECIPE)
     examples = held_out(load_examples("sst2").examples, [recipe], split="report")[:40]
