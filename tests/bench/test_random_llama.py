@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import random_llama
 import torch
 from random_llama import CONTEXT, Shape, weights, write_checkpoint
 from safetensors.torch import load_file
@@ -22,8 +22,19 @@ TOOL = Path(__file__).parents[2] / "tools" / "bench" / "random_llama.py"
 SMALL = Shape(layers=3, heads=4, kv_heads=2, hidden=128, intermediate=160, vocabulary=400, sink_every=100)
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, (TOOL, *arguments))], capture_output=True, text=True)
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Runs the program here: its exit code and what it says on standard error."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        try:
+            code = random_llama.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, capsys.readouterr().err
+
+    return run
 
 
 def test_default_shape_is_llama_2_7b():
@@ -89,16 +100,16 @@ def test_same_seed_same_weights():
     assert not torch.equal(one, other)
 
 
-def test_command_line(tmp_path):
+def test_command_line(run_tool, tmp_path):
     folder = tmp_path / "checkpoint"
     options = ("--layers", 1, "--heads", 2, "--kv-heads", 1, "--hidden", 32, "--intermediate", 16, "--vocabulary", 64)
-    result = run_tool("--out", folder, *options)
-    assert result.returncode == 0, result.stderr
+    code, errors = run_tool("--out", folder, *options)
+    assert code == 0, errors
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"] == 64
     assert os.access(TOOL, os.X_OK)
-    again = run_tool("--out", folder, *options)
-    assert again.returncode == 2
-    assert "isn't an empty folder" in again.stderr
+    code, errors = run_tool("--out", folder, *options)
+    assert code == 2
+    assert "isn't an empty folder" in errors
 
 
 @pytest.mark.parametrize(
@@ -110,8 +121,8 @@ def test_command_line(tmp_path):
         (("--layers", "0"), "0 is not a positive number"),
     ],
 )
-def test_refuses(tmp_path, options, message):
-    result = run_tool("--out", tmp_path / "checkpoint", *options)
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_refuses(run_tool, tmp_path, options, message):
+    code, errors = run_tool("--out", tmp_path / "checkpoint", *options)
+    assert code == 2
+    assert message in errors
     assert not (tmp_path / "checkpoint").exists()

@@ -101,6 +101,7 @@ def test_a_failed_conversion_leaves_nothing(cache, path, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.slow  # a process of its own; what remains of one is in the test above
 def test_a_killed_conversion_leaves_nothing(cache, path):
     program = (
         "import sys, time; from pathlib import Path; from act_export.checkpoint.gguf import convert as module\n"
