@@ -88,10 +88,8 @@ def _calibrated_share(sinks: LaterSinks, calibration: Calibration | None) -> str
     if not places or total == 0:
         return ""
     mass = float(sum(float(sinks.mass[place]) for place in places))
-    shares = f"{mass / total:.0%} of the later-sink mass", f"{len(places) / sinks.mass.size:.0%} of all heads"
-    if len(places) == 1:
-        return f"The calibrated head has {shares[0]}, and is {shares[1]}."
-    return f"The {len(places)} calibrated heads have {shares[0]}, and are {shares[1]}."
+    heads = f"{len(places)} of {_counted(sinks.mass.size, 'head')} ({len(places) / sinks.mass.size:.0%})"
+    return f"Calibrated are {heads}; of all attention on later sinks, {mass / total:.0%} is theirs."
 
 
 def _densest_half(mass: NDArray[np.float64]) -> tuple[int, int]:

@@ -122,6 +122,11 @@ dialog.addEventListener("pointerdown", (event) => { pressed = onBackdrop(event);
 dialog.addEventListener("click", (event) => { if (pressed && onBackdrop(event)) dialog.close(); });
 dialog.addEventListener("close", () => { hideTooltip(); opener?.focus(); });
 
+find("copy").addEventListener("click", async () => {
+  getSelection().selectAllChildren(find("command"));  // to copy by hand where that is all that is allowed
+  const copied = await navigator.clipboard.writeText(find("command").textContent).then(() => true, () => false);
+  find("copy").textContent = copied ? "Copied" : "Selected";
+});
 find("theme").addEventListener("click", () => {
   setTheme(theme() === "dark" ? "light" : "dark");
   remembered.set(theme());

@@ -30,6 +30,7 @@ from act_export.profile.report.sections import (
     source_row,
     summary,
 )
+from act_export.profile.report.verdict import verdict_section
 from act_export.profile.sink_profile import SinkProfile
 from act_export.profile.sink_statistics import ABSOLUTE, ALL, GRID, MODES, RELATIVE
 
@@ -75,6 +76,7 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
     """
     bundle, script = plotting_library(), as_script(_script())
     overall = profile.overall
+    shown = [*profile.sources.values(), *([overall] if len(profile.sources) > 1 else [])]
     return Template(_part("page.html")).substitute(
         model=html.escape(profile.model_name),
         summary=html.escape(summary(profile)),
@@ -87,19 +89,27 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
         token_limit=TOKENS,
         threshold=html.escape(threshold_text(overall.by[ABSOLUTE])),
         facts=items(key_facts(overall, ABSOLUTE, calibration)),
+        verdict=verdict_section(calibration, profile.model_name),
         calibration=calibration_text(calibration),
         ring_note=" A ring marks a calibrated head." if calibration is not None and calibration.heads else "",
-        source_options=options({ALL: "all prompts"} | {name: name for name in profile.sources}),
+        source_options=options(_sources(profile)),
         mode_options=options({mode: _MODE_NAMES[mode] for mode in MODES}),
         quantity_options=options({each.column: each.title for each in QUANTITIES}),
         layer_options=options({str(layer): str(layer) for layer in range(profile.model.num_layers)}),
-        source_rows="\n".join(source_row(each) for each in (*profile.sources.values(), overall)),
+        source_rows="\n".join(source_row(each) for each in shown),
         effects=effects_section(profile),
         accuracy_link='<li><a href="#accuracy">Accuracy</a></li>' if accuracies else "",
         accuracy=accuracy_section(accuracies),
         prompts=prompts_section(profile, calibration),
         made=how_made(profile, calibration),
     )
+
+
+def _sources(profile: SinkProfile) -> dict[str, str]:
+    """What can be chosen: each source, and all together where there are several."""
+    if len(profile.sources) == 1:
+        return {ALL: next(iter(profile.sources))}
+    return {ALL: "all prompts"} | {name: name for name in profile.sources}
 
 
 @functools.cache

@@ -50,6 +50,9 @@ def point_away(page: Any) -> None:
 
 def test_every_figure_is_drawn(opened: Open) -> None:
     page = opened(whole_profile()).page
+    page.click("#copy")
+    page.wait_for_selector("#copy:has-text('Copied'), #copy:has-text('Selected')")
+    assert page.evaluate("getSelection().toString()").startswith("act-export ")
     for chart in CHARTS:
         assert page.locator(f"#{chart} svg path[role='graphics-symbol']").count() > 1, chart
     assert page.locator("#layer-maps canvas:visible").count() == LAYERS

@@ -128,7 +128,7 @@ def test_facts_have_the_numbers() -> None:
         "They take 10.0% of all attention; layer 1 has 75% of that.",
         "The initial token is a sink in 75% of heads, in most prompts; its sink score is 0.50 in the mean over all "
         "heads.",
-        "The calibrated head has 75% of the later-sink mass, and is 25% of all heads.",
+        "Calibrated are 1 of 4 heads (25%); of all attention on later sinks, 75% is theirs.",
     ]
     assert profile.overall.effects is not None
     profile.overall.effects[:] = [[0, 0.1], [0.2, -0.3]]

@@ -1,0 +1,96 @@
+"""What stands on top of the page: whether the calibration helps, beyond what, at which cost, and how to use it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from act_export.calibration.file import Calibration, Provenance
+from act_export.tasks import DEFAULT_TASK
+
+_NO_CALIBRATION = (
+    "Whether calibration helps this model isn't known here. This asks, on your own questions:",
+    "act-export try {model} --data questions.jsonl",
+)
+
+
+def verdict_section(calibration: Calibration | None, model: str) -> str:
+    """The section; HTML.
+
+    Args:
+        calibration: With its provenance, if it was measured; None where the profile has none.
+        model: What MODEL was called.
+    """
+    if calibration is None or not calibration.heads:
+        line, command = _NO_CALIBRATION
+        return _section(f"<p>{html.escape(line)}</p>", [], command.format(model=model))
+    origin = calibration.provenance
+    if origin is None or origin.plain_accuracy is None or origin.calibrated_accuracy is None:
+        lead = "<p>The calibration says nothing of what it gains.</p>"
+        return _section(lead, [], f"act-export eval calibrated.onnx --task {_task(origin)}")
+    gain = 100 * (origin.calibrated_accuracy - origin.plain_accuracy)
+    gained = f"<strong>{gain:+.1f} points</strong>{_interval_of(origin.notes)}"
+    asked = f"{origin.samples.get('report', 0):,} questions of {html.escape(', '.join(origin.tasks))}"
+    lead = (
+        f'<p class="lead">{gained} on {asked} that took no part in the search: {origin.plain_accuracy:.1%} plain, '
+        f"{origin.calibrated_accuracy:.1%} calibrated.</p>"
+    )
+    command = f"act-export {model} --calibration calibration.json --out calibrated.onnx"
+    return _section(lead, list(_remarks(origin.notes, origin.seed)), command)
+
+
+def _remarks(notes: Mapping[str, Any], seed: int | None) -> Iterator[str]:
+    beyond = _beyond(notes)
+    if beyond:
+        yield beyond
+    if seed is not None:
+        yield f"Found with one draw of questions (seed {seed}); act-export try searches on several."
+    costs = notes.get("by_name_only")
+    yield f"Elsewhere: {costs}." if costs else "What it costs on other tasks and texts isn't recorded."
+
+
+def _beyond(notes: Mapping[str, Any]) -> str:
+    """What is gained beyond cheap remedies; empty where the notes, which anyone may have written, don't say."""
+    try:
+        beyond = notes.get("gain_beyond_control") or notes.get("average_gain_beyond_controls")
+        if beyond:
+            gain, interval = 100 * beyond["gain"], beyond["interval_95"]
+            of = f", {beyond['control']} ({beyond['accuracy']:.1%})" if "control" in beyond else " of each task"
+            shown = "." if interval[0] > 0 else ". That calibration adds anything isn't shown."
+            return f"Beyond the best cheap remedy{of}: {gain:+.1f} points ({_interval(interval)}){shown}"
+        unbiased = notes["controls"]["without_choice_bias"]
+        return (
+            f"With each model's lean to an answer taken off: {unbiased['plain']:.1%} plain, "
+            f"{unbiased['calibrated']:.1%} calibrated. The rest of the gain is the lean, which is cheaper to take off."
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return ""
+
+
+def _interval_of(notes: Mapping[str, Any]) -> str:
+    """The 95% interval of the gain; empty likewise."""
+    try:
+        return f" ({_interval(notes.get('gain_interval_95') or notes['average_gain']['interval_95'])})"
+    except (KeyError, TypeError, ValueError, IndexError):
+        return ""
+
+
+def _section(lead: str, remarks: list[str], command: str) -> str:
+    items = "".join(f"\n    <li>{html.escape(remark)}</li>" for remark in remarks)
+    return f"""<section aria-labelledby="verdict">
+  <h2 id="verdict">Verdict</h2>
+  {lead}
+  <ul class="facts">{items}
+  </ul>
+  <p class="command"><code id="command">{html.escape(command)}</code> <button type="button" id="copy">Copy</button></p>
+</section>
+"""
+
+
+def _interval(bounds: list[float]) -> str:
+    return f"{100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f}"
+
+
+def _task(origin: Provenance | None) -> str:
+    return origin.tasks[0] if origin is not None and origin.tasks else DEFAULT_TASK
