@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
     (source / "models").mkdir(exist_ok=True)
     RECIPE.save(source / "models" / "of-the-test.json")
     command = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source)
-    _run(*command, env={**os.environ, **LAUNCHER})
+    _run(*command, "--config-settings=cmake.define.ACT_OLD_GLIBC=ON", env={**os.environ, **LAUNCHER})
     (path,) = folder.glob("*.whl")
     return path
 
@@ -158,6 +159,9 @@ def test_library_needs_only_the_system(unpacked):
     dynamic = _run("readelf", "--dynamic", "--wide", unpacked / "act_export" / "ops" / "libact_ops.so")
     needed = {line.partition("[")[2].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line}
     assert {name for name in needed if not name.startswith("ld-linux")} <= SYSTEM_LIBRARIES
+    versions = _run("readelf", "--version-info", "--wide", unpacked / "act_export" / "ops" / "libact_ops.so")
+    wanted = {tuple(map(int, found.split("."))) for found in re.findall(r"GLIBC_([\d.]+)", versions)}
+    assert (2, 0) < max(wanted) <= (2, 28)  # of manylinux_2_28, see tools/build_wheels
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
 
