@@ -93,6 +93,7 @@ def _statistics(
         tokens=int(lengths.sum()),
         shortest=int(lengths.min()),
         longest=longest,
+        shared=3,
         initial_score=initial,
         initial_score_std=_floats(0.1 * initial),
         mass_std=_floats(0.05 * level),
@@ -156,6 +157,7 @@ def _later_sinks(
             occurrences=occurrences[kept].astype(np.int64),
             sinks=sinks[kept].astype(np.int64),
             mass=_floats(shares[kept] / max(shares[kept].sum(), 1e-9) * mass.mean()),
+            mass_outside=_floats(0.6 * shares[kept] / max(shares[kept].sum(), 1e-9) * mass.mean()),
         ),
     )
 

@@ -29,7 +29,7 @@ from act_export.tasks.batching import Batching, batches
 from act_export.version import __version__
 
 BATCH_TOKENS = 2048
-SUMS_VERSION = 1  # of what a step adds to the sums; sums of another version aren't gone on from
+SUMS_VERSION = 2  # of what a step adds to the sums; sums of another version aren't gone on from
 EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory where it is calibrated
 _SAVE_EVERY_SECONDS = 10.0
 _EFFECT_COST = 2  # of a batch, in profiles of the same: forward, backward, and every head's calibrated map

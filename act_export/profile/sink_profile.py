@@ -37,7 +37,7 @@ from act_export.profile.sink_statistics import (
 )
 
 FORMAT = "act-export sink profile"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LARGEST_TENSORS = 4 << 30  # bytes
 _ROUNDING = 1e-4  # by which a share may lie beyond 0 or 1
 _INFINITY = float("inf")
@@ -76,6 +76,7 @@ _TOKENS = {
     "occurrences": _Tensor(("tokens",), "int64"),
     "sinks": _Tensor(("tokens", "layers"), "int64"),
     "mass": _Tensor(("tokens",), highest=1),
+    "mass_outside": _Tensor(("tokens",), highest=1),
 }
 _EFFECTS = _Tensor(_HEADS, lowest=-_INFINITY)
 _EXAMPLE = {"ids": _Tensor(("tokens",), "int64"), "scores": _Tensor((*_HEADS, "tokens"), highest=1)}
@@ -223,7 +224,7 @@ def load_profile(path: str | os.PathLike[str]) -> SinkProfile:
     return _Reader(tensors, fields).profile()
 
 
-_COUNTS = ("prompts", "tokens", "shortest", "longest", "effect_prompts")
+_COUNTS = ("prompts", "tokens", "shortest", "longest", "shared", "effect_prompts")
 
 
 class _Reader:

@@ -39,6 +39,7 @@ class SinkTokens:
             times in a layer.
         mass: Share of all attention that went to each as a later sink, mean over prompts, layers and heads (n,). They
             sum to the mean of `LaterSinks.mass`.
+        mass_outside: Of that, what went to occurrences outside the tokens that all prompts of a source begin with (n,).
     """
 
     ids: Counts
@@ -46,6 +47,7 @@ class SinkTokens:
     occurrences: Counts
     sinks: Counts
     mass: Floats
+    mass_outside: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,8 @@ class SinkStatistics:
         tokens: Number of their tokens.
         shortest: Tokens of the shortest prompt.
         longest: Tokens of the longest.
+        shared: Tokens that all prompts begin with; of several sources, the fewest that those of one do. What leads
+            there as a sink may lead because every prompt has it.
         initial_score: Sink score of the initial token, in [0, 1].
         initial_score_std: Its standard deviation over the prompts.
         mass_std: Standard deviation of the later sinks' mass (absolute threshold) over the prompts.
@@ -105,6 +109,7 @@ class SinkStatistics:
     tokens: int
     shortest: int
     longest: int
+    shared: int
     initial_score: Floats
     initial_score_std: Floats
     mass_std: Floats

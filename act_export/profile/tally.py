@@ -40,6 +40,7 @@ class Tally:
         self.thresholds = dict(thresholds)
         self.num_heads = num_heads
         self._lengths = [len(prompt) for prompt in prompts]
+        self.shared = _shared_beginning(prompts)
         self._vocabulary = torch.tensor(sorted({token for prompt in prompts for token in prompt}), dtype=torch.long)
         shape = (num_layers, num_heads)
         tokens = len(self._vocabulary)
@@ -66,6 +67,7 @@ class Tally:
                 f"{mode}/relative_positions": (*shape, RELATIVE_BINS),
                 f"{mode}/token_sinks": (tokens, num_layers),
                 f"{mode}/token_mass": (tokens,),
+                f"{mode}/token_mass_outside": (tokens,),
             }
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sums.items()}
 
@@ -110,7 +112,10 @@ class Tally:
             self._add(f"{mode}/absolute_positions", marked @ absolute)
             self._add(f"{mode}/relative_positions", marked @ relative)
             self.sums[f"{mode}/token_sinks"].index_add_(0, place, marked.sum(1).T)
-            self.sums[f"{mode}/token_mass"].index_add_(0, place, mass.mean((0, 1)))
+            of_tokens = mass.mean((0, 1))
+            self.sums[f"{mode}/token_mass"].index_add_(0, place, of_tokens)
+            outside = slice(self.shared, None)
+            self.sums[f"{mode}/token_mass_outside"].index_add_(0, place[outside], of_tokens[outside])
             if mode == ABSOLUTE:
                 self._add("mass_squared", mass.sum(-1).square())
 
@@ -146,7 +151,7 @@ def statistics_of(name: str, tallies: Sequence[Tally], texts: Mapping[int, str])
         tallies: At least one, with the same thresholds.
         texts: What tokens stand for, by id; of all that were sinks.
     """
-    per_token = ("occurrences", "token_sinks", "token_mass")
+    per_token = ("occurrences", "token_sinks", "token_mass", "token_mass_outside")
     sums = {key: _total(tally.sums[key] for tally in tallies) for key in tallies[0].sums if not key.endswith(per_token)}
     prompts = float(sums["prompts"])
     lengths = [length for tally in tallies for length in tally._lengths]
@@ -178,6 +183,7 @@ def statistics_of(name: str, tallies: Sequence[Tally], texts: Mapping[int, str])
         tokens=sum(lengths),
         shortest=min(lengths),
         longest=max(lengths),
+        shared=min(tally.shared for tally in tallies),
         initial_score=mean("initial_score"),
         initial_score_std=deviation("initial_score", "initial_score_squared"),
         mass_std=deviation(f"{ABSOLUTE}/mass", "mass_squared"),
@@ -196,12 +202,13 @@ def _tokens(tallies: Sequence[Tally], mode: str, prompts: float, texts: Mapping[
     num_layers = tallies[0].sums[f"{mode}/token_sinks"].shape[1]
     occurrences = torch.zeros(len(ids), dtype=torch.float64)
     sinks = torch.zeros(len(ids), num_layers, dtype=torch.float64)
-    mass = torch.zeros(len(ids), dtype=torch.float64)
+    mass, outside = (torch.zeros(len(ids), dtype=torch.float64) for _ in range(2))
     for tally in tallies:
         place = torch.searchsorted(ids, tally._vocabulary)
         occurrences.index_add_(0, place, tally.sums["occurrences"])
         sinks.index_add_(0, place, tally.sums[f"{mode}/token_sinks"])
         mass.index_add_(0, place, tally.sums[f"{mode}/token_mass"])
+        outside.index_add_(0, place, tally.sums[f"{mode}/token_mass_outside"])
     order = torch.argsort(mass, descending=True, stable=True)
     order = order[sinks[order].sum(1) > 0]
     return SinkTokens(
@@ -210,7 +217,16 @@ def _tokens(tallies: Sequence[Tally], mode: str, prompts: float, texts: Mapping[
         occurrences[order].numpy().astype(np.int64),
         sinks[order].numpy().astype(np.int64),
         _floats(mass[order] / prompts),
+        _floats(outside[order] / prompts),
     )
+
+
+def _shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with; none of one prompt alone, which has nothing to share."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # those between begin alike too
+    return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
 def _position_bins(tokens: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,10 @@ def brute_force(model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[
     occurrences: Counter[int] = Counter()
     token_sinks: dict[str, Counter[tuple[int, int]]] = {mode: Counter() for mode in THRESHOLDS}
     token_mass: dict[str, Counter[int]] = {mode: Counter() for mode in THRESHOLDS}
+    outside: dict[str, Counter[int]] = {mode: Counter() for mode in THRESHOLDS}
+    shared = 0
+    while len(prompts) > 1 and len({ids[shared : shared + 1] for ids in prompts}) == 1 and prompts[0][shared:]:
+        shared += 1
     for ids in prompts:
         maps = attention_maps(model, ids)
         layers, heads, tokens, _ = maps.shape
@@ -74,6 +78,8 @@ def brute_force(model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[
                             mass[layer, head] += share
                             token_sinks[mode][ids[j], layer] += 1
                             token_mass[mode][ids[j]] += share / (layers * heads * len(prompts))
+                            if j >= shared:
+                                outside[mode][ids[j]] += share / (layers * heads * len(prompts))
             count = absolute.sum(-1)
             scalars[f"{mode}/initial_rate"].append(scores[..., 0] > tau)
             scalars[f"{mode}/rate"].append(count > 0)
@@ -89,6 +95,7 @@ def brute_force(model: PreTrainedModel, prompts: list[tuple[int, ...]]) -> dict[
         means[f"{mode}/tokens/occurrences"] = {token: occurrences[token] for token in token_mass[mode]}
         means[f"{mode}/tokens/sinks"] = dict(token_sinks[mode])
         means[f"{mode}/tokens/mass"] = dict(token_mass[mode])
+        means[f"{mode}/tokens/mass_outside"] = {token: outside[mode][token] for token in token_mass[mode]}
     return means
 
 
@@ -137,9 +144,11 @@ def differences(found: SinkStatistics, model: PreTrainedModel, prompts: list[tup
             largest[f"{mode}/{field}"] = _largest(getattr(later, field), wanted[f"{mode}/{field}"])
         ids = later.tokens.ids.tolist()
         layers = later.tokens.sinks.shape[1]
-        wanted_tokens = {field: wanted[f"{mode}/tokens/{field}"] for field in ("occurrences", "mass", "sinks")}
+        wanted_tokens = {
+            field: wanted[f"{mode}/tokens/{field}"] for field in ("occurrences", "mass", "mass_outside", "sinks")
+        }
         assert set(ids) == set(wanted_tokens["mass"])
-        for field in ("occurrences", "mass"):
+        for field in ("occurrences", "mass", "mass_outside"):
             largest[f"{mode}/tokens/{field}"] = _largest(
                 getattr(later.tokens, field), [wanted_tokens[field][token] for token in ids]
             )

@@ -41,10 +41,12 @@ def double(checkpoint: Checkpoint) -> Checkpoint:
     block_rows=st.sampled_from([1, 10, 512]),
     batch_tokens=st.sampled_from([1, 100, 2048]),
     seed=st.integers(0, 99),
+    alike=st.integers(0, 5),
 )
-def test_every_statistic_of_tiny_models(architecture, lengths, block_elements, block_rows, batch_tokens, seed):
+def test_every_statistic_of_tiny_models(architecture, lengths, block_elements, block_rows, batch_tokens, seed, alike):
     checkpoint = double(tiny_checkpoint(architecture, seed=seed))
-    prompts = random_prompts(lengths, seed)
+    beginning = random_prompts([alike], seed + 1)[0]
+    prompts = [beginning + prompt for prompt in random_prompts(lengths, seed)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_statistics, "_BLOCK_ELEMENTS", {"cpu": block_elements})
         patch.setattr(attention_statistics, "_BLOCK_ROWS", {"cpu": block_rows})
@@ -52,6 +54,7 @@ def test_every_statistic_of_tiny_models(architecture, lengths, block_elements, b
             checkpoint, [PromptSource("random", tuple(prompts))], ProfileOptions(batch_tokens=batch_tokens)
         )
     assert_equal(found["random"], checkpoint, prompts)
+    assert found["random"].shared >= (alike if len(prompts) > 1 else 0)
     assert_equal(found.overall, checkpoint, prompts)
 
 

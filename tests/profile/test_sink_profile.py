@@ -121,7 +121,7 @@ def test_a_tensor_that_is_not_as_it_must_be_is_named(saved, change, message):
     ("change", "message"),
     [
         (lambda d: d.update(format="another"), "is not a sink profile's"),
-        (lambda d: d.update(version=2), r"version 2; this act-export reads version 1"),
+        (lambda d: d.update(version=1), r"version 1; this act-export reads version 2"),
         (lambda d: d.update(grid=16), r"has grid = 16; this version has 32"),
         (lambda d: d.pop("sources"), "has no field 'sources'; make the profile again"),
         (lambda d: d["sources"].pop(0), "has the sources .*'sst2', 'cb'"),

@@ -136,7 +136,8 @@ def token_rows(statistics: SinkStatistics, mode: str, num_heads: int, limit: int
 
     Returns:
         A row per token: text, id, occurrences, how often a head of a layer had an occurrence as a sink (share), its
-        part of all that later sinks took (mass), and the layers where it was a sink most often.
+        part of all that later sinks took (mass), that outside what all prompts begin with (outside), and the layers
+        where it was a sink most often.
     """
     tokens = statistics.by[mode].tokens
     total = float(tokens.mass.sum(dtype=np.float64))
@@ -152,6 +153,7 @@ def token_rows(statistics: SinkStatistics, mode: str, num_heads: int, limit: int
                 "occurrences": occurrences,
                 "share": float(sinks.sum()) / pairs if pairs else 0.0,
                 "mass": float(tokens.mass[index]) / total if total else 0.0,
+                "outside": float(tokens.mass_outside[index]) / total if total else 0.0,
                 "layers": most,
             }
         )

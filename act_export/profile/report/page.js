@@ -26,6 +26,7 @@ function fillTokens() {
     make("td", { class: "number" }, row.occurrences.toLocaleString("en")),
     make("td", { class: "number" }, percent(row.share, 2)),
     make("td", { class: "number" }, percent(row.mass)),
+    make("td", { class: "number" }, percent(row.outside)),
     make("td", {}, row.layers.join(", ") || dash))));
   find("token-count").textContent = `${rows.length} of ${all.length}`;
 }

@@ -27,6 +27,7 @@ from act_export.profile.report.sections import (
     items,
     options,
     prompts_section,
+    shared_beginnings,
     source_row,
     summary,
 )
@@ -87,6 +88,7 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
         data=as_json(page_document(profile, calibration, accuracies)),
         grid=GRID,
         token_limit=TOKENS,
+        shared=html.escape(shared_beginnings(profile)),
         threshold=html.escape(threshold_text(overall.by[ABSOLUTE])),
         facts=items(key_facts(overall, ABSOLUTE, calibration)),
         verdict=verdict_section(calibration, profile.model_name),

@@ -63,6 +63,19 @@ def source_row(statistics: SinkStatistics) -> str:
     return _row(name, [*(f"{number:,}" for number in numbers), effects])
 
 
+def shared_beginnings(profile: SinkProfile) -> str:
+    """Which prompts begin alike, so that what stands there leads the table; plain text."""
+    alike = [
+        f"those of {each.name} with the same {each.shared} tokens" for each in profile.sources.values() if each.shared
+    ]
+    if not alike:
+        return ""
+    return (
+        f" Prompts begin alike, {', '.join(alike)}: what stands there is a sink in every prompt, whatever it is. The "
+        f"column beside counts the rest of each prompt alone."
+    )
+
+
 def effects_section(profile: SinkProfile) -> str:
     """What stands under the heading of the effects, or how to measure them."""
     if profile.overall.effects is None:

@@ -104,6 +104,7 @@ def test_the_page_has_the_profiles_numbers(shape: tuple[int, int], seed: int, ef
             for row, times, occurrences in zip(tokens, sinks.tokens.sinks, sinks.tokens.occurrences, strict=True):
                 assert row["share"] == pytest.approx(times.sum() / (occurrences * shape[0] * shape[1]))
             assert sum(row["mass"] for row in tokens) == pytest.approx(1 if tokens else 0, abs=1e-5)
+            assert [row["outside"] for row in tokens] == pytest.approx([0.6 * row["mass"] for row in tokens], abs=1e-5)
         layers = document["layer_maps"][name]
         means = decode_shares(layers["shares"], layers["shape"])
         np.testing.assert_allclose(means, statistics.mean_map.mean(1, dtype=np.float64), atol=EXACT)
