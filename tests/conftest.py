@@ -68,7 +68,8 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(tryfirst=True)  # what isn't drawn is deselected as what is slow
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The real model's tests are the longest, so they begin."""
-    draw_samples(items, SAMPLE_SEED, all_slow=config.getoption("markexpr") == "slow")
+    named = any("::" in argument for argument in config.args)
+    draw_samples(items, SAMPLE_SEED, all_slow=config.getoption("markexpr") == "slow", named=named)
     if config.getoption("--hypothesis-profile") == SEARCH:
         _draw_more_examples(items)
     items.sort(key=lambda item: item.get_closest_marker("real") is None)

@@ -24,6 +24,10 @@ def test_few(x): pass
 @pytest.mark.parametrize("x", range(4))
 def test_other(x): pass
 """
+TURNS = "import pytest\n" + "".join(
+    f"@pytest.mark.in_turn(3)\n@pytest.mark.parametrize('x', range(2))\ndef test_{number}(x): pass\n"
+    for number in range(60)
+)
 
 
 @pytest.mark.parametrize("seed", ["2000-01-01", "2000-01-02", "x"])
@@ -46,18 +50,18 @@ def test_each_seed_draws_its_own():
 class Collector:
     """Takes the cases that pytest collects, with the marks that it is to give them."""
 
-    def __init__(self, seed: str, all_slow: bool) -> None:
-        self.seed, self.all_slow = seed, all_slow
+    def __init__(self, seed: str, all_slow: bool, named: bool) -> None:
+        self.seed, self.all_slow, self.named = seed, all_slow, named
         self.quick: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        draw_samples(items, self.seed, all_slow=self.all_slow)
+        draw_samples(items, self.seed, all_slow=self.all_slow, named=self.named)
         self.quick = [item.name for item in items if not item.get_closest_marker("slow")]
 
 
 def collect(path: Path, *, seed: str = "1", all_slow: bool = False, cases: str = "") -> list[str]:
-    collector = Collector(seed, all_slow)
-    markers = ("-o", "markers=sampled(n): a\nslow: b")
+    collector = Collector(seed, all_slow, bool(cases))
+    markers = ("-o", "markers=sampled(n): a\nin_turn(n): b\nslow: c")
     # These plugins collect garbage, of all that the tests have imported, at the end of each run.
     plugins = [
         part for name in ("cacheprovider", "unraisableexception", "threadexception") for part in ("-p", f"no:{name}")
@@ -82,3 +86,16 @@ def test_what_is_not_drawn_is_slow(tmp_path):
     assert [name for name in collect(path, all_slow=True) if "other" not in name] == []
     # What is named is run, whatever the seed.
     assert [collect(path, cases=f"::test_many[{x}]") for x in (0, 8)] == [["test_many[0]"], ["test_many[8]"]]
+
+
+def test_functions_take_turns(tmp_path):
+    path = tmp_path / "test_of_turns.py"
+    path.write_text(TURNS, encoding="utf-8")
+    runs = [collect(path, seed=str(seed)) for seed in range(4)]
+    for quick in runs:
+        functions = {name.partition("[")[0] for name in quick}
+        assert len(quick) == 2 * len(functions)  # with all its cases
+        assert 10 <= len(functions) <= 32
+    assert len(set(map(tuple, runs))) == 4
+    assert collect(path, all_slow=True) == []
+    assert len(collect(path, cases="::test_7")) == 2

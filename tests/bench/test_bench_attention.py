@@ -20,6 +20,8 @@ from close import assert_close
 from act_export.ops.library import library_path
 from act_export.runtime.device import Device
 
+pytestmark = pytest.mark.in_turn(3)
+
 TOOLS = Path(__file__).parents[2] / "tools" / "bench" / "attention"
 CONTENDERS = ["calibrated", "gamma", "idle", "plain", "gqa", "attention23"]
 

@@ -18,6 +18,8 @@ from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
 
+pytestmark = pytest.mark.in_turn(3)
+
 TOOL = Path(__file__).parents[2] / "tools" / "bench" / "random_llama.py"
 SMALL = Shape(layers=3, heads=4, kv_heads=2, hidden=128, intermediate=160, vocabulary=400, sink_every=100)
 

@@ -14,6 +14,8 @@ from profiles import random_profile
 from act_export.profile.report.facts import effect_facts, key_facts
 from act_export.profile.sink_profile import SinkProfile
 
+pytestmark = pytest.mark.in_turn(3)
+
 CHARTS = (
     "heads-chart",
     "positions-relative-chart",
