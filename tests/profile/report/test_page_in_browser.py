@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import pytest
 from browser_page import ACCURACIES, HEADS, LAYERS, Open, tooltip, whole_profile
 from one_token import one_token_profile
 from profiles import random_profile
