@@ -27,6 +27,7 @@ _TAKES_PART = (
     *("torch", "transformers", "onnxscript", "onnx_ir", "act_export.attention", "act_export.calibration"),
     *("act_export.checkpoint", "act_export.export", "act_export.ops"),
 )
+_TAKES_NO_PART = ("act_export.calibration.recipes", "act_export.checkpoint.hub", "act_export.checkpoint.gguf")
 _OBJECTS = ("kwargs", "custom_translation_table")  # of the options: tensors and functions
 _ORIGIN = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration
 
@@ -68,11 +69,11 @@ class SharedTraces:
     def _takes_part(self) -> bool:
         """Whether anything is patched that a trace depends on."""
         patches = self.patches
-        if patches is not None and patches._setitem:
+        if patches is not None and any(owner is not os.environ for owner, *_ in patches._setitem):
             return True
         targets = [target for target, *_ in patches._setattr] if patches is not None else []
         names = [str(getattr(target, "__module__", None) or getattr(target, "__name__", "")) for target in targets]
-        return any(name.startswith(_TAKES_PART) for name in names)
+        return any(name.startswith(_TAKES_PART) and not name.startswith(_TAKES_NO_PART) for name in names)
 
     def _key(self, module: Any, options: dict[str, Any]) -> str | None:
         hooked = getattr(module, "_hooked", None)

@@ -163,7 +163,7 @@ def test_a_value_of_unknown_type_is_refused():
 QUICK = [("llama", "float16"), ("llama", "bfloat16"), ("gemma2", "bfloat16"), ("gpt2", "float16")]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("architecture", "dtype"), QUICK)
 def test_representative_architectures(architecture, dtype, tmp_path):
     checkpoint = tiny_checkpoint(architecture)

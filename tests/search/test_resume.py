@@ -134,6 +134,7 @@ def test_a_finished_search_is_only_read(
     assert steps[-1] == 1
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -381,6 +381,7 @@ def test_other_infinities_differ(ours, theirs):
     assert compare_logits(*logits).max_difference == (0.0 if same else np.inf)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_an_export_with_a_token_that_is_ruled_out(tmp_path, dtype):
     checkpoint = tiny_checkpoint("phi")
