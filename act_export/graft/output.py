@@ -71,7 +71,7 @@ def write(
     weights = {source.path.parent / location for location in source.data}  # which are copied by themselves
     left = weights | {source.path.parent / FOLDER / f"{name}{SUFFIX}" for name in adapters}
     needed = sum(_size(path) for path in [*data.values(), *others]) + model.ByteSize() + _SPARE_BYTES
-    check_free_space(target if target.is_dir() else target.parent, needed)
+    check_free_space(target, needed)
     with staged(out) as folder:
         onnx.save(model, folder / name)
         for location, path in data.items():

@@ -77,7 +77,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
             [folder, *out, "--calibration", heads, "--threshold-mode", "both"],
             "threshold_mode is 'both'",
         ),
-        "out in a missing folder": ([folder, "--out", tmp / "none" / "m.onnx", "--plain"], "there is no folder"),
+        "out in what is no folder": ([folder, "--out", heads / "m.onnx", "--plain"], "heads.json is no folder"),
         "out can't be written": ([folder, "--out", "/proc/m.onnx", "--plain"], "can't write to /proc"),
         "options that exclude each other": ([folder, *out, "--plain", "--task", "sst2"], "exclude each other"),
         "plain with beta": ([folder, *out, "--plain", "--beta", 0.2], "--plain has no calibration to change"),
@@ -100,7 +100,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
             "prompt tokens is -5; give 1 or more",
         ),
         "bench into a folder": (["bench", folder, "--json", tmp], "is a folder, which isn't replaced"),
-        "bench into a missing folder": (["bench", folder, "--json", tmp / "none" / "b.json"], "there is no folder"),
+        "bench into what is no folder": (["bench", folder, "--json", heads / "b.json"], "heads.json is no folder"),
     }
 
 
@@ -122,7 +122,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "beta negative",
         "negative threshold",
         "unknown mode",
-        "out in a missing folder",
+        "out in what is no folder",
         "out can't be written",
         "options that exclude each other",
         "plain with beta",
@@ -139,7 +139,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "bench of something else",
         "bench with a negative number",
         "bench into a folder",
-        "bench into a missing folder",
+        "bench into what is no folder",
     ],
 )
 def test_bad_input(name, checkpoint_folder, heads_file, tmp_path):

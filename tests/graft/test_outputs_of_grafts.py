@@ -68,7 +68,7 @@ def test_kinds_of_output(file: Path, tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
     refused(folder, tmp_path / "out.onnx", r"is a folder, so --out must be one too; .*out\.onnx is a name of a file")
     refused(file, tmp_path / "out", r"is a file, so --out must be a name ending in \.onnx")
-    refused(file, tmp_path / "gone" / "out.onnx", "there is no folder", ActExportError)
+    refused(file, file / "out.onnx", "is no folder", ActExportError)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letter.txt").write_text("dear")
     refused(folder, tmp_path / "others", "holds other files", ActExportError)
