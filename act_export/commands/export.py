@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from act_export.calibration.recipes import describe_calibrations
+from act_export.calibration.calibration_set import CalibrationSet
+from act_export.calibration.recipes import describe_calibrations, named_calibrations
 from act_export.commands.console import (
     note,
     progress_bar,
@@ -87,7 +88,7 @@ def export_command(
     from act_export.export.job import export_model, with_quantized_weights
     from act_export.onnx_file.precision import element_type, quantization_of
     from act_export.onnx_file.publish import check_output
-    from act_export.search.resolve import CalibrationRequest, resolve_calibrations
+    from act_export.search.resolve import CalibrationRequest, asked_questions, resolve_calibrations
     from act_export.tasks import Questions
 
     element_type(dtype)
@@ -99,6 +100,9 @@ def export_command(
     check_output(out)
     questions = Questions((task,) if task else (), (data,) if data else (), seed=seed)
     request = CalibrationRequest(plain, tuple(calibration or ()), questions, beta, threshold, threshold_mode)
+    if default is not None and (plain or calibration):
+        CalibrationSet.of(named_calibrations(calibration or ()), default=default)  # refused before long work
+    tasks = asked_questions(request)
     if verify or quantization is not None:
         check_device(device if verify else None)
     checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
@@ -113,7 +117,7 @@ def export_command(
         note(f"rounding weights to {dtype}, to search on them")
         searched = with_quantized_weights(checkpoint, dtype, block_size=block_size)
     with progress_bar("search") as progress:
-        chosen = resolve_calibrations(searched, request, notice=note, progress=progress)
+        chosen = resolve_calibrations(searched, request, tasks=tasks, notice=note, progress=progress)
     if chosen and not switchable and not any(each.num_calibrated_heads for each in chosen.values()):
         note("calibration doesn't help this model on this data, so no head is calibrated: this is a plain export")
     with status() as step:

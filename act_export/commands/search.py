@@ -81,7 +81,7 @@ def search_command(
     from act_export.search.job import SearchJob, check_output, run_search, save_result
     from act_export.search.processes import own_device, process_group, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
-    from act_export.verify.parity.dequantized import dequantized
+    from act_export.verify.parity.dequantized import check_quantized, dequantized
 
     given: dict[str, dict[str, object]] = {
         "act": {"--beta": beta, "--heads": heads},
@@ -117,6 +117,8 @@ def search_command(
     several = len(job.questions.sources) > 1
     target = out or Path("calibrations" if several else "calibration.json")
     check_output(target, job)
+    if weights is not None:
+        check_quantized(model_file(weights))
     tasks = job.load()
     with process_group():
         checkpoint = load_model(

@@ -20,7 +20,7 @@ from act_export.calibration.strengths import PLAIN
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
-from act_export.search import SearchOptions, Threshold
+from act_export.search import SearchOptions, SearchTask, Threshold
 from act_export.search.job import SearchJob, run_search
 from act_export.tasks import DEFAULT_TASK, Questions
 
@@ -73,6 +73,7 @@ def resolve_calibrations(
     checkpoint: Checkpoint,
     request: CalibrationRequest,
     *,
+    tasks: Sequence[SearchTask] | None = None,
     notice: Notice = lambda _: None,
     progress: Progress | None = None,
 ) -> dict[str, Calibration]:
@@ -81,6 +82,7 @@ def resolve_calibrations(
     Args:
         checkpoint: The model.
         request: What the user asked for.
+        tasks: What `asked_questions` gave, if it was called before.
         notice: Called with a line about what was decided.
         progress: For a search.
 
@@ -103,7 +105,16 @@ def resolve_calibrations(
             f"{checkpoint.name} has no tokenizer, so there is nothing to search heads with; pass --calibration FILE or "
             f"--plain"
         )
-    return search_calibration(checkpoint, request, progress=progress)
+    return search_calibration(checkpoint, request, tasks=tasks, progress=progress)
+
+
+def asked_questions(request: CalibrationRequest) -> list[SearchTask] | None:
+    """The questions to search on where some were asked for, to be had before a model is loaded.
+
+    Raises:
+        ActExportError: As `act_export.search.job.SearchJob.load`.
+    """
+    return _search_job(request).load() if request.questions.sources else None
 
 
 def _without_search(
@@ -152,9 +163,18 @@ def refuse_search(checkpoint: Checkpoint) -> None:
 
 
 def search_calibration(
-    checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    request: CalibrationRequest,
+    *,
+    tasks: Sequence[SearchTask] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Calibration]:
     """Searches on the requested task or data, the default task where neither is given; see `act_export.search.job`."""
+    result = run_search(checkpoint, _search_job(request), tasks=tasks, progress=progress)
+    return {_name_of(task): calibration for task, calibration in result.calibrations.items()}
+
+
+def _search_job(request: CalibrationRequest) -> SearchJob:
     defaults = Calibration({}).with_overrides(
         beta=request.beta, threshold=request.threshold, threshold_mode=request.threshold_mode
     )
@@ -165,8 +185,7 @@ def search_calibration(
         thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
     )
     asked = request.questions if request.questions.sources else replace(request.questions, tasks=(DEFAULT_TASK,))
-    result = run_search(checkpoint, SearchJob(asked, options=options), progress=progress)
-    return {_name_of(task): calibration for task, calibration in result.calibrations.items()}
+    return SearchJob(asked, options=options)
 
 
 def _name_of(task: str) -> str:

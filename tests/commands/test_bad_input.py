@@ -177,6 +177,52 @@ def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, expo
         assert "built without CUDA" in result.output
 
 
+def early_refusals(exported: Path, heads: Path, tmp: Path) -> list[tuple[list[object], str]]:
+    (tmp / "bad.jsonl").write_text('{"prompt": "a", "choices": ["b"]}\n')
+    bad = [(["--task", "sst3"], "did you mean sst5 or sst2"), (["--data", tmp / "bad.jsonl"], "line 1")]
+    out = ["--out", tmp / "m.onnx"]
+    calibrated = [*out, "--calibration", heads]
+    return [
+        *((["MODEL", *out, *given], said) for given, said in bad),
+        *((["search", "MODEL", *given], said) for given, said in bad),
+        *((["profile", "MODEL", *given], said) for given, said in bad),
+        *((["eval", exported, *given], said) for given, said in bad),
+        (["MODEL", *calibrated, "--default", "other"], "the default calibration is 'other'"),
+        (["MODEL", *calibrated, "--beta", 3], "beta is 3.0"),
+        (["MODEL", "--out", heads / "m.onnx"], "is no folder"),
+        (["search", "MODEL", "--data", heads, "--heads", "x"], "--heads is 'x'"),
+        (["search", "MODEL", "--out", tmp], "is a folder"),
+        (["search", "MODEL", "--weights", exported], "has no quantized weights"),
+        (["search", "MODEL", "--weights", tmp / "none.onnx"], "there is no model"),
+        (["search", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["profile", "MODEL", "--out", tmp / "p.json"], "isn't a file *.safetensors"),
+        (["profile", "MODEL", "--calibration", "smollm2-135"], "did you mean"),
+        (["verify", tmp / "none.onnx", "--against", "MODEL"], "there is no model"),
+        (["verify", exported, "--against", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["bench", exported, "--pytorch", "MODEL", "--rounds", 0], "rounds is 0"),
+        (["eval", exported, "--task", "sst2", "--split", "some"], "split"),
+        (["generate", exported, "a", "--top-p", 7], "top_p is 7"),
+        (["generate", exported, "a", "--tokenizer", tmp / "none"], "there is no model"),
+    ]
+
+
+def test_what_can_be_refused_before_a_model_is_loaded_is(exported, heads_file, tmp_path, monkeypatch):
+    """Neither a checkpoint is loaded, nor a file opened in ONNX Runtime."""
+
+    def loaded(*_, **__):
+        raise AssertionError("loaded")
+
+    for place in ("load_checkpoint", "load_fetched"):
+        monkeypatch.setattr(f"act_export.checkpoint.load.{place}", loaded)
+    monkeypatch.setattr("act_export.runtime.Session.open", loaded)
+    others = []
+    for arguments, message in early_refusals(exported, heads_file, tmp_path):
+        result = run(*("no-model" if each == "MODEL" else each for each in arguments))
+        if result.exit_code != 2 or message not in result.output:
+            others.append((arguments, message, result.output))
+    assert not others
+
+
 def test_architecture_without_the_hook(tmp_path):
     folder = save_checkpoint(tmp_path / "japanese", architecture="gpt_neox_japanese")
     result = run(folder, "--out", tmp_path / "m.onnx", "--plain")
