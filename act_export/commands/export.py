@@ -140,9 +140,12 @@ def export_command(
 
 
 def _summarize(written: Converted) -> None:
+    from act_export.onnx_file.inspect import inspect_file
     from act_export.onnx_file.names import EMBEDDING_FILE
 
-    for line in describe_calibrations(written.calibrations):
+    path = next(file for file in written.files if file.suffix == ".onnx" and file.name != EMBEDDING_FILE)
+    found = inspect_file(path)
+    for line in describe_calibrations(written.calibrations, found.identity, found.precision):
         note(line)
     if written.parity is None:
         note("parity: not checked")
@@ -166,4 +169,4 @@ def _summarize(written: Converted) -> None:
     for file in written.files:
         if file.suffix in (".onnx", ".data"):
             note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
-    print(next(file for file in written.files if file.suffix == ".onnx" and file.name != EMBEDDING_FILE))
+    print(path)

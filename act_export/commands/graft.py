@@ -110,7 +110,10 @@ def graft_command(
 
 
 def _summarize(written: Grafted) -> None:
-    for line in describe_calibrations(written.calibrations):
+    from act_export.onnx_file.inspect import inspect_file
+
+    found = inspect_file(written.path)
+    for line in describe_calibrations(written.calibrations, found.identity, found.precision):
         note(line)
     replaced = ", ".join(f"{count} {kind}" for kind, count in written.patterns.items())
     note(f"replaced in {len(written.layers)} of {written.num_layers} layers: {replaced}")

@@ -23,7 +23,7 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
         print(json.dumps({**asdict(found), "weights_bytes": found.weights_bytes}, indent=2, default=str))
         return
     table = PlainTable(show_header=False)
-    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", max_width=26)
     table.add_column(overflow="fold")
 
     def row(name: str, text: str) -> None:
@@ -46,7 +46,7 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
         row(operator, f"{count} nodes")
-    for line in describe_calibrations(found.calibrations or CalibrationSet.of(None)):
+    for line in describe_calibrations(found.calibrations or CalibrationSet.of(None), found.identity, found.precision):
         name, _, text = line.partition(": ")
         row(*((name, text) if text else ("", line)))
     if found.sink_state:

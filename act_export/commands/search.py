@@ -148,7 +148,7 @@ def search_command(
         print_search_result(result)
         for name, calibration in result.calibrations.items():
             if calibration.heads:
-                note(f"{name}: {describe_calibration(calibration)}")
+                note(f"{name}: {describe_calibration(calibration, measured=True)}")
             else:
                 p = result.reports[name].p
                 note(f"{name}: no head is calibrated: nothing tried gained more than luck explains (p = {p:.2g})")
