@@ -32,6 +32,7 @@ from act_export.commands.options import (
     ThresholdOption,
     TrustOption,
 )
+from act_export.commands.verify import describe_engine
 from act_export.errors import ActExportError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _summarize(written: Converted) -> None:
                 else f", {ratio:.2f} times the mean error of {written.parity.pytorch.engine}"
             )
             note(
-                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"
+                f"parity: {describe_engine(engine)}"
                 + half
                 + (", greedy tokens identical" if engine.greedy_identical else "")
             )
