@@ -18,6 +18,7 @@ from act_export.calibration.strengths import CalibratedHeads
 from act_export.errors import shown
 
 PUBLISHED = "published"  # the method of heads that others found
+_METHODS = {"gates": "gradient", "gates+confirm": "gradient+confirm"}  # what records of earlier versions call them
 BY_NAME_ONLY = "by_name_only"  # in a recipe's notes: why it isn't used unless it is named
 
 
@@ -244,7 +245,9 @@ def describe_calibration(calibration: Calibration, *, measured: bool) -> str:
     origin = calibration.provenance
     if origin is None:
         return text
-    text += f"; {origin.method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
+    text += (
+        f"; {_METHODS.get(origin.method, origin.method)} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
+    )
     if origin.plain_accuracy is None or origin.calibrated_accuracy is None:
         return text + ("; not measured here" if origin.source else "")
     if not measured:

@@ -35,7 +35,10 @@ from act_export.commands.options import (
 from act_export.commands.verify import describe_engine
 from act_export.errors import ActExportError
 
+_GROWN = 1.9  # times the size of a GGUF file: one in half precision grows by 2
+
 if TYPE_CHECKING:
+    from act_export.checkpoint.load import Checkpoint
     from act_export.export.job import Converted
 
 
@@ -113,6 +116,8 @@ def export_command(
     check_experts(checkpoint.model)  # before a search
     if inputs_embeds:
         check_takes_embeddings(checkpoint.model)
+    if larger := grown(model, checkpoint, dtype):
+        note(larger)
     searched = checkpoint
     if search_quantized:
         note(f"rounding weights to {dtype}, to search on them")
@@ -138,6 +143,26 @@ def export_command(
             progress=step,
         )
     _summarize(written)
+
+
+def grown(model: str, checkpoint: Checkpoint, dtype: str) -> str:
+    """A line where a quantized GGUF file becomes a much larger export; empty elsewhere."""
+    from act_export.checkpoint.fetch import is_gguf
+    from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
+    from act_export.checkpoint.gguf.shards import read_gguf
+    from act_export.onnx_file.precision import BITS
+
+    if dtype in BITS or not is_gguf(model):
+        return ""
+    file = built_in_gguf(model) if model in BUILT_IN else Path(model).expanduser()
+    stored = sum(part.stat().st_size for part in read_gguf(file)[1])
+    weights_bytes = sum(each.numel() for each in checkpoint.model.parameters()) * (4 if dtype == "float32" else 2)
+    if weights_bytes < _GROWN * stored:
+        return ""
+    return (
+        f"note: {model} has {stored / 1e6:.0f} MB, and in {dtype} the export has about {weights_bytes / 1e6:.0f} MB; "
+        f"--dtype int4 stores weights in 4 bits, rounded anew"
+    )
 
 
 def _summarize(written: Converted) -> None:

@@ -13,6 +13,8 @@ import pytest
 from command_runs import run
 from tiny import save_checkpoint
 
+from act_export.commands.export import grown
+
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
     folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
@@ -305,3 +307,17 @@ def test_an_interruption_leaves_nothing(checkpoint_folder, tmp_path, sent):
     assert process.returncode == (2 if sent == signal.SIGINT else 143)
     assert sent != signal.SIGINT or "interrupted; no partial output was left" in errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "said"),
+    [("float32", 10_000, True), ("float16", 10_000, True), ("int4", 10_000, False), ("float32", 10_000_000, False)],
+)
+def test_a_gguf_file_that_grows_is_told(tiny, tmp_path, monkeypatch, dtype, stored, said):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(bytes(stored))
+    monkeypatch.setattr("act_export.checkpoint.gguf.shards.read_gguf", lambda path: (None, [path]))
+    line = grown(str(file), tiny, dtype)
+    assert (f"in {dtype} the export has about 0 MB; --dtype int4" in line) == said
+    assert bool(line) == said
+    assert not grown("tiny", tiny, dtype)
