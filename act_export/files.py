@@ -8,7 +8,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from act_export.errors import ActExportError, shown
@@ -124,6 +125,23 @@ def check_writable(
             pass
     except OSError as cause:
         raise error(f"can't write to {folder}: {cause.strerror}; {advice}") from cause
+
+
+@contextmanager
+def folders_made(folder: Path) -> Iterator[None]:
+    """Makes a folder and those that it is in; of what it made, folders in which nothing is go when the block ends.
+
+    Raises:
+        OSError: If it can't be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for place in missing:
+            with suppress(OSError):  # something is in it
+                place.rmdir()
 
 
 def move_into_place(made: Path, final: Path, *, error: type[ActExportError] = ActExportError) -> Path:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from act_export.calibration.calibration_set import CalibrationSet
-from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
 from act_export.calibration.strengths import CalibratedHeads
+from act_export.errors import shown
 
 PUBLISHED = "published"  # the method of heads that others found
+_METHODS = {"gates": "gradient", "gates+confirm": "gradient+confirm"}  # what records of earlier versions call them
 BY_NAME_ONLY = "by_name_only"  # in a recipe's notes: why it isn't used unless it is named
 
 
@@ -185,22 +187,55 @@ def named_calibrations(given: Sequence[str]) -> dict[str, Calibration]:
     return found
 
 
-def describe_calibrations(calibrations: CalibrationSet) -> Iterator[str]:
-    """What a file can be calibrated to, a line each, the default first."""
+def describe_calibrations(calibrations: CalibrationSet, model: ModelIdentity | None, dtype: str) -> Iterator[str]:
+    """What a file can be calibrated to, a line each, the default first.
+
+    Args:
+        calibrations: The file's.
+        model: That the file is.
+        dtype: How its weights are stored.
+    """
+
+    def described(calibration: Calibration) -> str:
+        return describe_calibration(calibration, measured=is_measured_on(calibration, model, dtype))
+
     default = calibrations.default_calibration
-    yield f"calibration: {describe_calibration(default) if default is not None else 'none (plain)'}"
+    yield f"calibration: {described(default) if default is not None else 'none (plain)'}"
     if len(calibrations.names) > 1 + bool(default):
         yield f"a request can ask for {', '.join(calibrations.names)}; the default is {calibrations.default}"
     for name, calibration in calibrations.each.items():
         if name != calibrations.default:
-            yield f"{name}: {describe_calibration(calibration)}"
+            yield f"{name}: {described(calibration)}"
     calibrated = len(CalibratedHeads.of(calibrations.each.values()))
     if len(calibrations.heads) > calibrated:
         yield f"all {len(calibrations.heads)} heads can be calibrated, by calibrations found later too"
 
 
-def describe_calibration(calibration: Calibration) -> str:
-    """What a calibration does and where it came from, in a line."""
+def is_measured_on(calibration: Calibration, model: ModelIdentity | None, dtype: str) -> bool:
+    """Whether the accuracies in a calibration are of these weights.
+
+    They are if both name the same fingerprint, and were searched on weights that are rounded as these are.
+
+    Args:
+        calibration: With the model that it was found on.
+        model: The one in question.
+        dtype: How its weights are stored.
+    """
+    found_on, origin = calibration.model, calibration.provenance
+    if found_on is None or found_on.fingerprint is None or model is None or origin is None:
+        return False
+    rounded = dtype if dtype.startswith("int") else ""
+    searched = str(origin.notes.get("weights", "")).partition(" of ")[0]  # "int4 of FILE"
+    return found_on.fingerprint == model.fingerprint and searched == rounded
+
+
+def describe_calibration(calibration: Calibration, *, measured: bool) -> str:
+    """What a calibration does and where it came from, in a line.
+
+    Args:
+        calibration: To describe.
+        measured: Whether its accuracies are of the weights in question, see `is_measured_on`; others aren't said.
+    """
     knobs = [("beta", calibration.beta)] + ([("gamma", calibration.gamma)] if calibration.gamma != 1.0 else [])
     strengths = ", ".join(f"{name} {'per head' if isinstance(given, Mapping) else given}" for name, given in knobs)
     text = (
@@ -210,12 +245,42 @@ def describe_calibration(calibration: Calibration) -> str:
     origin = calibration.provenance
     if origin is None:
         return text
-    text += f"; {origin.method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
-    if origin.source:
-        text += "; not measured here"
-    if origin.plain_accuracy is not None and origin.calibrated_accuracy is not None:
-        text += (
-            f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
-            f" ({origin.samples.get('report', 0)} prompts, PyTorch, where the heads were found)"
-        )
-    return text
+    text += (
+        f"; {_METHODS.get(origin.method, origin.method)} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
+    )
+    if origin.plain_accuracy is None or origin.calibrated_accuracy is None:
+        return text + ("; not measured here" if origin.source else "")
+    if not measured:
+        tasks = "".join(f" --{'data' if task.endswith('.jsonl') else 'task'} {task}" for task in origin.tasks)
+        return text + f"; found on other weights, unmeasured here: act-export eval FILE{tasks}"
+    text += (
+        f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
+        f" ({origin.samples.get('report', 0)} prompts, PyTorch, where the heads were found)"
+    )
+    return text + gain_beyond_control(origin)
+
+
+def gain_beyond_control(origin: Provenance) -> str:
+    """What a search measured beyond the plain model's best cheap remedy; empty where the record doesn't have it."""
+    for key in ("gain_beyond_control", "average_gain_beyond_controls"):
+        found = origin.notes.get(key)
+        if isinstance(found, Mapping) and _is_number(found.get("gain")):
+            interval = found.get("interval_95")
+            among = (
+                f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
+                if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(_is_number, interval))
+                else ""
+            )
+            named = found.get("control")
+            over = f"the best control, {shown(named)}" if isinstance(named, str) else "the best controls"
+            return f"; beyond {over}: {100 * found['gain']:+.1f} points{among}"
+    controls = origin.notes.get("controls")
+    unbiased = controls.get("without_choice_bias") if isinstance(controls, Mapping) else None
+    if isinstance(unbiased, Mapping) and all(_is_number(unbiased.get(side)) for side in ("plain", "calibrated")):
+        gain = unbiased["calibrated"] - unbiased["plain"]
+        return f"; with the choice bias taken off both: {100 * gain:+.1f} points"
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -30,7 +30,7 @@ def adapter_command(
 
     X.bin has the same numbers by themselves, float32: beta, gamma and threshold of each head.
     """
-    from act_export.calibration.recipes import describe_calibration, named_calibration
+    from act_export.calibration.recipes import describe_calibration, is_measured_on, named_calibration
     from act_export.calibration.strengths import PLAIN
     from act_export.onnx_file.load import load_without_weights, properties_of
     from act_export.onnx_file.names import model_file
@@ -61,6 +61,10 @@ def adapter_command(
         write_adapter(out, strengths, model_version(record))
     else:
         write_whole(out, strengths.astype("<f4").tobytes())
-    note(f"calibration: {describe_calibration(chosen) if chosen is not None else 'none (plain)'}")
+    if chosen is None:
+        note("calibration: none (plain)")
+    else:
+        measured = is_measured_on(chosen, record.model, record.dtype)
+        note(f"calibration: {describe_calibration(chosen, measured=measured)}")
     note(f"{out.stat().st_size} bytes, for {path} and other files of this model with the same calibrated heads")
     print(out)

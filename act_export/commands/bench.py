@@ -62,8 +62,6 @@ def bench_command(
 
     if json_file is not None:
         check_replaceable(json_file)
-        if not json_file.parent.is_dir():
-            raise ActExportError(f"there is no folder {json_file.parent}; create it, e.g. --json bench.json")
         check_writable(json_file.parent, advice="pass another place with --json")
     if revision is not None and pytorch is None:
         raise ActExportError(

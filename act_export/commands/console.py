@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -20,6 +22,7 @@ EXIT_FAILED_PARITY = 1
 EXIT_UNUSABLE = 2
 EXIT_DEFECT = 3
 EXIT_NOBODY_READS = 128 + signal.SIGPIPE
+PAUSE_S = 10.0  # between lines of progress where there is no terminal
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 console = PlainConsole(stderr=True)
@@ -88,18 +91,40 @@ def note(message: str) -> None:
 
 
 @contextmanager
+def _said_again(line: Callable[[], str]) -> Iterator[None]:
+    """Where there is no terminal: a line every ten seconds, with the time since the block began."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        with suppress(BrokenPipeError):  # the command itself ends by it
+            while not ended.wait(PAUSE_S):
+                note(f"{line()}, {time.monotonic() - began:.0f} s so far")
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def status() -> Iterator[Callable[[str], None]]:
-    """What is being done and how long it took so far; a line per step where there is no terminal."""
+    """What is being done and how long it took so far; a line per step and every ten seconds without a terminal."""
     if not console.is_terminal:
         said: set[str] = set()
+        latest = ["preparing"]
 
         def say_once(step: str) -> None:
+            latest[0] = step
             stage = step.partition(":")[0]
             if stage not in said:
                 said.add(stage)
                 note(stage)
 
-        yield say_once
+        with _said_again(lambda: latest[0]):
+            yield say_once
         return
     columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -109,17 +134,20 @@ def status() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left; a line for each tenth where there is no terminal."""
+    """A bar with the time left; a line for each tenth and every ten seconds where there is no terminal."""
     if not console.is_terminal:
         tenths: set[tuple[str, int]] = set()
+        latest = [f"{what}: preparing"]
 
         def report(step: str, done: float) -> None:
+            latest[0] = f"{what}: {step}, {done:.0%} of all"
             tenth = (step, int(10 * done))
             if tenth not in tenths:
                 tenths.add(tenth)
-                note(f"{what}: {step}, {done:.0%} of all")
+                note(latest[0])
 
-        yield report
+        with _said_again(lambda: latest[0]):
+            yield report
         return
     columns = (
         TextColumn("{task.description}", markup=False),

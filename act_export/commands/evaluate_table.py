@@ -121,10 +121,18 @@ def _table(report: EvaluationReport) -> PlainTable:
                 gain = _points(comparison.gain, comparison.interval) if comparison is not None else _NOTHING
                 values = [_with_interval(plain.get(metric)), *values, gain, _p(comparison)]
             table.add_row(begin, _NAMES.get(metric, metric), *values)
+            if row == 0 and (beyond := _beyond_values(result)):
+                table.add_row("", *beyond)
     if len(report.tasks) > 1:
         count = sum(len(result.questions) for result in report.tasks)
         table.add_section()
-        table.add_row(f"average\n{_questions(count)}", "mean", *_average_values(report.average))
+        average = report.average
+        table.add_row(f"average\n{_questions(count)}", "mean", *_average_values(average))
+        if average.best_control is not None and average.beyond_best_control_interval is not None:
+            assert average.beyond_best_control is not None
+            gain = _points(average.beyond_best_control, average.beyond_best_control_interval)
+            own = _with_interval((average.calibrated, average.calibrated_interval))
+            table.add_row("", "vs best", _percent(average.best_control), own, gain, "")
     return table
 
 
@@ -134,6 +142,16 @@ def _average_values(average: Average) -> list[str]:
         return [calibrated]
     plain = _with_interval((average.plain, average.plain_interval))
     return [plain, calibrated, _points(average.gain, average.gain_interval), ""]
+
+
+def _beyond_values(result: TaskResult) -> list[str]:
+    """A row for what calibration gains beyond the best control; none where that is the plain model."""
+    best, beyond = result.best_control, result.beyond_best_control
+    if best is None or beyond is None or best[0] == PLAIN:
+        return []
+    name, control = best
+    values = [_with_interval(shares(each).get(each.main_metric)) for each in (control, result.calibrated)]
+    return [f"vs {_CONTROLS[name]}", *values, _points(beyond.gain, beyond.interval), _p(beyond)]
 
 
 def _measures_table(report: EvaluationReport) -> PlainTable:
@@ -212,12 +230,12 @@ def _notes(report: EvaluationReport) -> list[str]:
     if chosen:
         lines.append(
             "Balanced: mean accuracy over the answers. AUROC: one answer against the rest. NLL, ECE: negative "
-            "log-likelihood of the right answer, in nats, and expected calibration error. All four among the choices."
+            "log-likelihood of the right answer and expected calibration error. All four among the choices."
         )
     controls = {name for result in report.tasks for name in result.controls}
     lines += [line for name, line in _CONTROL_NOTES.items() if name in controls]
     if chosen and _compared(report):
-        lines.append(f"Gain beyond what is best without calibration, in hindsight: {_beyond(report)}.")
+        lines.append(f"Vs: gain beyond what is best without calibration, in hindsight: {_beyond(report)}.")
     if report.request.split == "all":
         lines.append("Split all: questions that heads were ranked or chosen with are counted too.")
     return lines

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from act_export.calibration.recipes import describe_calibrations
+from act_export.calibration.calibration_set import CalibrationSet
+from act_export.calibration.recipes import describe_calibrations, named_calibrations
 from act_export.commands.console import (
     note,
     progress_bar,
@@ -31,9 +32,13 @@ from act_export.commands.options import (
     ThresholdOption,
     TrustOption,
 )
+from act_export.commands.verify import describe_engine
 from act_export.errors import ActExportError
 
+_GROWN = 1.9  # times the size of a GGUF file: one in half precision grows by 2
+
 if TYPE_CHECKING:
+    from act_export.checkpoint.load import Checkpoint
     from act_export.export.job import Converted
 
 
@@ -87,7 +92,7 @@ def export_command(
     from act_export.export.job import export_model, with_quantized_weights
     from act_export.onnx_file.precision import element_type, quantization_of
     from act_export.onnx_file.publish import check_output
-    from act_export.search.resolve import CalibrationRequest, resolve_calibrations
+    from act_export.search.resolve import CalibrationRequest, asked_questions, resolve_calibrations
     from act_export.tasks import Questions
 
     element_type(dtype)
@@ -99,6 +104,9 @@ def export_command(
     check_output(out)
     questions = Questions((task,) if task else (), (data,) if data else (), seed=seed)
     request = CalibrationRequest(plain, tuple(calibration or ()), questions, beta, threshold, threshold_mode)
+    if default is not None and (plain or calibration):
+        CalibrationSet.of(named_calibrations(calibration or ()), default=default)  # refused before long work
+    tasks = asked_questions(request)
     if verify or quantization is not None:
         check_device(device if verify else None)
     checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
@@ -108,12 +116,14 @@ def export_command(
     check_experts(checkpoint.model)  # before a search
     if inputs_embeds:
         check_takes_embeddings(checkpoint.model)
+    if larger := grown(model, checkpoint, dtype):
+        note(larger)
     searched = checkpoint
     if search_quantized:
         note(f"rounding weights to {dtype}, to search on them")
         searched = with_quantized_weights(checkpoint, dtype, block_size=block_size)
     with progress_bar("search") as progress:
-        chosen = resolve_calibrations(searched, request, notice=note, progress=progress)
+        chosen = resolve_calibrations(searched, request, tasks=tasks, notice=note, progress=progress)
     if chosen and not switchable and not any(each.num_calibrated_heads for each in chosen.values()):
         note("nothing that was tried gained more than luck explains, so no head is calibrated: this is a plain export")
     with status() as step:
@@ -135,10 +145,33 @@ def export_command(
     _summarize(written)
 
 
+def grown(model: str, checkpoint: Checkpoint, dtype: str) -> str:
+    """A line where a quantized GGUF file becomes a much larger export; empty elsewhere."""
+    from act_export.checkpoint.fetch import is_gguf
+    from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
+    from act_export.checkpoint.gguf.shards import read_gguf
+    from act_export.onnx_file.precision import BITS
+
+    if dtype in BITS or not is_gguf(model):
+        return ""
+    file = built_in_gguf(model) if model in BUILT_IN else Path(model).expanduser()
+    stored = sum(part.stat().st_size for part in read_gguf(file)[1])
+    weights_bytes = sum(each.numel() for each in checkpoint.model.parameters()) * (4 if dtype == "float32" else 2)
+    if weights_bytes < _GROWN * stored:
+        return ""
+    return (
+        f"note: {model} has {stored / 1e6:.0f} MB, and in {dtype} the export has about {weights_bytes / 1e6:.0f} MB; "
+        f"--dtype int4 stores weights in 4 bits, rounded anew"
+    )
+
+
 def _summarize(written: Converted) -> None:
+    from act_export.onnx_file.inspect import inspect_file
     from act_export.onnx_file.names import EMBEDDING_FILE
 
-    for line in describe_calibrations(written.calibrations):
+    path = next(file for file in written.files if file.suffix == ".onnx" and file.name != EMBEDDING_FILE)
+    found = inspect_file(path)
+    for line in describe_calibrations(written.calibrations, found.identity, found.precision):
         note(line)
     if written.parity is None:
         note("parity: not checked")
@@ -151,7 +184,7 @@ def _summarize(written: Converted) -> None:
                 else f", {ratio:.2f} times the mean error of {written.parity.pytorch.engine}"
             )
             note(
-                f"parity: {engine.engine} within {engine.max_difference:.1e} of PyTorch in {len(engine.results)} cases"
+                f"parity: {describe_engine(engine)}"
                 + half
                 + (", greedy tokens identical" if engine.greedy_identical else "")
             )
@@ -162,4 +195,4 @@ def _summarize(written: Converted) -> None:
     for file in written.files:
         if file.suffix in (".onnx", ".data"):
             note(f"{file.stat().st_size / 1e6:9.1f} MB  {file}")
-    print(next(file for file in written.files if file.suffix == ".onnx" and file.name != EMBEDDING_FILE))
+    print(path)

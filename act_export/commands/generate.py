@@ -46,6 +46,7 @@ def generate_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Generates text, streaming it: greedily, or with --sample or --temperature by drawing tokens."""
+    from act_export.checkpoint.tokenizer import load_tokenizer_of
     from act_export.runtime import Session
     from act_export.runtime.request import DEFAULT
     from act_export.runtime.text import generation_of_options, load_generation_settings, load_tokenizer, stream_text
@@ -53,9 +54,12 @@ def generate_command(
     sampling, options = generation_of_options(sample, temperature, top_k, top_p, seed)
     if options and not sampling.temperature:
         note(f"{', '.join(options)}: no effect without --sample or --temperature")
+    given = None
+    if tokenizer is not None:  # refused before the model is opened
+        given = load_tokenizer_of(tokenizer, trust_remote_code=trust_remote_code)
     chosen = DEFAULT if calibration is None else calibration
     with Session.open(file, native=not portable, device=device or "cpu", calibration=chosen) as session:
-        text_tokenizer = load_tokenizer(session, tokenizer, trust_remote_code=trust_remote_code)
+        text_tokenizer = given if given is not None else load_tokenizer(session, trust_remote_code=trust_remote_code)
         settings = load_generation_settings(session, text_tokenizer, ignored=ignore_generation_config, note=note)
         pieces = stream_text(
             session,

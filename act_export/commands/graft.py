@@ -49,6 +49,9 @@ def graft_command(
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare each rewritten layer with what was there.")
     ] = True,
+    copy_weights: Annotated[
+        bool, typer.Option("--copy-weights", help="Give a file weights of its own, rather than those beside IN.")
+    ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Take a graft out of IN again.")] = False,
 ) -> None:
     """Calibrates a model that was exported before, at any precision; --remove undoes it.
@@ -70,6 +73,7 @@ def graft_command(
             "--beta": beta,
             "--threshold": threshold,
             "--threshold-mode": threshold_mode,
+            "--copy-weights": copy_weights or None,
         }
         given = [name for name, value in values.items() if value is not None]
         if given:
@@ -99,13 +103,17 @@ def graft_command(
             layout=layout,
             native=not portable,
             check=check,
+            copy_weights=copy_weights,
             progress=step,
         )
     _summarize(written)
 
 
 def _summarize(written: Grafted) -> None:
-    for line in describe_calibrations(written.calibrations):
+    from act_export.onnx_file.inspect import inspect_file
+
+    found = inspect_file(written.path)
+    for line in describe_calibrations(written.calibrations, found.identity, found.precision):
         note(line)
     replaced = ", ".join(f"{count} {kind}" for kind, count in written.patterns.items())
     note(f"replaced in {len(written.layers)} of {written.num_layers} layers: {replaced}")
@@ -114,4 +122,11 @@ def _summarize(written: Grafted) -> None:
     note(f"sink state: in {'inputs of its own' if written.layout.value == 'scores' else 'further layers of the cache'}")
     for line in written.notes:
         note(line)
+    for file, size in written.files.items():
+        note(f"{size / 1e6:9.1f} MB  {file}")
+    if others := [file.name for file in written.files if not file.name.startswith(written.path.name)]:
+        note(
+            f"{written.path.name} needs {', '.join(others)} beside it; --copy-weights gives it weights under a name of "
+            f"its own"
+        )
     print(written.path)

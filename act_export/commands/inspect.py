@@ -20,14 +20,18 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
 
     found = inspect_file(file)
     if as_json:
-        print(json.dumps(asdict(found), indent=2, default=str))
+        print(json.dumps({**asdict(found), "weights_bytes": found.weights_bytes}, indent=2, default=str))
         return
     table = PlainTable(show_header=False)
+    table.add_column(overflow="fold", max_width=26)
+    table.add_column(overflow="fold")
 
     def row(name: str, text: str) -> None:
         table.add_row(printable(name, lines=False), printable(text, lines=False))
 
     row("file", str(found.path))
+    for name, size in found.weights.items():
+        row("needs", f"{name}, {size / 1e6:.1f} MB" if size else f"{name}, which isn't there")
     commit = f" at {found.revision}" if found.revision else ""
     row("made by", f"act-export {found.version} from {found.source}{commit}")
     row("model", f"{found.architecture}, {found.num_layers} layers, {found.num_heads} heads")
@@ -42,7 +46,7 @@ def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     row("graph", f"opset {found.opset}, {found.nodes} nodes, {found.weights_bytes / 1e6:.0f} MB of weights")
     for operator, count in found.operators.items():
         row(operator, f"{count} nodes")
-    for line in describe_calibrations(found.calibrations or CalibrationSet.of(None)):
+    for line in describe_calibrations(found.calibrations or CalibrationSet.of(None), found.identity, found.precision):
         name, _, text = line.partition(": ")
         row(*((name, text) if text else ("", line)))
     if found.sink_state:

@@ -37,13 +37,12 @@ def load_model(
     stream: bool | None = False,
 ) -> Checkpoint:
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
-    fetched = None
     from act_export.checkpoint.hub import is_on_hub
+    from act_export.checkpoint.placement import Placement
 
+    Placement(dtype, device, device_map)  # refused before a download
+    fetched = None
     if is_on_hub(model):
-        from act_export.checkpoint.placement import Placement
-
-        Placement(dtype, device, device_map)  # refused before a download
         fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
     with status() as step:
         step(f"loading {model}")

@@ -29,8 +29,8 @@ def search_command(
         str | None, typer.Option(metavar="act|gamma|fit", help="What to try, several by comma; else act and fit.")
     ] = None,
     ranking: Annotated[
-        str, typer.Option(metavar="gates|gates+confirm|exhaustive", help="How act ranks heads.")
-    ] = "gates",
+        str, typer.Option(metavar="gradient|gradient+confirm|exhaustive", help="How act ranks heads.")
+    ] = "gradient",
     beta: Annotated[str | None, typer.Option(metavar="B,...", help="For act: scales of later sinks to try.")] = None,
     gamma: Annotated[str | None, typer.Option(metavar="G,...", help="For gamma: scales to try, each or 1/G.")] = None,
     threshold: Annotated[str | None, typer.Option(metavar="T,...", help="Sink score thresholds to try.")] = None,
@@ -44,7 +44,7 @@ def search_command(
         float,
         typer.Option(metavar="X", help="For fit: strengths of smaller derivatives stay at 1, 0 to 1."),
     ] = 0.0,
-    confirm: Annotated[int, typer.Option(help="Heads that gates+confirm measures exactly.")] = 40,
+    confirm: Annotated[int, typer.Option(help="Heads that gradient+confirm measures exactly.")] = 40,
     rank: Annotated[int | None, typer.Option(help="Questions to rank heads with, of each task.")] = None,
     choose: Annotated[int | None, typer.Option(help="Questions to choose with.")] = None,
     report: Annotated[int | None, typer.Option(help="Questions to report the gain on.")] = None,
@@ -81,7 +81,7 @@ def search_command(
     from act_export.search.job import SearchJob, check_output, run_search, save_result
     from act_export.search.processes import own_device, process_group, process_index
     from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
-    from act_export.verify.parity.dequantized import dequantized
+    from act_export.verify.parity.dequantized import check_quantized, dequantized
 
     given: dict[str, dict[str, object]] = {
         "act": {"--beta": beta, "--heads": heads},
@@ -117,6 +117,8 @@ def search_command(
     several = len(job.questions.sources) > 1
     target = out or Path("calibrations" if several else "calibration.json")
     check_output(target, job)
+    if weights is not None:
+        check_quantized(model_file(weights))
     tasks = job.load()
     with process_group():
         checkpoint = load_model(
@@ -139,14 +141,14 @@ def search_command(
         note(f"searched in {time.monotonic() - started:.1f} s")
         computed, known = result.units
         if computed < known:
-            note(f"{known - computed} of {known} units of work were found in the journal or came from other processes")
+            note(f"{known - computed} of {known} steps were found in the journal or came from other processes")
         if result.damaged:
             note(f"{result.damaged} lines of the journal were damaged; what they had was computed again")
         files = save_result(result, target)
         print_search_result(result)
         for name, calibration in result.calibrations.items():
             if calibration.heads:
-                note(f"{name}: {describe_calibration(calibration)}")
+                note(f"{name}: {describe_calibration(calibration, measured=True)}")
             else:
                 p = result.reports[name].p
                 note(f"{name}: no head is calibrated: nothing tried gained more than luck explains (p = {p:.2g})")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from act_export.errors import ActExportError
+from act_export.onnx_file.names import BATCH, SEQUENCE
 from act_export.onnx_file.precision import element_type
 from act_export.onnx_file.save import check_model, save_model
 from act_export.ops.functions import OPSET
@@ -36,13 +37,13 @@ def write_embedding(checkpoint: Checkpoint, path: Path, *, dtype: str = "float32
     """
     stored = element_type(dtype)
     weight, scale = _weight_and_scale(checkpoint.model.get_input_embeddings(), checkpoint.model.config.model_type)
-    ids = _value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    ids = _value("input_ids", ir.DataType.INT64, [BATCH, SEQUENCE])
     table = _value("embed_tokens.weight", stored, list(weight.shape))
     table.const_value = _table(weight, scale, stored)
     lookup = ir.node("Gather", [table, ids])
     lookup.outputs[0].name = "inputs_embeds"
     lookup.outputs[0].type = ir.TensorType(stored)
-    lookup.outputs[0].shape = ir.Shape(["batch_size", "sequence_length", weight.shape[1]])
+    lookup.outputs[0].shape = ir.Shape([BATCH, SEQUENCE, weight.shape[1]])
     graph = ir.Graph(
         [ids], lookup.outputs, nodes=[lookup], initializers=[table], opset_imports={"": OPSET}, name="embedding"
     )

@@ -23,11 +23,23 @@ from act_export.errors import ActExportError
 from act_export.export import experts
 from act_export.export.lazy_weights import ReadWeight, attach_weights, hollowed
 from act_export.export.operator import OperatorAttention, translation_table
+from act_export.export.passes.name_dimensions import NameDimensionsPass
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
 from act_export.export.rope import traceable_rotation
 from act_export.export.slice_pairs import quick_slice_pairs
-from act_export.onnx_file.names import EMBEDDINGS, IDS, MASK, POSITIONS, GraphNames
+from act_export.onnx_file.names import (
+    BATCH,
+    EMBEDDINGS,
+    IDS,
+    LOGITS,
+    MASK,
+    PAST_LENGTH,
+    POSITIONS,
+    SEQUENCE,
+    TOTAL_LENGTH,
+    GraphNames,
+)
 from act_export.ops import functions, schema
 
 if TYPE_CHECKING:
@@ -99,15 +111,14 @@ def trace(
     names = GraphNames.of(num_layers, sinks, EMBEDDINGS if inputs_embeds else IDS)
     state, sink_logits = _probe(model, heads)
     batch, past, sequence = 2, 5, 3
-    dims = {"batch": "batch_size", "past": "past_sequence_length"}
     tokens = torch.zeros(batch, sequence, dtype=torch.long)
     positions = torch.arange(past, past + sequence).repeat(batch, 1)
-    of_positions = {0: dims["batch"], 1: "sequence_length"}
+    of_tokens = of_positions = {0: BATCH, 1: SEQUENCE}
     if inputs_embeds:
         tokens = torch.zeros(batch, sequence, hidden_size(model), dtype=model.dtype)
         if position_axes(model) > 1:
             positions = positions.repeat(position_axes(model), 1, 1)
-            of_positions = {1: dims["batch"], 2: "sequence_length"}
+            of_positions = {1: BATCH, 2: SEQUENCE}
     example = {
         "tokens": tokens,
         MASK: torch.ones(batch, past + sequence, dtype=torch.long),
@@ -115,7 +126,13 @@ def trace(
         "cache": [part for layer in state for part in (layer.key, layer.value)],
         "sinks": [state[layer].sink_scores for layer in sinks],
     }
-    cache_dims = {0: dims["batch"], 2: dims["past"]}
+    of_past, of_present = {0: BATCH, 2: PAST_LENGTH}, {0: BATCH, 2: TOTAL_LENGTH}
+    of_mask = {0: BATCH, 1: TOTAL_LENGTH}
+    dimensions: dict[str, dict[int, str]] = {
+        **dict.fromkeys(names.inputs, of_past),
+        **dict.fromkeys(names.outputs, of_present),
+        **{names.inputs[0]: of_tokens, MASK: of_mask, POSITIONS: of_positions, LOGITS: of_tokens},
+    }
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),
@@ -134,11 +151,11 @@ def trace(
             opset_version=functions.OPSET,
             custom_translation_table=translation_table() | experts.translation_table(),
             dynamic_shapes={
-                "tokens": {0: dims["batch"], 1: "sequence_length"},
-                MASK: {0: dims["batch"], 1: "total_sequence_length"},
+                "tokens": of_tokens,
+                MASK: of_mask,
                 POSITIONS: of_positions,
-                "cache": [cache_dims] * (2 * num_layers),
-                "sinks": [cache_dims] * len(sinks),
+                "cache": [of_past] * (2 * num_layers),
+                "sinks": [of_past] * len(sinks),
             },
             input_names=names.inputs,
             output_names=names.outputs,
@@ -152,6 +169,7 @@ def trace(
     with as_unsupported(model.config.model_type), low_memory_told(*EXPORTING), _quiet_exporter(), quick_slice_pairs():
         program.optimize()
     exported = program.model
+    NameDimensionsPass(dimensions)(exported)
     UnrollExpertsPass()(exported)
     check_one_node_per_layer(exported, num_layers, len(sinks))
     return exported

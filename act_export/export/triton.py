@@ -199,10 +199,8 @@ def _check_target(repository: Path, name: str, files: set[str]) -> set[str]:
 
 
 def _make_folder(repository: Path) -> None:
-    if not repository.is_dir() and not repository.parent.is_dir():
-        raise ActExportError(f"there is no folder {repository.parent}; create it, or pass another --out")
     try:
-        repository.mkdir(exist_ok=True)
+        repository.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ActExportError(f"can't make the folder {repository}: {error.strerror}; pass another --out") from error
 

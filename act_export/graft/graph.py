@@ -74,6 +74,12 @@ class Graph:
             return None
         return [dim.dim_value if dim.HasField("dim_value") else None for dim in info.type.tensor_type.shape.dim]
 
+    def dimension_name(self, value: str, place: int) -> str | None:
+        """What the graph calls a dimension; None where it is a number, or the graph doesn't say."""
+        info = self._infos.get(value)
+        dims = info.type.tensor_type.shape.dim if info is not None else ()
+        return (dims[place].dim_param or None) if place < len(dims) else None
+
     def constant(self, value: str) -> NDArray[Any] | None:
         """A small constant's value, of an initializer or a Constant node; None for anything else."""
         tensor = self.initializers.get(value)

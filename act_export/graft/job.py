@@ -22,7 +22,9 @@ from act_export.graft.rewrite import Rewritten, apply, find_sites, rewrite, supp
 from act_export.graft.sink_state import StateLayout
 from act_export.graft.site import AttentionSite
 from act_export.graft.source import ModelSource, read_source
+from act_export.graft.weights import own_names, rename_weights
 from act_export.graft.well_formed import check_nodes
+from act_export.onnx_file.external_data import data_files
 from act_export.onnx_file.names import GENAI_CONFIG
 from act_export.onnx_file.pack_sink_state import pack_sink_state
 from act_export.onnx_file.record import FileRecord
@@ -38,6 +40,7 @@ class Grafted:
 
     Attributes:
         path: The ONNX file.
+        files: That its weights lie in, and their bytes.
         calibrations: That it can be given.
         layers: Calibrated layers.
         num_layers: Of the model.
@@ -48,6 +51,7 @@ class Grafted:
     """
 
     path: Path
+    files: Mapping[Path, int]
     calibrations: CalibrationSet
     layers: tuple[int, ...]
     num_layers: int
@@ -80,6 +84,7 @@ def graft(
     layout: StateLayout | None = None,
     native: bool = True,
     check: bool = True,
+    copy_weights: bool = False,
     progress: Notice = lambda _: None,
 ) -> Grafted:
     """Calibrates a model that was exported before.
@@ -96,6 +101,7 @@ def graft(
         native: A folder for onnxruntime-genai loads the native library from its side; otherwise the portable functions
             run.
         check: Compare each rewritten layer with what was there.
+        copy_weights: A file gets copies of the weights under names of its own, so that it needs no file of the input.
         progress: Called with what is being done.
 
     Raises:
@@ -142,7 +148,8 @@ def graft(
         name = source.path.name
         changed, notes = genai.calibrated_config(source.config, chosen.heads.heads, len(sites), name, loaded)
         config = genai.dump(changed)
-    add_metadata(source, after, sites, rewritten, removed, identity, chosen, packed)
+    renamed = own_names(source.data, out) if copy_weights and source.folder is None else {}
+    add_metadata(source, after, sites, rewritten, removed, identity, chosen, packed, renamed)
     found = _check(source, before, after, rewritten, progress) if check else []
     difference = max((each for each in found if each is not None), default=None)
     if None in found:
@@ -151,9 +158,11 @@ def graft(
             f"theirs on a CPU, in bfloat16 or with norms inside the attention"
         )
     notes += _padding_in_windows(rewritten, layout)
-    written = write(source, after, out, config, library, progress)
+    rename_weights(after, renamed)
+    written = write(source, after, out, config, library, progress, renamed=renamed)
     return Grafted(
         path=written,
+        files={written.parent / name: size for name, size in data_files(written).items()},
         calibrations=chosen,
         layers=tuple(rewritten.layers),
         num_layers=len(sites),
@@ -184,7 +193,7 @@ def remove_graft(
     adapters = adapter_names(FileRecord.read(source.properties, str(source.path))) if source.folder is not None else ()
     record = undo(source.model)
     library = _library() if record.had_library else None
-    written = write(source, source.model, out, record.genai_config, library, progress, adapters)
+    written = write(source, source.model, out, record.genai_config, library, progress, adapters, record.renamed)
     return Removed(written, record.layers)
 
 
@@ -217,18 +226,23 @@ def _library() -> Path:
 
 
 def _refuse_calibrated(source: ModelSource) -> None:
+    given = source.folder or source.path
+    another = (
+        f"another calibration of the heads that it can calibrate is an adapter, which needs no new file: act-export "
+        f"adapter {given} --calibration FILE --out NAME.onnx_adapter"
+    )
     if record_of(source.model) is not None:
         raise ActExportError(
-            f"{source.path} was grafted before; take its graft out first: "
-            f"act-export graft {source.folder or source.path} --remove --out PLAIN"
+            f"{source.path} was grafted before. For other heads take its graft out first: act-export graft {given} "
+            f"--remove --out PLAIN; {another}"
         )
     nodes = source.model.graph.node
     if FileRecord.read(source.properties, str(source.path)).calibrations is not None or any(
         node.op_type == schema.CALIBRATED and node.domain == schema.DOMAIN for node in nodes
     ):
         raise ActExportError(
-            f"{source.path} has a calibration already, from its export; graft the plain export, of act-export MODEL "
-            f"--plain"
+            f"{source.path} has a calibration already, from its export. For other heads graft the plain export, of "
+            f"act-export MODEL --plain, or export again with --switchable; {another}"
         )
 
 

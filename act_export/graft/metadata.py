@@ -71,6 +71,7 @@ def add_metadata(
     identity: ModelIdentity,
     calibrations: CalibrationSet,
     packed: PackedState | None,
+    renamed: Mapping[str, str],
 ) -> None:
     """Adds what sessions, `inspect` and `--remove` read.
 
@@ -83,6 +84,7 @@ def add_metadata(
         identity: See `identity_of`.
         calibrations: That it can be given.
         packed: Where the sink state is in the cache, if it is.
+        renamed: Files of weights that the model calls otherwise now, and what it calls them.
     """
     before = source.model
     texts = FileRecord(
@@ -111,6 +113,7 @@ def add_metadata(
         if source.is_genai_folder
         else None,
         had_library=source.folder is not None and any((source.folder / name).is_file() for name in NAMES),
+        renamed={new: old for old, new in renamed.items()},
     )
     for key, text in {**added, GRAFT: record.to_json()}.items():
         model.metadata_props.add(key=key, value=text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -46,6 +46,7 @@ def write(
     library: Path | None,
     progress: Notice,
     adapters: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
 ) -> Path:
     """Puts everything together beside the output, then moves it there; the graph comes last.
 
@@ -57,6 +58,7 @@ def write(
         library: The native library that a folder is to have.
         progress: Called with what is being copied.
         adapters: Names of the input's calibrations, whose adapters stay behind.
+        renamed: Files of weights that the new graph calls otherwise, and what it calls them.
 
     Returns:
         The ONNX file.
@@ -66,12 +68,12 @@ def write(
     """
     target = out.parent if is_file_output(out) else out
     name = out.name if is_file_output(out) else source.path.name
-    data = _data_to_copy(source, target)
+    data = _data_to_copy(source, target, renamed or {})
     others = _companions(source) if source.folder is not None else []
     weights = {source.path.parent / location for location in source.data}  # which are copied by themselves
     left = weights | {source.path.parent / FOLDER / f"{name}{SUFFIX}" for name in adapters}
     needed = sum(_size(path) for path in [*data.values(), *others]) + model.ByteSize() + _SPARE_BYTES
-    check_free_space(target if target.is_dir() else target.parent, needed)
+    check_free_space(target, needed)
     with staged(out) as folder:
         onnx.save(model, folder / name)
         for location, path in data.items():
@@ -96,15 +98,16 @@ def write(
     return target / name
 
 
-def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
+def _data_to_copy(source: ModelSource, target: Path, renamed: Mapping[str, str]) -> dict[str, Path]:
     """Location -> file, of the weights that aren't where the new graph looks for them."""
     folder = source.path.parent
-    if target.resolve() == folder.resolve():
+    if target.resolve() == folder.resolve() and not renamed:
         _refuse_links(source)
         return {}
     copies = {}
     for location in source.data:
-        path, there = folder / location, target / location
+        name = renamed.get(location, location)
+        path, there = folder / location, target / name
         check_replaceable(there)
         if there.exists() and source.folder is None:
             if not filecmp.cmp(there, path, shallow=False):
@@ -112,7 +115,7 @@ def _data_to_copy(source: ModelSource, target: Path) -> dict[str, Path]:
                     f"{there} is in the way of the weights, which have that name too; pass another folder"
                 )
             continue
-        copies[location] = path
+        copies[name] = path
     return copies
 
 

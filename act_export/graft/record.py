@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 
 from act_export.errors import ActExportError, others_errors
+from act_export.graft.weights import rename_weights
 from act_export.onnx_file.names import CALIBRATION
 from act_export.onnx_file.node_builder import PREFIX
 from act_export.onnx_file.record import GRAFT, GraftRecord
@@ -60,6 +61,7 @@ def undo(model: onnx.ModelProto) -> GraftRecord:
     )
     _replace(model.opset_import, [each for each in model.opset_import if each.domain not in record.opsets])
     _replace(model.metadata_props, [each for each in model.metadata_props if each.key not in record.metadata])
+    rename_weights(model, record.renamed)
     if digest(model) != record.digest:
         raise ActExportError(
             "without the graft the model isn't what it was: something else was changed after it was grafted; take the "

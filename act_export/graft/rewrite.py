@@ -212,12 +212,13 @@ class _LayerWriter:
         query, key, value = site.operands(build)
         element_type = self._graph.element_type(site.cache.past_key)
         assert element_type is not None
+        dimensions = sink_state.Dimensions.of(self._graph, site.cache)
         if self._layout is StateLayout.SCORES:
-            names = sink_state.score_names(site.layer, len(heads))
+            names = sink_state.score_names(site.layer, len(heads), dimensions)
             (past,), (present,) = names.past, names.present
         else:
             assert self._templates is not None
-            names = sink_state.cache_layer_names(self._templates, self._next, len(heads), element_type)
+            names = sink_state.cache_layer_names(self._templates, self._next, len(heads), element_type, dimensions)
             self._next += 1
             before, after = self._count_rows(names, terms.sliding_window)
             past = sink_state.load_scores(build, names, before, element_type)

@@ -22,7 +22,9 @@ import onnx
 import onnx.parser
 from onnx import TensorProto, helper
 
-from act_export.onnx_file.names import PAST_SINKS, PRESENT_SINKS
+from act_export.graft.graph import Graph
+from act_export.graft.site import CacheNames
+from act_export.onnx_file.names import BATCH, PAST_LENGTH, PAST_SINKS, PRESENT_SINKS, TOTAL_LENGTH
 from act_export.onnx_file.node_builder import NodeBuilder
 from act_export.ops import schema
 
@@ -58,20 +60,46 @@ class StateNames:
     infos: tuple[onnx.ValueInfoProto, ...]
 
 
-def score_names(layer: int, heads: int) -> StateNames:
+@dataclass(frozen=True)
+class Dimensions:
+    """What a graph calls the dimensions of its cache: its own names, where it has some.
+
+    Attributes:
+        batch: Rows.
+        past: Tokens before a call.
+        total: Tokens after it.
+    """
+
+    batch: str = BATCH
+    past: str = PAST_LENGTH
+    total: str = TOTAL_LENGTH
+
+    @classmethod
+    def of(cls, graph: Graph, cache: CacheNames) -> Dimensions:
+        """Those of a layer's cache."""
+        return cls(
+            graph.dimension_name(cache.past_key, 0) or BATCH,
+            graph.dimension_name(cache.past_key, 2) or PAST_LENGTH,
+            graph.dimension_name(cache.present_key, 2) or TOTAL_LENGTH,
+        )
+
+
+def score_names(layer: int, heads: int, dimensions: Dimensions) -> StateNames:
     """The state of a layer in inputs of its own."""
     past, present = f"{PAST_SINKS}{layer}", f"{PRESENT_SINKS}{layer}"
     return StateNames(
         (past,),
         (present,),
         (
-            _info(past, TensorProto.FLOAT, heads, "past_sequence_length", 1),
-            _info(present, TensorProto.FLOAT, heads, "total_sequence_length", 1),
+            _info(past, TensorProto.FLOAT, heads, dimensions.batch, dimensions.past, 1),
+            _info(present, TensorProto.FLOAT, heads, dimensions.batch, dimensions.total, 1),
         ),
     )
 
 
-def cache_layer_names(templates: tuple[str, str, str, str], index: int, heads: int, element_type: int) -> StateNames:
+def cache_layer_names(
+    templates: tuple[str, str, str, str], index: int, heads: int, element_type: int, dimensions: Dimensions
+) -> StateNames:
     """The state of a layer as layer `index` of the cache.
 
     Args:
@@ -79,12 +107,14 @@ def cache_layer_names(templates: tuple[str, str, str, str], index: int, heads: i
         index: Its number.
         heads: Calibrated heads.
         element_type: The cache's.
+        dimensions: Their names.
     """
     _, size = _PARTS[element_type]
     past_key, past_value, present_key, present_value = (template.replace("%d", str(index)) for template in templates)
-    infos = [_info(name, element_type, heads, "past_sequence_length", size) for name in (past_key, past_value)]
-    infos += [_info(name, element_type, heads, "total_sequence_length", size) for name in (present_key, present_value)]
-    return StateNames((past_key, past_value), (present_key, present_value), tuple(infos))
+    past, present = (past_key, past_value), (present_key, present_value)
+    infos = [_info(name, element_type, heads, dimensions.batch, dimensions.past, size) for name in past]
+    infos += [_info(name, element_type, heads, dimensions.batch, dimensions.total, size) for name in present]
+    return StateNames(past, present, tuple(infos))
 
 
 def count_rows(build: NodeBuilder, mask: str, layer_state: str, tokens: str, window: int, name: str) -> tuple[str, str]:
@@ -132,8 +162,8 @@ def functions_of(nodes: Iterable[onnx.NodeProto], opset: int) -> list[onnx.Funct
     return [onnx.parser.parse_function(header + texts[name]) for name in sorted(used & texts.keys())]
 
 
-def _info(name: str, element_type: int, heads: int, length: str, size: int) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, element_type, ["batch_size", heads, length, size])
+def _info(name: str, element_type: int, heads: int, batch: str, length: str, size: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, element_type, [batch, heads, length, size])
 
 
 _COUNT = f"""

@@ -43,7 +43,7 @@ class Inspection:
         opset: Version of the standard operators.
         nodes: Number of nodes.
         operators: Number of nodes of each attention operator.
-        weights_bytes: Size of the external data.
+        weights: Files that the weights lie in, relative to the file's folder, and their bytes; 0 where one is missing.
         calibration: That holds where a request doesn't say; None for plain.
         pads_left: Whether all layers leave out padding before a sequence.
         sink_state: Inputs that hold the sink state.
@@ -60,7 +60,7 @@ class Inspection:
     opset: int
     nodes: int
     operators: Mapping[str, int]
-    weights_bytes: int
+    weights: Mapping[str, int]
     calibration: Calibration | None
     accuracy_level: int | None = None
     block_size: int | None = None
@@ -71,6 +71,11 @@ class Inspection:
     embedding_size: int | None = None
     position_axes: int = 1
     calibrations: CalibrationSet | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of all of them."""
+        return sum(self.weights.values())
 
     @property
     def takes_embeddings(self) -> bool:
@@ -106,7 +111,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
         opset=next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0),
         nodes=len(model.graph.node),
         operators=dict(Counter(f"{node.domain}.{node.op_type}" for node in model.graph.node if node.domain)),
-        weights_bytes=sum(data_files(file, missing=True).values()),
+        weights=data_files(file, missing=True),
         calibration=record.calibration,
         calibrations=record.calibrations,
         accuracy_level=record.accuracy_level,

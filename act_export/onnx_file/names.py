@@ -17,6 +17,8 @@ LOGITS, LOGITS_TO_KEEP = "logits", "logits_to_keep"
 CALIBRATION = "calibration"  # strengths of the heads that can be calibrated; the default's where it isn't given
 PAST, PRESENT = "past_key_values.", "present."  # cache: before "LAYER.key" or "LAYER.value", going in and coming out
 PAST_SINKS, PRESENT_SINKS = "past_sink_scores.", "present_sink_scores."  # sink state: before the number of a layer
+BATCH, SEQUENCE = "batch_size", "sequence_length"  # dimensions: rows, and new tokens of each
+PAST_LENGTH, TOTAL_LENGTH = "past_sequence_length", "total_sequence_length"  # tokens before a call, and after it
 EMBEDDING_FILE = "embedding.onnx"
 GENAI_CONFIG = "genai_config.json"  # of onnxruntime-genai, beside a model
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from act_export.errors import ActExportError
-from act_export.files import check_replaceable, check_writable, flush, path_inside
+from act_export.files import check_replaceable, check_writable, flush, folders_made, path_inside
 from act_export.onnx_file.load import load_without_weights, properties_of
 from act_export.onnx_file.record import FileRecord
 from act_export.ops.library import NAMES
@@ -38,7 +38,7 @@ _SUFFIXES_OF_FILES = {".bin", ".data", ".gguf", ".json", ".ort", ".pb", ".pt", "
 
 
 def check_output(out: Path) -> None:
-    """Refuses early what can't become an output: a file `*.onnx`, or a folder, in a folder that can be written to.
+    """Refuses early what can't become an output: a file `*.onnx`, or a folder, in folders there or to be made.
 
     Raises:
         ActExportError: With what to do.
@@ -61,8 +61,6 @@ def check_output(out: Path) -> None:
             raise ActExportError(
                 f"{out} looks like a file but doesn't end in .onnx; pass a name ending in .onnx, or a folder"
             )
-    if not place.is_dir():
-        raise ActExportError(f"there is no folder {place}; create it, or pass another --out")
     check_writable(place)
 
 
@@ -107,7 +105,8 @@ def _staging_place(out: Path) -> Path:
 def staged(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, or in it, for files that `publish` moves to their final names.
 
-    Whatever ends the block, the temporary folder is gone afterwards; if the process is killed, with the next one.
+    Whatever ends the block, the temporary folder is gone afterwards; if the process is killed, with the next one. The
+    folders that `out` is in are made; where nothing was put there, they are gone afterwards too.
 
     Raises:
         ActExportError: If the files can't be written, for instance because the disk ran full.
@@ -115,7 +114,7 @@ def staged(out: Path) -> Iterator[Path]:
     place = _staging_place(out)
     try:
         sweep(out.parent)  # where one lies that was killed before there was the folder `out`
-        with staging_folder(place, out.name) as folder:
+        with folders_made(place), staging_folder(place, out.name) as folder:
             yield folder
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)

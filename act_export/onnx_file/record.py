@@ -71,6 +71,7 @@ class GraftRecord:
         layers: Layers that were calibrated.
         genai_config: Text of the folder's genai_config.json before; None where a file was grafted.
         had_library: Whether the folder had a native library before.
+        renamed: Files that weights lie in, and what they were called before.
     """
 
     digest: str
@@ -85,10 +86,12 @@ class GraftRecord:
     layers: tuple[int, ...]
     genai_config: str | None = None
     had_library: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text that travels in the file's metadata."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "removed"}
+        left_out = {"removed"} if self.renamed else {"removed", "renamed"}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         removed = [[index, base64.b64encode(node).decode()] for index, node in self.removed]
         return json.dumps({"format": _GRAFT_FORMAT, **fields, "removed": removed})
 
@@ -118,7 +121,12 @@ class GraftRecord:
             layers=fields.wholes("layers", 0, _MOST_LAYERS),
             genai_config=fields.text("genai_config", 16 << 20) if fields.given("genai_config") else None,
             had_library=fields.flag("had_library") if fields.given("had_library") else False,
+            renamed=_texts(fields.inner("renamed")) if fields.given("renamed") else {},
         )
+
+
+def _texts(fields: Fields) -> dict[str, str]:
+    return {name: fields.text(name) for name in fields.members}
 
 
 def _removed(entry: Any, fields: Fields) -> tuple[int, bytes]:

@@ -52,7 +52,9 @@ def check_model(path: Path) -> None:
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Raises ActExportError unless the folder's disk has room."""
+    """Raises ActExportError unless the disk of a folder, there or to be made, has room."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise ActExportError(

@@ -49,11 +49,16 @@ def load_tokenizer(
         return load_tokenizer_of(source, trust_remote_code=trust_remote_code)
     if (session.path.parent / "tokenizer.json").is_file():
         return load_tokenizer_of(str(session.path.parent), trust_remote_code=trust_remote_code)
-    if (origin := _origin(session)) is not None:
+    missing = f"there is no tokenizer beside {session.path}"
+    advice = "name a folder or checkpoint that has it: --tokenizer MODEL; an export to a folder has its own"
+    if (origin := _origin(session)) is None:
+        raise ActExportError(f"{missing}; {advice}")
+    try:
         return load_tokenizer_of(origin[0], revision=origin[1], trust_remote_code=trust_remote_code)
-    raise ActExportError(
-        f"there is no tokenizer beside {session.path}; name the checkpoint that has it: --tokenizer MODEL"
-    )
+    except CheckpointError as error:
+        raise ActExportError(
+            f"{missing}, and that of {origin[0]}, which the file was made from, can't be had; {advice} ({error})"
+        ) from error
 
 
 def load_generation_settings(

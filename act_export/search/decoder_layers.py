@@ -29,7 +29,7 @@ def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
             return module
     raise ActExportError(
         f"{model.config.model_type} has no list of {num_layers} decoder layers, so it can't be run from a layer on; "
-        f"search with --ranking gates and without --gradient-checkpointing"
+        f"search with --ranking gradient and without --gradient-checkpointing"
     )
 
 

@@ -21,6 +21,7 @@ from act_export.journal import Journal, difference
 from act_export.progress import Progress
 
 _PATIENCE = timedelta(days=1)  # of a process that has done its units, for the others
+_ALMOST_ALL = 0.99  # of the planned cost: what remains after it was spent is told as work, not as done
 
 
 @dataclass(frozen=True)
@@ -142,12 +143,12 @@ class Workers:
 
     def _report(self, step: str) -> None:
         if self.progress is not None:
-            self.progress(step, min(1.0, self.cost_done / max(self.planned_cost, 1e-9)))
+            self.progress(step, min(_ALMOST_ALL, self.cost_done / max(self.planned_cost, 1e-9)))
 
     def finish(self) -> None:
         """Reports that all is done."""
-        self.cost_done = self.planned_cost = max(self.planned_cost, 1.0)
-        self._report("done")
+        if self.progress is not None:
+            self.progress("done", 1.0)
 
 
 def same_everywhere(search: Mapping[str, Any]) -> None:

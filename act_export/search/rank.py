@@ -32,9 +32,10 @@ class Effects:
     """Effect of calibrating each head alone.
 
     Attributes:
-        log_likelihood: By beta, float64 (layers, heads): mean gain in the right answer's log-likelihood. From gates it
+        log_likelihood: By beta, float64 (layers, heads): mean gain in the right answer's log-likelihood. By gradient it
             is the first-order estimate. -inf where the head wasn't measured.
-        correct: By beta, int64 (layers, heads): right answers gained less lost, the paper's criterion; none from gates.
+        correct: By beta, int64 (layers, heads): right answers gained less lost, the paper's criterion; none from the
+            gradient.
         passes: Forward passes of one prompt that it took; a backward pass counts as two.
         slopes: Derivatives of the mean log-likelihood by beta and by log(gamma), at 1 and 0: float64 (2, layers,
             heads). None where no backward pass was taken.
@@ -74,17 +75,17 @@ def rank_heads(
         tasks: At least one.
         options: Methods, ranking, betas, thresholds.
         workers: Who does it.
-        joint: The ranking for all tasks together will be used: "gates+confirm" measures its first heads too.
+        joint: The ranking for all tasks together will be used: "gradient+confirm" measures its first heads too.
 
     Raises:
         ActExportError: If a score or a gradient isn't finite; if the method needs the model's decoder layers and can't
             find them.
     """
     estimated = _by_gates(checkpoint, tasks, options, workers) if _takes_gradients(options) else None
-    if estimated is not None and (options.ranking == "gates" or "act" not in options.methods):
+    if estimated is not None and (options.ranking == "gradient" or "act" not in options.methods):
         return Ranking(estimated, _together(estimated))
     first: list[list[Mapping[float, Heads] | None]] = [[None] * len(options.thresholds)] * len(tasks)
-    if estimated is not None and options.ranking == "gates+confirm":
+    if estimated is not None and options.ranking == "gradient+confirm":
         first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
     own = _with_slopes(_exact(checkpoint, tasks, options, workers, first), estimated)
     if not joint:
@@ -130,10 +131,10 @@ def ranking_cost(task: EncodedTask, options: SearchOptions, num_layers: int, num
     plain = sum(cost_of(batch) for batch in gradient_batches(task, options))
     gates = GRADIENT_COST * plain if _takes_gradients(options) else 0
     heads = {
-        "gates": 0,
+        "gradient": 0,
         "exhaustive": num_layers * num_heads,
-        "gates+confirm": min(options.confirm, num_layers * num_heads),
-    }[options.ranking if "act" in options.methods else "gates"]
+        "gradient+confirm": min(options.confirm, num_layers * num_heads),
+    }[options.ranking if "act" in options.methods else "gradient"]
     return len(options.thresholds) * (gates + len(options.betas) * heads * plain / 2)
 
 

@@ -11,7 +11,7 @@ from act_export.tasks import Generation, Questions, Splits
 
 METHODS = ("act", "gamma", "fit")
 PRECISIONS = ("auto", "own")
-RANKINGS = ("gates", "gates+confirm", "exhaustive")
+RANKINGS = ("gradient", "gradient+confirm", "exhaustive")
 HEAD_COUNTS = (1, 3, 10, 20, 40, 80)
 BATCH_TOKENS = 2048
 _MOST_HEADS = 1_000_000
@@ -91,7 +91,7 @@ class SearchOptions:
     Attributes:
         methods: What is tried, all in one decision: "act" weakens the later sinks of the first heads, the paper's way;
             "gamma" sets the initial token's strength of the first heads; "fit" both strengths of all heads.
-        ranking: How "act" ranks heads: "gates", "exhaustive" or "gates+confirm".
+        ranking: How "act" ranks heads: "gradient", "exhaustive" or "gradient+confirm".
         betas: Of "act", to try. Each alone; and each below 1 together with each above, every head taking what suits it.
         gammas: Of "gamma", to try: every head takes the one or its inverse, whichever suits it.
         thresholds: To try.
@@ -99,7 +99,7 @@ class SearchOptions:
         fit_steps: Of "fit", to try: strengths after so many gradient steps.
         fit_l2: Of "fit", to try: how strongly strengths are drawn back to 1.
         fit_l1: Of "fit": strengths whose derivative is below this share of the largest stay at 1; 0 moves all.
-        confirm: How many of the heads that gates rank first "gates+confirm" measures exactly, for each beta.
+        confirm: How many of the heads that the gradient ranks first "gradient+confirm" measures exactly, for each beta.
         batch_tokens: Positions that run together at the most, which bounds memory; see
             `act_export.tasks.batching.positions_of`. One example alone may have more.
         gradient_checkpointing: A third of the memory for ranking, for a third more time.
@@ -109,7 +109,7 @@ class SearchOptions:
     """
 
     methods: tuple[str, ...] = ("act", "fit")
-    ranking: str = "gates"
+    ranking: str = "gradient"
     betas: tuple[float, ...] = (DEFAULT_BETA,)
     gammas: tuple[float, ...] = (0.6,)
     thresholds: tuple[Threshold, ...] = (Threshold(),)

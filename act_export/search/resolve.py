@@ -20,7 +20,7 @@ from act_export.calibration.strengths import PLAIN
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
-from act_export.search import SearchOptions, Threshold
+from act_export.search import SearchOptions, SearchTask, Threshold
 from act_export.search.job import SearchJob, run_search
 from act_export.search.results import Gain
 from act_export.tasks import Questions
@@ -78,6 +78,7 @@ def resolve_calibrations(
     checkpoint: Checkpoint,
     request: CalibrationRequest,
     *,
+    tasks: Sequence[SearchTask] | None = None,
     notice: Notice = lambda _: None,
     progress: Progress | None = None,
 ) -> dict[str, Calibration]:
@@ -86,6 +87,7 @@ def resolve_calibrations(
     Args:
         checkpoint: The model.
         request: What the user asked for.
+        tasks: What `asked_questions` gave, if it was called before.
         notice: Called with a line about what was decided.
         progress: For a search.
 
@@ -109,9 +111,18 @@ def resolve_calibrations(
             f"--plain"
         )
     if request.questions.sources:
-        return search_calibration(checkpoint, request, progress=progress)
+        return search_calibration(checkpoint, request, tasks=tasks, progress=progress)
     notice(f"no recipe is shipped for this model: searching one set of heads for {', '.join(MIX)}; --plain leaves it")
     return search_mix(checkpoint, request, notice=notice, progress=progress)
+
+
+def asked_questions(request: CalibrationRequest) -> list[SearchTask] | None:
+    """The questions to search on where some were asked for, to be had before a model is loaded.
+
+    Raises:
+        ActExportError: As `act_export.search.job.SearchJob.load`.
+    """
+    return _search_job(request).load() if request.questions.sources else None
 
 
 def _without_search(
@@ -158,11 +169,14 @@ def refuse_search(checkpoint: Checkpoint) -> None:
 
 
 def search_calibration(
-    checkpoint: Checkpoint, request: CalibrationRequest, *, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    request: CalibrationRequest,
+    *,
+    tasks: Sequence[SearchTask] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Calibration]:
     """Searches on the requested task or data; see `act_export.search.job`."""
-    job = SearchJob(request.questions, options=_options(request))
-    result = run_search(checkpoint, job, progress=progress)
+    result = run_search(checkpoint, _search_job(request), tasks=tasks, progress=progress)
     return {_name_of(task): calibration for task, calibration in result.calibrations.items()}
 
 
@@ -201,6 +215,10 @@ def search_mix(
         return {}
     notice(said)
     return {MIX_NAME: found}
+
+
+def _search_job(request: CalibrationRequest) -> SearchJob:
+    return SearchJob(request.questions, options=_options(request))
 
 
 def _options(request: CalibrationRequest) -> SearchOptions:

@@ -39,6 +39,7 @@ from act_export.search.request import SearchOptions, SearchTask, Threshold
 from act_export.search.results import CONTROL, Gain, SearchResult, TaskReport, average_gain
 from act_export.search.task_report import JOINT, answers_with_controls, task_report
 from act_export.tasks import Example, question_digests
+from act_export.tasks.batching import Batching, batches
 
 _JOURNAL_VERSION = 3  # another one where the same key may stand for another result
 
@@ -325,7 +326,10 @@ def _planned_cost(
         total += ranking_cost(task, options, layers, heads)
         if "fit" in options.methods:
             total += fitting_cost(task, options) * (own + joint)
-        total += sum(count * cost_of([e]) for split, count in times.items() for e in task.splits[split])
+        for split, count in times.items():
+            examples = task.splits[split]
+            parts = batches(examples, Batching(None, options.batch_tokens))
+            total += count * sum(cost_of([examples[index] for index in part]) for part in parts)
     return total
 
 

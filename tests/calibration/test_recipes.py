@@ -15,7 +15,14 @@ from tiny import save_checkpoint, tiny_checkpoint, tiny_model, tiny_tokenizer
 from act_export.calibration import recipes as module
 from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
-from act_export.calibration.recipes import announce, find_recipes, named_recipe, shipped_recipes
+from act_export.calibration.recipes import (
+    announce,
+    describe_calibration,
+    describe_calibrations,
+    find_recipes,
+    named_recipe,
+    shipped_recipes,
+)
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import ActExportError
 from act_export.export.job import export_model
@@ -368,3 +375,54 @@ def test_the_published_recipes_say_where_they_are_from(name):
 def test_no_recipe_for_an_unknown_model():
     assert find_recipes(IDENTITY, ["tiny"]) == []
     assert tiny_model().config.model_type == IDENTITY.architecture
+
+
+MINE, OTHER = ModelIdentity("llama", 2, 4, "a" * 64), ModelIdentity("llama", 2, 4, "b" * 64)
+BEYOND = {"control": "label prior", "accuracy": 0.74, "gain": 0.02, "interval_95": [-0.03, 0.07]}
+
+
+def found(model: ModelIdentity | None = MINE, **notes: object) -> Calibration:
+    origin = Provenance("gates", ("sst2", "mine.jsonl"), {"report": 240}, 0, 0.613, 0.762, notes=notes)
+    return Calibration({0: (1,)}, model=model, provenance=origin)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "model", "dtype", "measured"),
+    [
+        (found(), MINE, "float32", True),
+        (found(), MINE, "bfloat16", True),
+        (found(), OTHER, "float32", False),
+        (found(), replace(MINE, fingerprint=None), "float32", False),
+        (found(replace(MINE, fingerprint=None)), replace(MINE, fingerprint=None), "float32", False),
+        (found(None), MINE, "float32", False),
+        (found(), None, "float32", False),
+        (found(), MINE, "int4", False),
+        (found(weights="int4"), MINE, "int4", True),
+        (found(weights="int4 of m.onnx"), MINE, "int4", True),
+        (found(weights="int8"), MINE, "int4", False),
+        (found(weights="int4"), MINE, "float32", False),
+    ],
+)
+def test_accuracies_are_said_of_the_weights_that_they_are_of(calibration, model, dtype, measured):
+    (line,) = list(describe_calibrations(CalibrationSet.of(calibration), model, dtype))
+    assert ("held-out accuracy 61.3% plain, 76.2% calibrated" in line) == measured
+    assert ("found on other weights, unmeasured here" in line) == (not measured)
+    assert ("act-export eval FILE --task sst2 --data mine.jsonl" in line) == (not measured)
+    assert line.count("%") == (2 if measured else 0)
+
+
+@pytest.mark.parametrize(
+    ("notes", "said"),
+    [
+        ({"gain_beyond_control": BEYOND}, "beyond the best control, 'label prior': +2.0 points (-3.0 to +7.0)"),
+        ({"average_gain_beyond_controls": {"gain": 0.1}}, "beyond the best controls: +10.0 points"),
+        ({"controls": {"without_choice_bias": {"plain": 0.75, "calibrated": 0.77}}}, "taken off both: +2.0 points"),
+        ({"gain_beyond_control": "much", "controls": 3}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_gain_is_beyond_the_best_control_stands_beside_it(notes, said):
+    line = describe_calibration(found(**notes), measured=True)
+    assert said is None or line.endswith(said)
+    assert ("points" in line) == (said is not None)
+    assert "points" not in describe_calibration(found(**notes), measured=False)

@@ -13,6 +13,8 @@ import pytest
 from command_runs import run
 from tiny import save_checkpoint
 
+from act_export.commands.export import grown
+
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
     folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
@@ -77,7 +79,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
             [folder, *out, "--calibration", heads, "--threshold-mode", "both"],
             "threshold_mode is 'both'",
         ),
-        "out in a missing folder": ([folder, "--out", tmp / "none" / "m.onnx", "--plain"], "there is no folder"),
+        "out in what is no folder": ([folder, "--out", heads / "m.onnx", "--plain"], "heads.json is no folder"),
         "out can't be written": ([folder, "--out", "/proc/m.onnx", "--plain"], "can't write to /proc"),
         "options that exclude each other": ([folder, *out, "--plain", "--task", "sst2"], "exclude each other"),
         "plain with beta": ([folder, *out, "--plain", "--beta", 0.2], "--plain has no calibration to change"),
@@ -100,7 +102,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
             "prompt tokens is -5; give 1 or more",
         ),
         "bench into a folder": (["bench", folder, "--json", tmp], "is a folder, which isn't replaced"),
-        "bench into a missing folder": (["bench", folder, "--json", tmp / "none" / "b.json"], "there is no folder"),
+        "bench into what is no folder": (["bench", folder, "--json", heads / "b.json"], "heads.json is no folder"),
     }
 
 
@@ -122,7 +124,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "beta negative",
         "negative threshold",
         "unknown mode",
-        "out in a missing folder",
+        "out in what is no folder",
         "out can't be written",
         "options that exclude each other",
         "plain with beta",
@@ -139,7 +141,7 @@ def bad_inputs(folder: Path, heads: Path, tmp: Path) -> dict[str, tuple[list[obj
         "bench of something else",
         "bench with a negative number",
         "bench into a folder",
-        "bench into a missing folder",
+        "bench into what is no folder",
     ],
 )
 def test_bad_input(name, checkpoint_folder, heads_file, tmp_path):
@@ -175,6 +177,52 @@ def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, expo
         result = run(*command, "--device", "cuda")
         assert result.exit_code == 2
         assert "built without CUDA" in result.output
+
+
+def early_refusals(exported: Path, heads: Path, tmp: Path) -> list[tuple[list[object], str]]:
+    (tmp / "bad.jsonl").write_text('{"prompt": "a", "choices": ["b"]}\n')
+    bad = [(["--task", "sst3"], "did you mean sst5 or sst2"), (["--data", tmp / "bad.jsonl"], "line 1")]
+    out = ["--out", tmp / "m.onnx"]
+    calibrated = [*out, "--calibration", heads]
+    return [
+        *((["MODEL", *out, *given], said) for given, said in bad),
+        *((["search", "MODEL", *given], said) for given, said in bad),
+        *((["profile", "MODEL", *given], said) for given, said in bad),
+        *((["eval", exported, *given], said) for given, said in bad),
+        (["MODEL", *calibrated, "--default", "other"], "the default calibration is 'other'"),
+        (["MODEL", *calibrated, "--beta", 3], "beta is 3.0"),
+        (["MODEL", "--out", heads / "m.onnx"], "is no folder"),
+        (["search", "MODEL", "--data", heads, "--heads", "x"], "--heads is 'x'"),
+        (["search", "MODEL", "--out", tmp], "is a folder"),
+        (["search", "MODEL", "--weights", exported], "has no quantized weights"),
+        (["search", "MODEL", "--weights", tmp / "none.onnx"], "there is no model"),
+        (["search", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["profile", "MODEL", "--out", tmp / "p.json"], "isn't a file *.safetensors"),
+        (["profile", "MODEL", "--calibration", "smollm2-135"], "did you mean"),
+        (["verify", tmp / "none.onnx", "--against", "MODEL"], "there is no model"),
+        (["verify", exported, "--against", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["bench", exported, "--pytorch", "MODEL", "--rounds", 0], "rounds is 0"),
+        (["eval", exported, "--task", "sst2", "--split", "some"], "split"),
+        (["generate", exported, "a", "--top-p", 7], "top_p is 7"),
+        (["generate", exported, "a", "--tokenizer", tmp / "none"], "there is no model"),
+    ]
+
+
+def test_what_can_be_refused_before_a_model_is_loaded_is(exported, heads_file, tmp_path, monkeypatch):
+    """Neither a checkpoint is loaded, nor a file opened in ONNX Runtime."""
+
+    def loaded(*_, **__):
+        raise AssertionError("loaded")
+
+    for place in ("load_checkpoint", "load_fetched"):
+        monkeypatch.setattr(f"act_export.checkpoint.load.{place}", loaded)
+    monkeypatch.setattr("act_export.runtime.Session.open", loaded)
+    others = []
+    for arguments, message in early_refusals(exported, heads_file, tmp_path):
+        result = run(*("no-model" if each == "MODEL" else each for each in arguments))
+        if result.exit_code != 2 or message not in result.output:
+            others.append((arguments, message, result.output))
+    assert not others
 
 
 def test_architecture_without_the_hook(tmp_path):
@@ -259,3 +307,17 @@ def test_an_interruption_leaves_nothing(checkpoint_folder, tmp_path, sent):
     assert process.returncode == (2 if sent == signal.SIGINT else 143)
     assert sent != signal.SIGINT or "interrupted; no partial output was left" in errors
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "said"),
+    [("float32", 10_000, True), ("float16", 10_000, True), ("int4", 10_000, False), ("float32", 10_000_000, False)],
+)
+def test_a_gguf_file_that_grows_is_told(tiny, tmp_path, monkeypatch, dtype, stored, said):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(bytes(stored))
+    monkeypatch.setattr("act_export.checkpoint.gguf.shards.read_gguf", lambda path: (None, [path]))
+    line = grown(str(file), tiny, dtype)
+    assert (f"in {dtype} the export has about 0 MB; --dtype int4" in line) == said
+    assert bool(line) == said
+    assert not grown("tiny", tiny, dtype)

@@ -64,6 +64,8 @@ def test_tables_of_usual_tasks_fit_80_columns() -> None:
     lines = [line.split() for line in tables]
     assert any(line[:3] == ["invalid", "50.0%", "0.0%"] for line in lines)
     assert any(line[:4] == ["of", "valid", "33.4%", "100.0%"] for line in lines)
+    assert sum(line[:2] == ["vs", "prior"] and "33.4%" in line and "+66.6" in line for line in lines) == 2
+    assert sum(line[:4] == ["vs", "best", "33.4%", "100.0%"] for line in lines) == 1
     for name in ("plain", "prior off", "bias off", "calibrated"):
         assert sum(line.strip().startswith(name + " ") for line in tables) == 2
     assert "arc_challenge +66.6 (" in text.getvalue()

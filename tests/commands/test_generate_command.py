@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import onnx
 import pytest
 from tiny import tiny_tokenizer
 from typer.testing import CliRunner
@@ -53,6 +54,19 @@ def test_wrong_prompts(folder, prompt, said):
     result = run(folder, prompt)
     assert result.exit_code == 2
     assert said in result.output
+
+
+def test_a_tokenizer_that_cant_be_had(tiny_plain_file, tmp_path):
+    model = onnx.load(tiny_plain_file)
+    next(entry for entry in model.metadata_props if entry.key == "act_export.source").value = "smollm2-1.7b"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("act_export.runtime.text.BUILT_IN", {"smollm2-1.7b"})
+        result = run(tmp_path / "m.onnx", "One")
+    assert result.exit_code == 2
+    assert "no tokenizer beside" in result.output
+    assert "of smollm2-1.7b, which the file was made from, can't be had" in result.output
+    assert "--tokenizer MODEL" in result.output
 
 
 def test_settings_beside_the_file(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def folder(tmp_path: Path) -> Path:
 def calibration(tmp_path: Path) -> Path:
     CALIBRATION.save(tmp_path / "calibration.json")
     return tmp_path / "calibration.json"
+
+
+def test_files_that_are_needed_are_told(calibration: Path, tmp_path: Path) -> None:
+    source, out = Decoder(layers=3).save(tmp_path / "in.onnx", external=True), tmp_path / "out.onnx"
+    result = run(source, "--calibration", calibration, "--out", out)
+    assert f"MB  {tmp_path / DATA}" in result.stderr
+    assert f"out.onnx needs {DATA} beside it; --copy-weights" in result.stderr
+    assert re.search(rf"needs +│ {DATA}, 0\.", CliRunner().invoke(app, ["inspect", str(out)]).stdout)
+    (tmp_path / DATA).rename(tmp_path / "gone")
+    assert f"{DATA}, which isn't there" in CliRunner().invoke(app, ["inspect", str(out)]).stdout
+    (tmp_path / "gone").rename(tmp_path / DATA)
+    result = run(source, "--calibration", calibration, "--out", out, "--copy-weights")
+    assert f"MB  {out}.data" in result.stderr
+    assert "beside it" not in result.stderr
 
 
 def test_a_file(file: Path, calibration: Path, tmp_path: Path) -> None:

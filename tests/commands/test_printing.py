@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import onnx
@@ -59,6 +61,30 @@ def test_notes_errors_and_progress(
     err = capsys.readouterr().err
     assert SHOWN in err
     assert not any(sign in err for sign in ("\x1b]", "\x07", "\x9b", "\u202e", "\x1b[2J\x1b]"))
+
+
+@pytest.mark.parametrize("progress", ["status", "bar"])
+def test_without_a_terminal_long_steps_are_said_again(progress: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    again = threading.Event()
+
+    def heard(line: str) -> None:
+        lines.append(line)
+        if "so far" in line and "a step" in line:
+            again.set()
+
+    monkeypatch.setattr("act_export.commands.console.note", heard)
+    monkeypatch.setattr("act_export.commands.console.PAUSE_S", 0.01)
+    if progress == "status":
+        with status() as step:
+            step("a step: 3 of 5 MB")
+            assert again.wait(60)
+    else:
+        with progress_bar("search") as bar:
+            bar("a step", 0.25)
+            assert again.wait(60)
+    said = {"status": r"a step: 3 of 5 MB, \d+ s so far", "bar": r"search: a step, 25% of all, \d+ s so far"}[progress]
+    assert any(re.fullmatch(said, line) for line in lines)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from act_export.files import cache_folder
 from act_export.journal import Journal
 
 SIZES = ("--rank", "40", "--choose", "50", "--report", "40")
-BETA = ("--method", "act", "--ranking", "gates+confirm", "--beta", "0", "--heads", "1,2")
+BETA = ("--method", "act", "--ranking", "gradient+confirm", "--beta", "0", "--heads", "1,2")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_one_task_writes_one_file(model: Path, rows: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     found = Calibration.load(out)
     assert (found.heads, found.beta) == (PLANTED.heads, 0.0)
-    assert (found.provenance.method, found.provenance.notes["ranking"]) == ("act", "gates+confirm")
+    assert (found.provenance.method, found.provenance.notes["ranking"]) == ("act", "gradient+confirm")
     assert found.provenance.samples == {"rank": 40, "choose": 50, "report": 40}
     lines = result.stdout.splitlines()
     assert lines[-1] == str(out)
@@ -140,7 +140,7 @@ def test_the_same_command_goes_on_by_itself(
     assert (tmp_path / "found.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     again = run(*command, "--out", tmp_path / "again.json")
     units = (folder / "units-0.jsonl").read_text().count("\n")
-    assert f"{units} of {units} units of work were found in the journal" in again.stderr
+    assert f"{units} of {units} steps were found in the journal" in again.stderr
 
 
 def test_options_reach_the_search(model: Path, rows: Path, tmp_path: Path, cache: Path) -> None:
@@ -183,8 +183,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "draws below 0": (["--random-draws=-1"], "random_draws is -1; it must be at least 0"),
     "unknown method": (["--method", "act,fits"], "there is no method 'fits'; methods are act, gamma, fit"),
     "a ranking for a method": (
-        ["--method", "gates"],
-        "--ranking gates is how heads are ranked; methods are act, gamma",
+        ["--method", "gradient"],
+        "--ranking gradient is how heads are ranked; methods are act, gamma",
     ),
     "an option of another method": (
         ["--gamma", "0.5"],
@@ -192,7 +192,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "a fit without fit": (["--method", "act", "--fit-l1", "0.1"], "--fit-l1 is of the method fit, which isn't tried"),
     "beta without act": (["--method", "fit", "--beta", "0.3"], "--beta is of the method act, which isn't tried"),
-    "unknown ranking": (["--ranking", "gate"], "no ranking 'gate'; it must be gates, gates+confirm, exhaustive"),
+    "unknown ranking": (["--ranking", "gate"], "no ranking 'gate'; it must be gradient, gradient+confirm, exhaustive"),
     "empty split": (["--rank", "0"], "the rank split has 0 examples"),
     "too few rows": (["--report", "400"], "there are 130 different prompts"),
     "usual splits of too few rows": (["--report", "40", "--rank", "1000"], "there are 130 different prompts"),

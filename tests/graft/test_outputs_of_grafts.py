@@ -17,8 +17,9 @@ from graft_sources import edit, refused
 from act_export.calibration.file import ModelIdentity
 from act_export.errors import ActExportError
 from act_export.graft import StateLayout
-from act_export.graft.job import graft
+from act_export.graft.job import graft, remove_graft
 from act_export.graft.source import read_source
+from act_export.onnx_file.inspect import inspect_file
 from act_export.runtime import Session
 
 ADAPTERS = ("adapters/calibrated.onnx_adapter", "adapters/plain.onnx_adapter")
@@ -68,7 +69,7 @@ def test_kinds_of_output(file: Path, tmp_path: Path) -> None:
     folder = Decoder().save_folder(tmp_path / "in")
     refused(folder, tmp_path / "out.onnx", r"is a folder, so --out must be one too; .*out\.onnx is a name of a file")
     refused(file, tmp_path / "out", r"is a file, so --out must be a name ending in \.onnx")
-    refused(file, tmp_path / "gone" / "out.onnx", "there is no folder", ActExportError)
+    refused(file, file / "out.onnx", "is no folder", ActExportError)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "letter.txt").write_text("dear")
     refused(folder, tmp_path / "others", "holds other files", ActExportError)
@@ -126,6 +127,25 @@ def test_weights_stay_beside_a_graph_in_the_same_folder(external: Path) -> None:
     assert after == before
     with Session.open(written.path) as session:
         assert session.run(np.array([[3, 4]]), np.ones((1, 2), np.int64)).logits.shape == (1, 2, 64)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_copied_weights_are_the_graft_s_own(external: Path, tmp_path: Path, beside: bool) -> None:
+    place = external.parent if beside else tmp_path / "new" / "place"
+    before = hashes(external.parent)
+    written = graft(external, CALIBRATION, place / "calibrated.onnx", copy_weights=True)
+    assert written.files == {place / "calibrated.onnx.data": (external.parent / DATA).stat().st_size}
+    removed = remove_graft(written.path, tmp_path / "again" / "model.onnx")
+    assert hashes(removed.path.parent) == before
+    (external.parent / DATA).unlink()
+    with Session.open(written.path) as session:
+        assert session.run(np.array([[3, 4]]), np.ones((1, 2), np.int64)).logits.shape == (1, 2, 64)
+
+
+def test_the_files_of_a_graft_beside_its_input(external: Path) -> None:
+    written = graft(external, CALIBRATION, external.parent / "calibrated.onnx")
+    assert list(written.files) == [external.parent / DATA]
+    assert set(inspect_file(written.path).weights) == {DATA}
 
 
 def test_weights_in_a_folder_below(external: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from act_export.graft import StateLayout
 from act_export.graft.job import graft
 from act_export.graft.sink_state import (
+    Dimensions,
     StateNames,
     cache_layer_names,
     count_rows,
@@ -46,7 +47,7 @@ HEADS = 3
 def session(kind: str, dtype: str, window: int = -1, opset: int = 22) -> onnxruntime.InferenceSession:
     """One of the three nodes as a model of its own, with everything float32 outside of it."""
     build = NodeBuilder()
-    names = cache_layer_names(TEMPLATES, 7, HEADS, TYPES[dtype])
+    names = cache_layer_names(TEMPLATES, 7, HEADS, TYPES[dtype], Dimensions())
     casts = [helper.make_node("Cast", [f"{name}.float"], [name], to=TYPES[dtype]) for name in names.past]
     inputs = {f"{name}.float": TensorProto.FLOAT for name in names.past}
     if kind == "count":
@@ -252,14 +253,14 @@ def test_a_run_keeps_the_sums_of_a_state_of_its_own(dtype: str, native: bool, tm
 
 
 def test_names_and_shapes() -> None:
-    assert score_names(4, 2).past == ("past_sink_scores.4",)
-    assert score_names(4, 2).present == ("present_sink_scores.4",)
+    assert score_names(4, 2, Dimensions()).past == ("past_sink_scores.4",)
+    assert score_names(4, 2, Dimensions()).present == ("present_sink_scores.4",)
     for dtype, size in SIZES.items():
-        names = cache_layer_names(TEMPLATES, 30, 2, TYPES[dtype])
+        names = cache_layer_names(TEMPLATES, 30, 2, TYPES[dtype], Dimensions("rows"))
         assert names.past == ("past.30.key", "past.30.value")
         assert names.present == ("present.30.key", "present.30.value")
         assert {shape_of(info) for info in names.infos} == {
-            ("batch_size", 2, length, size) for length in ("past_sequence_length", "total_sequence_length")
+            ("rows", 2, length, size) for length in ("past_sequence_length", "total_sequence_length")
         }
         assert {info.type.tensor_type.elem_type for info in names.infos} == {TYPES[dtype]}
 

@@ -41,9 +41,24 @@ def test_good_outputs(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_parent(tmp_path):
-    with pytest.raises(ActExportError, match="there is no folder"):
-        check_output(tmp_path / "none" / "a.onnx")
+@pytest.mark.parametrize("name", ["a.onnx", "folder"])
+def test_missing_parents_are_made_with_what_is_written(tmp_path, name):
+    out = tmp_path / "none" / "yet" / name
+    check_output(out)
+    with pytest.raises(ZeroDivisionError), staged(out):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with staged(out) as folder:
+        (folder / "a.onnx").write_text("graph")
+        publish(folder, out.parent if name == "a.onnx" else out)
+    assert [path.name for path in tmp_path.rglob("a.onnx")] == ["a.onnx"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ActExportError, match="file is no folder"):
+        check_output(tmp_path / "file" / "in" / "a.onnx")
 
 
 def test_folder_with_a_files_name(tmp_path):

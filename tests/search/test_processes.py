@@ -176,7 +176,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
                 "--method",
                 "act,fit",
                 "--ranking",
-                "gates+confirm",
+                "gradient+confirm",
                 "--batch-tokens",
                 "200",
                 *more,

@@ -74,7 +74,7 @@ def test_confirmed_effects_are_the_exhaustive_ones_of_the_heads_that_gates_rank_
 ) -> None:
     gates, confirmed, exhaustive = (
         rank_heads(checkpoint, [task], replace(OPTIONS, ranking=ranking), Workers()).own[0][0]
-        for ranking in ("gates", "gates+confirm", "exhaustive")
+        for ranking in ("gradient", "gradient+confirm", "exhaustive")
     )
     for beta in OPTIONS.betas:
         first = first_heads(gates.log_likelihood[beta], 3)
@@ -94,7 +94,7 @@ def test_gates_give_the_slope_of_the_effects_at_beta_1(task: EncodedTask) -> Non
     """One pass serves all betas."""
     checkpoint = words_checkpoint()
     checkpoint.model.double()
-    options = replace(OPTIONS, ranking="gates", betas=(0.3, 1.7, 0.0))
+    options = replace(OPTIONS, ranking="gradient", betas=(0.3, 1.7, 0.0))
     ((estimated,),) = rank_heads(checkpoint, [task], options, Workers()).own
     assert estimated.correct == {}
     (weaker, _), (stronger, _) = (naive_effects(checkpoint, task, beta) for beta in (1 - 1e-4, 1 + 1e-4))

@@ -29,7 +29,7 @@ from act_export.tasks import Questions
 
 OPTIONS = SearchOptions(
     methods=("act", "fit"),
-    ranking="gates+confirm",
+    ranking="gradient+confirm",
     betas=(0.0,),
     head_counts=(1, 2),
     fit_steps=(2,),
@@ -138,7 +138,7 @@ def test_a_finished_search_is_only_read(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"ranking": "gates"},
+        {"ranking": "gradient"},
         {"ranking": "exhaustive"},
         {"betas": (0.0, 1.5)},
         {"thresholds": (Threshold(0.1), Threshold(0.2))},

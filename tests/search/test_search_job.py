@@ -20,7 +20,7 @@ from act_export.search.job import SearchJob, check_output, published_sets, run_s
 from act_export.search.results import Gain
 from act_export.tasks import Questions, TaskError
 
-OPTIONS = SearchOptions(methods=("act",), ranking="gates+confirm", betas=(0.0,), head_counts=(1, 2))
+OPTIONS = SearchOptions(methods=("act",), ranking="gradient+confirm", betas=(0.0,), head_counts=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_published_sets_of_the_model_are_measured(
     for name, model, method in (
         ("theirs", named, "published"),
         ("another's", replace(named, name="owner/other"), "published"),
-        ("ours", checkpoint.identity, "gates"),
+        ("ours", checkpoint.identity, "gradient"),
     ):
         provenance = Provenance(method, ("rte",), source=source if method == "published" else {})
         Calibration({0: (2,)}, model=model, provenance=provenance).save(tmp_path / f"{name}.json")

@@ -15,7 +15,9 @@ from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.search import SearchOptions, SearchTask, Threshold, search_heads
+from act_export.search.answers import CHOOSE, encode_task
 from act_export.search.request import RANKINGS, thresholds_of
+from act_export.search.run import _planned_cost
 from act_export.tasks import Example, Questions, Splits, TaskError, prompt_digest, unused
 
 OPTIONS = SearchOptions(methods=("act",), betas=(0.0,), head_counts=(1, 2, 4, 8), confirm=4)
@@ -146,7 +148,7 @@ def test_written_answers(checkpoint: Checkpoint, ranking: str) -> None:
 def test_batch_tokens_change_nothing_but_rounding(checkpoint: Checkpoint) -> None:
     task = planted_task(checkpoint, PLANTED)
     results = [
-        search_heads(checkpoint, [task], replace(OPTIONS, ranking="gates+confirm", batch_tokens=size))
+        search_heads(checkpoint, [task], replace(OPTIONS, ranking="gradient+confirm", batch_tokens=size))
         for size in (1, 40, 100_000)
     ]
     for result in results[1:]:
@@ -161,7 +163,7 @@ def test_a_search_repeats_and_leaves_the_model_alone(checkpoint: Checkpoint, che
     implementation = checkpoint.model.config._attn_implementation
     forwards = [module.forward.__func__ for module in checkpoint.model.modules()]
     tasks = [planted_task(checkpoint, PLANTED), written_by(checkpoint, PLANTED)]
-    options = replace(OPTIONS, ranking="gates+confirm", gradient_checkpointing=checkpointing)
+    options = replace(OPTIONS, ranking="gradient+confirm", gradient_checkpointing=checkpointing)
     first, second = (search_heads(checkpoint, tasks, options) for _ in range(2))
     assert first == second
     assert checkpoint.model.config._attn_implementation == implementation
@@ -182,10 +184,20 @@ def test_the_model_is_left_alone_after_an_error_too(checkpoint: Checkpoint) -> N
 
     with pytest.raises(KeyboardInterrupt):
         search_heads(
-            checkpoint, [planted_task(checkpoint, PLANTED)], replace(OPTIONS, ranking="gates+confirm"), progress=stop
+            checkpoint, [planted_task(checkpoint, PLANTED)], replace(OPTIONS, ranking="gradient+confirm"), progress=stop
         )
     assert checkpoint.model.config._attn_implementation == implementation
     assert search_heads(checkpoint, [planted_task(checkpoint, PLANTED)], OPTIONS).calibrations["planted"].heads
+
+
+def test_padding_is_planned_for(checkpoint: Checkpoint) -> None:
+    task = encode_task(checkpoint, planted_task(checkpoint, PLANTED))
+    ragged = tuple(replace(each, prompt=each.prompt[: 1 + i % 5]) for i, each in enumerate(task.splits[CHOOSE]))
+    task = replace(task, splits={**task.splits, CHOOSE: ragged})
+    together, alone = (
+        _planned_cost(checkpoint, [task], replace(OPTIONS, batch_tokens=tokens), 0, False) for tokens in (10_000, 1)
+    )
+    assert together > alone
 
 
 @pytest.mark.sampled(2)
@@ -205,7 +217,7 @@ def test_progress_reaches_the_end_and_never_runs_backwards(checkpoint: Checkpoin
     assert (shares[0], steps[-1]) == (0, ("done", 1))
     assert shares[-2] > 0.4  # the plan isn't far off
     assert ("ranking heads" in dict(steps)) == (ranking != "exhaustive")
-    assert ("measuring heads" in dict(steps)) == (ranking != "gates")
+    assert ("measuring heads" in dict(steps)) == (ranking != "gradient")
     assert {"choosing", "measuring the gain"} <= set(dict(steps))
     assert ("choosing a joint set" in dict(steps)) == several
 
@@ -225,7 +237,11 @@ def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, rankin
         ({"methods": ("act", "best")}, ActExportError, "no method 'best'; methods are act, gamma, fit"),
         ({"methods": ("exhaustive",)}, ActExportError, "no method 'exhaustive'; --ranking exhaustive is how heads are"),
         ({"methods": ()}, ActExportError, r"methods are \(\); name at least one"),
-        ({"ranking": "random"}, ActExportError, "no ranking 'random'; it must be gates, gates.confirm, exhaustive"),
+        (
+            {"ranking": "random"},
+            ActExportError,
+            "no ranking 'random'; it must be gradient, gradient.conf",
+        ),
         ({"gammas": (0.0,)}, CalibrationError, "gamma is 0.0; it must lie in"),
         ({"gammas": (1.0,)}, CalibrationError, "gamma is 1, which changes nothing"),
         ({"fit_steps": (3, 0)}, ActExportError, "fit_steps is 0; it must be at least 1"),
@@ -323,6 +339,6 @@ def test_a_question_with_one_choice_needs_generation_settings(checkpoint: Checkp
 def test_confirmed_heads_of_a_joint_set_are_measured_on_every_task(checkpoint: Checkpoint) -> None:
     """Also where the tasks' own first heads have none in common."""
     tasks = [planted_task(checkpoint, PLANTED, name=name, seed=seed) for name, seed in (("one", 3), ("two", 4))]
-    result = search_heads(checkpoint, tasks, replace(OPTIONS, ranking="gates+confirm", confirm=1))
+    result = search_heads(checkpoint, tasks, replace(OPTIONS, ranking="gradient+confirm", confirm=1))
     assert result.joint is not None
     assert result.joint.num_calibrated_heads == 1

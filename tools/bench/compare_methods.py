@@ -73,7 +73,7 @@ class Bench:
             self.found[way] = self.zerotuning()
             return self.answers(REPORT, self.found[way])
         method = "act" if way == "exhaustive" else way
-        ranking = "exhaustive" if way == "exhaustive" else "gates"
+        ranking = "exhaustive" if way == "exhaustive" else "gradient"
         options = replace(self.options, methods=(method,), ranking=ranking, random_draws=0)
         if self.kept is not None:
             self.kept.close()  # the search writes to it

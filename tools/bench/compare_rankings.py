@@ -46,7 +46,7 @@ def main() -> None:
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
     (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     orders, rows = {}, []
-    for ranking in ("gates", "exhaustive"):
+    for ranking in ("gradient", "exhaustive"):
         options = SearchOptions(methods=("act",), ranking=ranking, precision="own")
         encoded = encode_task(checkpoint, task)
         journal = arguments.journal / ranking if arguments.journal is not None else None
@@ -88,8 +88,8 @@ def main() -> None:
             f"{accuracy:.1%}",
         )
     Console(width=140).print(table)
-    agreement = float(((orders["gates"] > 0) == (orders["exhaustive"] > 0)).double().mean())
-    print(f"Spearman {spearman(orders['gates'], orders['exhaustive']):.3f}, same sign {agreement:.1%}")
+    agreement = float(((orders["gradient"] > 0) == (orders["exhaustive"] > 0)).double().mean())
+    print(f"Spearman {spearman(orders['gradient'], orders['exhaustive']):.3f}, same sign {agreement:.1%}")
     print(f"{torch.get_num_threads()} threads")
 
 

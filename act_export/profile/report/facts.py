@@ -48,7 +48,8 @@ def effect_facts(statistics: SinkStatistics) -> list[str]:
         f"Of {_counted(effects.size, 'head')}, calibrating one alone would make right answers likelier in {hurts} "
         f"(their sinks hurt) and less likely in {helps} (their sinks help)."
         + (f" In {neither} it would change nothing." if neither else ""),
-        f"The strongest effect is {effects[layer, head]:+.2g} nats, in layer {layer}, head {head}.",
+        f"The strongest effect is {effects[layer, head]:+.2g} in a right answer's log-likelihood, in layer "
+        f"{layer}, head {head}.",
         f"The Spearman rank correlation of effect and later-sink mass (absolute threshold) is {correlation:+.2f}.",
         f"Effects are means over {_counted(statistics.effect_prompts, 'prompt')}.",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,7 @@ def compare_runs(name: str, runs: Sequence[Run], gate: Gate, decode_steps: int =
         score_difference=score_difference,
         greedy_identical=greedy,
         passed=clean.passes(gate) and exact_tokens and not wrong and scores_fit,
+        tolerance=gate.max_difference if math.isfinite(gate.max_difference) else None,
     )
 
 

@@ -53,6 +53,24 @@ class Dequantized:
         return int8_activations_model(model, self.int8_inputs)
 
 
+def check_quantized(path: Path) -> None:
+    """Refuses a file without quantized weights before a model is loaded.
+
+    Raises:
+        ActExportError: If it can't be read, or has none.
+    """
+    if not path.is_file():
+        raise ActExportError(f"there is no model {path}; pass a file of --dtype int4 or int8")
+    _weights_of(path)
+
+
+def _weights_of(path: str | os.PathLike[str]) -> list[QuantizedWeight]:
+    weights = quantized_weights(path)
+    if not weights:
+        raise ActExportError(f"{path} has no quantized weights (MatMulNBits); pass a file of --dtype int4 or int8")
+    return weights
+
+
 def dequantized(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Dequantized:
     """The model with the weights that a file has.
 
@@ -70,9 +88,7 @@ def dequantized(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Dequant
         ActExportError: If the file's weights can't be read; if it has none, or one of them is none of the model's,
             naming it.
     """
-    weights = quantized_weights(path)
-    if not weights:
-        raise ActExportError(f"{path} has no quantized weights (MatMulNBits); pass a file of --dtype int4 or int8")
+    weights = _weights_of(path)
     model = _copy(checkpoint.model)
     layers = list(_layers(model))
     experts = {layer.name: layer for layer in layers if layer.of_expert is not None}

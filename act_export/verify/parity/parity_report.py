@@ -25,6 +25,7 @@ class CaseResult:
             a sink flipped in every sequence.
         passed: Whether the gate holds for the sequences without a flip, and no sink is wrong; in a half type also
             whether no sink score differs by more than rounding.
+        tolerance: Largest difference of a logit that the gate lets pass; None where that has no limit.
     """
 
     case: str
@@ -37,6 +38,7 @@ class CaseResult:
     score_difference: float
     greedy_identical: bool | None
     passed: bool
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ class EngineReport:
     def max_difference(self) -> float:
         """Largest difference of a logit over all cases."""
         return max(result.metrics.max_difference for result in self.results)
+
+    @property
+    def tolerance(self) -> float | None:
+        """Largest difference that is let pass in the case that comes nearest to it; None where none has a limit."""
+        limited = [(result.metrics.max_difference / r, r) for result in self.results if (r := result.tolerance)]
+        return max(limited)[1] if limited else None
 
     @property
     def of_all_cases(self) -> Metrics:

@@ -136,7 +136,7 @@ def test_facts_have_the_numbers() -> None:
     assert effect_facts(profile.overall) == [
         "Of 4 heads, calibrating one alone would make right answers likelier in 2 (their sinks hurt) and less likely "
         "in 1 (their sinks help). In 1 it would change nothing.",
-        "The strongest effect is -0.3 nats, in layer 1, head 1.",
+        "The strongest effect is -0.3 in a right answer's log-likelihood, in layer 1, head 1.",
         "The Spearman rank correlation of effect and later-sink mass (absolute threshold) is +0.95.",
         "Effects are means over 20 prompts.",
     ]

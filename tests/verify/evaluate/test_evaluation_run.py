@@ -356,7 +356,7 @@ def test_files_of_different_models_are_not_compared(files, choosing, tmp_path) -
 
 
 def test_a_file_without_a_tokenizer(tiny_file, choosing) -> None:
-    with pytest.raises(ActExportError, match=r"no tokenizer beside .*; name the checkpoint that has it: --tokenizer"):
+    with pytest.raises(ActExportError, match=r"no tokenizer beside .*; name a folder .*: --tokenizer MODEL"):
         evaluate_files(EvaluationRequest(tiny_file, questions=Questions(data=(choosing,))))
 
 
