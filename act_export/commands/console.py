@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from act_export.commands.printing import PlainConsole, printable, readers_ended
 from act_export.errors import ActExportError, VerificationError, needs_extras
@@ -126,6 +125,8 @@ def status() -> Iterator[Callable[[str], None]]:
         with _said_again(lambda: latest[0]):
             yield say_once
         return
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -149,6 +150,8 @@ def progress_bar(what: str) -> Iterator[Callable[[str, float], None]]:
         with _said_again(lambda: latest[0]):
             yield report
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import typer.core
 
-from act_export.calibration.calibration_set import CalibrationSet
-from act_export.calibration.recipes import describe_calibrations, named_calibrations
 from act_export.commands.console import (
     note,
     progress_bar,
@@ -87,6 +85,8 @@ def export_command(
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
     from act_export.attention.hook import check_supported
+    from act_export.calibration.calibration_set import CalibrationSet
+    from act_export.calibration.recipes import named_calibrations
     from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.export.experts import check_experts
     from act_export.export.job import export_model, with_quantized_weights
@@ -166,6 +166,7 @@ def grown(model: str, checkpoint: Checkpoint, dtype: str) -> str:
 
 
 def _summarize(written: Converted) -> None:
+    from act_export.calibration.recipes import describe_calibrations
     from act_export.onnx_file.inspect import inspect_file
     from act_export.onnx_file.names import EMBEDDING_FILE
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from act_export.calibration.recipes import describe_calibrations, named_calibrations
 from act_export.commands.console import note, status
 from act_export.commands.options import (
     BetaOption,
@@ -59,6 +58,7 @@ def graft_command(
     The attention of the calibrated layers is replaced; every other node, name and weight stays. A folder for
     onnxruntime-genai stays one.
     """
+    from act_export.calibration.recipes import named_calibrations
     from act_export.graft import StateLayout, remove_graft
     from act_export.graft.job import graft
 
@@ -110,6 +110,7 @@ def graft_command(
 
 
 def _summarize(written: Grafted) -> None:
+    from act_export.calibration.recipes import describe_calibrations
     from act_export.onnx_file.inspect import inspect_file
 
     found = inspect_file(written.path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from act_export.calibration.calibration_set import CalibrationSet
-from act_export.calibration.recipes import describe_calibrations
 from act_export.commands.options import (
     FileArgument,
     JsonOption,
@@ -16,6 +14,8 @@ from act_export.commands.printing import PlainConsole, PlainTable, printable
 
 def inspect_command(file: FileArgument, as_json: JsonOption = False) -> None:
     """Shows what is baked into an exported file."""
+    from act_export.calibration.calibration_set import CalibrationSet
+    from act_export.calibration.recipes import describe_calibrations
     from act_export.onnx_file.inspect import inspect_file
 
     found = inspect_file(file)

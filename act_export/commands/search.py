@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 import typer.core
 
-from act_export.calibration.recipes import describe_calibration
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar
 from act_export.commands.loading import load_model
@@ -76,6 +75,7 @@ def search_command(
     Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
     """
     from act_export.attention.hook import check_supported
+    from act_export.calibration.recipes import describe_calibration
     from act_export.onnx_file.names import model_file
     from act_export.search import SearchOptions
     from act_export.search.job import SearchJob, check_output, run_search, save_result
