@@ -12,17 +12,18 @@ from act_export.commands.printing import PlainConsole, PlainTable, printable
 from act_export.verify.bench.measurements import BenchReport, Measured, Ratio, Ratios
 
 _STEADY = 1.5  # slowest by fastest round
-_LEAST_WIDTH = 100
-_WIDTH_OF_COLUMN = 24  # a terminal that is narrower breaks the lines; numbers are never cut
 
 
 def print_bench_report(report: BenchReport, console: Console | None = None) -> None:
     """Prints a report on standard output, or on another console."""
     console = console or PlainConsole()
-    console.width = max(console.width, _LEAST_WIDTH, _WIDTH_OF_COLUMN * 2 * len(report.contenders))
-    console.print(_table(report))
+    console.print(_title(report), soft_wrap=True)
     file, *others = report.contenders
-    if others:
+    for other, ratios in zip(others, report.ratios, strict=True):
+        console.print(_table(report, other, ratios))
+    if not others:
+        console.print(_table(report, None, None))
+    else:
         name = printable(file.contender.name)
         console.print(
             f"Each ratio is of time or memory, {name} / the other: below 1, {name} takes less. +- is half the\n"
@@ -35,20 +36,22 @@ def print_bench_report(report: BenchReport, console: Console | None = None) -> N
         console.print(printable(line), soft_wrap=True)
 
 
-def _table(report: BenchReport) -> PlainTable:
+def _title(report: BenchReport) -> str:
     request = report.request
-    title = (
+    return (
         f"{request.prompt_tokens} prompt tokens, {request.new_tokens} new tokens, batch {request.batch}, "
         f"{report.threads} thread{'s' if report.threads > 1 else ''}, {request.rounds} "
         f"round{'s' if request.rounds > 1 else ''}"
     )
-    table = PlainTable(title=title, box=box.SIMPLE, title_justify="left")
-    table.add_column("")
-    file, *others = report.contenders
-    table.add_column(file.contender.name, justify="right", no_wrap=True)
-    for other in others:
-        table.add_column(other.contender.name, justify="right", no_wrap=True)
-        table.add_column("ratio", justify="right", no_wrap=True)
+
+
+def _table(report: BenchReport, other: Measured | None, ratios: Ratios | None) -> PlainTable:
+    """The file beside one other; alone where there is none."""
+    file = report.contenders[0]
+    table = PlainTable(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in (file.contender.name, *((other.contender.name, "ratio") if other is not None else ())):
+        table.add_column(heading, justify="right", overflow="fold")
     rows: list[tuple[str, Callable[[Measured], str], Callable[[Ratios], Ratio | None]]] = [
         ("prompt", _prompt, lambda ratios: ratios.prompt),
         ("first token", lambda one: f"{one.first_token_ms:.1f} ms", lambda ratios: ratios.first_token),
@@ -63,13 +66,10 @@ def _table(report: BenchReport) -> PlainTable:
     if any(one.memory.gpu_bytes is not None for one in report.contenders):
         rows.append(("GPU memory", _gpu_memory, lambda ratios: ratios.gpu_memory))
     for name, number, ratio in rows:
-        cells = [number(file)]
-        for other, ratios in zip(others, report.ratios, strict=True):
-            cells += [number(other), _describe_ratio(ratio(ratios))]
-        table.add_row(name, *cells)
-    if others:
-        same = [f"{one.same_tokens} of {one.contender.new_tokens}" for one in others]
-        table.add_row("same greedy tokens", "", *(cell for text in same for cell in (text, "")))
+        beside = [number(other), _describe_ratio(ratio(ratios))] if other is not None and ratios is not None else []
+        table.add_row(name, number(file), *beside)
+    if other is not None:
+        table.add_row("same greedy tokens", "", f"{other.same_tokens} of {other.contender.new_tokens}", "")
     return table
 
 

@@ -94,7 +94,7 @@ def _answers(report: ChatReport, index: int) -> dict[str, Any]:
 
 
 def _table(comparison: ChatComparison) -> PlainTable:
-    table = PlainTable(box=box.SIMPLE)
+    table = PlainTable(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("figure", no_wrap=True)
     for heading in ("questions", PLAIN, comparison.calibration, "difference", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
