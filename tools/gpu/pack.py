@@ -20,7 +20,10 @@ FOLDER = ROOT / ".gpu"
 MOST_BYTES = 60 << 20  # of the repository and the folder: what travels to a machine is limited
 SITE, LIBRARIES = "site.tar.xz", "libraries.tar.xz"
 NAMES = ("libact_ops.so", "libcuda_harness.so", "kernels.bin")
-_LEFT_OUT = ("onnxruntime/tools", "onnxruntime/transformers", "onnxruntime/quantization", "onnxruntime/datasets")
+_LEFT_OUT = (
+    *("onnxruntime/tools", "onnxruntime/transformers", "onnxruntime/quantization", "onnxruntime/datasets"),
+    "onnxruntime/capi/libonnxruntime.so",  # of programs in C; Python's binding has it inside
+)
 
 
 class PackError(Exception):

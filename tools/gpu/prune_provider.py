@@ -45,22 +45,20 @@ def prune_provider(library: Path, architecture: int = 90) -> None:
     begin, size = int(section[1], 16), int(section[2], 16)
     images = list(_images(data, begin, begin + size))
     kept = [one for one in images if one.kind == _MACHINE_CODE and one.architecture == architecture]
-    for one in set(images) - set(kept):
-        _zero(data, one)
-    library.write_bytes(data)
     with tempfile.TemporaryDirectory() as folder:
-        command = [tool("cuobjdump"), "-xelf", "all", library.resolve()]
+        command = [tool("cuobjdump"), "-xelf", f"sm_{architecture}", library.resolve()]
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         files = sorted(Path(folder).glob("*.cubin"), key=_number)
         if len(files) != len(kept):
-            raise ValueError(
-                f"{library} has {len(kept)} images for sm_{architecture}, but cuobjdump finds {len(files)}"
-            )
+            found = f"cuobjdump finds {len(files)}"
+            raise ValueError(f"{library} has {len(kept)} images for sm_{architecture}, but {found}")
         for one, file in zip(kept, files, strict=True):
             names = re.findall(rb"\.text\.([A-Za-z0-9_$.]+)", file.read_bytes())
             if any(_LEFT_OUT.search(name.decode()) for name in names[:5]):
                 struct.pack_into("<I", data, one.offset + _ARCHITECTURE, _NO_CARD)
                 _zero(data, one)
+    for one in set(images) - set(kept):
+        _zero(data, one)
     library.write_bytes(data)
 
 
