@@ -18,9 +18,9 @@ from act_export.ops.schema import NO_SINK_LOGIT
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FLOAT32_ERROR = 1e-5  # of numbers up to 1
-# Of half types: `correct` takes o - oK where its factor on the rest is 2 or less, which doubles the error of o.
+# Of half types: the kernels round plain probabilities, PyTorch calibrated ones, and a row's sum has no rounding.
 HALF_FACTOR = 2
-OF_PYTORCH = 1.0  # root mean square of the errors in half types, by PyTorch's; measured: 0.65 to 0.93
+OF_PYTORCH = 1.1  # root mean square of the errors in half types, by PyTorch's; measured: 0.65 to 1.07
 CACHE_ROOM = 7  # positions of a preallocated cache beyond this call
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,25 @@ class LibraryInfo:
 
     path: Path
     cuda: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadedKernels:
+    """Which images of its CUDA kernels the native library gave the driver in this process.
+
+    Attributes:
+        targets: By the kernel's name: "sm_80", "sm_90", ..., or "ptx", which the driver compiled.
+        refused: Why the driver took no better image of one of them; empty where it took the best of each.
+    """
+
+    targets: Mapping[str, str]
+    refused: str
+
+    def describe(self) -> str:
+        """In one line; empty where there are none."""
+        counts = Counter(self.targets.values())
+        text = ", ".join(f"{count} as {target}" for target, count in sorted(counts.items()))
+        return text + (f" ({self.refused})" if self.refused else "")
 
 
 def library_path() -> Path:
@@ -74,3 +95,21 @@ def library_info(path: Path | None = None) -> LibraryInfo:
     if text is None:
         raise ValueError(f"{path} is damaged: its CUDA kernels can't be read. Install it again")
     return LibraryInfo(path, cuda=tuple(json.loads(text)["cuda"]))
+
+
+def loaded_kernels(path: Path | None = None) -> LoadedKernels:
+    """What became of the kernels that sessions of this process have looked for so far.
+
+    Args:
+        path: The library; None is that of this installation, where it has one.
+
+    Raises:
+        OSError: The file can't be loaded as a library.
+    """
+    try:
+        loaded = ctypes.CDLL(str(library_path() if path is None else path)).ActOpsLoadedKernels
+    except (LibraryNotFoundError, AttributeError):  # or one that was built before it told
+        return LoadedKernels({}, "")
+    loaded.restype = ctypes.c_char_p
+    found = json.loads(loaded())
+    return LoadedKernels(found["kernels"], found["refused"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -70,10 +71,10 @@ def import_onnxruntime() -> ModuleType:
     """The `onnxruntime` module.
 
     Raises:
-        ActExportError: If neither package is installed, or both are: they overwrite each other's files.
+        ActExportError: If neither package is installed, or both are in one folder: they overwrite each other's files.
     """
-    installed = [name for name in _PACKAGES if _is_installed(name)]
-    if len(installed) > 1:
+    installed = [path for name in _PACKAGES if (path := _installed_in(name)) is not None]
+    if len(installed) > len(set(installed)):
         raise ActExportError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want"
@@ -87,11 +88,11 @@ def import_onnxruntime() -> ModuleType:
         ) from error
 
 
-def _is_installed(package: str) -> bool:
+def _installed_in(package: str) -> Path | None:
+    """The folder that a package's modules were put in; None where it isn't installed."""
     from importlib import metadata  # it brings a mail reader along
 
     try:
-        metadata.version(package)
+        return Path(str(metadata.distribution(package).locate_file(""))).resolve()
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

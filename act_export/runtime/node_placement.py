@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from act_export.ops.library import loaded_kernels
 from act_export.runtime.device import CPU_PROVIDER, CUDA_PROVIDER, import_onnxruntime
 from act_export.staging import scratch_folder
 
@@ -26,12 +27,14 @@ class NodePlacement:
         attention: Provider of each attention node, by the node's name; empty where attention is standard operators.
         operators: By provider, number of nodes of each operator; copies between host and device not among them.
         copies: Number of Memcpy nodes, each of which moves a tensor between host and device in every run.
+        kernels: Of the native library on a GPU: how many run as which machine code, or as PTX and why.
     """
 
     device: str
     attention: Mapping[str, str]
     operators: Mapping[str, Mapping[str, int]]
     copies: int
+    kernels: str = ""
 
     @property
     def on_cpu(self) -> Mapping[str, int]:
@@ -55,6 +58,8 @@ class NodePlacement:
             names = ", ".join(f"{count} {name}" for name, count in sorted(self.on_cpu.items()))
             parts.append(f"on the CPU: {names or 'none'}")
             parts.append(f"Memcpy nodes: {self.copies}")
+        if self.kernels:
+            parts.append(f"attention kernels: {self.kernels}")
         return "; ".join(parts)
 
 
@@ -79,7 +84,8 @@ def profile_run(
             run(inner)
         finally:
             profile = Path(inner.end_profiling())
-        return read_profile(profile.read_text(encoding="utf-8"), device)
+        placement = read_profile(profile.read_text(encoding="utf-8"), device)
+    return placement if device == "cpu" else replace(placement, kernels=loaded_kernels().describe())
 
 
 def read_profile(text: str, device: str) -> NodePlacement:

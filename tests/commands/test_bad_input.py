@@ -261,23 +261,26 @@ def test_onnxruntime_packages(checkpoint_folder, tmp_path, monkeypatch, installe
     import importlib
     from importlib import metadata
 
+    real_import, real_distribution = importlib.import_module, metadata.distribution
     if installed == "both":
-        monkeypatch.setattr(metadata, "version", lambda _: "1.32.0")
+        file = metadata.PathDistribution(tmp_path / "onnxruntime.dist-info")
+        monkeypatch.setattr(
+            metadata, "distribution", lambda name: file if "onnxruntime" in name else real_distribution(name)
+        )
         message = "both installed"
     else:
-        real_import, real_version = importlib.import_module, metadata.version
 
-        def version(name):
+        def distribution(name):
             if name.startswith("onnxruntime"):
                 raise metadata.PackageNotFoundError(name)
-            return real_version(name)
+            return real_distribution(name)
 
         def import_module(name, *arguments):
             if name == "onnxruntime":
                 raise ImportError("No module named 'onnxruntime'")
             return real_import(name, *arguments)
 
-        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(metadata, "distribution", distribution)
         monkeypatch.setattr(importlib, "import_module", import_module)
         message = "isn't installed"
     result = run(checkpoint_folder, "--out", tmp_path / "m.onnx", "--plain")

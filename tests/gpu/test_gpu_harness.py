@@ -23,7 +23,6 @@ from act_export.runtime.cuda_driver import CudaDriver, CudaDriverError
 from act_export.runtime.device import Device
 
 HERE = Path(__file__).parent
-CHECK = HERE.parents[1] / "tools" / "check_gpu"
 ONE = Case(sequence=12, past=3, head_size=8, threshold=0.1, in_place=True)
 
 
@@ -147,18 +146,3 @@ def test_without_a_gpu(request):
         request.getfixturevalue("gpu")
     with pytest.raises(CudaDriverError, match=reason):
         test_gpu_environment.test_driver_and_gpu(None)
-
-
-@pytest.mark.parametrize("failing", ["", "pytest", "bench_attention"])
-def test_check_gpu(tmp_path, failing):
-    """Tests, then benchmarks whatever the tests say; with a Python that says what it is to run."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@"\ncase "$*" in *"{failing or None}"*) exit 1;; esac\n', encoding="utf-8")
-    python.chmod(0o755)
-    result = subprocess.run([CHECK, "-k", "parity"], env={**os.environ, "PYTHON": str(python)}, stdout=subprocess.PIPE)
-    said = [line for line in result.stdout.decode().splitlines() if line.startswith(("-m pytest", "tools/"))]
-    assert result.returncode == bool(failing)
-    assert said[0].startswith("-m pytest -m gpu -n 1 --timeout-method thread --junitxml build/check_gpu/tests.xml -k")
-    assert [line.partition("--json ")[2] for line in said[1:]] == [
-        f"build/check_gpu/operator.{work}.json" for work in ("prompt", "decode", "decode.cuda-graph")
-    ]

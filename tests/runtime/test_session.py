@@ -93,16 +93,26 @@ def test_no_onnxruntime(monkeypatch):
     def refuse(name, *_):
         raise ImportError(name)
 
-    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setattr(metadata, "distribution", missing)
     monkeypatch.setattr(importlib, "import_module", refuse)
     with pytest.raises(ActExportError, match=r"pip install 'act-export\[cpu\]'"):
         import_onnxruntime()
 
 
-def test_both_onnxruntimes(monkeypatch):
-    monkeypatch.setattr(metadata, "version", lambda _: "1.32.0")
+def test_both_onnxruntimes(monkeypatch, tmp_path):
+    """In one folder they are refused; one ahead of the other on the path is taken."""
+    folders = {"onnxruntime": tmp_path, "onnxruntime-gpu": tmp_path}
+    for name in folders:
+        (tmp_path / f"{name.replace('-', '_')}-1.32.0.dist-info").mkdir()
+    monkeypatch.setattr(
+        metadata,
+        "distribution",
+        lambda name: metadata.PathDistribution(folders[name] / f"{name.replace('-', '_')}-1.32.0.dist-info"),
+    )
     with pytest.raises(ActExportError, match="both installed and overwrite each other"):
         import_onnxruntime()
+    folders["onnxruntime-gpu"] = tmp_path / "another"
+    assert import_onnxruntime() is onnxruntime
 
 
 def test_no_library(tiny_file, monkeypatch):

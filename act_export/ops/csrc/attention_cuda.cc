@@ -44,7 +44,7 @@ const char* TypeName() {
 // Rows, or columns, of the attention map that a program of a kernel takes.
 template <typename T>
 int64_t ForwardRows(int64_t head_size) {
-  if (kWide<T>) return head_size <= 128 ? 32 : 16;
+  if (kWide<T>) return head_size <= 64 ? 32 : 16;
   return head_size <= 128 ? 128 : 64;
 }
 
@@ -63,7 +63,7 @@ int64_t CorrectRows(int64_t head_size) {
 // New tokens times query heads of a group that the decode kernels take, at the most.
 template <typename T>
 int64_t MostDecodeRows(int64_t head_size) {
-  if (kWide<T>) return head_size <= 128 ? 32 : kSmallRows;
+  if (kWide<T>) return head_size <= 64 ? 32 : kSmallRows;
   return 64;
 }
 
@@ -226,6 +226,7 @@ class Sequence {
     const auto section = Int(tiles_each * kDecodeColumns);
 
     float *logits, *part_maxima, *part_sums, *part_output, *sink_mass, *sink_output;
+    int32_t* arrived;
     const int64_t parts = a_.batch * a_.kv_num_heads * sections * rows;
     const int64_t states = a_.batch * a_.calibrated_count;
     scratch_.Add(part_maxima, parts);
@@ -234,6 +235,7 @@ class Sequence {
     scratch_.Add(logits, states * a_.sequence * a_.total);
     scratch_.Add(sink_mass, states * sections * kTokens);
     scratch_.Add(sink_output, states * sections * kTokens * a_.value_head_size);
+    scratch_.Add(arrived, states);
     scratch_.Allocate();
     Prepare();
 
@@ -241,21 +243,14 @@ class Sequence {
     const std::string suffix = family_ + "." + std::to_string(rows);
     Launch("decode_split" + suffix, sections, a_.kv_num_heads, a_.batch, a_.query, a_.present_key, a_.present_value,
            real_before_, bounds_, c_.calibrated_index, calibration_, logits, part_maxima, part_sums, part_output,
-           Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count,
-           calibration_stride_, Int(a_.head_size), Int(a_.value_head_size), window_, Int(first), section, scale_,
+           arrived, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads),
+           count, calibration_stride_, Int(a_.head_size), Int(a_.value_head_size), window_, Int(first), section, scale_,
            softcap_);
-    if (count > 0) {
-      Launch("decode_correct" + suffix, sections, count, a_.batch, a_.present_value, real_before_, c_.calibrated_heads,
-             calibration_, c_.sink_logits, logits, part_maxima, part_sums, a_.present_sink_scores, sink_mass,
-             sink_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity), Int(a_.num_heads),
-             Int(a_.kv_num_heads), count, calibration_stride_, Int(a_.value_head_size), window_, Int(first), section,
-             Relative());
-    }
-    Launch("decode_combine" + suffix, a_.sequence, a_.num_heads, a_.batch, a_.present_value, real_before_,
-           c_.calibrated_index, calibration_, c_.sink_logits, logits, part_maxima, part_sums, part_output,
-           a_.present_sink_scores, sink_mass, sink_output, a_.output, Int(a_.sequence), Int(a_.total),
+    Launch("decode_finish" + suffix, std::max(sections, a_.sequence), a_.num_heads, a_.batch, a_.present_value,
+           real_before_, c_.calibrated_index, calibration_, c_.sink_logits, logits, part_maxima, part_sums, part_output,
+           a_.present_sink_scores, sink_mass, sink_output, arrived, a_.output, Int(a_.sequence), Int(a_.total),
            Int(a_.present_capacity), Int(a_.num_heads), Int(a_.kv_num_heads), count, calibration_stride_,
-           Int(a_.value_head_size), Int(sections), window_, Int(first), Relative());
+           Int(a_.value_head_size), Int(sections), window_, Int(first), section, Relative());
   }
 
   int32_t Relative() const { return a_.relative_threshold ? 1 : 0; }

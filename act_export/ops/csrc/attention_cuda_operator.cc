@@ -7,6 +7,7 @@
 
 #include "attention_cuda.h"
 #include "attention_operator.h"
+#include "device_memory.h"
 #include "float16.h"
 #include "ort_context.h"
 
@@ -57,12 +58,10 @@ class Call final : public DeviceCall, public ort::Tensors {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  // From the session's arena, for the stream of this call: what is freed goes to later work of the same stream, and to
-  // another stream once that has waited for this one.
   void* Allocate(size_t bytes) override {
     void* memory = nullptr;
     if (allocator_->version >= ort::kSyncStreamVersion) {
-      memory = AllocateOnStream(bytes);
+      memory = ort::AllocateOnStream(api_, context_, allocator_, bytes);
     } else {
       // An older runtime ends the process here where there is no memory.
       ort::Check(api_, api_.KernelContext_GetScratchBuffer(context_, info_, bytes, &memory));
@@ -76,18 +75,6 @@ class Call final : public DeviceCall, public ort::Tensors {
   void Free(void* memory) noexcept override { allocator_->Free(allocator_, memory); }
 
  private:
-  // Null where there is no memory.
-  void* AllocateOnStream(size_t bytes) {
-    ort::SyncStream* stream = nullptr;
-    ort::Check(api_, api_.KernelContext_GetSyncStream(context_, &stream));
-    try {
-      return stream == nullptr ? allocator_->Alloc(allocator_, bytes)
-                               : allocator_->AllocOnStream(allocator_, bytes, stream);
-    } catch (...) {
-      return nullptr;  // ONNX Runtime's own exception, of its own C++ runtime: it goes no further
-    }
-  }
-
   const ort::MemoryInfo* info_;
   ort::Allocator* allocator_ = nullptr;
 };

@@ -56,6 +56,7 @@ constexpr uint32_t kPlainSharedBytes = 48 * 1024;
   FUNCTION(cuLibraryLoadData, Library* library, const void* image, int* options, void** values, unsigned count, \
            int* library_options, void** library_values, unsigned library_count)                                 \
   FUNCTION(cuLibraryGetKernel, KernelHandle* kernel, Library library, const char* name)                         \
+  FUNCTION(cuKernelGetFunction, FunctionHandle* function, KernelHandle kernel)                                  \
   FUNCTION(cuKernelSetAttribute, int attribute, int value, KernelHandle kernel, int device)                     \
   FUNCTION(cuLaunchKernel, FunctionHandle function, unsigned grid_x, unsigned grid_y, unsigned grid_z,          \
            unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream,          \

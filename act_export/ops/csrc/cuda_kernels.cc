@@ -39,13 +39,40 @@ int Attribute(const Driver& driver, DeviceAttribute attribute, int device) {
 
 }  // namespace
 
+namespace {
+
+struct Devices {
+  std::mutex mutex;
+  std::map<int, std::unique_ptr<Kernels>> kernels;
+};
+
+Devices& AllDevices() {
+  static Devices& devices = *new Devices();
+  return devices;
+}
+
+}  // namespace
+
 Kernels& Kernels::ForDevice(int device) {
-  static std::mutex mutex;
-  static auto& devices = *new std::map<int, std::unique_ptr<Kernels>>();
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& kernels = devices[device];
+  Devices& devices = AllDevices();
+  const std::lock_guard<std::mutex> lock(devices.mutex);
+  auto& kernels = devices.kernels[device];
   if (kernels == nullptr) kernels.reset(new Kernels(device));
   return *kernels;
+}
+
+Loaded Kernels::AllLoaded() {
+  Devices& devices = AllDevices();
+  const std::lock_guard<std::mutex> lock(devices.mutex);
+  Loaded loaded;
+  for (const auto& entry : devices.kernels) {
+    Kernels* kernels = entry.second.get();
+    if (kernels == nullptr) continue;  // of a GPU that isn't there
+    const std::lock_guard<std::mutex> kernels_lock(kernels->mutex_);
+    for (const auto& function : kernels->functions_) loaded.targets[function.first] = function.second.target;
+    if (loaded.refused.empty()) loaded.refused = kernels->refused_;
+  }
+  return loaded;
 }
 
 Kernels::Kernels(int ordinal) {
@@ -77,8 +104,9 @@ const Function& Kernels::Find(const std::string& name) {
   for (size_t i = 0;; ++i) {
     try {
       return functions_.emplace(name, Load(*images[i])).first->second;
-    } catch (const std::runtime_error&) {
+    } catch (const std::runtime_error& error) {
       if (i + 1 == images.size()) throw;  // a driver older than the machine code still takes PTX
+      refused_ = error.what();
     }
   }
 }
@@ -105,15 +133,21 @@ Function Kernels::Load(const Image& image) const {
   Library library = nullptr;
   driver.Check(driver.cuLibraryLoadData(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0),
                "loading " + what);
-  Function function{std::string(image.name), std::string(image.parameters),
-                    image.hidden_pointers,   image.threads,
-                    image.shared_bytes,      nullptr};
-  driver.Check(driver.cuLibraryGetKernel(&function.handle, library, std::string(image.symbol).c_str()),
-               "finding " + what);
+  KernelHandle kernel = nullptr;
+  driver.Check(driver.cuLibraryGetKernel(&kernel, library, std::string(image.symbol).c_str()), "finding " + what);
+  Function function{std::string(image.name),
+                    TargetName(image.target),
+                    std::string(image.parameters),
+                    image.hidden_pointers,
+                    image.threads,
+                    image.shared_bytes,
+                    nullptr};
+  // A driver that loads lazily looks into the image only now.
+  driver.Check(driver.cuKernelGetFunction(&function.handle, kernel), "loading the code of " + what);
   if (function.shared_bytes > kPlainSharedBytes) {
-    driver.Check(driver.cuKernelSetAttribute(kDynamicSharedBytes, static_cast<int>(function.shared_bytes),
-                                             function.handle, device_),
-                 "getting shared memory for " + what);
+    driver.Check(
+        driver.cuKernelSetAttribute(kDynamicSharedBytes, static_cast<int>(function.shared_bytes), kernel, device_),
+        "getting shared memory for " + what);
   }
   return function;
 }
@@ -132,10 +166,8 @@ void Launch(const Function& function, Grid grid, Stream stream, std::initializer
   for (const Argument& argument : arguments) parameters.push_back(const_cast<void*>(argument.Data()));
   parameters.insert(parameters.end(), function.hidden_pointers, &null);
   const Driver& driver = Driver::Get();
-  // The driver takes a kernel of a library where it takes a function: it is the one of the current context.
-  const int result =
-      driver.cuLaunchKernel(reinterpret_cast<FunctionHandle>(function.handle), grid.x, grid.y, grid.z, function.threads,
-                            1, 1, function.shared_bytes, stream, parameters.data(), nullptr);
+  const int result = driver.cuLaunchKernel(function.handle, grid.x, grid.y, grid.z, function.threads, 1, 1,
+                                           function.shared_bytes, stream, parameters.data(), nullptr);
   if (result != kSuccess) {
     driver.Check(result, "launching kernel " + function.name + " on a grid of " + ToText(grid));
   }

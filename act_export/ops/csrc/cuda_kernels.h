@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <map>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -47,11 +48,18 @@ struct Image;
 // A kernel that is ready on its GPU.
 struct Function {
   std::string name;
+  std::string target;      // of the image: "sm_80", ..., "ptx"
   std::string parameters;  // a letter for each
   uint32_t hidden_pointers;
   uint32_t threads;
   uint32_t shared_bytes;
-  KernelHandle handle;
+  FunctionHandle handle;
+};
+
+// What became of the kernels that were looked for.
+struct Loaded {
+  std::map<std::string, std::string> targets;  // of the image of each, by the kernel's name: "sm_80", ..., "ptx"
+  std::string refused;  // why the driver took no better image of one of them; empty where it took the best of all
 };
 
 // All kernels for one GPU. Every function may be called from any thread.
@@ -64,6 +72,9 @@ class Kernels {
   // The best image for the GPU that the driver takes: machine code, otherwise PTX. The first call for a name loads it.
   // Throws std::runtime_error where there is none.
   const Function& Find(const std::string& name);
+
+  // Of all GPUs of the process.
+  static Loaded AllLoaded();
 
   int multiprocessors() const { return multiprocessors_; }
   // The context that kernels run in, and in which device memory has to be: the one that CUDA's runtime uses.
@@ -83,6 +94,7 @@ class Kernels {
   Context context_ = nullptr;
   std::mutex mutex_;
   std::unordered_map<std::string, Function> functions_;
+  std::string refused_;
 };
 
 // Puts a kernel into a stream, of the GPU that it was found for, in the current context. An empty grid is left out.

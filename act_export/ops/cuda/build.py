@@ -13,10 +13,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from act_export.ops.cuda.toolkit import tool
+
 # Before Triton is imported: machine code without line numbers is a third of the size, and the compiler may fuse
-# multiplications and additions.
+# multiplications and additions. Drivers of CUDA 12 take what the assembler of CUDA 12 makes, Triton's own choice for
+# compute capability 9.0 and above is that of CUDA 13.
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = str(tool("ptxas"))
 
 from act_export.ops.cuda.catalogue import KernelImage, write_catalogue
 from act_export.ops.cuda.specs import DTYPES, HEAD_SIZES, PTX_TARGET, TARGETS, KernelSpec, specs
@@ -34,11 +38,13 @@ class Compiled:
         image: For the catalogue.
         registers: Of a thread; None for PTX.
         stack_bytes: Of a thread, where spilled registers go; None for PTX.
+        buffers: Tiles in shared memory that its loops load ahead, by how many of each there are, largest first.
     """
 
     image: KernelImage
     registers: int | None
     stack_bytes: int | None
+    buffers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def compile_job(job: Job) -> Compiled:
     letters = parameter_letters(spec)
     code = b"" if job.target == PTX else compiled.asm["cubin"]
     if job.target not in (PTX, spec.architecture):
-        code = _assemble(ptx, job.target)
+        code = assemble(ptx, job.target)
     metadata = compiled.metadata
     if getattr(metadata, "global_scratch_size", 0):
         raise RuntimeError(f"{job.name} for {_target_name(job.target)} needs scratch memory that nothing gives it")
@@ -109,7 +115,8 @@ def compile_job(job: Job) -> Compiled:
         image=code or ptx.encode() + b"\0",
     )
     registers, stack_bytes = _resources(code) if code else (None, None)
-    return Compiled(image, registers, stack_bytes)
+    ahead = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x[bf]", compiled.asm["ttgir"])
+    return Compiled(image, registers, stack_bytes, tuple(sorted(map(int, ahead), reverse=True)))
 
 
 def parameter_letters(spec: KernelSpec) -> str:
@@ -129,20 +136,12 @@ def _threads(ptx: str, num_warps: int) -> int:
     return int(required.group(1)) if required else 32 * num_warps
 
 
-def _tool(name: str) -> Path:
-    """A tool of the CUDA toolkit that Triton brings along."""
-    import triton.backends.nvidia as nvidia
-
-    return Path(nvidia.__path__[0]) / "bin" / name
-
-
-def _assemble(ptx: str, target: int) -> bytes:
+def assemble(ptx: str, target: int) -> bytes:
     """Machine code from PTX of an older architecture."""
-    assembler = _tool("ptxas-blackwell" if target >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source, code = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, encoding="utf-8")
-        command = [str(assembler), f"--gpu-name=sm_{target}", str(source), "-o", str(code)]
+        command = [str(tool("ptxas")), f"--gpu-name=sm_{target}", str(source), "-o", str(code)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"ptxas for sm_{target}: {result.stderr}")
@@ -154,7 +153,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_tool("cuobjdump")), "-res-usage", file.name]
+        command = [str(tool("cuobjdump")), "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
@@ -169,8 +168,8 @@ def _target_name(target: int) -> str:
 def table(compiled: Sequence[Compiled]) -> str:
     """Registers, stack and shared memory of each kernel and target, in Markdown."""
     lines = [
-        "| kernel | target | threads | registers | stack, bytes | shared memory, bytes | image, bytes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | target | threads | registers | stack, bytes | shared memory, bytes | image, bytes | buffers |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in compiled:
         image = one.image
@@ -178,7 +177,7 @@ def table(compiled: Sequence[Compiled]) -> str:
         stack = "" if one.stack_bytes is None else one.stack_bytes
         lines.append(
             f"| {image.name} | {_target_name(image.target)} | {image.threads} | {registers} | {stack} | "
-            f"{image.shared_bytes} | {len(image.image)} |"
+            f"{image.shared_bytes} | {len(image.image)} | {' '.join(map(str, one.buffers))} |"
         )
     return "\n".join(lines)
 

@@ -8,12 +8,12 @@ Prompts: `prepare`, `forward` (flash attention; for calibrated heads it keeps th
 float32), `columns` (column sums: a stationary tile of keys, the map recomputed from the log-sum-exp), `select` (the
 later sinks), `correct` (their part of each row, and the identity o' = f_sinks * oK + f_rest * (o - oK)).
 
-A few tokens: `prepare`, `decode_split` (a section of the cache; logits of calibrated heads are kept), `decode_correct`
-(column sums, later sinks and their part, by section), `decode_combine`. Without calibrated heads `decode_correct` is
-left out, so calibration costs one launch.
+A few tokens: `prepare`, `decode_split` (a section of the cache; logits of calibrated heads are kept), `decode_finish`
+(column sums, later sinks and their part, by section; the last program of a head combines them). Calibration costs no
+launch.
 
 `calibration` holds beta, gamma and threshold of each calibrated head, for all sequences (`calibration_stride` 0) or for
-each (the elements between two). A head with beta 1 is done by `forward`, or `decode_split` and `decode_combine`, as a
+each (the elements between two). A head with beta 1 is done by `forward`, or `decode_split` and `decode_finish`, as a
 plain one is: the other kernels leave it at once, with 0 for the column sums of its new tokens. gamma is log2(gamma) in
 the initial token's logits, or a factor on its probabilities, where maximum and sum have it; no later sink has any.
 
@@ -38,6 +38,9 @@ import triton.language as tl
 INFINITY = tl.constexpr(float("inf"))
 SMALLEST_REST = tl.constexpr(1e-6)
 LEAST_DIFFERENCE = tl.constexpr(1e-5)  # of two sums of probabilities: a smaller one may be rounding
+# Parts of a row's mass: where less lies outside the later sinks, `correct` doesn't subtract (float32, half types).
+LEAST_REST_WIDE = tl.constexpr(0.125)
+LEAST_REST_HALF = tl.constexpr(2.0**-10)
 BOUNDS = tl.constexpr(4)  # int32 values of a sequence in `bounds`: first real token, end of the real ones, their number
 STRENGTHS = tl.constexpr(3)  # values of a head in `calibration`
 
@@ -68,6 +71,29 @@ def _cap(x, softcap, GENERAL: tl.constexpr):
             # tanh(y) = 1 - 2 / (1 + e^(2 y)), and e^(2 y) = 2^(2 log2(e) y)
             x = softcap * (1.0 - 2.0 / (1.0 + tl.exp2(x / softcap * 2.885390081777927)))
     return x
+
+
+@triton.jit
+def _exponents(products, scale, softcap, plus, GENERAL: tl.constexpr):
+    """Logits in base 2 from products of queries and keys, and `plus`, which are added in one rounding.
+
+    `correct` takes away what `forward` added up: both have the same bits, and round probabilities alike.
+    """
+    if GENERAL:
+        return _cap(products * scale, softcap, GENERAL) + plus
+    return tl.fma(products, scale, plus)
+
+
+@triton.jit
+def _whole(x, dtype: tl.constexpr):
+    """Integers that stand for maxima x: a change of one is a power of two, which loses no digit of a probability.
+
+    float16 has few small numbers, so that there probabilities, without their row's sum, go up to 2^14.
+    """
+    whole = tl.ceil(x)
+    if dtype == tl.float16:
+        whole -= 14.0
+    return whole
 
 
 @triton.jit
@@ -350,20 +376,21 @@ def forward(
         full_stop = tl.maximum(full_stop, full_start)
 
     sink = tl.load(sink_logits + head)
-    maxima = tl.zeros([ROWS], tl.float32) + sink
-    sums = tl.zeros([ROWS], tl.float32) + tl.where(sink > -INFINITY, 1.0, 0.0)
+    is_whole = beta != 1.0
+    before = tl.where(is_whole, _whole(sink, q.dtype), sink)
+    maxima = tl.zeros([ROWS], tl.float32) + before
+    sums = tl.zeros([ROWS], tl.float32) + tl.exp2(sink - tl.where(sink > -INFINITY, before, 0.0))
     attended = tl.zeros([ROWS, D], tl.float32)
     for column in range(full_start, full_stop, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
         k = _load_all_rows(key, columns, size, size, D, EXACT)
         x = _dot(q, tl.trans(k), WIDE)
         if GENERAL:
-            x = _cap(x * scale, softcap, GENERAL)
-            highest = tl.maximum(maxima, tl.max(x, 1))
-            p = tl.exp2(x - highest[:, None])
+            found = tl.max(_exponents(x, scale, softcap, 0.0, GENERAL), 1)
         else:
-            highest = tl.maximum(maxima, tl.max(x, 1) * scale)
-            p = tl.exp2(x * scale - highest[:, None])
+            found = tl.max(x, 1) * scale
+        highest = tl.maximum(maxima, tl.where(is_whole, _whole(found, q.dtype), found))
+        p = tl.exp2(_exponents(x, scale, softcap, -highest[:, None], GENERAL))
         shrink = tl.exp2(maxima - highest)
         sums = sums * shrink + tl.sum(p, 1)
         v = _load_all_rows(value, columns, value_size, value_size, D, EXACT)
@@ -376,12 +403,14 @@ def forward(
         columns = column + tl.arange(0, COLUMNS)
         real = _is_real(real_before, columns, columns < total)
         k = _load_rows(key, columns, size, columns < total, size, D, EXACT)
-        x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
-        x += tl.where(columns == initial, log_gamma, 0.0)[None, :]
-        x = tl.where(_visible(positions, columns, window) & real[None, :], x, -INFINITY)
-        highest = tl.maximum(maxima, tl.max(x, 1))
+        x = _dot(q, tl.trans(k), WIDE)
+        visible = _visible(positions, columns, window) & real[None, :]
+        plus = tl.where(columns == initial, log_gamma, 0.0)[None, :]
+        found = tl.max(tl.where(visible, _exponents(x, scale, softcap, plus, GENERAL), -INFINITY), 1)
+        highest = tl.maximum(maxima, tl.where(is_whole, _whole(found, q.dtype), found))
         finite = tl.where(highest == -INFINITY, 0.0, highest)
-        p = tl.exp2(x - finite[:, None])
+        p = tl.exp2(_exponents(x, scale, softcap, plus - finite[:, None], GENERAL))
+        p = tl.where(visible, p, 0.0)
         shrink = tl.exp2(maxima - finite)
         sums = sums * shrink + tl.sum(p, 1)
         v = _load_rows(value, columns, value_size, real, value_size, D, EXACT)
@@ -505,6 +534,37 @@ def select(
 
 
 @triton.jit
+def _rest(
+    q, key, value, real_before, sinks_before, maxima, inverse, positions, start, stop, total, initial, gamma, size,
+    value_size, window, scale, softcap, D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mass and output of a block of rows from all columns but the later sinks: the work of `forward` once more."""
+    mass = tl.zeros([ROWS], tl.float32)
+    rounded_mass = tl.zeros([ROWS], tl.float32)
+    attended = tl.zeros([ROWS, D], tl.float32)
+    for column in tl.range(start, stop, COLUMNS, num_stages=1):  # rarely needed: no shared memory for tiles ahead
+        columns = column + tl.arange(0, COLUMNS)
+        within = columns < total
+        before = tl.load(sinks_before + columns, mask=within, other=0)
+        counts = _is_real(real_before, columns, within)
+        counts = counts & (tl.load(sinks_before + columns + 1, mask=within, other=1) == before)
+        k = _load_rows(key, columns, size, within, size, D, EXACT)
+        x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
+        visible = _visible(positions, columns, window) & counts[None, :]
+        p = tl.where(visible, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
+        p *= tl.where(columns == initial, gamma, 1.0)[None, :]
+        mass += tl.sum(p, 1)
+        v = _load_rows(value, columns, value_size, counts, value_size, D, EXACT)
+        # All of them may be tiny, and float16 has no small numbers.
+        rounded = (p * 16384.0).to(v.dtype)
+        rounded_mass += tl.sum(rounded.to(tl.float32), 1)
+        attended += _dot(rounded, v, WIDE)
+    # A mean weighted by rounded probabilities, times their exact sum: one key's value keeps all its digits.
+    return mass, attended * (mass / tl.where(rounded_mass > 0, rounded_mass, 1.0))[:, None]
+
+
+@triton.jit
 def correct(
     query, key, value, real_before, bounds, calibrated_heads, calibration, sink_logits, row_maxima, row_inverse,
     rows_output, sinks, sinks_before, output,
@@ -557,48 +617,28 @@ def correct(
         valid = listed < end
         j = tl.load(sinks + listed, mask=valid, other=0)
         k = _load_rows(key, j, size, valid, size, D, EXACT)
-        x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
-        p = tl.exp2(x - maxima[:, None]) * inverse[:, None]
+        p = tl.exp2(_exponents(_dot(q, tl.trans(k), WIDE), scale, softcap, -maxima[:, None], GENERAL))
         p = tl.where(_visible(positions, j, window) & valid[None, :], p, 0.0)
         sink_mass += tl.sum(p, 1)
         v = _load_rows(value, j, value_size, valid, value_size, D, EXACT)
-        from_sinks += _dot_full(p, v, WIDE)
+        from_sinks += _dot(p.to(v.dtype), v, WIDE)
+    sink_mass *= inverse
+    from_sinks *= inverse[:, None]
 
     row_sum = 1.0 - tl.exp2(tl.load(sink_logits + head) - maxima) * inverse
     rest_mass = row_sum - sink_mass
     rows_output += state * sequence * value_size
     from_rest = _load_rows(rows_output, rows, value_size, inside, value_size, D, EXACT) - from_sinks
-    # o - oK has the rounding of the sinks' probabilities, times the factor on the rest.
-    growth = (1.0 + tl.abs(1.0 - beta) * sink_mass / tl.maximum(rest_mass, SMALLEST_REST)) * sink_mass
-    loses_digits = (sink_mass > 0) & (rest_mass < tl.maximum(0.125 * row_sum, LEAST_DIFFERENCE))
-    if not WIDE:
-        loses_digits = loses_digits | (growth > row_sum)
+    least = LEAST_REST_WIDE if WIDE else LEAST_REST_HALF
+    loses_digits = (sink_mass > 0) & (rest_mass < tl.maximum(least * row_sum, LEAST_DIFFERENCE))
     if tl.max(loses_digits.to(tl.int32), 0) > 0:
         start, _, _, stop = _row_limits(bounds, b, past_length, sequence, window, row, ROWS, COLUMNS)
-        initial = tl.load(bounds + b * BOUNDS)
         gamma = _gamma(calibration, calibration_stride, b, calibrated)
-        rest_mass = tl.zeros([ROWS], tl.float32)
-        rounded_mass = tl.zeros([ROWS], tl.float32)
-        from_rest = tl.zeros([ROWS, D], tl.float32)
-        for column in range(start, stop, COLUMNS):
-            columns = column + tl.arange(0, COLUMNS)
-            within = columns < total
-            before = tl.load(sinks_before + columns, mask=within, other=0)
-            counts = _is_real(real_before, columns, within)
-            counts = counts & (tl.load(sinks_before + columns + 1, mask=within, other=1) == before)
-            k = _load_rows(key, columns, size, within, size, D, EXACT)
-            x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
-            visible = _visible(positions, columns, window) & counts[None, :]
-            p = tl.where(visible, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
-            p *= tl.where(columns == initial, gamma, 1.0)[None, :]
-            rest_mass += tl.sum(p, 1)
-            v = _load_rows(value, columns, value_size, counts, value_size, D, EXACT)
-            # All of them may be tiny, and float16 has no small numbers.
-            rounded = (p * 16384.0).to(v.dtype)
-            rounded_mass += tl.sum(rounded.to(tl.float32), 1)
-            from_rest += _dot(rounded, v, WIDE)
-        # A mean weighted by rounded probabilities, times their exact sum: one key's value keeps all its digits.
-        from_rest *= (rest_mass / tl.where(rounded_mass > 0, rounded_mass, 1.0))[:, None]
+        rest_mass, from_rest = _rest(
+            q, key, value, real_before, sinks_before, maxima, inverse, positions, start, stop, total,
+            tl.load(bounds + b * BOUNDS), gamma, size, value_size, window, scale, softcap, D, EXACT, GENERAL, WIDE,
+            ROWS, COLUMNS,
+        )  # fmt: skip
 
     on_sinks, on_rest = _factors(beta, sink_mass, rest_mass)
     result = on_sinks[:, None] * from_sinks + on_rest[:, None] * from_rest
@@ -609,6 +649,7 @@ def correct(
 @triton.jit
 def decode_split(
     query, key, value, real_before, bounds, calibrated_index, calibration, logits, part_maxima, part_sums, part_output,
+    arrived,
     sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, size, value_size, window,
     first_column, section, scale, softcap, D: tl.constexpr, EXACT: tl.constexpr, GENERAL: tl.constexpr,
     WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -616,8 +657,8 @@ def decode_split(
     """Attention of a few tokens over one section of the cache, for all query heads of a key-value head together.
 
     Rows are token * group + head of the group. part_* (batch, kv_num_heads, sections, ROWS[, value_size]), float32.
-    logits (batch, calibrated, sequence, total), float32, of heads whose later sinks change. Grid: (sections,
-    kv_num_heads, batch).
+    logits (batch, calibrated, sequence, total), float32, of heads whose later sinks change. arrived (batch, calibrated)
+    becomes 0. Grid: (sections, kv_num_heads, batch).
     """
     part = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -632,6 +673,8 @@ def decode_split(
     head = kv_head * group + r % group
     inside = token < sequence
     calibrated = tl.load(calibrated_index + head, mask=inside, other=-1)
+    first_of = tl.where(part == 0, calibrated, -1)
+    tl.store(arrived + b * calibrated_count + first_of, tl.zeros_like(r), mask=first_of >= 0)
     positions = past_length + token
     query_rows = (b * sequence + token) * num_heads + head
     q = _load_rows(query, query_rows, size, inside, size, D, EXACT)
@@ -644,11 +687,43 @@ def decode_split(
     log_gamma = _log_gamma(calibration, calibration_stride, b, calibrated)
     initial = tl.load(bounds + b * BOUNDS)
 
+    # Tiles of this section that every token sees whole, without padding or a gamma: they have no time for a mask, and
+    # without one are loaded several ahead.
+    start = first_column + part * section
+    stop = tl.minimum(start + section, total)
+    real_end = tl.load(bounds + b * BOUNDS + 1)
+    full_start = tl.maximum(start, initial)
+    full_stop = tl.minimum(tl.minimum(stop, past_length + 1), real_end)
+    if window > 0:
+        full_start = tl.maximum(full_start, total - window)
+    if tl.max(tl.abs(log_gamma), 0) > 0:
+        full_start = tl.maximum(full_start, initial + 1)
+    stop = tl.maximum((stop + COLUMNS - 1) // COLUMNS * COLUMNS, start)
+    full_start = tl.minimum((full_start + COLUMNS - 1) // COLUMNS * COLUMNS, stop)
+    full_stop = tl.maximum(full_stop // COLUMNS * COLUMNS, full_start)
+    if real_end - initial != tl.load(bounds + b * BOUNDS + 2):  # padding among the real tokens: every tile is masked
+        full_start = stop
+        full_stop = stop
+
     maxima = tl.full([ROWS], -INFINITY, tl.float32)
     sums = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, D], tl.float32)
-    begin = first_column + part * section
-    for column in range(begin, tl.minimum(begin + section, total), COLUMNS):
+    for column in range(full_start, full_stop, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        k = _load_all_rows(key, columns, size, size, D, EXACT)
+        x = _cap(_dot(q, tl.trans(k), WIDE) * scale, softcap, GENERAL)
+        tl.store(logits + logit_rows[:, None] + columns[None, :], x, mask=keeps_logits[:, None])
+        highest = tl.maximum(maxima, tl.max(x, 1))
+        p = tl.exp2(x - highest[:, None])
+        shrink = tl.exp2(maxima - highest)
+        sums = sums * shrink + tl.sum(p, 1)
+        v = _load_all_rows(value, columns, value_size, value_size, D, EXACT)
+        attended = attended * shrink[:, None] + _dot_full(p, v, WIDE)
+        maxima = highest
+    left = (full_start - start) // COLUMNS
+    right = (stop - full_stop) // COLUMNS
+    for tile in tl.range(0, left + right, num_stages=1):
+        column = tl.where(tile < left, start + tile * COLUMNS, full_stop + (tile - left) * COLUMNS)
         columns = column + tl.arange(0, COLUMNS)
         within = columns < total
         real = _is_real(real_before, columns, within)
@@ -690,79 +765,20 @@ def _softmax_of_parts(part_maxima, part_sums, sink, rows, stride, sections, vali
 
 
 @triton.jit
-def decode_correct(
-    value, real_before, calibrated_heads, calibration, sink_logits, logits, part_maxima, part_sums, present_sums,
-    sink_mass, sink_output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, value_size, window,
-    first_column, section, relative, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr,
+def decode_finish(
+    value, real_before, calibrated_index, calibration, sink_logits, logits, part_maxima, part_sums, part_output,
+    present_sums, sink_mass, sink_output, arrived, output,
+    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, value_size, sections,
+    window, first_column, section, relative, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Column sums, later sinks and their part of the output, of one section and calibrated head.
+    """Output rows from their sections; of calibrated heads first column sums, later sinks and their part of each row.
 
-    sink_mass (batch, calibrated, sections, TOKENS), sink_output the same with value_size. Grid: (sections, calibrated
-    heads, batch).
+    Each program of a calibrated head does one section, and counts itself in arrived (batch, calibrated); the last one
+    combines all. A plain head has a program for each token. sink_mass (batch, calibrated, sections, TOKENS),
+    sink_output the same with value_size. Grid: (the larger of sections and sequence, num_heads, batch).
     """
     part = tl.program_id(0)
-    calibrated = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    if EXACT:
-        value_size = D
-    past_length = total - sequence
-    state = b * calibrated_count + calibrated
-    present_sums += state * capacity
-    tokens = tl.arange(0, TOKENS)
-    inside = tokens < sequence
-    if _beta(calibration, calibration_stride, b, calibrated) == 1.0:
-        count = tl.where(part == 0, sequence, 0)
-        tl.store(present_sums + past_length + tokens, tl.zeros([TOKENS], tl.float32), mask=tokens < count)
-        return
-    threshold = _threshold(calibration, calibration_stride, b, calibrated)
-    head = tl.load(calibrated_heads + calibrated)
-    group = num_heads // kv_num_heads
-    kv_row = b * kv_num_heads + head // group
-    sections = tl.num_programs(0)
-    real_before += b * (total + 1)
-    counts = _is_real(real_before, past_length + tokens, inside)
-    rows = kv_row * sections * ROWS + tokens * group + head % group
-    sink = tl.load(sink_logits + head)
-    maxima, inverse = _softmax_of_parts(part_maxima, part_sums, sink, rows, ROWS, sections, counts, SECTIONS)
-    logits += state * sequence * total
-    value += kv_row * capacity * value_size
-
-    mass = tl.zeros([TOKENS], tl.float32)
-    from_sinks = tl.zeros([TOKENS, D], tl.float32)
-    begin = first_column + part * section
-    for column in range(begin, tl.minimum(begin + section, total), COLUMNS):
-        j = column + tl.arange(0, COLUMNS)
-        within = j < total
-        x = tl.load(
-            logits + tokens[:, None] * total + j[None, :], mask=inside[:, None] & within[None, :], other=-INFINITY
-        )
-        p = tl.where(inverse[:, None] > 0, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
-        # Each column is read and written by this program alone; the sum over rows lies between, with its barrier.
-        sums = tl.load(present_sums + j, mask=j < past_length, other=0.0) + tl.sum(p, 0)
-        tl.store(present_sums + j, sums, mask=within)
-        is_sink = _is_sink(sums, real_before, j, total, window, threshold, relative)
-        if tl.max(is_sink.to(tl.int32), 0) > 0:
-            p = tl.where(is_sink[None, :], p, 0.0)
-            mass += tl.sum(p, 1)
-            v = _load_rows(value, j, value_size, is_sink, value_size, D, EXACT)
-            from_sinks += _dot_full(p, v, WIDE)
-    parts = (state * sections + part) * TOKENS
-    tl.store(sink_mass + parts + tokens, mass)
-    _store_rows(sink_output + parts * value_size, tokens, value_size, inside, from_sinks, value_size, D, EXACT)
-
-
-@triton.jit
-def decode_combine(
-    value, real_before, calibrated_index, calibration, sink_logits, logits, part_maxima, part_sums, part_output,
-    present_sums, sink_mass, sink_output, output,
-    sequence, total, capacity, num_heads, kv_num_heads, calibrated_count, calibration_stride, value_size, sections,
-    window, first_column, relative, D: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, SECTIONS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Output rows from their sections. Grid: (sequence, num_heads, batch)."""
-    token = tl.program_id(0)
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     if EXACT:
@@ -770,62 +786,110 @@ def decode_combine(
     past_length = total - sequence
     group = num_heads // kv_num_heads
     kv_row = b * kv_num_heads + head // group
-    row = kv_row * sections * ROWS + token * group + head % group
-    columns_v = tl.arange(0, D)
-    in_value = columns_v < value_size
-    one = tl.zeros([1], tl.int32)
-    sink = tl.load(sink_logits + head)
-    maximum, inverse = _softmax_of_parts(part_maxima, part_sums, sink, row + one, ROWS, sections, one == 0, SECTIONS)
-    attended = tl.zeros([D], tl.float32)
-    for start in range(0, sections, STEP):
-        part = start + tl.arange(0, STEP)
-        valid = part < sections
-        maxima = tl.load(part_maxima + row + part * ROWS, mask=valid, other=-INFINITY)
-        weight = tl.exp2(maxima - maximum) * inverse
-        tile = _load_rows(part_output + row * value_size, part * ROWS, value_size, valid, value_size, D, EXACT)
-        attended += tl.sum(tile * weight[:, None], 0)
-
+    first_row = kv_row * sections * ROWS + head % group
     calibrated = tl.load(calibrated_index + head)
     beta = _beta(calibration, calibration_stride, b, calibrated)
+    threshold = _threshold(calibration, calibration_stride, b, calibrated)
+    sink = tl.load(sink_logits + head)
+    state = b * calibrated_count + calibrated
     real_before += b * (total + 1)
-    position = past_length + token
-    real = tl.load(real_before + position + 1) > tl.load(real_before + position)
-    if (beta != 1.0) & real:
-        state = b * calibrated_count + calibrated
-        mass = 0.0
-        from_sinks = tl.zeros([D], tl.float32)
-        for start in range(0, sections, STEP):
-            part = start + tl.arange(0, STEP)
-            valid = part < sections
-            where = (state * sections + part) * TOKENS + token
-            mass += tl.sum(tl.load(sink_mass + where, mask=valid, other=0.0))
-            from_sinks += tl.sum(_load_rows(sink_output, where, value_size, valid, value_size, D, EXACT), 0)
-        row_sum = 1.0 - tl.sum(tl.exp2(sink - maximum) * inverse)
-        rest = row_sum - mass
-        from_rest = attended - from_sinks
-        least = 0.00390625  # half types keep about 17 digits of each probability until here
-        if WIDE:
-            least = 0.125
-        # o - oK would lose digits: from every other column.
-        if (mass > 0) & (rest < tl.maximum(least * row_sum, LEAST_DIFFERENCE)):
-            logits += (state * sequence + token) * total
-            present_sums += state * capacity
-            value += kv_row * capacity * value_size
-            threshold = _threshold(calibration, calibration_stride, b, calibrated)
-            masses = tl.zeros([COLUMNS], tl.float32)
-            from_rest = tl.zeros([D], tl.float32)
-            for column in range(first_column, total, COLUMNS):
+    present_sums += state * capacity
+    logits += state * sequence * total
+    value += kv_row * capacity * value_size
+    tokens = tl.arange(0, TOKENS)
+
+    first_token = part
+    end_token = tl.minimum(part + 1, sequence)
+    if beta == 1.0:
+        count = tl.where(tl.where(part == 0, calibrated, -1) >= 0, sequence, 0)
+        tl.store(present_sums + past_length + tokens, tl.zeros([TOKENS], tl.float32), mask=tokens < count)
+    else:
+        first_token = part * 0
+        end_token = part * 0
+        if part < sections:
+            inside = tokens < sequence
+            counts = _is_real(real_before, past_length + tokens, inside)
+            rows = first_row + tokens * group
+            maxima, inverse = _softmax_of_parts(part_maxima, part_sums, sink, rows, ROWS, sections, counts, SECTIONS)
+            mass = tl.zeros([TOKENS], tl.float32)
+            from_sinks = tl.zeros([TOKENS, D], tl.float32)
+            begin = first_column + part * section
+            for column in range(begin, tl.minimum(begin + section, total), COLUMNS):
                 j = column + tl.arange(0, COLUMNS)
                 within = j < total
-                sums = tl.load(present_sums + j, mask=within, other=0.0)
-                counts = _is_real(real_before, j, within)
-                counts = counts & (_is_sink(sums, real_before, j, total, window, threshold, relative) == 0)
-                p = tl.exp2(tl.load(logits + j, mask=counts, other=-INFINITY) - maximum) * inverse
-                masses += p
-                v = _load_rows(value, j, value_size, counts, value_size, D, EXACT)
-                from_rest += tl.sum(p[:, None] * v.to(tl.float32), 0)
-            rest = tl.sum(masses)
-        on_sinks, on_rest = _factors(beta, mass, rest)
-        attended = on_sinks * from_sinks + on_rest * from_rest
-    output += ((b * sequence + token) * num_heads + head) * value_size
-    tl.store(output + columns_v, attended.to(output.dtype.element_ty), mask=in_value)
+                x = tl.load(
+                    logits + tokens[:, None] * total + j[None, :],
+                    mask=inside[:, None] & within[None, :],
+                    other=-INFINITY,
+                )
+                p = tl.where(inverse[:, None] > 0, tl.exp2(x - maxima[:, None]) * inverse[:, None], 0.0)
+                # Each column is read and written by this program alone; the sum over rows lies between, with its
+                # barrier.
+                sums = tl.load(present_sums + j, mask=j < past_length, other=0.0) + tl.sum(p, 0)
+                tl.store(present_sums + j, sums, mask=within)
+                is_sink = _is_sink(sums, real_before, j, total, window, threshold, relative)
+                if tl.max(is_sink.to(tl.int32), 0) > 0:
+                    p = tl.where(is_sink[None, :], p, 0.0)
+                    mass += tl.sum(p, 1)
+                    v = _load_rows(value, j, value_size, is_sink, value_size, D, EXACT)
+                    from_sinks += _dot_full(p, v, WIDE)
+            parts = (state * sections + part) * TOKENS
+            tl.store(sink_mass + parts + tokens, mass)
+            _store_rows(sink_output + parts * value_size, tokens, value_size, inside, from_sinks, value_size, D, EXACT)
+            # All threads have stored; who comes last sees what every program of this head did.
+            tl.debug_barrier()
+            earlier = tl.atomic_add(arrived + state, 1, sem="acq_rel", scope="gpu")
+            end_token = tl.where(earlier == sections - 1, sequence, 0)
+
+    columns_v = tl.arange(0, D)
+    one = tl.zeros([1], tl.int32)
+    for token in range(first_token, end_token):
+        row = first_row + token * group
+        maximum, inverse = _softmax_of_parts(
+            part_maxima, part_sums, sink, row + one, ROWS, sections, one == 0, SECTIONS
+        )
+        attended = tl.zeros([D], tl.float32)
+        for start in range(0, sections, STEP):
+            each = start + tl.arange(0, STEP)
+            valid = each < sections
+            maxima = tl.load(part_maxima + row + each * ROWS, mask=valid, other=-INFINITY)
+            weight = tl.exp2(maxima - maximum) * inverse
+            tile = _load_rows(part_output + row * value_size, each * ROWS, value_size, valid, value_size, D, EXACT)
+            attended += tl.sum(tile * weight[:, None], 0)
+
+        position = past_length + token
+        real = tl.load(real_before + position + 1) > tl.load(real_before + position)
+        if (beta != 1.0) & real:
+            mass = 0.0
+            from_sinks = tl.zeros([D], tl.float32)
+            for start in range(0, sections, STEP):
+                each = start + tl.arange(0, STEP)
+                valid = each < sections
+                where = (state * sections + each) * TOKENS + token
+                mass += tl.sum(tl.load(sink_mass + where, mask=valid, other=0.0))
+                from_sinks += tl.sum(_load_rows(sink_output, where, value_size, valid, value_size, D, EXACT), 0)
+            row_sum = 1.0 - tl.sum(tl.exp2(sink - maximum) * inverse)
+            rest = row_sum - mass
+            from_rest = attended - from_sinks
+            least = 0.00390625  # half types keep about 17 digits of each probability until here
+            if WIDE:
+                least = 0.125
+            # o - oK would lose digits: from every other column.
+            if (mass > 0) & (rest < tl.maximum(least * row_sum, LEAST_DIFFERENCE)):
+                masses = tl.zeros([COLUMNS], tl.float32)
+                from_rest = tl.zeros([D], tl.float32)
+                for column in range(first_column, total, COLUMNS):
+                    j = column + tl.arange(0, COLUMNS)
+                    within = j < total
+                    sums = tl.load(present_sums + j, mask=within, other=0.0)
+                    counts = _is_real(real_before, j, within)
+                    counts = counts & (_is_sink(sums, real_before, j, total, window, threshold, relative) == 0)
+                    p = tl.exp2(tl.load(logits + token * total + j, mask=counts, other=-INFINITY) - maximum) * inverse
+                    masses += p
+                    v = _load_rows(value, j, value_size, counts, value_size, D, EXACT)
+                    from_rest += tl.sum(p[:, None] * v.to(tl.float32), 0)
+                rest = tl.sum(masses)
+            on_sinks, on_rest = _factors(beta, mass, rest)
+            attended = on_sinks * from_sinks + on_rest * from_rest
+        own = output + ((b * sequence + token) * num_heads + head) * value_size
+        tl.store(own + columns_v, attended.to(output.dtype.element_ty), mask=columns_v < value_size)

@@ -26,7 +26,7 @@ SINKS = 16  # later sinks that `correct` takes at a time: the smallest that tens
 TOKENS = 16  # new tokens of a call that the decode kernels take, at the most
 DECODE_COLUMNS = 64  # sections of the cache are multiples of it
 SECTIONS = 64  # that the cache is split into, at the most
-COMBINE_STEP = 16
+COMBINE_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,21 @@ _HALF_BLOCKS = {
     "correct": {64: (64, 32), 128: (64, 32), 256: (64, 32)},
 }
 _WIDE_BLOCKS = {
-    "forward": {64: (32, 32), 128: (32, 32), 256: (16, 16)},
+    "forward": {64: (32, 32), 128: (16, 32), 256: (16, 16)},
     "columns": {64: (64, 32), 128: (16, 32), 256: (16, 16)},
     "correct": {64: (32, 32), 128: (16, 32), 256: (16, 16)},
 }
 
 
 def rows_and_columns(kernel: str, dtype: str, head_size: int) -> tuple[int, int]:
-    """Block sizes of `forward`, `columns` and `correct`: rows of the attention map, and columns."""
+    """Block sizes of `forward`, `columns` and `correct`: rows of the attention map, and columns, at the most."""
     return (_WIDE_BLOCKS if dtype == "fp32" else _HALF_BLOCKS)[kernel][head_size]
 
 
 def decode_rows(dtype: str, head_size: int) -> tuple[int, ...]:
     """New tokens * query heads of a group that the decode kernels take: there is one for few and one for more."""
     if dtype == "fp32":
-        return (16, 32) if head_size <= 128 else (16,)
+        return (16, 32) if head_size <= 64 else (16,)
     return (16, 64)
 
 
@@ -127,7 +127,13 @@ _POINTERS = {
     "part_output": "*fp32",
     "sink_mass": "*fp32",
     "sink_output": "*fp32",
+    "arrived": "*i32",
 }
+# Parts of a call's scratch memory, each of which csrc/attention_cuda.cc puts at a multiple of 256 bytes.
+SCRATCH = (
+    *("real_before", "bounds", "sinks", "sinks_before", "row_lse", "row_maxima", "row_inverse", "rows_output"),
+    *("logits", "part_maxima", "part_sums", "part_output", "sink_mass", "sink_output", "arrived"),
+)
 _STORED = ("past_key", "past_value", "key", "value", "present_key", "present_value", "query", "output")
 _FLOATS = ("scale", "softcap")
 
@@ -153,7 +159,7 @@ def _spec(
         else:
             signature[argument] = "fp32" if argument in _FLOATS else "i32"
     used = {key: value for key, value in constants.items() if key in function.arg_names}
-    aligned = tuple(argument for argument in signature if argument in _STORED)
+    aligned = tuple(argument for argument in signature if argument in (*_STORED, *SCRATCH))
     if ".odd" not in name:
         aligned += tuple(argument for argument in ("size", "value_size") if argument in signature)
     return KernelSpec(name, function, signature, used, aligned, num_warps, num_stages, architecture)
@@ -179,33 +185,32 @@ def _family(family: _Family, target: int) -> Iterator[KernelSpec]:
 
     for name, function in (("forward", kernels.forward), ("columns", kernels.columns), ("correct", kernels.correct)):
         rows, columns = rows_and_columns(name, dtype, family.head_size)
+        newer = target >= 90 and not family.wide and not (wide_head and name == "correct")
+        stages = 3 if not wide_head and (newer or name != "correct") else 2
+        if (name, family.head_size) == ("forward", 128) and not newer:
+            columns, stages = (32, 3) if family.wide else (32, 4)  # more columns would take too many registers
         constants = {**base, "ROWS": rows, "COLUMNS": columns}
         if name == "correct":
             constants["SINKS"] = SINKS
-        newer = target >= 90 and not family.wide and not (wide_head and name == "correct")
         yield _spec(
             f"{name}.{suffix}",
             function,
             constants,
             dtype=dtype,
-            num_warps=8,
-            num_stages=3 if newer and not wide_head else 2,
+            num_warps=4 if name == "forward" and family.wide and family.head_size == 128 else 8,
+            num_stages=stages,
             architecture=target if newer else PTX_TARGET,
         )
 
     for rows in decode_rows(dtype, family.head_size):
-        columns = DECODE_COLUMNS // (2 if family.wide or rows > 16 or wide_head else 1)
-        if family.wide and wide_head:
-            columns //= 2
+        columns = DECODE_COLUMNS // (4 if wide_head and (family.wide or rows > 16) else 2)
         constants = {**base, "ROWS": rows, "COLUMNS": columns}
         name = f"decode_split.{suffix}.{rows}"
         warps = 4 if rows == 16 else 8
-        yield _spec(name, kernels.decode_split, constants, dtype=dtype, num_warps=warps, num_stages=2)
-        constants = {**constants, "TOKENS": TOKENS, "SECTIONS": SECTIONS}
+        stages = 3 if family.wide or wide_head else 4
+        yield _spec(name, kernels.decode_split, constants, dtype=dtype, num_warps=warps, num_stages=stages)
+        constants = {**constants, "TOKENS": TOKENS, "SECTIONS": SECTIONS, "STEP": COMBINE_STEP}
         constants.pop("GENERAL")
-        name = f"decode_correct.{suffix}.{rows}"
+        name = f"decode_finish.{suffix}.{rows}"
         warps = 8 if family.wide else 4
-        yield _spec(name, kernels.decode_correct, constants, dtype=dtype, num_warps=warps, num_stages=2)
-        constants = {**constants, "STEP": COMBINE_STEP}
-        name = f"decode_combine.{suffix}.{rows}"
-        yield _spec(name, kernels.decode_combine, constants, dtype=dtype, num_warps=4, num_stages=2)
+        yield _spec(name, kernels.decode_finish, constants, dtype=dtype, num_warps=warps, num_stages=2)

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import triton.language as tl
 from compiled import cmake
+from harness_calls import Harness
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -33,7 +34,7 @@ from act_export.ops.cuda import catalogue as catalogue_file
 from act_export.ops.cuda import kernels
 from act_export.ops.cuda.build import PTX, parameter_letters
 from act_export.ops.cuda.catalogue import KernelImage, write_catalogue
-from act_export.ops.cuda.specs import PTX_TARGET, TARGETS, KernelSpec, specs
+from act_export.ops.cuda.specs import PTX_TARGET, SCRATCH, TARGETS, KernelSpec, specs
 
 
 def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *__: Any) -> TensorHandle:
@@ -119,8 +120,6 @@ LAUNCH_FAILED = 719
 C_TYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
 NUMPY_TYPES = {"i": np.int32, "l": np.int64, "f": np.float32}
 TRITON_TYPES = {"i": tl.int32, "l": tl.int64, "f": tl.float32}
-ELEMENT_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}
-ERROR_SIZE = 1024
 
 OnLaunch = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -132,24 +131,6 @@ OnLaunch = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
     ctypes.POINTER(ctypes.c_void_p),
 )
-
-
-class AttentionCall(ctypes.Structure):
-    """Arguments of one call, as in csrc/cuda/cuda_harness.cc: tensors are addresses of device memory."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "sequence", "total", "past_capacity", "present_capacity")),
-        *((name, ctypes.c_int64) for name in ("num_heads", "kv_num_heads", "head_size", "value_head_size")),
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "past_key", "past_value", "past_sink_scores")),
-        *((name, ctypes.c_void_p) for name in ("attention_mask", "calibration", "output")),
-        *((name, ctypes.c_void_p) for name in ("present_key", "present_value", "present_sink_scores")),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("sliding_window", "calibrations", "calibrated_count")),
-        ("calibrated_heads", ctypes.c_void_p),
-        ("sink_logits", ctypes.c_void_p),
-        ("relative_threshold", ctypes.c_int32),
-    )
 
 
 @dataclass(frozen=True)
@@ -164,6 +145,8 @@ class Launch:
         shared_bytes: Dynamic shared memory of a block.
         stream: Handle, None for CUDA's default stream.
         arguments: Values in order, without hidden ones.
+        scratch: Allocations, by their first address, that arguments which are parts of a call's scratch memory are in;
+            0 for those that are in none.
     """
 
     kernel: str
@@ -173,6 +156,7 @@ class Launch:
     shared_bytes: int
     stream: int | None
     arguments: tuple[int | float, ...]
+    scratch: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -199,10 +183,16 @@ def placeholders(kernel_specs: Iterable[KernelSpec], target: int) -> list[Kernel
 
 
 def placeholder(
-    name: str, target: int, parameters: str, *, threads: int = THREADS_OF_TEST_KERNEL, shared_bytes: int = 0
+    name: str,
+    target: int,
+    parameters: str,
+    *,
+    threads: int = THREADS_OF_TEST_KERNEL,
+    shared_bytes: int = 0,
+    damaged: bool = False,
 ) -> KernelImage:
-    """An image that the driver here takes for a kernel."""
-    text = f"fake kernel {name} {f'sm_{target}' if target else 'ptx'}"
+    """An image that the driver here takes for a kernel; one that is damaged loads, but has no code that runs."""
+    text = f"fake kernel {name} {f'sm_{target}' if target else 'ptx'}{' damaged' if damaged else ''}"
     return KernelImage(name, target, parameters, 2, threads, shared_bytes, name.partition(".")[0], text.encode())
 
 
@@ -215,6 +205,8 @@ def catalogue() -> list[KernelImage]:
     images.append(placeholder("test.large", 80, "pilf", shared_bytes=LARGE_SHARED_BYTES))
     images.append(placeholder("test.large", 90, "pilf", shared_bytes=LARGE_SHARED_BYTES))
     images.append(placeholder("test.newest", 100, "pilf"))
+    images.append(placeholder("test.damaged", 90, "pilf", damaged=True))
+    images.append(placeholder("test.damaged", PTX, "pilf"))
     return images
 
 
@@ -237,14 +229,14 @@ def build() -> Libraries:
     return Libraries(driver, old_driver, folder / "libcuda_harness.so", folder / "ops" / "libact_ops.so")
 
 
-class FakeDriver:
+class FakeDriver(Harness):
     """The driver, loaded into this process for the rest of its life, and the harness that calls it.
 
     Attributes:
         library: The driver.
-        harness: C functions of csrc/cuda/cuda_harness.cc.
         launches: What was launched since `recording` began.
         interpret: Whether launches are run, and not only recorded.
+        before_launch: Is called at each, on the thread that it comes from.
     """
 
     def __init__(self, libraries: Libraries) -> None:
@@ -257,12 +249,14 @@ class FakeDriver:
             raise RuntimeError("a CUDA driver is loaded already: the library would find it, not the one of the tests")
         # By its name, libcuda.so.1, it is found from now on.
         self.library = ctypes.CDLL(str(libraries.driver))
-        self.harness = ctypes.CDLL(str(libraries.harness))
+        super().__init__(libraries.harness)
+        self.library.FakeCudaAllocation.restype = ctypes.c_uint64
         for name in ("FakeCudaLiveAllocations", "FakeCudaLoads", "FakeCudaContexts"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.library.FakeCudaFailAllocations.argtypes = [ctypes.c_int64]
         self.launches: list[Launch] = []
         self.interpret = True
+        self.before_launch: Callable[[], object] = lambda: None
         self._specs = {spec.name: spec for spec in specs(PTX_TARGET)}
         self._errors: list[Exception] = []
         self._lock = threading.Lock()  # the interpreter runs one kernel at a time
@@ -283,14 +277,10 @@ class FakeDriver:
         Raises:
             RuntimeError: It throws; with its message. An error of the interpreter is the cause.
         """
-        error = ctypes.create_string_buffer(ERROR_SIZE)
-        if getattr(self.harness, function)(*arguments, error):
-            cause = self._errors.pop() if self._errors else None
-            raise RuntimeError(error.value.decode()) from cause
-
-    def attention(self, storage: str, call: AttentionCall, device: int = 0) -> None:
-        """One call of the operator's kernels; `storage` is "float32", "float16" or "bfloat16"."""
-        self.call("ActCudaAttention", device, ELEMENT_TYPES[storage], ctypes.byref(call))
+        try:
+            super().call(function, *arguments)
+        except RuntimeError as error:
+            raise error from (self._errors.pop() if self._errors else None)
 
     @contextmanager
     def recording(self, *, interpret: bool = True) -> Iterator[list[Launch]]:
@@ -314,8 +304,14 @@ class FakeDriver:
                 for i, letter in enumerate(letters)
             )
             blocks = tuple(grid.contents)
+            names = [name for name, kind in spec.signature.items() if kind != "constexpr"] if spec else []
+            parts = [value for name, value in zip(names, values, strict=False) if name in SCRATCH]
+            scratch = frozenset(self.library.FakeCudaAllocation(ctypes.c_uint64(part)) for part in parts)
+            self.before_launch()
             with self._lock:
-                self.launches.append(Launch(kernel, target.decode(), blocks, threads, shared_bytes, stream, values))
+                self.launches.append(
+                    Launch(kernel, target.decode(), blocks, threads, shared_bytes, stream, values, scratch)
+                )
                 if spec is not None and self.interpret:
                     assert threads == 32 * spec.num_warps, f"{kernel} is launched with {threads} threads"
                     interpret(spec, blocks, letters, values)

@@ -1,16 +1,29 @@
-"""The kernels compile for every target, on a machine without a GPU."""
+"""The kernels compile for every target, on a machine without a GPU, to the instructions that make them fast."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
+import compiled
 import pytest
 
+import act_export.ops.cuda
+from act_export.ops.cuda.build import assemble
+from act_export.ops.cuda.catalogue import KernelImage, read_catalogue
 from act_export.ops.cuda.specs import DTYPES, TARGETS, specs
+from act_export.ops.cuda.toolkit import tool
 
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}  # of a block; 80 also serves 8.6 and 8.9, which have less
+ABI_VERSION = 8  # where an ELF file has the version of its ABI
+OTHERS = (86, 89, 103, 120)  # GPUs without machine code of their own: the driver compiles PTX for the last two
+SIZES = {"p": 8, "i": 4, "l": 8, "f": 4}  # of parameters, by the catalogue's letters
+# Loops that run over all keys, or all queries: how many kinds of tiles each has, which are to be loaded ahead.
+HOT_LOOPS = {"forward": 2, "columns": 1, "decode_split": 2}
 
 
 def build(*arguments: str) -> str:
@@ -21,9 +34,28 @@ def build(*arguments: str) -> str:
     return result.stdout
 
 
-def rows(table: str) -> list[dict[str, str]]:
-    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    return [dict(zip(header, line, strict=True)) for line in lines]
+class Kernels:
+    """What `build` makes with these arguments: the rows of its table and its catalogue, compiled once."""
+
+    def __init__(self, *arguments: str) -> None:
+        def make(folder: Path) -> None:
+            (folder / "table").write_text(build("--table", "--out", str(folder / "kernels.bin"), *arguments))
+
+        sources = Path(act_export.ops.cuda.__path__[0])
+        folder = compiled.compiled("cuda_kernels", (metadata.version("triton"), sources, *arguments), make)
+        header, _, *lines = (
+            [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+            for line in (folder / "table").read_text().splitlines()
+        )
+        self.rows = [dict(zip(header, line, strict=True)) for line in lines]
+        self.images = read_catalogue(folder / "kernels.bin")
+
+
+def inspect(image: KernelImage, option: str, folder: Path) -> str:
+    """What cuobjdump says of machine code."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(image.image)
+    return subprocess.run([tool("cuobjdump"), option, file], capture_output=True, text=True, check=True).stdout
 
 
 # float16 compiles to what bfloat16 does, with other multiplications.
@@ -41,40 +73,81 @@ def size(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled(dtype, size) -> list[dict[str, str]]:
-    targets = ("--targets", *map(str, TARGETS))
-    return rows(build("--table", "--no-general", "--types", dtype, "--head-sizes", size, *targets))
+def made(dtype, size) -> Kernels:
+    return Kernels("--no-general", "--types", dtype, "--head-sizes", size, "--targets", *map(str, TARGETS))
 
 
 @pytest.mark.sampled(1)
-def test_every_kernel_compiles_for_every_target(compiled, dtype, size):
+def test_every_kernel_compiles_for_every_target(made, dtype, size):
     names = {spec.name for spec in specs() if _size(spec.name) == f".{size}" and f".{dtype}." in spec.name}
-    assert {(row["kernel"], row["target"]) for row in compiled} == {
+    assert {(row["kernel"], row["target"]) for row in made.rows} == {
         (name, f"sm_{target}") for name in {*names, "select"} for target in TARGETS
     }
 
 
 @pytest.mark.sampled(1)
-def test_no_register_is_spilled(compiled):
-    assert [row for row in compiled if row["stack, bytes"] != "0"] == []
+def test_no_register_is_spilled(made):
+    assert [row for row in made.rows if row["stack, bytes"] != "0"] == []
 
 
 @pytest.mark.sampled(1)
-def test_shared_memory_is_there(compiled):
-    for row in compiled:
+def test_shared_memory_is_there(made):
+    for row in made.rows:
         assert int(row["shared memory, bytes"]) <= SHARED_BYTES[int(row["target"].removeprefix("sm_"))], row
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("general", [False, True])
-def test_ptx_for_other_gpus(tmp_path, general):
-    """Read by drivers of CUDA 12.0 and newer."""
-    from act_export.ops.cuda.catalogue import read_catalogue
+def test_hot_loops_load_ahead(made):
+    """While a tile is worked on, the next one of each kind is on its way: there are two buffers of each at least."""
+    for row in made.rows:
+        kinds = HOT_LOOPS.get(row["kernel"].partition(".")[0], 0)
+        buffers = [int(count) for count in row["buffers"].split()]
+        assert len([count for count in buffers if count >= 2]) >= kinds, row
 
-    file = tmp_path / "kernels.bin"
-    less = () if general else ("--no-general",)
-    build("--out", str(file), "--targets", "0", "--types", "bf16", "--head-sizes", "64", *less)
-    images = read_catalogue(file)
+
+@pytest.mark.sampled(1)
+def test_drivers_of_cuda_12_take_the_images(made):
+    for image in made.images:
+        assert image.image[ABI_VERSION] == abi(image.target), image.name
+
+
+@pytest.mark.sampled(1)
+def test_parameters_are_where_the_driver_puts_them(made, tmp_path):
+    """It takes their sizes from the image, and the launch from the catalogue."""
+    for image in made.images:
+        text = inspect(image, "-elf", tmp_path)
+        found = re.findall(
+            r"EIATTR_KPARAM_INFO.*?Ordinal\s*:\s*(\w+).*?Offset\s*:\s*(\w+).*?Size\s*:\s*(\w+)", text, re.DOTALL
+        )
+        offset, expected = 0, []
+        for ordinal, letter in enumerate(image.parameters + "p" * image.hidden_pointers):
+            size = SIZES[letter]
+            offset = -(-offset // size) * size
+            expected.append((ordinal, offset, size))
+            offset += size
+        assert sorted(tuple(int(number, 0) for number in one) for one in found) == expected, image.name
+
+
+@pytest.mark.sampled(1)
+def test_hopper_multiplies_on_its_tensor_cores(made, dtype, tmp_path):
+    """Half types in groups of four warps, float32 as on older GPUs; rows are stored in vectors, none locally."""
+    instruction = "HMMA" if dtype == "fp32" else "HGMMA"
+    for image in made.images:
+        kernel = image.name.partition(".")[0]
+        if image.target == 90 and kernel in ("forward", "columns", "correct"):
+            code = inspect(image, "-sass", tmp_path)
+            assert re.search(rf"\b{instruction}\b", code), image.name
+            assert not re.search(r"\b(LDL|STL)\b", code), image.name
+            if kernel != "columns":  # its sums are few
+                stores = re.findall(r"\bSTG\.E(\.128)?", code)
+                assert stores.count(".128") > len(stores) / 2, f"{image.name} stores single numbers"
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("general", [False, True])
+def test_ptx_for_other_gpus(general):
+    """Read by drivers of CUDA 12.0 and newer."""
+    images = ptx(general).images
     expected = {spec.name for spec in specs() if spec.name == "select" or spec.name.split(".")[1] == "bf16"}
     sizes = ("", ".64", ".general64", ".odd64") if general else ("", ".64")
     assert {image.name for image in images} == {name for name in expected if _size(name) in sizes}
@@ -82,6 +155,23 @@ def test_ptx_for_other_gpus(tmp_path, general):
         assert b".version 8.0" in image.image
         assert b".target sm_80" in image.image
         assert image.hidden_pointers == 2
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("target", OTHERS)
+def test_ptx_assembles_for_other_gpus(target):
+    for image in ptx(general=False).images:
+        assert assemble(image.image.rstrip(b"\0").decode(), target)[ABI_VERSION] == abi(target)
+
+
+def abi(target: int) -> int:
+    """Of machine code that drivers of CUDA 12 take; CUDA 13 makes 8 for all, and Blackwell has never had another."""
+    return 7 if target < 100 else 8
+
+
+def ptx(general: bool) -> Kernels:
+    less = () if general else ("--no-general",)
+    return Kernels("--targets", "0", "--types", "bf16", "--head-sizes", "64", *less)
 
 
 def test_what_it_refuses():

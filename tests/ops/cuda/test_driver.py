@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 from close import assert_close
-from fake_driver import LARGE_SHARED_BYTES, THREADS_OF_TEST_KERNEL, AttentionCall, address, aligned, has_driver
+from fake_driver import LARGE_SHARED_BYTES, THREADS_OF_TEST_KERNEL, address, aligned, has_driver
+from harness_calls import AttentionCall
 from onnx import TensorProto, helper
 
 from act_export.ops.library import library_info
@@ -19,7 +20,8 @@ ALONE = """
 import ctypes, sys
 libraries = [ctypes.CDLL(path) for path in sys.argv[1:]]
 error = ctypes.create_string_buffer(1024)
-print(libraries[-1].ActCudaFind(0, b"test.plain", error), error.value.decode())
+target = ctypes.create_string_buffer(16)
+print(libraries[-1].ActCudaFind(0, b"test.plain", target, error), error.value.decode())
 """
 POINTER = 0x7F00_1234_5670
 
@@ -133,6 +135,22 @@ def test_a_kernel_is_loaded_once_for_each_gpu(driver):
     assert driver.library.FakeCudaLoads() == before + 1
 
 
+def test_which_image_was_loaded_is_told(driver):
+    assert driver.find("test.plain") == "sm_90"
+    assert driver.find("test.plain", driver.add_device(8, 6)) == "sm_80"
+    assert driver.find("test.plain", driver.add_device(12, 0)) == "ptx"
+
+
+def test_an_image_that_loads_but_has_no_code(driver):
+    """A driver that loads lazily finds it out late: not in a launch, and PTX is taken, with the reason told."""
+    assert driver.find("test.damaged") == "ptx"
+    expected = "loading the code of kernel test.damaged (sm_90) on the GPU (Stand-in, compute capability 9.0) failed: "
+    assert driver.refused().startswith(expected + "CUDA_ERROR_INVALID_IMAGE")
+    with driver.recording() as launches:
+        launch(driver, "test.damaged")
+    assert launches[0].target == "ptx"
+
+
 def test_each_gpu_has_its_own_number_of_multiprocessors(driver):
     counts = []
     for multiprocessors in (108, 132):
@@ -143,28 +161,27 @@ def test_each_gpu_has_its_own_number_of_multiprocessors(driver):
     assert counts == [108, 132]
 
 
-def call_of_one_token():
-    """A call of the operator, and the arrays behind it."""
-    rng = np.random.default_rng(0)
+def call_of_one_token(sequence=1):
+    """A call of the operator, and the arrays behind it; of more tokens only to be launched."""
+    rng, total = np.random.default_rng(0), 3 + sequence
     draw = lambda *shape: aligned(rng.standard_normal(shape, np.float32))  # noqa: E731
     arrays = {
-        "query": draw(1, 1, 2, 64),
-        "key": draw(1, 1, 1, 64),
-        "value": draw(1, 1, 1, 64),
+        "query": draw(1, sequence, 2, 64),
+        "key": draw(1, sequence, 1, 64),
+        "value": draw(1, sequence, 1, 64),
         "past_key": draw(1, 1, 3, 64),
         "past_value": draw(1, 1, 3, 64),
         "past_sink_scores": aligned(np.ones((1, 1, 3), np.float32)),
-        "attention_mask": aligned(np.ones((1, 4), np.int64)),
-        "output": aligned(np.full((1, 1, 2, 64), np.nan, np.float32)),
-        "present_key": aligned(np.full((1, 1, 4, 64), np.nan, np.float32)),
-        "present_value": aligned(np.full((1, 1, 4, 64), np.nan, np.float32)),
-        "present_sink_scores": aligned(np.full((1, 1, 4), np.nan, np.float32)),
+        "attention_mask": aligned(np.ones((1, total), np.int64)),
+        "output": aligned(np.full((1, sequence, 2, 64), np.nan, np.float32)),
+        "present_key": aligned(np.full((1, 1, total, 64), np.nan, np.float32)),
+        "present_value": aligned(np.full((1, 1, total, 64), np.nan, np.float32)),
+        "present_sink_scores": aligned(np.full((1, 1, total), np.nan, np.float32)),
         "calibrated_heads": np.array([1], np.int32),
         "calibration": aligned(np.array([[[0.0, 1.0, 9.0]]], np.float32)),
     }
-    call = AttentionCall(
-        batch=1, sequence=1, total=4, past_capacity=3, present_capacity=4, num_heads=2, kv_num_heads=1, head_size=64
-    )
+    call = AttentionCall(batch=1, sequence=sequence, total=total, past_capacity=3, present_capacity=total)
+    call.num_heads, call.kv_num_heads, call.head_size = 2, 1, 64
     call.value_head_size, call.scale, call.sliding_window, call.calibrations, call.calibrated_count = 64, 0.1, -1, 1, 1
     for name, array in arrays.items():
         setattr(call, name, address(array))
@@ -196,6 +213,62 @@ def test_a_call_without_memory_frees_what_it_has(driver):
         driver.library.FakeCudaFailAllocations(allocations)
         with pytest.raises(RuntimeError, match=r"allocating \d+ bytes.* failed: CUDA_ERROR_OUT_OF_MEMORY"):
             driver.attention("float32", call)
+
+
+@pytest.mark.parametrize("sequence", [1, 17])
+def test_calls_in_two_streams_at_once(driver, sequence):
+    """Each has memory of its own, from its first launch to its last, and launches in its own stream."""
+    both = threading.Barrier(2, timeout=60)
+    streams = (0x5000, 0x6000)
+
+    def one(stream):
+        call, arrays = call_of_one_token(sequence)
+        driver.attention("float32", call, stream=stream)
+        del arrays
+
+    driver.before_launch = both.wait
+    try:
+        with driver.recording(interpret=False) as launches:
+            threads = [threading.Thread(target=one, args=(stream,)) for stream in streams]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        driver.before_launch = lambda: None
+    used = [frozenset().union(*(found.scratch for found in launches if found.stream == stream)) for stream in streams]
+    assert [sum(found.stream == stream for found in launches) for stream in streams] == [len(launches) // 2] * 2
+    assert len(launches) == {1: 6, 17: 10}[sequence]
+    assert all(len(memory) == 1 and 0 not in memory for memory in used)  # one allocation, which is there
+    assert used[0] != used[1]
+
+
+def test_memory_of_the_stream_where_the_allocator_knows_it(libraries):
+    """ONNX Runtime's allocators need not have the function."""
+    allocates_by = ctypes.CDLL(str(libraries.harness)).ActAllocatesBy
+    allocates_by.restype = ctypes.c_char_p
+    assert allocates_by(True, True, False) == b"AllocOnStream"
+    assert allocates_by(True, False, False) == allocates_by(False, True, False) == b"Alloc"
+    assert allocates_by(True, True, True) == allocates_by(False, False, True) == b"null"
+
+
+def test_memory_of_a_call_is_the_callers(driver):
+    """Calls of a node that allocate nothing give what others give; too little memory is refused."""
+    call, arrays = call_of_one_token()
+    driver.attention("float32", call)
+    expected = arrays["output"].copy()
+    node, memory = driver.create("float32", call), aligned(np.full(1 << 16, 0xFF, np.uint8))
+    before = driver.library.FakeCudaLiveAllocations()
+    for _ in range(2):
+        arrays["output"][...] = np.nan
+        with driver.recording() as launches:
+            driver.run(node, call, 0x5000, address(memory), memory.nbytes)
+        np.testing.assert_array_equal(arrays["output"], expected)
+    assert {found.stream for found in launches} == {0x5000}
+    assert driver.library.FakeCudaLiveAllocations() == before
+    with pytest.raises(RuntimeError, match=r"the call needs \d+ bytes, not 256"):
+        driver.run(node, call, 0x5000, address(memory), 256)
+    driver.destroy(node)
 
 
 def test_a_launch_that_fails_is_an_error(driver):

@@ -11,6 +11,7 @@
 #include "attention_cuda.h"
 #include "cuda_driver.h"
 #include "cuda_kernels.h"
+#include "device_memory.h"
 #include "float16.h"
 #include "test_host.h"
 
@@ -37,6 +38,7 @@ int Guard(char* error, const Body& body) {
   return 1;
 }
 
+// Memory from the driver, freed as soon as the operator lets it go.
 class DriverCall final : public act::cuda::DeviceCall {
  public:
   using DeviceCall::DeviceCall;
@@ -48,6 +50,25 @@ class DriverCall final : public act::cuda::DeviceCall {
     return reinterpret_cast<void*>(address);
   }
   void Free(void* memory) noexcept override { Driver::Get().cuMemFree_v2(reinterpret_cast<Address>(memory)); }
+};
+
+// Memory that the caller has: nothing is allocated in a call, so that a stream may be captured into a graph.
+class GivenCall final : public act::cuda::DeviceCall {
+ public:
+  GivenCall(act::cuda::Stream stream, Kernels& kernels, void* memory, size_t bytes)
+      : DeviceCall(stream, kernels), memory_(memory), bytes_(bytes) {}
+
+  void* Allocate(size_t bytes) override {
+    if (bytes > bytes_) {
+      throw std::runtime_error("the call needs " + std::to_string(bytes) + " bytes, not " + std::to_string(bytes_));
+    }
+    return memory_;
+  }
+  void Free(void*) noexcept override {}
+
+ private:
+  void* memory_;
+  size_t bytes_;
 };
 
 template <typename T>
@@ -106,27 +127,44 @@ act::AttentionArguments<T> Arguments(const AttentionCall& c) {
   return a;
 }
 
-template <typename T>
-void Run(const AttentionCall& c, int device) {
-  const act::AttentionArguments<T> a = Arguments<T>(c);
-  Kernels& kernels = Kernels::ForDevice(device);
-  const CurrentContext current(kernels.context());
-  std::vector<int32_t> index(static_cast<size_t>(c.num_heads), -1);
-  for (int32_t i = 0; i < c.calibrated_count; ++i) index.at(static_cast<size_t>(c.calibrated_heads[i])) = i;
-  // One element at least: there are no empty allocations.
-  const int64_t count = c.calibrated_count;
-  const DeviceCopy device_index(kernels.context(), Bytes(index.data(), c.num_heads));
-  const DeviceCopy device_heads(kernels.context(), count > 0 ? Bytes(c.calibrated_heads, count) : std::vector<char>(4));
-  const std::vector<float> sinks = act::cuda::SinkLogitsOfKernels(c.sink_logits, c.num_heads);
-  const DeviceCopy device_sinks(kernels.context(), Bytes(sinks.data(), c.num_heads));
-  act::cuda::DeviceConstants constants;
-  constants.calibrated_index = reinterpret_cast<const int32_t*>(device_index.Data());
-  constants.calibrated_heads = reinterpret_cast<const int32_t*>(device_heads.Data());
-  constants.sink_logits = reinterpret_cast<const float*>(device_sinks.Data());
+// A node: what kernels read of its attributes is on the GPU.
+class Node {
+ public:
+  Node(const AttentionCall& c, int device, int type)
+      : type_(type),
+        kernels_(Kernels::ForDevice(device)),
+        index_(kernels_.context(), Index(c)),
+        // One element at least: there are no empty allocations.
+        heads_(kernels_.context(),
+               c.calibrated_count > 0 ? Bytes(c.calibrated_heads, c.calibrated_count) : std::vector<char>(4)),
+        sinks_(kernels_.context(),
+               Bytes(act::cuda::SinkLogitsOfKernels(c.sink_logits, c.num_heads).data(), c.num_heads)) {}
 
-  DriverCall call(nullptr, kernels);
-  act::cuda::Attention(a, constants, call);
-}
+  Kernels& kernels() const { return kernels_; }
+
+  void Run(const AttentionCall& c, act::cuda::DeviceCall& call) const {
+    const CurrentContext current(kernels_.context());
+    act::cuda::DeviceConstants constants;
+    constants.calibrated_index = reinterpret_cast<const int32_t*>(index_.Data());
+    constants.calibrated_heads = reinterpret_cast<const int32_t*>(heads_.Data());
+    constants.sink_logits = reinterpret_cast<const float*>(sinks_.Data());
+    if (type_ == 1) return act::cuda::Attention(Arguments<float>(c), constants, call);
+    if (type_ == 10) return act::cuda::Attention(Arguments<act::Float16>(c), constants, call);
+    if (type_ == 16) return act::cuda::Attention(Arguments<act::BFloat16>(c), constants, call);
+    throw std::logic_error("type " + std::to_string(type_));
+  }
+
+ private:
+  static std::vector<char> Index(const AttentionCall& c) {
+    std::vector<int32_t> index(static_cast<size_t>(c.num_heads), -1);
+    for (int32_t i = 0; i < c.calibrated_count; ++i) index.at(static_cast<size_t>(c.calibrated_heads[i])) = i;
+    return Bytes(index.data(), c.num_heads);
+  }
+
+  int type_;
+  Kernels& kernels_;
+  DeviceCopy index_, heads_, sinks_;
+};
 
 // The plain kernel on the same memory.
 template <typename T>
@@ -142,15 +180,32 @@ void RunPlain(const AttentionCall& c) {
 
 }  // namespace
 
-// `type`: 1 float32, 10 float16, 16 bfloat16, as in ONNX.
-EXPORT int ActCudaAttention(int device, int type, const AttentionCall* call, char* error) {
+// A call in a stream, with memory from the driver. `type`: 1 float32, 10 float16, 16 bfloat16, as in ONNX.
+EXPORT int ActCudaAttention(int device, int type, void* stream, const AttentionCall* call, char* error) {
   return Guard(error, [&] {
-    if (type == 1) return Run<float>(*call, device);
-    if (type == 10) return Run<act::Float16>(*call, device);
-    if (type == 16) return Run<act::BFloat16>(*call, device);
-    throw std::logic_error("type " + std::to_string(type));
+    const Node node(*call, device, type);
+    const CurrentContext current(node.kernels().context());
+    DriverCall in_stream(static_cast<act::cuda::Stream>(stream), node.kernels());
+    node.Run(*call, in_stream);
   });
 }
+
+// The same in parts, for a program that times calls or captures them: a node of these heads and sink logits, and a call
+// of it with the caller's memory, which is at a multiple of 256 bytes.
+EXPORT int ActCudaCreate(int device, int type, const AttentionCall* call, void** node, char* error) {
+  return Guard(error, [&] { *node = new Node(*call, device, type); });
+}
+
+EXPORT int ActCudaRun(const void* node, const AttentionCall* call, void* stream, void* scratch, int64_t bytes,
+                      char* error) {
+  return Guard(error, [&] {
+    const Node& made = *static_cast<const Node*>(node);
+    GivenCall in_stream(static_cast<act::cuda::Stream>(stream), made.kernels(), scratch, static_cast<size_t>(bytes));
+    made.Run(*call, in_stream);
+  });
+}
+
+EXPORT void ActCudaDestroy(void* node) { delete static_cast<Node*>(node); }
 
 EXPORT int ActPlainAttention(int type, const AttentionCall* call, char* error) {
   return Guard(error, [&] {
@@ -161,12 +216,45 @@ EXPORT int ActPlainAttention(int type, const AttentionCall* call, char* error) {
   });
 }
 
-EXPORT int ActCudaFind(int device, const char* kernel, char* error) {
-  return Guard(error, [&] { Kernels::ForDevice(device).Find(kernel); });
+// Loads a kernel; `target`, of 16 bytes, says which image was taken: "sm_90", ..., "ptx".
+EXPORT int ActCudaFind(int device, const char* kernel, char* target, char* error) {
+  return Guard(error, [&] { std::snprintf(target, 16, "%s", Kernels::ForDevice(device).Find(kernel).target.c_str()); });
+}
+
+// Why the driver took no better image of some kernel; empty where it took the best of each.
+EXPORT int ActCudaRefused(char* error) {
+  return Guard(error, [&] { std::snprintf(error, kErrorSize, "%s", Kernels::AllLoaded().refused.c_str()); });
 }
 
 EXPORT int ActCudaMultiprocessors(int device, int* count, char* error) {
   return Guard(error, [&] { *count = Kernels::ForDevice(device).multiprocessors(); });
+}
+
+// Which of an allocator's functions ONNX Runtime is asked for memory by: "Alloc", "AllocOnStream", or "null" where that
+// has none or throws. `streams`: the call has a stream; `knows`: the allocator knows of streams.
+EXPORT const char* ActAllocatesBy(bool streams, bool knows, bool throws) {
+  static bool has_stream, fails;
+  has_stream = streams;
+  fails = throws;
+  act::ort::Api api{};
+  api.KernelContext_GetSyncStream = [](const act::ort::KernelContext*, act::ort::SyncStream** out) {
+    static char stream;
+    *out = has_stream ? reinterpret_cast<act::ort::SyncStream*>(&stream) : nullptr;
+    return static_cast<act::ort::Status*>(nullptr);
+  };
+  act::ort::Allocator allocator{};
+  allocator.Alloc = [](act::ort::Allocator*, size_t) -> void* {
+    if (fails) throw std::runtime_error("no memory");
+    return const_cast<char*>("Alloc");
+  };
+  if (knows) {
+    allocator.AllocOnStream = [](act::ort::Allocator*, size_t, act::ort::SyncStream* stream) -> void* {
+      if (fails) throw std::runtime_error("no memory");
+      return stream == nullptr ? nullptr : const_cast<char*>("AllocOnStream");
+    };
+  }
+  const void* memory = act::ort::AllocateOnStream(api, nullptr, &allocator, 1);
+  return memory == nullptr ? "null" : static_cast<const char*>(memory);
 }
 
 // Launches a kernel with parameters "pilf".

@@ -2,11 +2,13 @@
 // memory is host memory, streams are done at once, and a launch calls a function of the test. It is as strict as the
 // driver: limits of launches, contexts, images for other GPUs.
 //
-// An image is text, "fake kernel NAME TARGET", TARGET being sm_80, sm_90, .. or ptx.
+// An image is text, "fake kernel NAME TARGET", TARGET being sm_80, sm_90, .. or ptx. One with "damaged" behind it
+// loads, but has no code that runs.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -66,7 +68,9 @@ struct Device {
 struct Kernel {
   std::string name;
   std::string target;
+  bool is_damaged = false;
   int shared_bytes = kPlainSharedBytes;  // that a launch may ask for
+  bool is_function = false;              // its code was asked for
 };
 
 using OnLaunch = int (*)(const char* name, const char* target, const unsigned* grid, unsigned threads, unsigned shared,
@@ -129,15 +133,31 @@ EXPORT int64_t FakeCudaLiveAllocations() { return static_cast<int64_t>(TheState(
 // How often an image was loaded.
 EXPORT int64_t FakeCudaLoads() { return static_cast<int64_t>(TheState().kernels.size()); }
 
+// Which allocation an address is in: its first address; 0 for none.
+EXPORT uint64_t FakeCudaAllocation(uint64_t address) {
+  State& state = TheState();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  auto after = state.memory.upper_bound(address);
+  if (after == state.memory.begin()) return 0;
+  const auto found = std::prev(after);
+  return address < found->first + found->second ? found->first : 0;
+}
+
 // Contexts of the calling thread.
 EXPORT int64_t FakeCudaContexts() { return static_cast<int64_t>(contexts.size()); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The driver.
 
+// With FAKE_CUDA_DEVICE in the environment there is a device of compute capability 9.0, whose launches do nothing.
 EXPORT int cuInit(unsigned flags) {
+  State& state = TheState();
   if (flags != 0) return kInvalidValue;
-  TheState().started = true;
+  if (!state.started && std::getenv("FAKE_CUDA_DEVICE") != nullptr) {
+    FakeCudaAddDevice(9, 0, 132, 227 * 1024);
+    state.on_launch = [](const char*, const char*, const unsigned*, unsigned, unsigned, void*, void**) { return 0; };
+  }
+  state.started = true;
   return kSuccess;
 }
 
@@ -250,16 +270,28 @@ EXPORT int cuMemcpyHtoD_v2(unsigned long long to, const void* from, size_t bytes
   return kSuccess;
 }
 
+EXPORT int cuMemcpyDtoH_v2(void* to, unsigned long long from, size_t bytes) {
+  State& state = TheState();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  const auto found = state.memory.find(from);
+  if (found == state.memory.end() || bytes > found->second) return kInvalidValue;
+  std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+  return kSuccess;
+}
+
 #ifndef FAKE_CUDA_11
 EXPORT int cuLibraryLoadData(void** library, const void* image, int*, void**, unsigned, int*, void**, unsigned) {
   State& state = TheState();
   const std::lock_guard<std::mutex> lock(state.mutex);
   char name[128];
   char target[16];
-  if (std::sscanf(static_cast<const char*>(image), "fake kernel %127s %15s", name, target) != 2) return kInvalidImage;
+  char damage[16] = "";
+  if (std::sscanf(static_cast<const char*>(image), "fake kernel %127s %15s %15s", name, target, damage) < 2) {
+    return kInvalidImage;
+  }
   if (Current() == nullptr) return kInvalidContext;
   if (!Runs(target, *Current())) return kNoBinaryForGpu;
-  state.kernels.push_back(std::make_unique<Kernel>(Kernel{name, target}));
+  state.kernels.push_back(std::make_unique<Kernel>(Kernel{name, target, damage[0] != 0}));
   *library = state.kernels.back().get();
   return kSuccess;
 }
@@ -271,6 +303,17 @@ EXPORT int cuLibraryGetKernel(void** handle, void* library, const char* symbol) 
   if (kernel == nullptr) return kInvalidHandle;
   if (kernel->name.substr(0, kernel->name.find('.')) != symbol) return kNotFound;
   *handle = library;
+  return kSuccess;
+}
+
+EXPORT int cuKernelGetFunction(void** function, void* handle) {
+  const std::lock_guard<std::mutex> lock(TheState().mutex);
+  Kernel* kernel = AsKernel(handle);
+  if (kernel == nullptr) return kInvalidHandle;
+  if (Current() == nullptr) return kInvalidContext;
+  if (kernel->is_damaged) return kInvalidImage;
+  kernel->is_function = true;
+  *function = handle;
   return kSuccess;
 }
 
@@ -293,7 +336,7 @@ EXPORT int cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsign
     const std::lock_guard<std::mutex> lock(state.mutex);
     if (Current() == nullptr) return kInvalidContext;
     const Kernel* found = AsKernel(handle);
-    if (found == nullptr) return kInvalidHandle;
+    if (found == nullptr || !found->is_function) return kInvalidHandle;
     kernel = *found;
   }
   if (grid_x == 0 || grid_y == 0 || grid_z == 0 || block_x == 0 || block_y != 1 || block_z != 1) return kInvalidValue;
