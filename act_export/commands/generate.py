@@ -20,6 +20,7 @@ from act_export.commands.options import (
     TrustOption,
 )
 from act_export.commands.printing import printable
+from act_export.errors import needs_extras
 
 
 def generate_command(
@@ -46,7 +47,6 @@ def generate_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Generates text, streaming it: greedily, or with --sample or --temperature by drawing tokens."""
-    from act_export.checkpoint.tokenizer import load_tokenizer_of
     from act_export.runtime import Session
     from act_export.runtime.request import DEFAULT
     from act_export.runtime.text import generation_of_options, load_generation_settings, load_tokenizer, stream_text
@@ -56,7 +56,10 @@ def generate_command(
         note(f"{', '.join(options)}: no effect without --sample or --temperature")
     given = None
     if tokenizer is not None:  # refused before the model is opened
-        given = load_tokenizer_of(tokenizer, trust_remote_code=trust_remote_code)
+        with needs_extras("a tokenizer"):
+            from act_export.checkpoint.tokenizer import load_tokenizer_of
+
+            given = load_tokenizer_of(tokenizer, trust_remote_code=trust_remote_code)
     chosen = DEFAULT if calibration is None else calibration
     with Session.open(file, native=not portable, device=device or "cpu", calibration=chosen) as session:
         text_tokenizer = given if given is not None else load_tokenizer(session, trust_remote_code=trust_remote_code)

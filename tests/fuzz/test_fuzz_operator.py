@@ -14,11 +14,11 @@ from operator_cases import ANSWER, ERROR, draw_case
 
 from act_export.ops.library import library_path
 
+pytestmark = pytest.mark.in_turn(2)
+
 # Stands in for the process that runs cases: says that it begins one, and goes wrong. Arguments as there.
 BROKEN = """
 import json, os, sys, time
-
-pytestmark = pytest.mark.in_turn(2)
 first = int(sys.argv[sys.argv.index("--case") + 1])
 for case in range(first, int(sys.argv[sys.argv.index("--end") + 1])):
     about = {{"case": case, "kind": "ordinary", "expected": "answer", "description": "this one"}}
