@@ -44,7 +44,10 @@ def undo(model: onnx.ModelProto) -> GraftRecord:
     """
     record = record_of(model)
     if record is None:
-        raise ActExportError("this model wasn't grafted; there is nothing to remove")
+        raise ActExportError(
+            "this model wasn't grafted, so there is nothing to remove; an export has the plain model inside: ask for "
+            "--calibration plain, or export again with --default plain"
+        )
     graph = model.graph
     kept = [node for node in graph.node if not node.name.startswith(PREFIX)]
     for index, node in removed_nodes(record):

@@ -227,6 +227,7 @@ def test_a_named_recipe_without_a_fingerprint_fits_any_weights_of_the_shape(fold
         resolved(other_shape, CalibrationRequest(calibrations=("published",)))
 
 
+@pytest.mark.in_turn(2)
 def test_a_recipe_without_a_fingerprint_is_exported_with_the_models_own(folder, tiny, tmp_path):
     recipe = write(folder, "published", BY_NAME, "sst2", method="published")
     export_model(tiny, recipe, tmp_path / "m.onnx", verify=False)

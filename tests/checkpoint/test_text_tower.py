@@ -197,6 +197,7 @@ def test_other_types(whole, dtype, tmp_path):
     assert inspect_file(tmp_path / "out").precision == dtype
 
 
+@pytest.mark.in_turn(2)
 def test_on_the_command_line(checkpoint_folder_with_vision, tmp_path):
     out, heads = tmp_path / "out", tmp_path / "heads.json"
     heads.write_text(json.dumps(CALIBRATION.heads))

@@ -16,6 +16,7 @@ from tiny import save_checkpoint
 from act_export.commands.export import grown
 
 
+@pytest.mark.in_turn(2)
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
     folder = save_checkpoint(tmp_path / "bare", tokenizer=False)
     result = run(folder, "--out", tmp_path / "m.onnx", "--plain")

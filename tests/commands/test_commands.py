@@ -186,6 +186,7 @@ def test_data_given_to_the_whole_job(checkpoint_folder, rows, tmp_path):
         assert session.calibration.provenance.tasks == ("rows.jsonl",)
 
 
+@pytest.mark.in_turn(2)
 def test_overrides_reach_the_file(checkpoint_folder, heads_file, tmp_path):
     out = tmp_path / "m.onnx"
     result = run(

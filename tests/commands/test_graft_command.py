@@ -144,7 +144,7 @@ def test_remove_takes_no_calibration(option: str, value: object, file: Path, tmp
 
 
 def test_remove_of_what_has_no_graft(file: Path, tmp_path: Path) -> None:
-    assert "wasn't grafted; there is nothing to remove" in refused(file, "--remove", "--out", tmp_path / "out.onnx")
+    assert "wasn't grafted, so there is nothing to remove" in refused(file, "--remove", "--out", tmp_path / "out.onnx")
 
 
 @pytest.mark.parametrize("kind", ["text", "cut", "weights", "state", "mask"])

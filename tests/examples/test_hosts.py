@@ -104,6 +104,7 @@ def test_cpp_refusals(cpp, tiny_file, tmp_path):
     assert "none.onnx" in failed.stderr
 
 
+@pytest.mark.in_turn(2)
 def test_javascript(javascript, file):
     assert numbers(succeed([*javascript, file, COUNT, *PROMPT])) == expected(file, native=False)
 

@@ -208,6 +208,7 @@ def test_weights_are_those_that_pytorch_rounds(dtype, tiny, halves):
     np.testing.assert_array_equal(found.astype(np.float32), expected)
 
 
+@pytest.mark.in_turn(2)
 def test_no_layer_has_a_cast(tmp_path):
     checkpoint = tiny_checkpoint("gemma2")
     nodes = {}

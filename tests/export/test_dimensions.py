@@ -33,6 +33,7 @@ def test_exports(tiny, tmp_path, name):
     assert_named_alike(tmp_path / "m.onnx")
 
 
+@pytest.mark.in_turn(3)
 def test_an_export_of_another_architecture(tmp_path):
     build_model(tiny_checkpoint("gemma3_text"), None, tmp_path / "m.onnx")
     assert_named_alike(tmp_path / "m.onnx")

@@ -244,6 +244,7 @@ def typed(request, checkpoint, slimmed, tmp_path: Path, monkeypatch: pytest.Monk
     return request.param, path
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("typed", ["float32"], indirect=True)
 def test_mixtral_end_to_end(typed, checkpoint):
     assert_agrees(typed[1], checkpoint)

@@ -173,7 +173,7 @@ def test_outputs_in_the_way(target: str, tmp_path: Path) -> None:
 
 def test_nothing_to_remove(tiny_file: Path, tmp_path: Path) -> None:
     for path in (Decoder().save(tmp_path / "in.onnx"), tiny_file):
-        with pytest.raises(ActExportError, match="this model wasn't grafted; there is nothing to remove"):
+        with pytest.raises(ActExportError, match="this model wasn't grafted, so there is nothing to remove"):
             remove_graft(path, tmp_path / "back.onnx")
 
 

@@ -119,6 +119,7 @@ def test_scaling_is_applied(tmp_path, name):
         torch.testing.assert_close(logits_of(found, length), logits_of(model, length), atol=1e-4, rtol=0)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name", ["llama3", "longrope of llama", *(pytest.param(name, marks=pytest.mark.slow) for name in EXPORTED_TOO)]

@@ -80,6 +80,7 @@ def test_the_same_file_as_from_memory(traced_anew, tmp_path, architecture, dtype
         assert torch.equal(before[name][1], parameter)
 
 
+@pytest.mark.in_turn(2)
 def test_no_weight_is_read_before_it_is_written(folder):
     checkpoint = load_checkpoint(str(folder), stream=True)
     read: list[str] = []
@@ -97,6 +98,7 @@ def test_no_weight_is_read_before_it_is_written(folder):
     assert len(read) == len(set(read)) == 1 + 3 * 3  # the embedding, and of each layer what isn't small
 
 
+@pytest.mark.in_turn(2)
 def test_the_first_layers_are_compared(folder, tmp_path):
     """On the command line, and the whole is written."""
     (tmp_path / "heads.json").write_text(json.dumps(HEADS))
