@@ -86,7 +86,8 @@ def test_cost_that_was_planned_right_ends_at_the_whole(tmp_path: Path) -> None:
     workers = Workers(journal, planned_cost=10, progress=lambda _, share: done.append(share))
     workers.run("first", [unit("a", 3), unit("b", 1)])
     workers.run("second", [unit("c", 2), unit("b", 4)])
-    assert done == pytest.approx([0.3, 0.4, 0.8, 1.0])
+    workers.finish()
+    assert done == pytest.approx([0.3, 0.4, 0.8, 0.99, 1.0])  # the whole is told in the end alone
     assert workers.computed == 2
 
 

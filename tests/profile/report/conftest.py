@@ -31,6 +31,7 @@ def opened(chromium: Any, tmp_path: Path) -> Iterator[Open]:
         write_report(profile, path, calibration=calibration, accuracies=accuracies)
         context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         context.set_default_timeout(10_000)
+        context.set_default_navigation_timeout(60_000)  # of a slow machine
         contexts.append(context)
         page = context.new_page()
         found = Opened(page)
