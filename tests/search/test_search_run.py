@@ -195,7 +195,8 @@ def test_padding_is_planned_for(checkpoint: Checkpoint) -> None:
     ragged = tuple(replace(each, prompt=each.prompt[: 1 + i % 5]) for i, each in enumerate(task.splits[CHOOSE]))
     task = replace(task, splits={**task.splits, CHOOSE: ragged})
     together, alone = (
-        _planned_cost(checkpoint, [task], replace(OPTIONS, batch_tokens=tokens), 0, False) for tokens in (10_000, 1)
+        _planned_cost(checkpoint, [task], replace(OPTIONS, batch_tokens=tokens), 0, own=True, joint=False)
+        for tokens in (10_000, 1)
     )
     assert together > alone
 
