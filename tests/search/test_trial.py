@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from act_export.search import SearchOptions, SearchTask
 from act_export.search.answers import Answers
 from act_export.search.elsewhere import cost_in_answers, cost_in_text, pieces_of
 from act_export.search.results import Gain, SearchResult
-from act_export.search.trial import Trial, TrialData, run_trial, summarize, trial_data
+from act_export.search.trial import Trial, TrialData, elsewhere, run_trial, summarize, trial_data
 from act_export.tasks import Example, Questions, Splits, TaskError, encode_examples
 from act_export.tasks.scoring import predicted_choice
 from act_export.tasks.splits import split_folds
@@ -193,3 +194,42 @@ def test_pieces_are_spread_over_the_text() -> None:
     pieces = pieces_of(words_checkpoint(), words, 2)
     assert [(piece[0], len(piece)) for piece in pieces] == [(0, 256), (512, 256)]
     assert pieces_of(words_checkpoint(), "w1 w2", 2) == []
+
+
+def test_costs_elsewhere_name_what_could_not_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = words_checkpoint()
+    mine = planted_task(checkpoint, PLANTED, seed=3, sizes=(1, 1, 24)).splits.report
+
+    def questions(name: str, count: int, used: frozenset[str]) -> list[Example]:
+        if name == "obqa":
+            raise TaskError("there are no rows")
+        return list(mine[:count])
+
+    monkeypatch.setattr("act_export.search.trial.questions_elsewhere", questions)
+    monkeypatch.setattr("act_export.search.trial.pieces_of", lambda *_: [[5, 17, 40, 5, 5, 23]])
+    steps: list[tuple[str, float]] = []
+    cost = elsewhere(checkpoint, PLANTED, without="sst2", progress=lambda *step: steps.append(step))
+    assert set(cost.tasks) == {"rte", "csqa", "arc_easy"}
+    assert {gain.accuracy for gain in cost.tasks.values()} == {1}
+    assert cost.text is not None
+    assert cost.missing == ("obqa isn't measured: there are no rows",)
+    assert [step for step, _ in steps][-1] == "elsewhere: a text"
+
+    def none(*_: object) -> list[list[int]]:
+        raise TaskError("there is no text")
+
+    monkeypatch.setattr("act_export.search.trial.pieces_of", none)
+    again = elsewhere(checkpoint, Calibration({}), without="rte")
+    assert (again.text, again.missing[-1]) == (None, "perplexity isn't measured: there is no text")
+    assert again.lost == ()
+
+
+def test_chance_is_the_most_frequent_answer_or_guessing(tmp_path: Path) -> None:
+    for name, choices, chance in (("same", ["a", "b"], 0.75), ("own", None, 0.5)):
+        rows = [{"prompt": f"p{n}", "choices": choices or [f"a{n}", "b"], "answer": int(n > 9)} for n in range(40)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        assert trial_data(Questions(data=(path,))).chance == chance
+    path = tmp_path / "written.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"p{n}", "answers": [f"a{n}"]}) for n in range(40)))
+    assert trial_data(Questions(data=(path,))).chance is None
