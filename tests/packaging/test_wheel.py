@@ -167,9 +167,10 @@ def test_library_needs_only_the_system(unpacked):
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm isn't installed")
-def test_library_exports_two_symbols(unpacked):
+def test_library_exports_three_symbols(unpacked):
     symbols = _run("nm", "--dynamic", "--defined-only", unpacked / "act_export" / "ops" / "libact_ops.so")
-    assert [line.split()[-1] for line in symbols.splitlines()] == ["ActOpsBuildInfo", "RegisterCustomOps"]
+    exported = ["ActOpsBuildInfo", "ActOpsLoadedKernels", "RegisterCustomOps"]
+    assert [line.split()[-1] for line in symbols.splitlines()] == exported
 
 
 def _metadata(unpacked: Path) -> Message:
