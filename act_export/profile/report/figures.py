@@ -39,7 +39,7 @@ QUANTITIES = (
     Quantity("mass", "Later-sink mass", ".2%", "sqrt"),
     Quantity("count", "Later sinks per prompt", ".2f", "sqrt"),
     Quantity("initial_score", "Initial sink score", ".3f", "linear"),
-    Quantity("entropy", "Entropy of a row (nats)", ".2f", "linear"),
+    Quantity("entropy", "Entropy of a row", ".2f", "linear"),
 )
 _SHORT = {".2%": ".0%", ".2f": "~g", ".3f": "~g"}  # in a legend
 _STATUS = [PLAIN, CALIBRATED]
@@ -169,7 +169,7 @@ def effect_scatter(colours: Colours) -> Chart:
                 axis=alt.Axis(format=".1~%", grid=False, tickCount=5),
                 scale=alt.Scale(type="sqrt", domainMin=0),
             ),
-            y=alt.Y("effect:Q", title="Effect (nats)", axis=alt.Axis(format="~g", tickCount=5)),
+            y=alt.Y("effect:Q", title="Effect on log-likelihood", axis=alt.Axis(format="~g", tickCount=5)),
             fill=alt.Fill("status:N", **_two(_STATUS, "transparent", colours["accent"])),
             stroke=alt.Stroke("status:N", **_two(_STATUS, colours["series"], colours["accent"])),
             shape=alt.Shape("status:N", **_two(_STATUS, "circle", "diamond")),

@@ -99,7 +99,7 @@ const tables = {
       Layer: (row) => row.layer, Head: (row) => row.head, Beta: (row) => row.beta || dash,
       "Later-sink mass": (row) => percent(row.mass, 2), "Later sinks per prompt": (row) => row.count.toFixed(2),
       "Prompts with a later sink": (row) => percent(row.rate), "Initial sink score": (row) => row.initial_score.toFixed(3),
-      "Prompts with an initial sink": (row) => percent(row.initial_rate), "Entropy (nats)": (row) => row.entropy.toFixed(2),
+      "Prompts with an initial sink": (row) => percent(row.initial_rate), "Entropy": (row) => row.entropy.toFixed(2),
     },
   }),
   relative: () => rateTable("relative"),
@@ -108,7 +108,7 @@ const tables = {
     caption: "Effects, and mass by the absolute threshold", rows: headRows("absolute").sort((one, other) => other.effect - one.effect),
     columns: {
       Layer: (row) => row.layer, Head: (row) => row.head, Beta: (row) => row.beta || dash,
-      "Effect (nats)": (row) => row.effect.toFixed(5), "Later-sink mass": (row) => percent(row.mass, 2),
+      "Effect on log-likelihood": (row) => row.effect.toFixed(5), "Later-sink mass": (row) => percent(row.mass, 2),
     },
   }),
 };

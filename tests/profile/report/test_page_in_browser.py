@@ -85,7 +85,7 @@ def test_tooltip_of_a_head_has_its_numbers(opened: Open) -> None:
             "Later-sink mass": f"{sinks.mass[layer, head]:.2%}",
             "Later sinks per prompt": f"{sinks.count[layer, head]:.2f}",
             "Initial sink score": f"{statistics.initial_score[layer, head]:.3f}",
-            "Entropy of a row (nats)": f"{statistics.entropy[layer, head]:.2f}",
+            "Entropy of a row": f"{statistics.entropy[layer, head]:.2f}",
         }, (source, mode)
 
 
