@@ -11,7 +11,6 @@ from act_export.commands.printing import PlainConsole, PlainTable
 from act_export.version import __version__
 
 if TYPE_CHECKING:
-    from act_export.search.results import Gain
     from act_export.search.trial import Elsewhere, Trial, TrialData
 
 FORMAT = "act-export trial"
@@ -65,8 +64,8 @@ def print_trial(data: TrialData, trial: Trial, cost: Elsewhere | None, *, model:
         table.add_column(column, justify="left" if column == "model" else "right")
     table.add_row("plain", f"{trial.plain:.1%}", "")
     for name, gain in trial.remedies.items():
-        table.add_row(f"plain, {name}", f"{gain.accuracy:.1%}", _gain(gain))
-    table.add_row("calibrated", f"{trial.calibrated.accuracy:.1%}", _gain(trial.calibrated))
+        table.add_row(f"plain, {name}", f"{gain.accuracy:.1%}", gain.points)
+    table.add_row("calibrated", f"{trial.calibrated.accuracy:.1%}", trial.calibrated.points)
     console = PlainConsole()
     console.print(table)
     for line in (*_facts(data, trial, cost), *_verdict(data, trial, cost, model=model, source=source, file=file)):
@@ -81,11 +80,11 @@ def _facts(data: TrialData, trial: Trial, cost: Elsewhere | None) -> Iterator[st
         )
     yield f"{trial.found} of {len(data.searches)} searches found heads to calibrate."
     if trial.found and trial.remedies:
-        yield f"Beyond the best of the others, {_named(trial.remedy)}: {_gain(trial.beyond)}."
+        yield f"Beyond the best of the others, {_named(trial.remedy)}: {trial.beyond.points}."
     if cost is None:
         return
     for name, gain in cost.tasks.items():
-        yield f"Elsewhere, {name}: {_gain(gain)}{' - lost beyond luck' if name in cost.lost else ''}."
+        yield f"Elsewhere, {name}: {gain.points}{' - lost beyond luck' if name in cost.lost else ''}."
     if cost.text is not None:
         lost = " - lost beyond luck" if "text" in cost.lost else ""
         yield f"Elsewhere, perplexity of a text: {cost.text.plain:.2f} -> {cost.text.calibrated[0]:.2f}{lost}."
@@ -96,13 +95,13 @@ def _verdict(
     data: TrialData, trial: Trial, cost: Elsewhere | None, *, model: str, source: str, file: str
 ) -> Iterator[str]:
     export = f"  act-export {model} --calibration {file} --out calibrated.onnx"
-    gain, verdict = _gain(trial.calibrated), trial.verdict
+    gain, verdict = trial.calibrated.points, trial.verdict
     yield ""
     if verdict == "calibrate":
         yield f"Verdict: calibrate. It gains {gain}, more than any cheaper remedy that was tried."
     elif verdict == "remedy":
         yield (
-            f"Verdict: {_named(trial.remedy)} does it, without calibration: {_gain(trial.remedies[trial.remedy])}. "
+            f"Verdict: {_named(trial.remedy)} does it, without calibration: {trial.remedies[trial.remedy].points}. "
             f"That calibration adds anything beyond isn't shown."
         )
         yield f"To use it, {_REMEDIES[trial.remedy]}."
@@ -139,8 +138,3 @@ def _verdict(
 
 def _named(remedy: str) -> str:
     return "the plain model" if remedy == "plain" else remedy
-
-
-def _gain(gain: Gain) -> str:
-    low, high = (100 * bound for bound in gain.interval)
-    return f"{100 * gain.gain:+.1f} points ({low:+.1f} to {high:+.1f})"

@@ -22,7 +22,6 @@ from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
 from act_export.search import SearchOptions, SearchTask, Threshold
 from act_export.search.job import SearchJob, run_search
-from act_export.search.results import Gain
 from act_export.tasks import Questions
 from act_export.tasks.questions import MIX
 
@@ -206,9 +205,7 @@ def search_mix(
     assert average is not None
     assert beyond is not None
     lost = [name for name, r in result.reports.items() if r.joint is not None and r.joint.interval[1] < 0]
-    said = (
-        f"the set that was found gains {_points(average)} on average, {_points(beyond)} beyond the best cheap remedies"
-    )
+    said = f"the set that was found gains {average.points} on average, {beyond.points} beyond the best cheap remedies"
     if average.interval[0] <= 0 or lost:
         why = f"it loses on {', '.join(lost)}" if lost else "that may be luck"
         notice(f"{said}, but {why}: this is the plain model")
@@ -231,11 +228,6 @@ def _options(request: CalibrationRequest) -> SearchOptions:
         betas=(defaults.beta,),
         thresholds=(Threshold(defaults.threshold, defaults.threshold_mode),),
     )
-
-
-def _points(gain: Gain) -> str:
-    low, high = (100 * bound for bound in gain.interval)
-    return f"{100 * gain.gain:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
 def _name_of(task: str) -> str:

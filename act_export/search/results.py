@@ -31,6 +31,12 @@ class Gain:
     interval: tuple[float, float]
     p: float | None
 
+    @property
+    def points(self) -> str:
+        """The gain with its interval, in words."""
+        low, high = (100 * bound for bound in self.interval)
+        return f"{100 * self.gain:+.1f} points ({low:+.1f} to {high:+.1f})"
+
 
 @dataclass(frozen=True)
 class Invalid:
