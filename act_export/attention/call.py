@@ -164,7 +164,8 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def flatten_heads(x: Tensor) -> Tensor:
     """(batch, heads, sequence, head_size) -> (batch, sequence, heads * head_size)."""
-    return x.transpose(1, 2).flatten(2)
+    x = x.transpose(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], -1)
 
 
 def empty_state(call: AttentionCall, num_calibrated: int) -> LayerState:

@@ -31,6 +31,7 @@ def slim(model: ir.Model, *, weight_prefix: str = "") -> ir.Model:
         weight_prefix: Dropped from the names of weights.
     """
     passes = ir.passes.Sequential(
+        common.IdentityEliminationPass(),
         FuseLayerNormPass(),
         FuseTanhGeluPass(),
         GatherRowsPass(),

@@ -20,7 +20,7 @@ from act_export.checkpoint.identity import layers_and_heads
 from act_export.checkpoint.low_memory import low_memory_told
 from act_export.checkpoint.text_tower import hidden_size, one_rotation, position_axes
 from act_export.errors import ActExportError
-from act_export.export import experts
+from act_export.export import decompose, experts
 from act_export.export.lazy_weights import ReadWeight, attach_weights, hollowed
 from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.name_dimensions import NameDimensionsPass
@@ -133,10 +133,12 @@ def trace(
         **dict.fromkeys(names.outputs, of_present),
         **{names.inputs[0]: of_tokens, MASK: of_mask, POSITIONS: of_positions, LOGITS: of_tokens},
     }
+    translations = translation_table() | experts.translation_table() | decompose.translation_table()
     with (
         torch.no_grad(),
         as_unsupported(model.config.model_type),
         low_memory_told(*EXPORTING),
+        decompose.decomposed_where_needed(translations),
         attention_hook(model, OperatorAttention(heads, sink_logits)) as hooked,
         experts.exportable_experts(model),
         one_rotation(model),
@@ -149,7 +151,7 @@ def trace(
             kwargs=example,
             dynamo=True,
             opset_version=functions.OPSET,
-            custom_translation_table=translation_table() | experts.translation_table(),
+            custom_translation_table=translations,
             dynamic_shapes={
                 "tokens": of_tokens,
                 MASK: of_mask,

@@ -30,6 +30,7 @@ def test_kernels(one_of, sample_seed, tmp_path):
     check_kernels("", one_of, sample_seed, tmp_path)
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("sanitize", SANITIZERS)
 def test_kernels_with_a_sanitizer(sanitize, sample_seed, tmp_path):
