@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from act_export.checkpoint.configuration import read_configuration
-from act_export.checkpoint.folder import check_configuration, weight_files
-from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf, names_like
+from act_export.checkpoint.folder import check_configuration, check_is_checkpoint, weight_files
+from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf, names_like, parts_of
 from act_export.checkpoint.gguf.convert import converted
 from act_export.checkpoint.gguf.header import has_magic
+from act_export.checkpoint.gguf.shards import read_gguf
 from act_export.checkpoint.hub import HubAccess, HubId, commit_of, fetch_small_files, fetch_weights, is_on_hub
 from act_export.checkpoint.small_files import check_small_files, read_settings
 from act_export.checkpoint.support import why_unsupported
@@ -64,6 +65,7 @@ def fetch_checkpoint(
     Raises:
         CheckpointError: If there is no such model, it can't be had, or it can't be loaded as a causal language model.
     """
+    check_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
     path = Path(source).expanduser()
     hub_id = HubId.parse(source)
     if is_on_hub(source) and hub_id is not None:
@@ -76,26 +78,52 @@ def fetch_checkpoint(
             configuration_of(fetched)
             fetch_weights(hub_id, fetched.folder, access)
         return fetched
+    if is_gguf(source):
+        return Fetched(source, converted(built_in_gguf(source) if source in BUILT_IN else path))
+    if weights:
+        check_configuration(path, source, trust_remote_code=trust_remote_code)
+    return Fetched(source, path, trust_remote_code)
+
+
+def check_source(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> None:
+    """Refuses a MODEL that can't be one by what is here: without transformers, a download or a conversion.
+
+    Args:
+        source: As in `fetch_checkpoint`, and the others.
+        revision: Of a hub id.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        weights: Whether they are needed.
+
+    Raises:
+        CheckpointError: If there is no such model, or its files aren't those of one.
+    """
+    path = Path(source).expanduser()
+    if is_on_hub(source):
+        return
     if revision is not None:
         raise CheckpointError(
             f"revision is {revision!r}, but {source} is no hub id (owner/name), and only these have revisions; leave "
             f"it out"
         )
-    if is_gguf(source):
-        return Fetched(source, converted(built_in_gguf(source) if source in BUILT_IN else path))
-    if path.is_dir():
+    if source in BUILT_IN:
+        parts_of(source)
+    elif is_gguf(source):
+        read_gguf(path)
+    elif path.is_dir():
         check_small_files(path, source, code=trust_remote_code)
         if weights:
-            check_configuration(path, source, trust_remote_code=trust_remote_code)
+            check_is_checkpoint(path, source)
             weight_files([file.name for file in path.iterdir()], path, source)
-        return Fetched(source, path, trust_remote_code)
-    if path.is_file():
+    elif path.is_file():
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
-    near = names_like(source)
-    raise CheckpointError(
-        f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
-        f"({', '.join(BUILT_IN)})" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    )
+    else:
+        near = names_like(source)
+        raise CheckpointError(
+            f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
+            f"({', '.join(BUILT_IN)})" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
 
 
 def is_gguf(source: str) -> bool:

@@ -89,9 +89,8 @@ def eval_command(
             f"--calibration is given {len(calibration)} times, and tasks are answered with one: "
             f"{', '.join(calibration)}; name one"
         )
-    from act_export.commands.evaluate_table import print_evaluation_report, report_json
     from act_export.verify.evaluate.job import evaluate_files
-    from act_export.verify.evaluate.results import EvaluationRequest
+    from act_export.verify.evaluate.request import EvaluationRequest
 
     request = EvaluationRequest(
         **common,
@@ -104,6 +103,8 @@ def eval_command(
     )
     with progress_bar("eval") as progress:
         report = evaluate_files(request, progress=progress)
+    from act_export.commands.evaluate_table import print_evaluation_report, report_json
+
     if as_json:
         print(report_json(report))
     else:

@@ -26,6 +26,23 @@ def check_device(device: str | None) -> None:
         prepare_cuda(onnxruntime, place.index, native=True)
 
 
+def check_model(
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuses, before torch is imported, a MODEL that isn't there, or can't be loaded as it is asked for."""
+    from act_export.checkpoint.fetch import check_source
+    from act_export.checkpoint.placement import Placement
+
+    Placement(dtype, device, device_map)
+    check_source(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     model: str,
     *,
@@ -38,9 +55,15 @@ def load_model(
 ) -> Checkpoint:
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
     from act_export.checkpoint.hub import is_on_hub
-    from act_export.checkpoint.placement import Placement
 
-    Placement(dtype, device, device_map)  # refused before a download
+    check_model(  # before a download
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     fetched = None
     if is_on_hub(model):
         fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)

@@ -16,7 +16,7 @@ from act_export.commands.console import (
     note,
     status,
 )
-from act_export.commands.loading import check_device, load_model
+from act_export.commands.loading import check_device, check_model, load_model
 from act_export.commands.options import (
     DeviceOption,
     FileArgument,
@@ -42,15 +42,17 @@ def verify_command(
 ) -> None:
     """Compares an exported model with PyTorch running the reference."""
     from act_export.onnx_file.inspect import inspect_file
-    from act_export.verify.parity.job import describe_failures, verify_file
 
     found = inspect_file(file)
+    check_model(against, revision=revision, trust_remote_code=trust_remote_code)
     check_device(device)
     checkpoint = load_model(against, revision=revision, trust_remote_code=trust_remote_code)
     if found.identity.differences(checkpoint.identity):
         raise ActExportError(
             f"{file} was exported from another model: {found.identity}, and {against} is {checkpoint.identity}"
         )
+    from act_export.verify.parity.job import describe_failures, verify_file
+
     with status() as step:
         report = verify_file(found.path, checkpoint, found.calibrations, device=device or "cpu", progress=step)
     if as_json:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from act_export.calibration.file import DEFAULT_BETA, Calibration
-from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.files import cache_folder
-from act_export.profile import ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
-from act_export.profile.run import EffectsOf, check_names
+from act_export.profile.request import EffectsOf, ProfileOptions, PromptSource, check_names
 from act_export.progress import Progress
-from act_export.search.gates import gate_gradients
 from act_export.tasks import (
     EncodedExample,
     Example,
@@ -27,6 +23,12 @@ from act_export.tasks import (
     split_examples,
 )
 from act_export.tasks.splits import RANK, drawn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from act_export.checkpoint.load import Checkpoint
+    from act_export.profile.sink_profile import SinkProfile
 
 LENGTH = 1024
 
@@ -154,6 +156,8 @@ def run_profile(
     Raises:
         ActExportError: As `encode_prompts` and `act_export.profile.profile_sinks`.
     """
+    from act_export.profile.run import profile_sinks
+
     sources = encode_prompts(checkpoint, job, questions)
     asked = job.questions
     notes: dict[str, object] = {"seed": asked.drawing_seed, "shots": asked.shots, "chat": asked.chat}
@@ -180,6 +184,8 @@ def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
 
 
 def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> EffectsOf:
+    from act_export.search.gates import gate_gradients
+
     def measure(batch: Sequence[EncodedExample]) -> Tensor:
         gradients = gate_gradients(
             checkpoint.model,

@@ -27,7 +27,7 @@ import torch
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.profile import PromptSource, profile_sinks
 from act_export.profile.job import ProfileJob, encode_prompts, load_prompts
-from act_export.profile.run import BATCH_TOKENS
+from act_export.profile.request import BATCH_TOKENS
 from act_export.runtime.sampling import left_pad
 from act_export.tasks import EncodedExample, Questions, encode_examples, load_examples, split_examples
 from act_export.tasks.batching import Batching, batches
