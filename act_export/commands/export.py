@@ -100,13 +100,16 @@ def export_command(
     check_output(out)
     questions = Questions((task,) if task else (), (data,) if data else (), seed=seed)
     request = CalibrationRequest(plain, tuple(calibration or ()), questions, beta, threshold, threshold_mode)
+    given = named_calibrations(calibration or ())
     if default is not None and (plain or calibration):
-        CalibrationSet.of(named_calibrations(calibration or ()), default=default)  # refused before long work
+        CalibrationSet.of(given, default=default)  # refused before long work
     check_model(model, revision=revision, trust_remote_code=trust_remote_code)
     tasks = asked_questions(request)
     if verify or quantization is not None:
         check_device(device if verify else None)
-    checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
+    checkpoint = load_model(
+        model, revision=revision, trust_remote_code=trust_remote_code, stream=stream, fits=tuple(given.values())
+    )
     from act_export.attention.hook import check_supported
     from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.export.experts import check_experts

@@ -7,6 +7,7 @@ from act_export.calibration.strengths import PLAIN as PLAIN_NAME
 from act_export.errors import ActExportError
 from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.runtime.adapter import SUFFIX
+from act_export.runtime.request import check_choice
 from act_export.verify.evaluate.request import CALIBRATED, PLAIN, EvaluationRequest
 
 
@@ -56,6 +57,7 @@ def _named(file: ModelFile, name: str) -> Calibration | None:
             f"{name} doesn't say which questions its heads were found on; pass the calibration file that it was made of"
         )
     if name.endswith(".json"):
+        check_choice(file.path, name)
         return Calibration.load(name)
     raise ActExportError(
         f"{file.path} has no calibration {name!r}; there are {', '.join(own.names) if own is not None else PLAIN_NAME}"
