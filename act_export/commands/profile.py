@@ -32,6 +32,10 @@ def profile_command(
     effects: Annotated[
         bool, typer.Option("--effects/--no-effects", help="Measure whether each head's sinks help or hurt the answers.")
     ] = True,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers/--no-answers", help="With a calibration, show some answers before and after."),
+    ] = True,
     prompts: Annotated[int, typer.Option(help="Of each source at the most.")] = 96,
     length: Annotated[
         int | None,
@@ -81,6 +85,7 @@ def profile_command(
         prompts=prompts,
         length=length,
         effects=effects,
+        answers=answers,
         options=ProfileOptions(
             absolute_threshold, relative_threshold, BATCH_TOKENS if batch_tokens is None else batch_tokens
         ),
@@ -94,8 +99,7 @@ def profile_command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    if calibration is not None:
-        named_calibration(calibration)  # refused before long work
+    given = [named_calibration(calibration)] if calibration is not None else []  # refused before long work
     questions = load_prompts(job)
     if report:
         from act_export.profile.report import write_report  # refused before long work, where it isn't installed
@@ -106,6 +110,7 @@ def profile_command(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        fits=given,
     )
     from act_export.attention.hook import check_supported
 

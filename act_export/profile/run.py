@@ -18,6 +18,7 @@ from act_export.calibration.file import Calibration
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
+from act_export.profile.answer_pair import AnswerPairs
 from act_export.profile.partial import PartialTally
 from act_export.profile.profiling import profile_batch
 from act_export.profile.request import USUAL, EffectsOf, ProfileOptions, PromptSource, check_names
@@ -54,6 +55,7 @@ def profile_sinks(
     out: Path | None = None,
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    answers: AnswerPairs | None = None,
 ) -> SinkProfile:
     """Where the sinks are, by source and over all.
 
@@ -70,6 +72,7 @@ def profile_sinks(
         out: Where to write the profile, see `SinkProfile.save`; unfinished work is removed after that.
         progress: Called before every batch.
         notes: To be kept in the profile's options.
+        answers: To be kept in the profile, see `act_export.profile.answers.answer_pairs`.
 
     Raises:
         ActExportError: If there is no source or prompt, or two sources have the same name; if the model's attention
@@ -99,6 +102,7 @@ def profile_sinks(
         },
         examples=tuple(example for source in sources for example in _example(checkpoint, source, calibration, seen)),
         calibration=calibration,
+        answers=answers,
         options={
             **options.thresholds,
             "batch_tokens": options.batch_tokens,
