@@ -30,7 +30,7 @@ from act_export.commands.options import (
     ThresholdOption,
     TrustOption,
 )
-from act_export.commands.verify import describe_engine
+from act_export.commands.parity_table import describe_engine
 from act_export.errors import ActExportError
 
 _GROWN = 1.9  # times the size of a GGUF file: one in half precision grows by 2
