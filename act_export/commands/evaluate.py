@@ -71,6 +71,10 @@ def eval_command(
         "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code,
     }
+    if tokenizer is not None:
+        from act_export.checkpoint.fetch import check_source
+
+        check_source(tokenizer, trust_remote_code=trust_remote_code, weights=False)
     if chat_file is not None:
         others = {"--against": against, "--task": task, "--data": data, "--scoring": scoring, "--shots": shots}
         _refuse(

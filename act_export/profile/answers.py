@@ -34,7 +34,7 @@ class AskedSource:
 
     Attributes:
         name: The source's.
-        encoded: The prompts, with room for `NEW_TOKENS` more.
+        encoded: The prompts, at least one, with room for `NEW_TOKENS` more.
         examples: The same as texts, where they are questions; else none.
         task: How they are answered; None where no answers are known.
     """
@@ -53,7 +53,7 @@ def answer_pairs(
     batch_tokens: int,
     progress: Progress | None = None,
 ) -> AnswerPairs | None:
-    """The first `SHOWN` prompts whose answers differ among about `TRIED`, of each source in turn.
+    """The first `SHOWN` prompts whose answers differ among the first `TRIED`, of each source in turn.
 
     Where fewer differ, others that were tried follow. Answers are greedy, and no longer than `NEW_TOKENS`.
 
@@ -75,7 +75,7 @@ def answer_pairs(
                 progress(f"{source.name}, answers before and after", (2 * number + side) / (2 * len(asked)))
             sides.append(_answers(checkpoint, source, chosen, Batching(None, batch_tokens)))
         found.append(list(_pairs(checkpoint, source, *sides)))
-    tried = [pair for pair in chain.from_iterable(zip_longest(*found)) if pair is not None]
+    tried = [pair for pair in chain.from_iterable(zip_longest(*found)) if pair is not None][:TRIED]
     shown = sorted(tried, key=lambda pair: pair.same)[:SHOWN]
     return AnswerPairs(tuple(shown), len(tried), sum(not pair.same for pair in tried)) if tried else None
 
@@ -83,8 +83,6 @@ def answer_pairs(
 def _answers(
     checkpoint: Checkpoint, source: AskedSource, calibration: Calibration | None, batching: Batching
 ) -> list[_Said]:
-    if not source.encoded:
-        return []
     assert checkpoint.tokenizer is not None  # or nothing could have been encoded
     generation = source.task.generation if source.task is not None else None
     with attention_hook(checkpoint.model, FastAttention(calibration)) as hooked:

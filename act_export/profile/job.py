@@ -202,6 +202,8 @@ def _asked(
 
     longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
     room = longest - NEW_TOKENS if longest is not None else LENGTH
+    if room < 1:
+        return []
     count = -(-TRIED // len(sources))
     asked = []
     for source, of in zip_longest(sources, questions):
@@ -210,14 +212,10 @@ def _asked(
             asked.append(AskedSource(source.name, [EncodedExample(prompt, (), 0) for prompt in prompts]))
             continue
         fitting = [e for e, p in zip(of.examples, source.prompts, strict=True) if len(p) <= room][:count]
-        encoded = encode_examples(
-            checkpoint.tokenizer,
-            fitting,
-            max_length=longest,
-            chat=job.questions.chat,
-            truncate=job.questions.truncate,
-        )
-        asked.append(AskedSource(source.name, encoded, fitting, of.task))
+        if fitting:
+            chat, truncate = job.questions.chat, job.questions.truncate
+            encoded = encode_examples(checkpoint.tokenizer, fitting, max_length=longest, chat=chat, truncate=truncate)
+            asked.append(AskedSource(source.name, encoded, fitting, of.task))
     return asked
 
 

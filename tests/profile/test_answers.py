@@ -127,6 +127,15 @@ def test_a_profile_has_them_where_it_has_a_calibration(checkpoint, tmp_path, ans
             assert any("answers before and after" in step for _, step in steps)
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_left_out(checkpoint, tmp_path):
+    job = ProfileJob(Questions((), (tmp_path / "rows.jsonl",)), effects=False)
+    for lengths, tried in ((range(240, 248), None), ((245, 20, 246, 30), 2)):
+        prompts = "".join(f'{{"prompt": "{"x" * length}"}}\n' for length in lengths)
+        (tmp_path / "rows.jsonl").write_text(prompts)
+        found = run_profile(checkpoint, job, load_prompts(job), calibration=CALIBRATION).answers
+        assert (found and found.tried) == tried
+
+
 def section(answers: AnswerPairs | None, shown: Calibration | None = CALIBRATION) -> str:
     profile = random_profile(2, 4, calibration=CALIBRATION)
     return answers_section(replace(profile, answers=answers), shown)
