@@ -10,9 +10,9 @@ Names are imported when first used: running a model needs neither torch nor tran
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from act_export.lazy_names import lazy_names as _lazy_names
 from act_export.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -33,36 +33,22 @@ if TYPE_CHECKING:
     from act_export.verify.parity.sessions import verify_sessions as verify_sessions
 
 _HOMES = {
-    "ActExportError": "errors",
-    "BenchRequest": "verify.bench.measurements",
-    "Calibration": "calibration",
-    "Checkpoint": "checkpoint.load",
-    "Sampling": "runtime.sampling",
-    "Session": "runtime.session",
-    "SinkProfile": "profile",
-    "bench_file": "verify.bench.job",
-    "calibrate_probabilities": "calibration.reference",
-    "export_model": "export.job",
-    "generate": "runtime.generate",
-    "library_path": "ops.library",
-    "load_checkpoint": "checkpoint.load",
-    "search_heads": "search",
-    "verify_sessions": "verify.parity.sessions",
+    "ActExportError": "act_export.errors",
+    "BenchRequest": "act_export.verify.bench.measurements",
+    "Calibration": "act_export.calibration",
+    "Checkpoint": "act_export.checkpoint.load",
+    "Sampling": "act_export.runtime.sampling",
+    "Session": "act_export.runtime.session",
+    "SinkProfile": "act_export.profile",
+    "bench_file": "act_export.verify.bench.job",
+    "calibrate_probabilities": "act_export.calibration.reference",
+    "export_model": "act_export.export.job",
+    "generate": "act_export.runtime.generate",
+    "library_path": "act_export.ops.library",
+    "load_checkpoint": "act_export.checkpoint.load",
+    "search_heads": "act_export.search",
+    "verify_sessions": "act_export.verify.parity.sessions",
 }
 
 __all__ = [*_HOMES, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name from its module."""
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return sorted(__all__)
+__getattr__, __dir__ = _lazy_names(__name__, _HOMES)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration, ModelIdentity
+from act_export.profile.answer_pair import AnswerPair, AnswerPairs
 from act_export.profile.sink_profile import SinkProfile
 from act_export.profile.sink_statistics import (
     ALL,
@@ -62,9 +63,21 @@ def random_profile(
         sources=made,
         examples=tuple(_example(random, name, level, longest, texts, calibration is not None) for name in made),
         calibration=calibration,
+        answers=some_answers(sources[0], texts) if calibration is not None else None,
         options={"absolute": 0.1, "relative": 5.0, "batch_tokens": 2048},
         versions={"act-export": "0.1.0", "torch": "2.13.0"},
     )
+
+
+def some_answers(source: str, texts: Sequence[str] = TEXTS) -> AnswerPairs:
+    """A question with choices, a text that goes on otherwise, and one that goes on alike."""
+    asked = "Review: the plot is as thin as paper, and yet it moves.\nSentiment:"
+    shown = (
+        AnswerPair(source, asked, "negative", "positive", "positive", plain_right=False, calibrated_right=True),
+        AnswerPair(source, "".join(texts), "It is a town\nin the north.", "It is a city\nin the north, and old."),
+        AnswerPair(source, "Once upon a time", "", ""),
+    )
+    return AnswerPairs(shown, tried=12, differing=2)
 
 
 def _level(random: np.random.Generator, layers: int, heads: int) -> NDArray[np.float64]:

@@ -11,14 +11,19 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from act_export.calibration.calibration_set import CalibrationSet
-from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity, Provenance
+from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
+from act_export.calibration.search_notes import gain_beyond_control, without_choice_bias
 from act_export.calibration.strengths import CalibratedHeads
 from act_export.errors import shown
 
 PUBLISHED = "published"  # the method of heads that others found
-_METHODS = {"gates": "gradient", "gates+confirm": "gradient+confirm"}  # what records of earlier versions call them
+FORMER_RANKINGS = {
+    "gates": "gradient",
+    "gates+confirm": "gradient+confirm",
+}  # by former names
 BY_NAME_ONLY = "by_name_only"  # in a recipe's notes: why it isn't used unless it is named
 
 
@@ -245,9 +250,8 @@ def describe_calibration(calibration: Calibration, *, measured: bool) -> str:
     origin = calibration.provenance
     if origin is None:
         return text
-    text += (
-        f"; {_METHODS.get(origin.method, origin.method)} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
-    )
+    method = FORMER_RANKINGS.get(origin.method, origin.method)
+    text += f"; {method} {'for' if origin.source else 'on'} {', '.join(origin.tasks)}"
     if origin.plain_accuracy is None or origin.calibrated_accuracy is None:
         return text + ("; not measured here" if origin.source else "")
     if not measured:
@@ -257,30 +261,17 @@ def describe_calibration(calibration: Calibration, *, measured: bool) -> str:
         f"; held-out accuracy {origin.plain_accuracy:.1%} plain, {origin.calibrated_accuracy:.1%} calibrated"
         f" ({origin.samples.get('report', 0)} prompts, PyTorch, where the heads were found)"
     )
-    return text + gain_beyond_control(origin)
+    return text + _beyond_control(origin.notes)
 
 
-def gain_beyond_control(origin: Provenance) -> str:
-    """What a search measured beyond the plain model's best cheap remedy; empty where the record doesn't have it."""
-    for key in ("gain_beyond_control", "average_gain_beyond_controls"):
-        found = origin.notes.get(key)
-        if isinstance(found, Mapping) and _is_number(found.get("gain")):
-            interval = found.get("interval_95")
-            among = (
-                f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
-                if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(_is_number, interval))
-                else ""
-            )
-            named = found.get("control")
-            over = f"the best control, {shown(named)}" if isinstance(named, str) else "the best controls"
-            return f"; beyond {over}: {100 * found['gain']:+.1f} points{among}"
-    controls = origin.notes.get("controls")
-    unbiased = controls.get("without_choice_bias") if isinstance(controls, Mapping) else None
-    if isinstance(unbiased, Mapping) and all(_is_number(unbiased.get(side)) for side in ("plain", "calibrated")):
-        gain = unbiased["calibrated"] - unbiased["plain"]
-        return f"; with the choice bias taken off both: {100 * gain:+.1f} points"
+def _beyond_control(notes: Mapping[str, Any]) -> str:
+    """What a search measured beyond the plain model's best cheap remedy; empty where the notes don't say."""
+    if (beyond := gain_beyond_control(notes)) is not None:
+        low, high = beyond.interval or (None, None)
+        among = "" if low is None or high is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+        over = f"the best control, {shown(beyond.control)}" if beyond.control else "the best controls"
+        return f"; beyond {over}: {100 * beyond.gain:+.1f} points{among}"
+    if (unbiased := without_choice_bias(notes)) is not None:
+        plain, calibrated = unbiased
+        return f"; with the choice bias taken off both: {100 * (calibrated - plain):+.1f} points"
     return ""
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

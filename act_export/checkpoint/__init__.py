@@ -5,8 +5,9 @@ The names are looked up when they are used: what a hub id is can be asked withou
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from act_export.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from act_export.checkpoint.fetch import Fetched as Fetched
@@ -23,23 +24,18 @@ if TYPE_CHECKING:
     from act_export.errors import CheckpointError as CheckpointError
 
 _HOMES = {
-    "BUILT_IN": "checkpoint.gguf.built_in",
-    "Checkpoint": "checkpoint.load",
-    "CheckpointError": "errors",
-    "Fetched": "checkpoint.fetch",
-    "fetch_checkpoint": "checkpoint.fetch",
-    "fingerprint": "checkpoint.identity",
-    "identify": "checkpoint.identity",
-    "layers_and_heads": "checkpoint.identity",
-    "load_checkpoint": "checkpoint.load",
-    "load_fetched": "checkpoint.load",
-    "load_tokenizer_of": "checkpoint.tokenizer",
-    "public_name": "checkpoint.fetch",
+    "BUILT_IN": "act_export.checkpoint.gguf.built_in",
+    "Checkpoint": "act_export.checkpoint.load",
+    "CheckpointError": "act_export.errors",
+    "Fetched": "act_export.checkpoint.fetch",
+    "fetch_checkpoint": "act_export.checkpoint.fetch",
+    "fingerprint": "act_export.checkpoint.identity",
+    "identify": "act_export.checkpoint.identity",
+    "layers_and_heads": "act_export.checkpoint.identity",
+    "load_checkpoint": "act_export.checkpoint.load",
+    "load_fetched": "act_export.checkpoint.load",
+    "load_tokenizer_of": "act_export.checkpoint.tokenizer",
+    "public_name": "act_export.checkpoint.fetch",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"act_export.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

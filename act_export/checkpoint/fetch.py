@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.configuration import read_configuration
-from act_export.checkpoint.folder import check_configuration, weight_files
-from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf, names_like
+from act_export.checkpoint.folder import check_configuration, check_is_checkpoint, weight_files
+from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf, names_like, parts_of
 from act_export.checkpoint.gguf.convert import converted
+from act_export.checkpoint.gguf.convert import shape_of as shape_of_gguf
 from act_export.checkpoint.gguf.header import has_magic
+from act_export.checkpoint.gguf.shards import read_gguf
 from act_export.checkpoint.hub import HubAccess, HubId, commit_of, fetch_small_files, fetch_weights, is_on_hub
 from act_export.checkpoint.small_files import check_small_files, read_settings
 from act_export.checkpoint.support import why_unsupported
@@ -50,6 +53,7 @@ def fetch_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
+    fits: Sequence[Calibration] = (),
 ) -> Fetched:
     """Finds MODEL's files, downloads or converts them first where that is needed, and checks what they are.
 
@@ -60,10 +64,13 @@ def fetch_checkpoint(
         cache_dir: Where the hub's files are kept.
         trust_remote_code: Whether code that comes with the checkpoint may run.
         weights: Whether they are needed: without them, a folder with nothing but a tokenizer will do.
+        fits: Calibrations that must be for the model, by what is known of it without its weights.
 
     Raises:
         CheckpointError: If there is no such model, it can't be had, or it can't be loaded as a causal language model.
+        CalibrationError: If one of the calibrations isn't for it.
     """
+    check_source(source, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
     path = Path(source).expanduser()
     hub_id = HubId.parse(source)
     if is_on_hub(source) and hub_id is not None:
@@ -73,29 +80,63 @@ def fetch_checkpoint(
         check_small_files(fetched.folder, str(hub_id), code=trust_remote_code)
         if weights:
             check_configuration(fetched.folder, str(hub_id), trust_remote_code=trust_remote_code)
-            configuration_of(fetched)
+            _check_fits(fits, configuration_of(fetched))
             fetch_weights(hub_id, fetched.folder, access)
         return fetched
+    if is_gguf(source):
+        gguf = built_in_gguf(source) if source in BUILT_IN else path
+        if fits:
+            shape = shape_of_gguf(read_gguf(gguf)[0])
+            for calibration in fits:
+                calibration.check_fits(shape)
+        return Fetched(source, converted(gguf))
+    fetched = Fetched(source, path, trust_remote_code)
+    if weights:
+        check_configuration(path, source, trust_remote_code=trust_remote_code)
+        if fits:
+            _check_fits(fits, configuration_of(fetched))
+    return fetched
+
+
+def check_source(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> None:
+    """Refuses a MODEL that can't be one by what is here: without transformers, a download or a conversion.
+
+    Args:
+        source: As in `fetch_checkpoint`, and the others.
+        revision: Of a hub id.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+        weights: Whether they are needed.
+
+    Raises:
+        CheckpointError: If there is no such model, or its files aren't those of one.
+    """
+    path = Path(source).expanduser()
+    if is_on_hub(source):
+        return
     if revision is not None:
         raise CheckpointError(
             f"revision is {revision!r}, but {source} is no hub id (owner/name), and only these have revisions; leave "
             f"it out"
         )
-    if is_gguf(source):
-        return Fetched(source, converted(built_in_gguf(source) if source in BUILT_IN else path))
-    if path.is_dir():
+    if source in BUILT_IN:
+        parts_of(source)
+    elif is_gguf(source):
+        read_gguf(path)
+    elif path.is_dir():
         check_small_files(path, source, code=trust_remote_code)
         if weights:
-            check_configuration(path, source, trust_remote_code=trust_remote_code)
+            check_is_checkpoint(path, source)
             weight_files([file.name for file in path.iterdir()], path, source)
-        return Fetched(source, path, trust_remote_code)
-    if path.is_file():
+    elif path.is_file():
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
-    near = names_like(source)
-    raise CheckpointError(
-        f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
-        f"({', '.join(BUILT_IN)})" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    )
+    else:
+        near = names_like(source)
+        raise CheckpointError(
+            f"there is no model {source}: no such folder, .gguf file, hub id (owner/name) or built-in name "
+            f"({', '.join(BUILT_IN)})" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
 
 
 def is_gguf(source: str) -> bool:
@@ -132,6 +173,15 @@ def names_of_place(place: str) -> Iterator[str]:
         for part in folder.parts:
             if part.startswith("models--") and part.count("--") == 2:
                 yield part.removeprefix("models--").replace("--", "/")
+
+
+def _check_fits(fits: Sequence[Calibration], config: PreTrainedConfig) -> None:
+    from act_export.checkpoint.identity import shape_of
+
+    shape = shape_of(config)
+    for calibration in fits:
+        if shape is not None:
+            calibration.check_fits(shape)
 
 
 def configuration_of(fetched: Fetched) -> PreTrainedConfig:

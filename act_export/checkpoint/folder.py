@@ -31,6 +31,19 @@ _OTHER_FORMATS = {
 }
 
 
+def check_is_checkpoint(folder: Path, name: str) -> dict[str, Any]:
+    """The settings of a folder's config.json, as they stand there.
+
+    Raises:
+        CheckpointError: If it is no checkpoint's folder, or the file can't be read.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(_adapter_message(folder, name))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(_missing_configuration_message(folder, name))
+    return read_settings(folder / "config.json", name)
+
+
 def check_configuration(folder: Path, name: str, *, trust_remote_code: bool = False) -> None:
     """Refuses a folder whose configuration can't be loaded as a causal language model.
 
@@ -42,11 +55,7 @@ def check_configuration(folder: Path, name: str, *, trust_remote_code: bool = Fa
     Raises:
         CheckpointError: With what is wrong and what to do.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(_adapter_message(folder, name))
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(_missing_configuration_message(folder, name))
-    config = read_settings(folder / "config.json", name)
+    config = check_is_checkpoint(folder, name)
     if not trust_remote_code:
         _refuse_code(config, name)
     _check_model_type(config, name)

@@ -10,6 +10,7 @@ import torch
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 
 from act_export.calibration.file import ModelIdentity
+from act_export.checkpoint.text_tower import has_text_tower
 from act_export.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,6 +25,17 @@ def identify(model: PreTrainedModel, streamed: StreamedWeights | None = None) ->
     """What a calibration of this model must agree with, whether its weights are in memory or streamed."""
     num_layers, num_heads = layers_and_heads(model.config)
     return ModelIdentity(model.config.model_type, num_layers, num_heads, fingerprint(model, streamed))
+
+
+def shape_of(config: PreTrainedConfig) -> ModelIdentity | None:
+    """The identity of a configuration's model before its weights are there: without a fingerprint.
+
+    None where only the loaded model says what it is: of several parts, but for images and text.
+    """
+    text = config.text_config if has_text_tower(config) else config
+    if text.get_text_config(decoder=True) is not text:
+        return None
+    return ModelIdentity(text.model_type, *layers_and_heads(text))
 
 
 def layers_and_heads(config: PreTrainedConfig) -> tuple[int, int]:

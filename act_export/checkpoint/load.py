@@ -8,13 +8,13 @@ there it is loaded like any folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from act_export.calibration.file import ModelIdentity
+from act_export.calibration.file import Calibration, ModelIdentity
 from act_export.checkpoint.fetch import Fetched, configuration_of, fetch_checkpoint, is_gguf, names_of
 from act_export.checkpoint.identity import identify
 from act_export.checkpoint.loader_errors import MEMORY_ADVICE, quiet_transformers, readable_errors
@@ -68,6 +68,7 @@ def load_checkpoint(
     cache_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     stream: bool | None = False,
+    fits: Sequence[Calibration] = (),
 ) -> Checkpoint:
     """Loads MODEL.
 
@@ -82,8 +83,10 @@ def load_checkpoint(
         trust_remote_code: Whether code that comes with the checkpoint may run.
         stream: Leave large weights in their files, which is enough to export the model (in float32, on the CPU), and
             for nothing else. None to do so where the model and its export don't fit in memory together.
+        fits: Calibrations that must be for the model: refused before its weights are loaded.
 
     Raises:
+        CalibrationError: If one of the calibrations isn't for it.
         CheckpointError: If there is no such model, or it can't be read, or it isn't a causal language model.
         ActExportError: If the precision isn't known, the device isn't there, or the model doesn't fit on the devices.
     """
@@ -94,7 +97,7 @@ def load_checkpoint(
             f"memory first; leave out device_map and pass a device"
         )
     fetched = fetch_checkpoint(
-        source, revision=revision, token=token, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+        source, revision=revision, token=token, cache_dir=cache_dir, trust_remote_code=trust_remote_code, fits=fits
     )
     return _load(fetched, placement, stream)
 

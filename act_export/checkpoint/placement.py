@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from act_export.checkpoint.low_memory import is_low_memory, low_memory_told
-from act_export.checkpoint.numbers import check_fits
 from act_export.errors import ActExportError, first_line
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+_DEVICES = ("cpu", "cuda", "hpu", "ipu", "maia", "meta", "mps", "mtia", "privateuseone", "vulkan", "xla", "xpu")
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 
 
@@ -52,6 +53,8 @@ class Placement:
         float16 comes later, by `apply`: it has no room for the smallest weights, and the fingerprint is to be that of
         the weights as they are stored.
         """
+        import torch
+
         return (
             "auto"
             if self.dtype in ("auto", "float16")
@@ -80,6 +83,10 @@ class Placement:
             CheckpointError: If float16 has no room for one of its numbers.
         """
         if self.dtype == "float16":
+            import torch
+
+            from act_export.checkpoint.numbers import check_fits
+
             # Buffers, such as rotary frequencies, keep their precision.
             with low_memory_told(f"load {name} in float16", "take dtype bfloat16, which needs no second copy"):
                 for weight, parameter in model.named_parameters():
@@ -99,12 +106,17 @@ class Placement:
 
 
 def _check_device(device: torch.device | str | int) -> None:
+    refused = ActExportError(
+        f"device is {device!r}; pass e.g. cpu, cuda or cuda:1, or as device_map {' or '.join(_SPREADS)}"
+    )
+    if isinstance(device, str) and device.partition(":")[0] not in _DEVICES:
+        raise refused
+    import torch
+
     try:
         place = torch.device(device) if not isinstance(device, int) else torch.device("cuda", device)
     except RuntimeError as error:
-        raise ActExportError(
-            f"device is {device!r}; pass e.g. cpu, cuda or cuda:1, or as device_map {' or '.join(_SPREADS)}"
-        ) from error
+        raise refused from error
     if place.type == "meta":
         raise ActExportError("device is meta, which holds no weights; pass e.g. cpu, cuda or cuda:1")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():

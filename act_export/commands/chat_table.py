@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.text import Text
 
 from act_export.calibration.strengths import PLAIN
 from act_export.commands.printing import PlainConsole, PlainTable, printable
@@ -18,6 +19,7 @@ from act_export.version import __version__
 FORMAT = "act-export chat evaluation"
 FORMAT_VERSION = 1
 _ANY_WIDTH = 1000
+_TITLE_WIDTH = 16
 
 
 def chat_json(report: ChatReport) -> str:
@@ -44,8 +46,8 @@ def print_chat_report(report: ChatReport, console: Console | None = None) -> Non
     for comparison in report.comparisons:
         table = _table(comparison)
         # A terminal that is narrower breaks the lines; numbers are never cut.
-        wide = console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum
-        console.width = max(console.width, wide)
+        table.width = console.measure(table, options=console.options.update(width=_ANY_WIDTH)).maximum
+        console.width = max(console.width, table.width)
         console.print(table)
     console.print(
         "Below each difference: its 95% interval. p: how often luck alone would make it this much worse.",
@@ -94,9 +96,10 @@ def _answers(report: ChatReport, index: int) -> dict[str, Any]:
 
 
 def _table(comparison: ChatComparison) -> PlainTable:
-    table = PlainTable(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("figure", no_wrap=True)
-    for heading in ("questions", PLAIN, comparison.calibration, "difference", "p"):
+    title = Text(printable(f"plain and {comparison.calibration}", lines=False), style="italic")
+    table = PlainTable(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("figure", max_width=_TITLE_WIDTH)  # on two lines, as its difference is
+    for heading in ("questions", PLAIN, "calibrated", "difference", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for change in comparison.changes:
         table.add_row(*_row(change))
@@ -113,8 +116,12 @@ def _row(change: Change) -> list[str]:
 
 
 def _value(figure: Figure, value: float) -> str:
-    return f"{value:.1%}" if figure.share else f"{value:.4g}"
+    return f"{value:.1%}" if figure.share else f"{value:.{_decimals(value)}f}"
 
 
 def _signed(figure: Figure, value: float) -> str:
-    return f"{100 * value:+.1f}" if figure.share else f"{value:+.3g}"
+    return f"{100 * value:+.1f}" if figure.share else f"{value:+.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    return 1 if abs(value) >= 10 else 3

@@ -77,6 +77,23 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapped
 
 
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a program of tools/ and ends the process: as a command does, and a file that can't be used is the user's."""
+
+    def program() -> int | None:
+        try:
+            return main()
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise ActExportError(f"can't use {error.filename}: {error.strerror}; pass another file") from error
+
+    try:
+        sys.exit(reports_errors(program)())
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Ends the command with a message and an exit code."""
     console.print("error:", style="bold red", end=" ")

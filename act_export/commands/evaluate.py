@@ -71,6 +71,10 @@ def eval_command(
         "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code,
     }
+    if tokenizer is not None:
+        from act_export.checkpoint.fetch import check_source
+
+        check_source(tokenizer, trust_remote_code=trust_remote_code, weights=False)
     if chat_file is not None:
         others = {"--against": against, "--task": task, "--data": data, "--scoring": scoring, "--shots": shots}
         _refuse(
@@ -89,9 +93,8 @@ def eval_command(
             f"--calibration is given {len(calibration)} times, and tasks are answered with one: "
             f"{', '.join(calibration)}; name one"
         )
-    from act_export.commands.evaluate_table import print_evaluation_report, report_json
     from act_export.verify.evaluate.job import evaluate_files
-    from act_export.verify.evaluate.results import EvaluationRequest
+    from act_export.verify.evaluate.request import EvaluationRequest
 
     request = EvaluationRequest(
         **common,
@@ -104,6 +107,8 @@ def eval_command(
     )
     with progress_bar("eval") as progress:
         report = evaluate_files(request, progress=progress)
+    from act_export.commands.evaluate_table import print_evaluation_report, report_json
+
     if as_json:
         print(report_json(report))
     else:

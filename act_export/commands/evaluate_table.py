@@ -11,10 +11,10 @@ from rich.console import Console
 
 from act_export.commands.printing import PlainConsole, PlainTable, printable
 from act_export.verify.evaluate.answers import ACCURACY, AnswerEvaluation, Comparison, Evaluation, Share, shares
+from act_export.verify.evaluate.request import PLAIN
 from act_export.verify.evaluate.results import (
     CHOICE_BIAS,
     LABEL_PRIOR,
-    PLAIN,
     Average,
     EvaluationReport,
     TaskResult,

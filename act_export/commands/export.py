@@ -13,7 +13,7 @@ from act_export.commands.console import (
     progress_bar,
     status,
 )
-from act_export.commands.loading import check_device, load_model
+from act_export.commands.loading import check_device, check_model, load_model
 from act_export.commands.options import (
     AccuracyLevelOption,
     BetaOption,
@@ -30,7 +30,7 @@ from act_export.commands.options import (
     ThresholdOption,
     TrustOption,
 )
-from act_export.commands.verify import describe_engine
+from act_export.commands.parity_table import describe_engine
 from act_export.errors import ActExportError
 
 _GROWN = 1.9  # times the size of a GGUF file: one in half precision grows by 2
@@ -84,18 +84,14 @@ def export_command(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Calibrates and exports MODEL (the default command)."""
-    from act_export.attention.hook import check_supported
     from act_export.calibration.calibration_set import CalibrationSet
     from act_export.calibration.recipes import named_calibrations
-    from act_export.checkpoint.text_tower import check_takes_embeddings
-    from act_export.export.experts import check_experts
-    from act_export.export.job import export_model, with_quantized_weights
-    from act_export.onnx_file.precision import element_type, quantization_of
+    from act_export.onnx_file.precision import check_dtype, quantization_of
     from act_export.onnx_file.publish import check_output
     from act_export.search.resolve import CalibrationRequest, asked_questions, resolve_calibrations
     from act_export.tasks import Questions
 
-    element_type(dtype)
+    check_dtype(dtype)
     quantization = quantization_of(dtype, accuracy_level, block_size)
     if search_quantized and (quantization is None or (task is None and data is None)):
         raise ActExportError("--search-quantized is for a search with --task or --data, and --dtype int8 or int4")
@@ -104,12 +100,21 @@ def export_command(
     check_output(out)
     questions = Questions((task,) if task else (), (data,) if data else (), seed=seed)
     request = CalibrationRequest(plain, tuple(calibration or ()), questions, beta, threshold, threshold_mode)
+    given = named_calibrations(calibration or ())
     if default is not None and (plain or calibration):
-        CalibrationSet.of(named_calibrations(calibration or ()), default=default)  # refused before long work
+        CalibrationSet.of(given, default=default)  # refused before long work
+    check_model(model, revision=revision, trust_remote_code=trust_remote_code)
     tasks = asked_questions(request)
     if verify or quantization is not None:
         check_device(device if verify else None)
-    checkpoint = load_model(model, revision=revision, trust_remote_code=trust_remote_code, stream=stream)
+    checkpoint = load_model(
+        model, revision=revision, trust_remote_code=trust_remote_code, stream=stream, fits=tuple(given.values())
+    )
+    from act_export.attention.hook import check_supported
+    from act_export.checkpoint.text_tower import check_takes_embeddings
+    from act_export.export.experts import check_experts
+    from act_export.export.job import export_model, with_quantized_weights
+
     if checkpoint.streamed is not None:
         note("weights are read one at a time, as they are written")
     check_supported(checkpoint.model)

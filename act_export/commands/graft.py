@@ -59,12 +59,12 @@ def graft_command(
     onnxruntime-genai stays one.
     """
     from act_export.calibration.recipes import named_calibrations
-    from act_export.graft import StateLayout, remove_graft
-    from act_export.graft.job import graft
 
     if out is None:
         heads = "--remove" if remove else f"--calibration {' --calibration '.join(calibration or ['FILE'])}"
         raise ActExportError(f"--out is missing: act-export graft {file} {heads} --out NEW")
+    if not file.exists():
+        raise ActExportError(f"there is no model {file}")
     if remove:
         values = {
             "--calibration": calibration,
@@ -78,6 +78,8 @@ def graft_command(
         given = [name for name, value in values.items() if value is not None]
         if given:
             raise ActExportError(f"--remove takes the calibration out; leave out {' and '.join(given)}")
+        from act_export.graft.job import remove_graft
+
         with status() as step:
             removed = remove_graft(file, out, progress=step)
         note(f"taken out of {len(removed.layers)} layers; the graph is what it was before")
@@ -92,6 +94,9 @@ def graft_command(
         name: each.with_overrides(beta=beta, threshold=threshold, threshold_mode=threshold_mode)
         for name, each in named_calibrations(calibration or []).items()
     }
+    from act_export.graft.job import graft
+    from act_export.graft.sink_state import StateLayout
+
     with status() as step:
         layout = StateLayout.PACKED if state_in_cache else None
         written = graft(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from act_export.commands.console import (
 )
 
 if TYPE_CHECKING:
+    from act_export.calibration.file import Calibration
     from act_export.checkpoint.fetch import Fetched
     from act_export.checkpoint.load import Checkpoint
 
@@ -26,6 +28,23 @@ def check_device(device: str | None) -> None:
         prepare_cuda(onnxruntime, place.index, native=True)
 
 
+def check_model(
+    model: str,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    device_map: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuses, before torch is imported, a MODEL that isn't there, or can't be loaded as it is asked for."""
+    from act_export.checkpoint.fetch import check_source
+    from act_export.checkpoint.placement import Placement
+
+    Placement(dtype, device, device_map)
+    check_source(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     model: str,
     *,
@@ -35,15 +54,22 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     stream: bool | None = False,
+    fits: Sequence[Calibration] = (),
 ) -> Checkpoint:
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
     from act_export.checkpoint.hub import is_on_hub
-    from act_export.checkpoint.placement import Placement
 
-    Placement(dtype, device, device_map)  # refused before a download
+    check_model(  # before a download
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     fetched = None
     if is_on_hub(model):
-        fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code)
+        fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, fits=fits)
     with status() as step:
         step(f"loading {model}")
         from act_export.checkpoint.load import load_checkpoint, load_fetched
@@ -58,6 +84,7 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             stream=stream,
+            fits=fits,
         )
     from act_export.checkpoint.gguf.convert import remarks_of
 
@@ -66,7 +93,13 @@ def load_model(
     return loaded
 
 
-def fetch_model(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Fetched:
+def fetch_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    fits: Sequence[Calibration] = (),
+) -> Fetched:
     """Gets MODEL's files, while the hub client shows its own bars; see `act_export.checkpoint.fetch_checkpoint`."""
     from act_export.checkpoint.hub import is_on_hub
 
@@ -74,4 +107,4 @@ def fetch_model(model: str, *, revision: str | None = None, trust_remote_code: b
         note(f"looking for {model} on the hub, or in its cache")
     from act_export.checkpoint.fetch import fetch_checkpoint
 
-    return fetch_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    return fetch_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code, fits=fits)

@@ -9,7 +9,7 @@ import typer
 
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar, status
-from act_export.commands.loading import load_model
+from act_export.commands.loading import check_model, load_model
 from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable
 
@@ -31,6 +31,10 @@ def profile_command(
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write the page FILE.html too.")] = True,
     effects: Annotated[
         bool, typer.Option("--effects/--no-effects", help="Measure whether each head's sinks help or hurt the answers.")
+    ] = True,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers/--no-answers", help="With a calibration, show some answers before and after."),
     ] = True,
     prompts: Annotated[int, typer.Option(help="Of each source at the most.")] = 96,
     length: Annotated[
@@ -58,18 +62,14 @@ def profile_command(
     Writes FILE.safetensors and FILE.json, and a page that shows them. Interrupted or killed, the same command goes on
     where it stopped.
     """
-    from act_export.attention.hook import check_supported
     from act_export.calibration.recipes import named_calibration
-    from act_export.checkpoint.placement import Placement
-    from act_export.profile import ProfileOptions, unreachable
     from act_export.profile.job import ProfileJob, load_prompts, run_profile
     from act_export.profile.report import accuracies_of
     from act_export.profile.report.facts import effect_facts, key_facts
-    from act_export.profile.run import BATCH_TOKENS
+    from act_export.profile.request import BATCH_TOKENS, ProfileOptions
+    from act_export.profile.sink_profile import unreachable
     from act_export.search.resolve import calibration_to_show
 
-    if report:
-        from act_export.profile.report import write_report  # refused before long work, where it isn't installed
     job = ProfileJob(
         options.questions_of(
             task,
@@ -85,16 +85,13 @@ def profile_command(
         prompts=prompts,
         length=length,
         effects=effects,
+        answers=answers,
         options=ProfileOptions(
             absolute_threshold, relative_threshold, BATCH_TOKENS if batch_tokens is None else batch_tokens
         ),
     )
     _check_profile_output(out, report=report)
-    Placement(dtype, device, device_map)
-    if calibration is not None:
-        named_calibration(calibration)  # refused before long work
-    questions = load_prompts(job)
-    checkpoint = load_model(
+    check_model(
         model,
         dtype=dtype,
         device=device,
@@ -102,6 +99,21 @@ def profile_command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    given = [named_calibration(calibration)] if calibration is not None else []  # refused before long work
+    questions = load_prompts(job)
+    if report:
+        from act_export.profile.report import write_report  # refused before long work, where it isn't installed
+    checkpoint = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        fits=given,
+    )
+    from act_export.attention.hook import check_supported
+
     check_supported(checkpoint.model)
     shown = calibration_to_show(checkpoint, calibration, note)
     accuracies = accuracies_of(shown) if report and shown is not None else ()  # refused before long work
@@ -141,8 +153,8 @@ def report_command(
 ) -> None:
     """Shows a profile: one page to open in a browser, or figures for a paper."""
     from act_export.calibration.recipes import named_calibration
-    from act_export.profile import SinkProfile
-    from act_export.profile.report import accuracies_of, write_figures, write_report
+    from act_export.profile.report import accuracies_of
+    from act_export.profile.sink_profile import SinkProfile
 
     if figures not in FORMATS:
         raise ActExportError(f"--format is {figures!r}; it must be {', '.join(FORMATS)}")
@@ -159,6 +171,8 @@ def report_command(
     accuracies = [one for source in (shown, *(evaluation or ())) if source is not None for one in accuracies_of(source)]
     if shown is not None:
         shown.check_fits(loaded.model)
+    from act_export.profile.report import write_figures, write_report
+
     with status() as step:
         step(f"writing {target}")
         if figures == "html":

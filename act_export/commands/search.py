@@ -11,8 +11,9 @@ import typer.core
 
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar
-from act_export.commands.loading import load_model
+from act_export.commands.loading import check_model, load_model
 from act_export.commands.search_table import print_search_result
+from act_export.errors import ActExportError
 
 
 def search_command(
@@ -74,14 +75,10 @@ def search_command(
 
     Interrupted or killed, the same command goes on where it stopped. Under torchrun the processes share the work.
     """
-    from act_export.attention.hook import check_supported
     from act_export.calibration.recipes import describe_calibration
     from act_export.onnx_file.names import model_file
-    from act_export.search import SearchOptions
     from act_export.search.job import SearchJob, check_output, run_search, save_result
-    from act_export.search.processes import own_device, process_group, process_index
-    from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, thresholds_of
-    from act_export.verify.parity.dequantized import check_quantized, dequantized
+    from act_export.search.request import BATCH_TOKENS, HEAD_COUNTS, SearchOptions, thresholds_of
 
     given: dict[str, dict[str, object]] = {
         "act": {"--beta": beta, "--heads": heads},
@@ -117,9 +114,23 @@ def search_command(
     several = len(job.questions.sources) > 1
     target = out or Path("calibrations" if several else "calibration.json")
     check_output(target, job)
+    check_model(
+        model,
+        dtype=dtype or "float32",
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if weights is not None and not model_file(weights).is_file():
+        raise ActExportError(f"there is no model {model_file(weights)}; pass a file of --dtype int4 or int8")
+    tasks = job.load()
+    from act_export.attention.hook import check_supported
+    from act_export.search.processes import own_device, process_group, process_index
+    from act_export.verify.parity.dequantized import check_quantized, dequantized
+
     if weights is not None:
         check_quantized(model_file(weights))
-    tasks = job.load()
     with process_group():
         checkpoint = load_model(
             model,

@@ -10,7 +10,7 @@ import typer
 
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar
-from act_export.commands.loading import load_model
+from act_export.commands.loading import check_model, load_model
 from act_export.commands.trial_table import print_trial, trial_json
 
 
@@ -44,12 +44,10 @@ def try_command(
 
     Nothing is exported. Interrupted, the same command goes on where it stopped.
     """
-    from act_export.attention.hook import check_supported
     from act_export.errors import ActExportError
     from act_export.files import check_replaceable, write_whole
-    from act_export.search import SearchOptions
-    from act_export.search.request import BATCH_TOKENS
-    from act_export.search.trial import elsewhere, run_trial, trial_data
+    from act_export.search.request import BATCH_TOKENS, SearchOptions
+    from act_export.search.trial_data import trial_data
 
     asked = options.questions_of(
         [task] if task else None,
@@ -65,6 +63,18 @@ def try_command(
     if out.is_dir():
         raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
     check_replaceable(out)
+    check_model(
+        model,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    how = SearchOptions(
+        batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
+        precision="auto" if dtype == "float32" else "own",
+    )
     say = note if json else print
     few = f"; {questions.recommended} are recommended" if questions.different < questions.recommended else ""
     say(
@@ -79,11 +89,10 @@ def try_command(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    from act_export.attention.hook import check_supported
+    from act_export.search.trial import elsewhere, run_trial
+
     check_supported(checkpoint.model)
-    how = SearchOptions(
-        batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
-        precision="auto" if dtype == "float32" else "own",
-    )
     with progress_bar("search") as progress:
         trial = run_trial(checkpoint, questions, how, progress=progress)
     found = trial.calibration

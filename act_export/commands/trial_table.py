@@ -11,7 +11,8 @@ from act_export.commands.printing import PlainConsole, PlainTable
 from act_export.version import __version__
 
 if TYPE_CHECKING:
-    from act_export.search.trial import Elsewhere, Trial, TrialData
+    from act_export.search.trial import Elsewhere, Trial
+    from act_export.search.trial_data import TrialData
 
 FORMAT = "act-export trial"
 FORMAT_VERSION = 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from act_export.errors import ActExportError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"  # domain of ONNX Runtime's own operators
 MICROSOFT_VERSION = 1
@@ -76,7 +78,13 @@ def quantization_of(
     return None
 
 
-PRECISIONS = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ActExportError unless a `--dtype` of exports is one of `PRECISIONS`, "int4" or "int8"."""
+    if dtype not in (*PRECISIONS, *BITS):
+        raise ActExportError(f"dtype is {dtype!r}; an export must be one of {', '.join((*PRECISIONS, *BITS))}")
 
 
 def element_type(dtype: str) -> ir.DataType:
@@ -88,8 +96,7 @@ def element_type(dtype: str) -> ir.DataType:
     Raises:
         ActExportError: If it isn't one of them.
     """
-    if dtype in BITS:
-        return ir.DataType.FLOAT
-    if dtype not in PRECISIONS:
-        raise ActExportError(f"dtype is {dtype!r}; an export must be one of {', '.join((*PRECISIONS, *BITS))}")
-    return PRECISIONS[dtype]
+    import onnx_ir as ir
+
+    check_dtype(dtype)
+    return ir.DataType.FLOAT if dtype in BITS else ir.DataType[{"float32": "FLOAT"}.get(dtype, dtype.upper())]

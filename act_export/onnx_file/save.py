@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
-import onnx_ir as ir
 
 from act_export.errors import ActExportError
 from act_export.progress import BytesWritten
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _SPARE_BYTES = 16 << 20
 
@@ -30,6 +33,8 @@ def save_model(model: ir.Model, path: Path, progress: BytesWritten | None = None
     Raises:
         ActExportError: If the disk is too full.
     """
+    import onnx_ir as ir
+
     weights_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from act_export.calibration.file import DEFAULT_BETA, Calibration
-from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.files import cache_folder
-from act_export.profile import ProfileOptions, PromptSource, SinkProfile, profile_sinks
 from act_export.profile.prompts import rows_without_answers, text_prompts
-from act_export.profile.run import EffectsOf, check_names
+from act_export.profile.request import EffectsOf, ProfileOptions, PromptSource, check_names
 from act_export.progress import Progress
-from act_export.search.gates import gate_gradients
 from act_export.tasks import (
     EncodedExample,
     Example,
@@ -28,7 +25,16 @@ from act_export.tasks import (
 )
 from act_export.tasks.splits import RANK, drawn
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from act_export.checkpoint.load import Checkpoint
+    from act_export.profile.answers import AskedSource
+    from act_export.profile.sink_profile import SinkProfile
+
 LENGTH = 1024
+_TEXT_TOKENS = 128  # of a text's beginning that is continued
+_ANSWERS_SHARE = 0.1  # of the time, about
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class ProfileJob:
         prompts: Of each source at the most.
         length: Tokens of a sequence that texts are cut into; None for 1024, or what the model takes where that is less.
         effects: Measure what calibrating each head would change, where questions have answers.
+        answers: With a calibration, also answer some of the prompts before and after, to show them.
         options: Thresholds and batches.
     """
 
@@ -51,6 +58,7 @@ class ProfileJob:
     prompts: int = RANK
     length: int | None = None
     effects: bool = True
+    answers: bool = True
     options: ProfileOptions = field(default_factory=ProfileOptions)
 
     def __post_init__(self) -> None:
@@ -154,7 +162,21 @@ def run_profile(
     Raises:
         ActExportError: As `encode_prompts` and `act_export.profile.profile_sinks`.
     """
+    from act_export.profile.run import profile_sinks
+
     sources = encode_prompts(checkpoint, job, questions)
+    answers = None
+    if job.answers and calibration is not None and calibration.heads:
+        from act_export.profile.answers import answer_pairs
+
+        answers = answer_pairs(
+            checkpoint,
+            _asked(checkpoint, job, questions, sources),
+            calibration,
+            batch_tokens=job.options.batch_tokens,
+            progress=_part(progress, 0.0, _ANSWERS_SHARE),
+        )
+        progress = _part(progress, _ANSWERS_SHARE, 1.0)
     asked = job.questions
     notes: dict[str, object] = {"seed": asked.drawing_seed, "shots": asked.shots, "chat": asked.chat}
     if any(source.effects is not None for source in sources):
@@ -168,7 +190,40 @@ def run_profile(
         out=out,
         progress=progress,
         notes=notes,
+        answers=answers,
     )
+
+
+def _asked(
+    checkpoint: Checkpoint, job: ProfileJob, questions: Sequence[SourceQuestions], sources: Sequence[PromptSource]
+) -> list[AskedSource]:
+    """A few prompts of each source, with room for answers; of a text its beginning."""
+    from act_export.profile.answers import NEW_TOKENS, TRIED, AskedSource
+
+    longest = getattr(checkpoint.model.config, "max_position_embeddings", None)
+    room = longest - NEW_TOKENS if longest is not None else LENGTH
+    if room < 1:
+        return []
+    count = -(-TRIED // len(sources))
+    asked = []
+    for source, of in zip_longest(sources, questions):
+        if of is None:
+            prompts = [prompt[: min(room, _TEXT_TOKENS)] for prompt in source.prompts[:count]]
+            asked.append(AskedSource(source.name, [EncodedExample(prompt, (), 0) for prompt in prompts]))
+            continue
+        fitting = [e for e, p in zip(of.examples, source.prompts, strict=True) if len(p) <= room][:count]
+        if fitting:
+            chat, truncate = job.questions.chat, job.questions.truncate
+            encoded = encode_examples(checkpoint.tokenizer, fitting, max_length=longest, chat=chat, truncate=truncate)
+            asked.append(AskedSource(source.name, encoded, fitting, of.task))
+    return asked
+
+
+def _part(progress: Progress | None, begin: float, end: float) -> Progress | None:
+    """Progress of a part of all."""
+    if progress is None:
+        return None
+    return lambda step, done: progress(step, begin + (end - begin) * done)
 
 
 def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
@@ -180,6 +235,8 @@ def _ranking(examples: Sequence[Example], job: ProfileJob) -> Sequence[Example]:
 
 
 def _effects(checkpoint: Checkpoint, task: TaskExamples, job: ProfileJob) -> EffectsOf:
+    from act_export.search.gates import gate_gradients
+
     def measure(batch: Sequence[EncodedExample]) -> Tensor:
         gradients = gate_gradients(
             checkpoint.model,

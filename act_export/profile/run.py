@@ -14,74 +14,26 @@ import torch
 import transformers
 from torch import Tensor
 
-from act_export.calibration.file import DEFAULT_THRESHOLD, Calibration
+from act_export.calibration.file import Calibration
 from act_export.checkpoint.fetch import public_name
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
+from act_export.profile.answer_pair import AnswerPairs
 from act_export.profile.partial import PartialTally
 from act_export.profile.profiling import profile_batch
+from act_export.profile.request import USUAL, EffectsOf, ProfileOptions, PromptSource, check_names
 from act_export.profile.sink_profile import SinkProfile
-from act_export.profile.sink_statistics import ABSOLUTE, ALL, RELATIVE, ExamplePrompt
+from act_export.profile.sink_statistics import ALL, ExamplePrompt
 from act_export.profile.tally import Tally, statistics_of
 from act_export.progress import Progress
 from act_export.tasks import EncodedExample
 from act_export.tasks.batching import Batching, batches
 from act_export.version import __version__
 
-BATCH_TOKENS = 2048
 SUMS_VERSION = 2  # of what a step adds to the sums; sums of another version aren't gone on from
 EXAMPLE_TOKENS = 1024  # at the most: the example's whole maps are in memory where it is calibrated
 _SAVE_EVERY_SECONDS = 10.0
 _EFFECT_COST = 2  # of a batch, in profiles of the same: forward, backward, and every head's calibrated map
-
-EffectsOf = Callable[[Sequence[EncodedExample]], Tensor]
-"""Gives the gradient of a batch of questions for every head's gate, summed over the batch: (layers, heads)."""
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Prompts that are profiled together.
-
-    Attributes:
-        name: A task's, or a file's.
-        prompts: Token ids, one tuple per prompt.
-        questions: The same prompts with their answers, where effects are measured; else none.
-        effects: Measures effects on the questions; None where they aren't.
-        form: All that decides what `effects` gives, besides the model and the questions; JSON.
-    """
-
-    name: str
-    prompts: tuple[tuple[int, ...], ...]
-    questions: tuple[EncodedExample, ...] = ()
-    effects: EffectsOf | None = None
-    form: str = ""
-
-
-@dataclass(frozen=True)
-class ProfileOptions:
-    """What counts as a sink, and how prompts run.
-
-    Attributes:
-        absolute_threshold: tau.
-        relative_threshold: alpha: a sink score counts where it is above alpha / tokens of the prompt.
-        batch_tokens: Positions that run together at the most, padding included; one prompt alone may have more.
-    """
-
-    absolute_threshold: float = DEFAULT_THRESHOLD[ABSOLUTE]
-    relative_threshold: float = DEFAULT_THRESHOLD[RELATIVE]
-    batch_tokens: int = BATCH_TOKENS
-
-    def __post_init__(self) -> None:
-        """Raises CalibrationError or ActExportError for a value out of range, naming it."""
-        for mode, threshold in self.thresholds.items():
-            Calibration({}, threshold=threshold, threshold_mode=mode)
-        if self.batch_tokens < 1:
-            raise ActExportError(f"batch_tokens is {self.batch_tokens}; it must be at least 1")
-
-    @property
-    def thresholds(self) -> dict[str, float]:
-        """By mode."""
-        return {ABSOLUTE: self.absolute_threshold, RELATIVE: self.relative_threshold}
 
 
 @dataclass(frozen=True)
@@ -96,13 +48,14 @@ class _Step:
 def profile_sinks(
     checkpoint: Checkpoint,
     sources: Sequence[PromptSource],
-    options: ProfileOptions = ProfileOptions(),
+    options: ProfileOptions = USUAL,
     *,
     calibration: Calibration | None = None,
     partial: Path | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    answers: AnswerPairs | None = None,
 ) -> SinkProfile:
     """Where the sinks are, by source and over all.
 
@@ -119,6 +72,7 @@ def profile_sinks(
         out: Where to write the profile, see `SinkProfile.save`; unfinished work is removed after that.
         progress: Called before every batch.
         notes: To be kept in the profile's options.
+        answers: To be kept in the profile, see `act_export.profile.answers.answer_pairs`.
 
     Raises:
         ActExportError: If there is no source or prompt, or two sources have the same name; if the model's attention
@@ -148,6 +102,7 @@ def profile_sinks(
         },
         examples=tuple(example for source in sources for example in _example(checkpoint, source, calibration, seen)),
         calibration=calibration,
+        answers=answers,
         options={
             **options.thresholds,
             "batch_tokens": options.batch_tokens,
@@ -167,14 +122,6 @@ def profile_sinks(
     if kept is not None:
         kept.discard()
     return profile
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raises ActExportError if two sources have the same name, or one that is taken."""
-    for name in names:
-        if names.count(name) > 1 or name == ALL:
-            taken = "is taken: it stands for all prompts together" if name == ALL else "names two sources"
-            raise ActExportError(f"the name {name!r} {taken}; rename a file")
 
 
 def _check(sources: Sequence[PromptSource]) -> None:

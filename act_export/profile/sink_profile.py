@@ -23,6 +23,7 @@ from act_export.errors import ActExportError, others_errors, shortened, shown
 from act_export.files import write_whole
 from act_export.json_fields import Fields
 from act_export.json_file import read_bytes, read_object
+from act_export.profile.answer_pair import AnswerPair, AnswerPairs
 from act_export.profile.sink_statistics import (
     ABSOLUTE,
     ALL,
@@ -39,6 +40,7 @@ from act_export.profile.sink_statistics import (
 FORMAT = "act-export sink profile"
 FORMAT_VERSION = 2
 _LARGEST_TENSORS = 4 << 30  # bytes
+_LONGEST_PROMPT = 1 << 20  # characters
 _ROUNDING = 1e-4  # by which a share may lie beyond 0 or 1
 _INFINITY = float("inf")
 
@@ -94,6 +96,7 @@ class SinkProfile:
         sources: Statistics by source, in the order they were asked for.
         examples: One prompt of each source, with its sink scores.
         calibration: The one that the examples were also run with; None for none.
+        answers: To some of the prompts without and with it; None where there are none.
         options: How it was made: strings and numbers by name.
         versions: Of the packages that took part.
     """
@@ -104,6 +107,7 @@ class SinkProfile:
     sources: Mapping[str, SinkStatistics]
     examples: tuple[ExamplePrompt, ...] = ()
     calibration: Calibration | None = None
+    answers: AnswerPairs | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -130,8 +134,6 @@ class SinkProfile:
         Raises:
             ActExportError: If the name doesn't end with .safetensors, or the files can't be written.
         """
-        pass
-
         save_profile(self, path)
 
     @classmethod
@@ -141,8 +143,6 @@ class SinkProfile:
         Raises:
             ActExportError: If a file is missing or isn't a profile's, naming what doesn't fit.
         """
-        pass
-
         return load_profile(path)
 
 
@@ -185,6 +185,7 @@ def save_profile(profile: SinkProfile, path: str | os.PathLike[str]) -> None:
         ],
         "examples": [{"source": example.source, "texts": list(example.texts)} for example in profile.examples],
         "calibration": json.loads(profile.calibration.to_json()) if profile.calibration is not None else None,
+        "answers": asdict(profile.answers) if profile.answers is not None else None,
         "options": dict(profile.options),
         "versions": dict(profile.versions),
     }
@@ -264,6 +265,7 @@ class _Reader:
             sources={source.name: source for source in sources},
             examples=tuple(self._example(index, given) for index, given in enumerate(document.objects("examples"))),
             calibration=self._calibration(),
+            answers=self._answers(),
             options=dict(document.inner("options").members),
             versions=dict(document.inner("versions").members),
         )
@@ -279,6 +281,14 @@ class _Reader:
             return Calibration.from_json(text, source=f"{self.document.what}: calibration")
         except CalibrationError as error:
             raise ActExportError(str(error)) from error
+
+    def _answers(self) -> AnswerPairs | None:
+        if not self.document.given("answers"):
+            return None
+        given = self.document.inner("answers")
+        tried = given.whole("tried", 1)
+        shown = tuple(_answer_pair(each) for each in given.objects("shown"))
+        return AnswerPairs(shown, tried, given.whole("differing", 0, tried))
 
     def _statistics(self, given: Fields) -> SinkStatistics:
         name = given.text("name")
@@ -334,6 +344,16 @@ class _Reader:
                 f"{wanted.highest:g}"
             )
         return array
+
+
+def _answer_pair(given: Fields) -> AnswerPair:
+    source, prompt, plain, calibrated, right = (
+        given.text(name, _LONGEST_PROMPT) for name in ("source", "prompt", "plain", "calibrated", "right")
+    )
+    plain_right, calibrated_right = (
+        given.flag(name) if given.given(name) else None for name in ("plain_right", "calibrated_right")
+    )
+    return AnswerPair(source, prompt, plain, calibrated, right, plain_right, calibrated_right)
 
 
 def _tensors(profile: SinkProfile) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -15,6 +15,7 @@ from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration
 from act_export.calibration.strengths import PLAIN
 from act_export.errors import SessionError, shown
+from act_export.onnx_file.metadata import metadata_of
 from act_export.onnx_file.record import FileRecord
 from act_export.runtime.adapter import SUFFIX, model_version, read_adapter
 
@@ -133,3 +134,20 @@ class Requests:
                 f"no head of {self.path} can be calibrated; export the model with a calibration, or with --switchable"
             )
         return self.calibrations
+
+
+def check_choice(file: Path, chosen: str | Calibration) -> None:
+    """Refuses, before a model is opened, a calibration that isn't for it; a model that can't be read is left alone.
+
+    Args:
+        file: The ONNX file.
+        chosen: As in `Requests.choose`, or a calibration.
+
+    Raises:
+        SessionError: As `Requests.choose`, or if the file's metadata isn't act-export's.
+        CalibrationError: The same.
+    """
+    properties = metadata_of(file)
+    if properties is not None:
+        requests = Requests(file, FileRecord.read(properties, str(file), error=SessionError))
+        requests.strengths(requests.choose(chosen) if isinstance(chosen, str) else chosen, 1)

@@ -22,7 +22,7 @@ from act_export.runtime.device_memory import DeviceMemory
 from act_export.runtime.engine import Engine, load_inner
 from act_export.runtime.memory import HostMemory, Memory
 from act_export.runtime.node_placement import NodePlacement, profile_run
-from act_export.runtime.request import DEFAULT, Choice, Choices, DefaultType
+from act_export.runtime.request import DEFAULT, Choice, Choices, DefaultType, check_choice
 from act_export.runtime.token_input import checked_mask
 
 
@@ -77,6 +77,8 @@ class Session(Engine):
         if not file.is_file():
             raise SessionError(f"there is no model {file}")
         place = Device.parse(device)
+        if isinstance(calibration, str | Calibration):
+            check_choice(file, calibration)
         options = import_onnxruntime().SessionOptions()
         options.use_per_session_threads = not shared_threads
         if threads is not None:

@@ -6,16 +6,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from act_export.calibration.file import Calibration
 from act_export.calibration.recipes import PUBLISHED, find_recipes
-from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.files import cache_folder, check_replaceable, check_writable, write_whole
 from act_export.progress import Progress
-from act_export.search import SearchOptions, SearchResult, SearchTask, search_heads
+from act_export.search.request import SearchOptions, SearchTask
 from act_export.tasks import Questions, TaskExamples, split_examples
 from act_export.tasks.splits import check_sizes
+
+if TYPE_CHECKING:
+    from act_export.checkpoint.load import Checkpoint
+    from act_export.search.results import SearchResult
 
 JOINT_FILE, REPORT_FILE = "joint.json", "search.json"
 
@@ -84,6 +88,8 @@ def run_search(
     Raises:
         ActExportError: As `SearchJob.load` and `act_export.search.search_heads`.
     """
+    from act_export.search.run import search_heads
+
     return search_heads(
         checkpoint,
         tasks if tasks is not None else job.load(),

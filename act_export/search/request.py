@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from act_export.calibration.file import DEFAULT_BETA, DEFAULT_THRESHOLD, Calibration, CalibrationError
+from act_export.calibration.recipes import FORMER_RANKINGS
 from act_export.errors import ActExportError, shown
 from act_export.tasks import Generation, Questions, Splits
 
@@ -132,8 +133,12 @@ class SearchOptions:
         """
         unknown = next((name for name in self.methods if name not in METHODS), None)
         if unknown is not None:
-            advice = f"--ranking {unknown} is how heads are ranked; " if unknown in RANKINGS else ""
+            ranking = FORMER_RANKINGS.get(unknown, unknown)
+            advice = f"--ranking {ranking} is how heads are ranked; " if ranking in RANKINGS else ""
             raise ActExportError(f"there is no method {unknown!r}; {advice}methods are {', '.join(METHODS)}")
+        if self.ranking in FORMER_RANKINGS:
+            now = FORMER_RANKINGS[self.ranking]
+            raise ActExportError(f"the ranking {self.ranking!r} is called {now} now; pass --ranking {now}")
         if self.ranking not in RANKINGS:
             raise ActExportError(f"there is no ranking {self.ranking!r}; it must be {', '.join(RANKINGS)}")
         if self.precision not in PRECISIONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from act_export.calibration.calibration_set import UNNAMED
 from act_export.calibration.file import Calibration
@@ -17,13 +18,15 @@ from act_export.calibration.recipes import (
     named_recipe,
 )
 from act_export.calibration.strengths import PLAIN
-from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.progress import Notice, Progress
-from act_export.search import SearchOptions, SearchTask, Threshold
 from act_export.search.job import SearchJob, run_search
+from act_export.search.request import SearchOptions, SearchTask, Threshold
 from act_export.tasks import Questions
 from act_export.tasks.questions import MIX
+
+if TYPE_CHECKING:
+    from act_export.checkpoint.load import Checkpoint
 
 MIX_NAME = "mix"
 _MIX_SIZES = (24, 40, 96)  # of each task's splits

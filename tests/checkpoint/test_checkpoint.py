@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import save_checkpoint, tiny_model
+from tiny_models import VARIANTS
+from tiny_vision import CONFIGURATIONS, tiny_whole, tower_checkpoint
 
 from act_export.checkpoint.gguf.built_in import built_in_gguf
 from act_export.checkpoint.gguf.convert import converted
-from act_export.checkpoint.identity import fingerprint, layers_and_heads
+from act_export.checkpoint.identity import fingerprint, identify, layers_and_heads, shape_of
 from act_export.checkpoint.load import load_checkpoint
 from act_export.checkpoint.tokenizer import load_tokenizer_of
 from act_export.errors import CheckpointError
@@ -33,6 +36,18 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma2", "qwen3", "phi3", "smollm3"])
 def test_layers_and_heads(architecture):
     assert layers_and_heads(tiny_model(architecture).config) == (2, 4)
+
+
+@pytest.mark.parametrize("architecture", sorted({variant.architecture for variant in VARIANTS}))
+def test_the_shape_that_a_configuration_tells_is_the_models(architecture):
+    model = tiny_model(architecture)
+    assert shape_of(model.config) == replace(identify(model), fingerprint=None)
+
+
+@pytest.mark.parametrize("family", CONFIGURATIONS)
+def test_the_shape_of_a_model_of_several_parts_is_its_text_towers(family):
+    whole = tiny_whole(family)
+    assert shape_of(whole.config) == replace(tower_checkpoint(whole).identity, fingerprint=None)
 
 
 def test_fingerprint_follows_the_weights_not_their_type():

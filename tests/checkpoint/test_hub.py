@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny import CALIBRATION, save_checkpoint, tiny_model, tiny_tokenizer
 
 from act_export.calibration.calibration_set import CalibrationSet
+from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.hub import HubId, is_on_hub
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.checkpoint.tokenizer import load_tokenizer_of
@@ -396,3 +397,10 @@ def test_a_model_that_is_not_from_the_hub_records_no_revision(tiny):
 
     assert hub_model(tiny) == {}
     assert "act_export.revision" not in metadata(CalibrationSet.of(None), tiny, "tiny")
+
+
+def test_a_calibration_that_isnt_for_the_model_is_refused_before_weights_are_fetched(served):
+    with pytest.raises(CalibrationError, match="head 4 of layer 0 is out of range"):
+        load_checkpoint("owner/name", fits=[Calibration({0: (4,)})])
+    assert any("config.json" in request for request in served.requests)
+    assert not any("safetensors" in request and request.startswith("GET") for request in served.requests)

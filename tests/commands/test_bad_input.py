@@ -174,7 +174,8 @@ def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, expo
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     for command in ("export", "verify"):
         monkeypatch.setattr(f"act_export.commands.{command}.load_model", None)
-    for command in ((checkpoint_folder, "--out", tmp_path / "m.onnx"), ("verify", exported, "--against", "none")):
+    model = checkpoint_folder
+    for command in ((model, "--out", tmp_path / "m.onnx"), ("verify", exported, "--against", model)):
         result = run(*command, "--device", "cuda")
         assert result.exit_code == 2
         assert "built without CUDA" in result.output
@@ -209,7 +210,9 @@ def early_refusals(exported: Path, heads: Path, tmp: Path) -> list[tuple[list[ob
     ]
 
 
-def test_what_can_be_refused_before_a_model_is_loaded_is(exported, heads_file, tmp_path, monkeypatch):
+def test_what_can_be_refused_before_a_model_is_loaded_is(
+    checkpoint_folder, exported, heads_file, tmp_path, monkeypatch
+):
     """Neither a checkpoint is loaded, nor a file opened in ONNX Runtime."""
 
     def loaded(*_, **__):
@@ -220,7 +223,7 @@ def test_what_can_be_refused_before_a_model_is_loaded_is(exported, heads_file, t
     monkeypatch.setattr("act_export.runtime.Session.open", loaded)
     others = []
     for arguments, message in early_refusals(exported, heads_file, tmp_path):
-        result = run(*("no-model" if each == "MODEL" else each for each in arguments))
+        result = run(*(checkpoint_folder if each == "MODEL" else each for each in arguments))
         if result.exit_code != 2 or message not in result.output:
             others.append((arguments, message, result.output))
     assert not others

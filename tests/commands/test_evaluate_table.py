@@ -10,7 +10,8 @@ from rich.console import Console
 from act_export.commands.evaluate_table import print_evaluation_report
 from act_export.tasks import EncodedExample, Questions
 from act_export.verify.evaluate.answers import Evaluation
-from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
+from act_export.verify.evaluate.request import EvaluationRequest
+from act_export.verify.evaluate.results import EvaluationReport, TaskResult, average_over
 
 rights = st.lists(st.booleans(), min_size=3, max_size=3)
 

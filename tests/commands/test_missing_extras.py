@@ -6,6 +6,7 @@ import json
 
 import pytest
 from bare import installed_with, run_bare
+from profiles import random_profile
 
 from act_export.version import __version__
 
@@ -34,16 +35,17 @@ for words in json.loads(sys.argv[1]):
 NEEDS = {
     "inspect FILE": ("this command needs onnx", "export"),
     "generate FILE hello --tokenizer FOLDER": ("a tokenizer needs transformers", "export"),
-    "FOLDER --plain --out FOLDER/out.onnx": ("this command needs torch", "export"),
+    "FOLDER --plain --out FOLDER/out.onnx": ("this command needs onnx", "export"),
     "graft FILE --calibration smollm2-135m --out FOLDER/out.onnx": ("this command needs onnx", "export"),
     "lm-eval --tasks x": ("this command needs lm_eval", "lm-eval"),
-    "report FILE": ("this command needs vl_convert", "report"),
+    "report FOLDER/profile.safetensors": ("this command needs vl_convert", "report"),
 }
 
 
 @pytest.mark.parametrize("installed", [("cpu",), ("cpu", "export")])
 def test_what_needs_an_extra(installed, tiny_file, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
+    random_profile(2, 2).save(tmp_path / "profile.safetensors")
     needs = {command: need for command, need in NEEDS.items() if (need[1] == "report") == ("export" in installed)}
     words = [each.replace("FILE", str(tiny_file)).replace("FOLDER", str(tmp_path)).split() for each in needs]
     ran = run_bare(SEVERAL, installed_with(*installed), json.dumps(words))

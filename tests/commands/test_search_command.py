@@ -186,6 +186,9 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--method", "gradient"],
         "--ranking gradient is how heads are ranked; methods are act, gamma",
     ),
+    "a former ranking for a method": (["--method", "gates"], "--ranking gradient is how heads are ranked; methods are"),
+    "a former ranking": (["--ranking", "gates"], "the ranking 'gates' is called gradient now; pass --ranking gradient"),
+    "another former ranking": (["--ranking", "gates+confirm"], "is called gradient+confirm now"),
     "an option of another method": (
         ["--gamma", "0.5"],
         "--gamma is of the method gamma, which isn't tried; pass --method",

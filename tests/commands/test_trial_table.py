@@ -12,7 +12,8 @@ from act_export.calibration.file import Calibration
 from act_export.commands.trial_table import print_trial
 from act_export.search.elsewhere import TextCost
 from act_export.search.results import Gain
-from act_export.search.trial import Elsewhere, Trial, TrialData
+from act_export.search.trial import Elsewhere, Trial
+from act_export.search.trial_data import TrialData
 
 UP, DOWN, FLAT = Gain(0.8, 0.1, (0.05, 0.15), 0.01), Gain(0.6, -0.1, (-0.15, -0.05), 0.01), Gain(0.7, 0, (-0.1, 0.1), 1)
 EXPORT = "  act-export m --calibration c.json --out calibrated.onnx"

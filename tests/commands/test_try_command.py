@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
     few = partial(SearchOptions, methods=("act",), head_counts=(1, 2), betas=(0.0,))
-    monkeypatch.setattr("act_export.search.SearchOptions", few)
+    monkeypatch.setattr("act_export.search.request.SearchOptions", few)
 
 
 def run(*arguments: object) -> Result:

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from act_export.commands.parity_table import describe_engine, parity_table
 from act_export.commands.printing import PlainConsole
-from act_export.commands.verify import _parity_table, describe_engine
 from act_export.verify.parity.metrics import Metrics
 from act_export.verify.parity.parity_report import CaseResult, EngineReport, ParityReport
 
@@ -41,7 +41,7 @@ def test_the_table_fits_80_columns():
     half = EngineReport("PyTorch with int8 activations", (case("other", 0.1, None),), True)
     text = io.StringIO()
     report = ParityReport("int4 with int8 activations", metrics(math.pi), False, engines, half)
-    PlainConsole(file=text, width=80).print(_parity_table(report))
+    PlainConsole(file=text, width=80).print(parity_table(report))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[-1] for line in lines if line.split()[-1:] in (["PASS"], ["FAIL"])] == [

@@ -19,7 +19,8 @@ from act_export.search import SearchOptions, SearchTask
 from act_export.search.answers import Answers
 from act_export.search.elsewhere import cost_in_answers, cost_in_text, pieces_of
 from act_export.search.results import Gain, SearchResult
-from act_export.search.trial import Trial, TrialData, elsewhere, run_trial, summarize, trial_data
+from act_export.search.trial import Trial, elsewhere, run_trial, summarize
+from act_export.search.trial_data import TrialData, trial_data
 from act_export.tasks import Example, Questions, Splits, TaskError, encode_examples
 from act_export.tasks.scoring import predicted_choice
 from act_export.tasks.splits import split_folds

@@ -14,6 +14,7 @@ from pathlib import Path
 from act_export.checkpoint.gguf.built_in import BUILT_IN, built_in_gguf
 from act_export.checkpoint.gguf.convert import converted, remarks_of
 from act_export.checkpoint.gguf.witness import compare
+from act_export.commands.console import run_program
 from act_export.errors import CheckpointError
 
 
@@ -39,8 +40,12 @@ def check(source: str) -> bool:
     return True
 
 
-if __name__ == "__main__":
+def main() -> int:
     if not sys.argv[1:] or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__)
     checked = [check(source) for source in sys.argv[1:]]
-    sys.exit(0 if all(checked) else 1)
+    return 0 if all(checked) else 1
+
+
+if __name__ == "__main__":
+    run_program(main)

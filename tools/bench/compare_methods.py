@@ -27,6 +27,7 @@ from statistics import mean, stdev
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
+from act_export.commands.console import run_program
 from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import CHOOSE, CONTENT_FREE, RANK, REPORT, Answers, EncodedTask, answer, encode_task
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--scoring")
     parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seeds", type=seeds_of, default="0")
     parser.add_argument("--ways", default="few-shot,zerotuning,act,fit")
     for split in (RANK, CHOOSE, REPORT):
         parser.add_argument(f"--{split}", type=int)
@@ -136,25 +137,39 @@ def main() -> None:
     ways = arguments.ways.split(",")
     if unknown := set(ways) - set(WAYS):
         parser.error(f"there is no way {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
+    jobs = {
+        (task, seed): job_of(arguments, task, seed) for task in arguments.task.split(",") for seed in arguments.seeds
+    }
+    for job in jobs.values():
+        job.load()  # what can't be had is refused before the model is loaded
 
     checkpoint = load_checkpoint(arguments.model)
     with precision_for_search(checkpoint.model, "auto"):
-        compare(checkpoint, arguments, ways)
+        compare(checkpoint, arguments, ways, jobs)
 
 
-def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[str]) -> None:
+def seeds_of(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
+def job_of(arguments: argparse.Namespace, task: str, seed: int) -> SearchJob:
+    questions = Questions((task,), scoring=arguments.scoring, chat=arguments.chat, seed=seed)
+    sizes = {split: getattr(arguments, split) for split in (RANK, CHOOSE, REPORT)}
+    return SearchJob(questions, **sizes, options=SearchOptions(precision="own"))
+
+
+def compare(
+    checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[str], jobs: dict[tuple[str, int], SearchJob]
+) -> None:
     rows: list[dict] = []
     heads: dict[tuple[str, str], list[set]] = {}
     answered: dict[tuple[int, str], dict[str, dict[str, Answers]]] = {}
     print("| task | seed | way | accuracy | gain over plain | gain beyond the best remedy | AUROC | heads |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for task in arguments.task.split(","):
-        for seed in map(int, arguments.seeds.split(",")):
-            questions = Questions((task,), scoring=arguments.scoring, chat=arguments.chat, seed=seed)
+        for seed in arguments.seeds:
             journal = arguments.journal / f"{task}-{seed}" if arguments.journal is not None else None
-            sizes = {split: getattr(arguments, split) for split in (RANK, CHOOSE, REPORT)}
-            job = SearchJob(questions, **sizes, options=SearchOptions(precision="own"))
-            bench = Bench(checkpoint, job, journal)
+            bench = Bench(checkpoint, jobs[task, seed], journal)
             controls = bench.controls()
             best = best_control(controls)
             for way, answers in [*controls.items(), *((way, bench.by(way)) for way in ways)]:
@@ -228,4 +243,4 @@ def points(gain: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

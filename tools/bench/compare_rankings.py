@@ -22,6 +22,7 @@ from rich.table import Table
 
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
+from act_export.commands.console import run_program
 from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task
@@ -42,9 +43,9 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, help="a folder that keeps finished work")
     arguments = parser.parse_args()
 
+    (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     checkpoint = load_checkpoint(arguments.model)
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
-    (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     orders, rows = {}, []
     for ranking in ("gradient", "exhaustive"):
         options = SearchOptions(methods=("act",), ranking=ranking, precision="own")
@@ -115,4 +116,4 @@ def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from act_export.calibration.recipes import find_recipes, named_calibration
 from act_export.checkpoint.load import load_checkpoint
+from act_export.commands.console import run_program
 from act_export.search.elsewhere import cost_in_answers, cost_in_text, pieces_of, questions_elsewhere, used_questions
 from act_export.tasks.task import load_task, packaged_tasks
 
@@ -28,8 +29,9 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=32)
     parser.add_argument("--text", type=Path)
     arguments = parser.parse_args()
-    checkpoint = load_checkpoint(arguments.model)
     named = {name: named_calibration(name) for name in arguments.calibrations}
+    text = arguments.text.read_text() if arguments.text else None
+    checkpoint = load_checkpoint(arguments.model, fits=tuple(named.values()))
     if not named:
         named = {r.name: r.calibration for r in find_recipes(checkpoint.identity, checkpoint.names)}
     if not named:
@@ -49,7 +51,6 @@ def main() -> None:
                 lost[name].append(task)
         row = [f"{100 * g.gain:+.1f}, {100 * g.interval[0]:+.1f} to {100 * g.interval[1]:+.1f}" for g in gains]
         print(f"| {task} ({len(questions)}) | {plain.accuracy:.1%} | " + " | ".join(row) + " |", flush=True)
-    text = arguments.text.read_text() if arguments.text else None
     pieces = pieces_of(checkpoint, text, arguments.pieces)
     cost = cost_in_text(checkpoint, pieces, calibrations)
     cells = []
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -16,6 +16,7 @@ import vl_convert
 
 import act_export
 from act_export.calibration.file import Calibration
+from act_export.commands.console import run_program
 from act_export.profile.report.theme import PAPER_COLOURS, chart_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

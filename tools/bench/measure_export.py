@@ -25,6 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from act_export.checkpoint.fetch import check_source
+from act_export.commands.console import run_program
+
 if TYPE_CHECKING:
     from act_export.checkpoint.load import Checkpoint
 
@@ -42,6 +45,7 @@ def main() -> int:
     if arguments.export:
         print(json.dumps(measure(arguments.export, arguments.model)))
         return 0
+    check_source(arguments.model)
     load_before = os.getloadavg()
     measured: dict[str, list[dict[str, Any]]] = {exporter: [] for exporter in EXPORTERS}
     for number in range(1, arguments.repeats + 1):
@@ -185,4 +189,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -37,6 +37,7 @@ from act_export.attention.hook import attention_hook
 from act_export.attention.reference_attention import ReferenceAttention
 from act_export.calibration.file import Calibration
 from act_export.checkpoint.load import load_checkpoint
+from act_export.commands.console import run_program
 from act_export.runtime import Session, generate
 from act_export.tasks import load_examples
 from act_export.verify.parity.dequantized import dequantized
@@ -332,4 +333,4 @@ MEASURES: dict[str, Callable[[Models], None]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

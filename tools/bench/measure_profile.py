@@ -25,9 +25,11 @@ import numpy as np
 import torch
 
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
+from act_export.commands.console import run_program
+from act_export.commands.options import numbers_of
 from act_export.profile import PromptSource, profile_sinks
 from act_export.profile.job import ProfileJob, encode_prompts, load_prompts
-from act_export.profile.run import BATCH_TOKENS
+from act_export.profile.request import BATCH_TOKENS
 from act_export.runtime.sampling import left_pad
 from act_export.tasks import EncodedExample, Questions, encode_examples, load_examples, split_examples
 from act_export.tasks.batching import Batching, batches
@@ -47,7 +49,7 @@ def main() -> None:
     if arguments.measure_one:
         print(json.dumps(memory_of(arguments.measure_one)))
         return
-    lengths = [int(length) for length in arguments.lengths.split(",") if length]
+    lengths = [int(length) for length in numbers_of("--lengths", arguments.lengths, whole=True)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     if arguments.memory:
         memory(lengths)
@@ -145,4 +147,4 @@ def mean_length(prompts: Prompts) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import time
 from pathlib import Path
 from statistics import median
+
+from act_export.commands.console import run_program
 
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 
@@ -27,9 +28,7 @@ def main() -> int:
     arguments = parser.parse_args()
     browser = arguments.browser or shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        sys.exit("there is no chromium or google-chrome on the PATH; pass --browser")
-    if not arguments.report.is_file():
-        sys.exit(f"there is no file {arguments.report}")
+        parser.error("there is no chromium or google-chrome on the PATH; pass --browser")
     text = arguments.report.read_text(encoding="utf-8")
     library = max((len(part.partition("</script>")[0].encode()) for part in text.split("<script>")[1:]), default=0)
     size = len(text.encode())
@@ -61,4 +60,4 @@ def time_to_figures(report: Path, browser: str, repeats: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

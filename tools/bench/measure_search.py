@@ -24,6 +24,8 @@ from statistics import median
 
 import numpy as np
 
+from act_export.commands.console import run_program
+
 SEARCH = ["-m", "act_export", "search", "smollm2-135m", "--task", "sst2", "--method", "act", "--random-draws", "1"]
 SEARCH += ["--rank", "48", "--choose", "48", "--report", "48", "--heads", "1,3,10", "--batch-tokens", "512"]
 ONE = [sys.executable, *SEARCH]
@@ -34,6 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
+    if rounds < 1:
+        parser.error(f"--rounds is {rounds}; it must be at least 1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         seconds: dict[str, list[float]] = {"one": [], "two": []}
@@ -105,4 +109,4 @@ def kill_and_resume(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

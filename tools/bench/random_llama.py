@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from act_export.commands.console import run_program
 
 ROPE_THETA = 10_000.0
 CONTEXT = 4096
@@ -222,4 +223,4 @@ def match_direction(projection: torch.Tensor, direction: torch.Tensor, length: f
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

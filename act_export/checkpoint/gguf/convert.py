@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from act_export.calibration.file import ModelIdentity
 from act_export.checkpoint.gguf import entry as gguf_entry
 from act_export.checkpoint.gguf.header import GgufFile
 from act_export.checkpoint.gguf.keys import Keys
@@ -62,6 +63,16 @@ def converted(gguf: Path) -> Path:
             f"another place"
         ) from error
     return folder
+
+
+def shape_of(header: GgufFile) -> ModelIdentity:
+    """The identity of a file's model by its keys: without a fingerprint.
+
+    Raises:
+        CheckpointError: If the file can't be converted.
+    """
+    settings = read_settings(Keys(header))
+    return ModelIdentity(settings.model_type, settings.values["num_hidden_layers"], settings.heads.queries)
 
 
 def remarks_of(folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ def entry_name(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(bytes.fromhex(sha256_of(path)))
+    from importlib import metadata  # slow, and only for what is converted
+
     readers = f"{CONVERTER}-{metadata.version('transformers')}-{metadata.version('gguf')}"
     return f"{beginning(paths[0].stem)}-{digest.hexdigest()[:16]}-{readers}"
 

@@ -5,8 +5,9 @@ Names are imported when first used: what a profile says in words needs no plotti
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from act_export.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from act_export.profile.report.accuracy import TaskAccuracy as TaskAccuracy
@@ -15,25 +16,11 @@ if TYPE_CHECKING:
     from act_export.profile.report.paper import write_figures as write_figures
 
 _HOMES = {
-    "TaskAccuracy": "accuracy",
-    "accuracies_of": "accuracy",
-    "write_figures": "paper",
-    "write_report": "page",
+    "TaskAccuracy": "act_export.profile.report.accuracy",
+    "accuracies_of": "act_export.profile.report.accuracy",
+    "write_figures": "act_export.profile.report.paper",
+    "write_report": "act_export.profile.report.page",
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name from its module."""
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -16,6 +16,7 @@ from act_export.errors import ActExportError
 from act_export.files import write_whole
 from act_export.html_page import as_json, as_script, script_hash
 from act_export.profile.report.accuracy import TaskAccuracy
+from act_export.profile.report.answers import answers_section
 from act_export.profile.report.document import TOKENS, page_document
 from act_export.profile.report.facts import key_facts, threshold_text
 from act_export.profile.report.figures import QUANTITIES
@@ -77,6 +78,7 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
     """
     bundle, script = plotting_library(), as_script(_script())
     overall = profile.overall
+    answers = answers_section(profile, calibration)
     shown = [*profile.sources.values(), *([overall] if len(profile.sources) > 1 else [])]
     return Template(_part("page.html")).substitute(
         model=html.escape(profile.model_name),
@@ -102,6 +104,8 @@ def report_html(profile: SinkProfile, calibration: Calibration | None, accuracie
         effects=effects_section(profile),
         accuracy_link='<li><a href="#accuracy">Accuracy</a></li>' if accuracies else "",
         accuracy=accuracy_section(accuracies),
+        answers_link='<li><a href="#answers">Answers</a></li>' if answers else "",
+        answers=answers,
         prompts=prompts_section(profile, calibration),
         made=how_made(profile, calibration),
     )

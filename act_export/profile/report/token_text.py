@@ -18,6 +18,11 @@ def visible_text(text: str) -> str:
     return f"◌{shown}" if shown and unicodedata.category(shown[0]) in _COMBINING else shown
 
 
+def running_text(text: str) -> str:
+    """The same of a text to be read: spaces, tabs and line ends stay as they are."""
+    return "".join(character if character in " \n\t" else _visible(character) for character in text)
+
+
 def _visible(character: str) -> str:
     if character in _SIGNS:
         return _SIGNS[character]

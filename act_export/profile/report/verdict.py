@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from act_export.calibration.file import Calibration, Provenance
+from act_export.calibration.search_notes import Interval, gain_beyond_control, gain_interval, without_choice_bias
 from act_export.tasks import DEFAULT_TASK
 
 _NO_CALIBRATION = (
@@ -30,7 +31,8 @@ def verdict_section(calibration: Calibration | None, model: str) -> str:
         lead = "<p>The calibration says nothing of what it gains.</p>"
         return _section(lead, [], f"act-export eval calibrated.onnx --task {_task(origin)}")
     gain = 100 * (origin.calibrated_accuracy - origin.plain_accuracy)
-    gained = f"<strong>{gain:+.1f} points</strong>{_interval_of(origin.notes)}"
+    interval = gain_interval(origin.notes)
+    gained = f"<strong>{gain:+.1f} points</strong>" + (f" ({_interval(interval)})" if interval is not None else "")
     asked = f"{origin.samples.get('report', 0):,} questions of {html.escape(', '.join(origin.tasks))}"
     lead = (
         f'<p class="lead">{gained} on {asked} that took no part in the search: {origin.plain_accuracy:.1%} plain, '
@@ -51,29 +53,21 @@ def _remarks(notes: Mapping[str, Any], seed: int | None) -> Iterator[str]:
 
 
 def _beyond(notes: Mapping[str, Any]) -> str:
-    """What is gained beyond cheap remedies; empty where the notes, which anyone may have written, don't say."""
-    try:
-        beyond = notes.get("gain_beyond_control") or notes.get("average_gain_beyond_controls")
-        if beyond:
-            gain, interval = 100 * beyond["gain"], beyond["interval_95"]
-            of = f", {beyond['control']} ({beyond['accuracy']:.1%})" if "control" in beyond else " of each task"
-            shown = "." if interval[0] > 0 else ". That calibration adds anything isn't shown."
-            return f"Beyond the best cheap remedy{of}: {gain:+.1f} points ({_interval(interval)}){shown}"
-        unbiased = notes["controls"]["without_choice_bias"]
+    """What is gained beyond cheap remedies; empty where the notes don't say."""
+    beyond = gain_beyond_control(notes)
+    if beyond is not None and beyond.interval is not None:
+        accuracy = "" if beyond.accuracy is None else f" ({beyond.accuracy:.1%})"
+        of = f", {beyond.control}{accuracy}" if beyond.control else " of each task"
+        gained = f"{100 * beyond.gain:+.1f} points ({_interval(beyond.interval)})"
+        shown = "" if beyond.interval[0] > 0 else " That calibration adds anything isn't shown."
+        return f"Beyond the best cheap remedy{of}: {gained}.{shown}"
+    if (unbiased := without_choice_bias(notes)) is not None:
+        plain, calibrated = unbiased
         return (
-            f"With each model's lean to an answer taken off: {unbiased['plain']:.1%} plain, "
-            f"{unbiased['calibrated']:.1%} calibrated. The rest of the gain is the lean, which is cheaper to take off."
+            f"With each model's lean to an answer taken off: {plain:.1%} plain, {calibrated:.1%} calibrated. The rest "
+            f"of the gain is the lean, which is cheaper to take off."
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        return ""
-
-
-def _interval_of(notes: Mapping[str, Any]) -> str:
-    """The 95% interval of the gain; empty likewise."""
-    try:
-        return f" ({_interval(notes.get('gain_interval_95') or notes['average_gain']['interval_95'])})"
-    except (KeyError, TypeError, ValueError, IndexError):
-        return ""
+    return ""
 
 
 def _section(lead: str, remarks: list[str], command: str) -> str:
@@ -88,7 +82,7 @@ def _section(lead: str, remarks: list[str], command: str) -> str:
 """
 
 
-def _interval(bounds: list[float]) -> str:
+def _interval(bounds: Interval) -> str:
     return f"{100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f}"
 
 

@@ -34,6 +34,7 @@ from act_export.onnx_file.language_model import ModelFile, read_model_file
 from act_export.progress import Progress
 from act_export.runtime.device import Device
 from act_export.runtime.node_placement import NodePlacement
+from act_export.runtime.request import check_choice
 from act_export.verify.bench.child import Memory, Turn, Workload
 from act_export.verify.bench.contenders import EXPORTED, FOREIGN, PYTORCH, Contender
 from act_export.verify.bench.machine import describe_machine
@@ -100,6 +101,8 @@ def _read_files(request: BenchRequest) -> list[ModelFile]:
                 f"{file.path} isn't the model of {first.path}: {_describe_cache(file)}, not {_describe_cache(first)}; "
                 f"compare exports of the same model"
             )
+    for choice in request.calibrations:
+        check_choice(first.path, choice)
     needed = request.prompt_tokens + request.new_tokens
     for file in files:
         context = file.limits.context

@@ -59,8 +59,6 @@ def check_quantized(path: Path) -> None:
     Raises:
         ActExportError: If it can't be read, or has none.
     """
-    if not path.is_file():
-        raise ActExportError(f"there is no model {path}; pass a file of --dtype int4 or int8")
     _weights_of(path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -9,10 +11,13 @@ import torch
 from gguf_files import MODELS, WIDE, as_kind, logits_of, pieces, random_blocks, tiny_model, write
 from transformers import AutoModelForCausalLM
 
+from act_export.calibration.file import Calibration, CalibrationError
 from act_export.checkpoint.fetch import is_gguf
 from act_export.checkpoint.gguf import convert as module
-from act_export.checkpoint.gguf.convert import converted, remarks_of
+from act_export.checkpoint.gguf.convert import converted, remarks_of, shape_of
+from act_export.checkpoint.gguf.shards import read_gguf
 from act_export.checkpoint.gguf.witness import compare
+from act_export.checkpoint.identity import identify
 from act_export.checkpoint.load import load_checkpoint
 from act_export.errors import CheckpointError
 
@@ -40,10 +45,18 @@ def test_every_architecture_is_the_model_that_was_written(tmp_path, architecture
     folder = converted(path)
     torch.testing.assert_close(logits_of(loaded(path)), logits_of(model), atol=1e-4, rtol=0)
     report = compare(path, folder)
+    assert shape_of(read_gguf(path)[0]) == replace(identify(model), fingerprint=None)
     assert report.parameters == len(list(model.parameters()))
     assert report.largest_difference <= 1e-6
     assert report.rotary_difference <= 1e-5
     assert remarks_of(folder) == ()
+
+
+def test_a_calibration_that_isnt_for_the_model_is_refused_before_it_is_converted(tmp_path, cache):
+    path = write(tmp_path / "model.gguf", tiny_model(), "llama")
+    with pytest.raises(CalibrationError, match="layer 2 is out of range; the model has layers 0 to 1"):
+        load_checkpoint(str(path), fits=[Calibration({1: (0,)}), Calibration({2: (0,)})])
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from act_export.search.results import Gain, SearchResult, TaskReport
 from act_export.tasks import Questions
 from act_export.tasks.statistics import accuracy_interval
 from act_export.verify.evaluate.answers import Evaluation, compare
-from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
+from act_export.verify.evaluate.request import EvaluationRequest
+from act_export.verify.evaluate.results import EvaluationReport, TaskResult, average_over
 
 PLAIN = Evaluation(((0.0, -1.0),) * 4, (0, 0, 0, 0), (0, 1, 1, 0))
 CALIBRATED = Evaluation(((0.0, -1.0),) * 4, (0, 1, 0, 0), (0, 1, 1, 0))

@@ -24,7 +24,8 @@ from act_export.tasks.metrics import token_f1
 from act_export.tasks.statistics import mean_interval
 from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation, compare, shares
 from act_export.verify.evaluate.job import evaluate_files
-from act_export.verify.evaluate.results import EvaluationReport, EvaluationRequest, TaskResult, average_over
+from act_export.verify.evaluate.request import EvaluationRequest
+from act_export.verify.evaluate.results import EvaluationReport, TaskResult, average_over
 
 TOKENIZER = tiny_tokenizer()
 

@@ -38,6 +38,8 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     arguments = parser.parse_args()
+    if arguments.threads < 1:
+        parser.error(f"--threads is {arguments.threads}; it must be at least 1")
     # Read when numpy and torch are loaded. Unbound, two threads may share a core for long where other work is running.
     os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
     os.environ["OMP_PROC_BIND"] = "true"

@@ -19,10 +19,11 @@ from act_export.errors import ActExportError, shown
 from act_export.files import cache_folder, check_replaceable, check_writable, write_whole
 from act_export.journal import own_journal
 from act_export.onnx_file.external_data import data_files
+from act_export.onnx_file.names import model_file
 from act_export.progress import Progress
 from act_export.runtime.adapter import SUFFIX
 from act_export.runtime.device import Device, import_onnxruntime
-from act_export.runtime.request import Choice
+from act_export.runtime.request import Choice, check_choice
 from act_export.runtime.session import Session
 from act_export.runtime.text import load_tokenizer
 from act_export.verify.evaluate.chat.answers import Answer, answers_file
@@ -125,6 +126,8 @@ def evaluate_chats(request: ChatRequest, *, progress: Progress = lambda _step, _
     questions = read_questions(request.questions)[: request.limit]
     if request.out is not None:
         check_writable(request.out, advice="pass another folder with --chat-out")
+    for text in request.calibrations:
+        check_choice(model_file(request.file), text)
     with Session.open(request.file, native=not request.portable, device=request.device) as session:
         models = _models(session, request.calibrations)
         if request.out is not None:
