@@ -62,6 +62,11 @@ def build(folder: Path, kernels: Path | None, jobs: int) -> dict[str, Path]:
     folder.mkdir()
     catalogue = folder / "kernels.bin"
     if kernels is None:
+        if missing := [name for name in ("triton", "cmake") if find_spec(name) is None]:
+            raise PackError(
+                f"{sys.executable} has no {' and no '.join(missing)}: take one that has, as tools/setup makes "
+                "(.venv/bin/python tools/check_gpu pack ...)"
+            )
         command = [sys.executable, "-m", "act_export.ops.cuda.build", "--out", str(catalogue), "--jobs", str(jobs)]
         subprocess.run([*command, "--targets", "90", "0"], cwd=ROOT, check=True)
     else:
