@@ -164,10 +164,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Libraries:
-    """What `build` made: a driver, one of CUDA 11.8, the kernels as C functions, and the native library."""
+    """What `build` made: a driver, one of CUDA 11.8, one without maps, kernels as C functions, the native library."""
 
     driver: Path
     old_driver: Path
+    mapless_driver: Path
     harness: Path
     act_ops: Path
 
@@ -228,8 +229,8 @@ def build() -> Libraries:
     operators = Path(act_export.ops.__file__).parent
     sources = (SOURCE, SOURCE.parent / "test_host.h", operators / "CMakeLists.txt", operators / "csrc")
     folder = cmake(SOURCE, (repr(images), Path(catalogue_file.__file__), *sources), prepare)
-    driver, old_driver = folder / "fake" / "libcuda.so.1", folder / "old" / "libcuda.so.1"
-    return Libraries(driver, old_driver, folder / "libcuda_harness.so", folder / "ops" / "libact_ops.so")
+    drivers = (folder / name / "libcuda.so.1" for name in ("fake", "old", "mapless"))
+    return Libraries(*drivers, folder / "libcuda_harness.so", folder / "ops" / "libact_ops.so")
 
 
 class FakeDriver(Harness):

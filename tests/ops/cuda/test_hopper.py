@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import re
+import subprocess
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from test_interpreted_attention import compare, run
 
 from act_export.ops.cuda import hopper
+from act_export.ops.library import LoadedKernels
 
 VARIABLE = "ACT_CUDA_FORWARD"
 LONG = Case(  # more tiles than slots, twice over, and rows that see some of them whole
@@ -206,6 +210,38 @@ def test_triton_is_taken_unless_it_is_asked_for_and_there(driver, monkeypatch, v
     monkeypatch.setenv(VARIABLE, variable)
     monkeypatch.setattr(driver, "device", driver.add_device(*capability))
     assert "forward" in kernels_of(driver, replace(LONG, storage="bfloat16"))
+
+
+# A prompt over a driver whose launches do nothing, in a process of its own; arguments: driver and harness.
+ALONE = """
+import ctypes, sys
+from dataclasses import replace
+from pathlib import Path
+driver = ctypes.CDLL(sys.argv[1])
+from attention_cases import PROMPT, draw
+from harness_calls import Harness, PlacedCall
+from test_interpreted_attention import OnHost
+case = replace(PROMPT, storage="bfloat16")
+harness = Harness(Path(sys.argv[2]))
+harness.attention("bfloat16", PlacedCall(case, draw(case), OnHost).arguments)
+print(*harness.loaded(), sep="; ")
+"""
+
+
+@pytest.mark.in_turn(2)
+@pytest.mark.parametrize("name", ["driver", "mapless_driver"])
+def test_a_driver_without_maps_of_tensors(libraries, name):
+    variables = {**os.environ, VARIABLE: "hopper", "FAKE_CUDA_DEVICE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ALONE, getattr(libraries, name), libraries.harness]
+    ran = subprocess.run(command, env=variables, capture_output=True, text=True)
+    expected = "hopper.bf16.64" if name == "driver" else "forward.bf16.64"
+    assert expected in ran.stdout.strip().split("; "), ran.stderr
+
+
+def test_which_kernel_was_taken_is_told():
+    taken = LoadedKernels({"select": "sm_90", "hopper.bf16.64": "sm_90"}, "")
+    assert taken.describe() == "2 as sm_90, prompts by the kernel for Hopper"
+    assert LoadedKernels({"forward.bf16.64": "sm_90"}, "").describe() == "1 as sm_90"
 
 
 def test_other_values_are_refused(driver, monkeypatch):

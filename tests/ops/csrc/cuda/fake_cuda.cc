@@ -284,6 +284,7 @@ EXPORT int cuMemcpyDtoH_v2(void* to, unsigned long long from, size_t bytes) {
 }
 
 #ifndef FAKE_CUDA_11
+#ifndef FAKE_CUDA_WITHOUT_MAPS
 // A map as it is given, as 16 numbers: a mark, type, address, two sizes, stride, box, steps and options. In order to be
 // as strict as the driver, only matrices of 16 bits.
 EXPORT int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes,
@@ -313,6 +314,8 @@ EXPORT int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* 
   std::memcpy(map, numbers, sizeof(numbers));
   return kSuccess;
 }
+
+#endif
 
 EXPORT int cuLibraryLoadData(void** library, const void* image, int*, void**, unsigned, int*, void**, unsigned) {
   State& state = TheState();
