@@ -14,10 +14,10 @@ import compiled
 import pytest
 
 import act_export.ops.cuda
-from act_export.ops.cuda.build import assemble
+from act_export.ops.cuda.build import _check_maps, assemble
 from act_export.ops.cuda.catalogue import KernelImage, read_catalogue
 from act_export.ops.cuda.hopper import CONSUMER_REGISTERS, LOADER_REGISTERS
-from act_export.ops.cuda.specs import DTYPES, TARGETS, specs
+from act_export.ops.cuda.specs import DTYPES, HOPPER, TARGETS, specs
 from act_export.ops.cuda.toolkit import tool
 
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}  # of a block; 80 also serves 8.6 and 8.9, which have less
@@ -233,6 +233,15 @@ def test_stores_are_fenced_before_tensor_cores_read_them(made, dtype, tmp_path):
             assert len(behind) == 4  # queries of two consumers, keys and values
             assert all(one[:2] == ["FENCE", "BAR.SYNC"] for one in behind), behind
             assert sorted(one[2] for one in behind) == ["HGMMA", "HGMMA", "SYNCS.ARRIVE", "SYNCS.ARRIVE"]
+
+
+@pytest.mark.parametrize("wrong", [{"swizzle": 2}, {"block_size": [64, 64]}, {"elem_size": 4}, {"is_im2col": True}])
+def test_maps_that_the_launch_does_not_make_are_refused(wrong):
+    spec = next(spec for spec in specs(HOPPER) if spec.name == "hopper.bf16.128")
+    made = {"swizzle": 3, "elem_size": 2, "block_size": [128, 64], "fp4_padded": False, "is_im2col": False}
+    _check_maps(spec, [made, made])
+    with pytest.raises(RuntimeError, match=r"hopper\.bf16\.128 wants maps of tensors with "):
+        _check_maps(spec, [made, {**made, **wrong}])
 
 
 def abi(target: int) -> int:
