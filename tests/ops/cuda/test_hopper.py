@@ -12,8 +12,10 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import attention_cases
 import gluon_emulator
 import pytest
+import torch
 from attention_cases import CASES, GAMMAS, OF_PYTORCH, SINKS, Case, draw, draw_maps, is_decided, root_mean_square
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -27,10 +29,10 @@ LONG = Case(  # more tiles than slots, twice over, and rows that see some of the
     batch=1, sequence=150, past=790, num_heads=2, kv_num_heads=1, calibrated_heads=(1,), threshold=0.005, gamma=(8.0,)
 )
 OWN_CASES = {
-    "long": LONG,
+    "long": replace(LONG, batch=2),
     "long, no padding": replace(LONG, padding="none", head_size=128),
     "long, holes": replace(LONG, padding="holes", sink_logits=SINKS[:2]),
-    "long, right padding": replace(LONG, padding="right", sequence=140, gamma=(1.0,)),
+    "long, right padding": replace(LONG, batch=2, padding="right", sequence=140, gamma=(1.0,)),
     "long, window": replace(LONG, sliding_window=300, head_size=128),
     "long, in place, gamma alone": replace(LONG, in_place=True, beta=(1.0,), padding="none"),
     "three blocks of rows": replace(LONG, sequence=300, past=0, calibrated_heads=(0, 1), gamma=GAMMAS[:2]),
@@ -72,6 +74,17 @@ def test_cases_of_the_operator(on_hopper, name, storage):
 @pytest.mark.parametrize("name", OWN_CASES)
 def test_more_tiles_than_slots(on_hopper, name, storage):
     check(on_hopper, replace(OWN_CASES[name], storage=storage))
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+@pytest.mark.sampled(1)
+def test_padding_of_whole_tiles(on_hopper, monkeypatch, storage):
+    """On the left, on the right, and among the real tokens."""
+    case = replace(LONG, batch=2, num_heads=1, calibrated_heads=(0,), storage=storage)
+    mask = torch.ones(2, case.past + case.sequence, dtype=torch.int64)
+    mask[0, :300] = mask[1, -40:] = mask[1, 350:620] = 0
+    monkeypatch.setattr(attention_cases, "draw_mask", lambda *_: mask)
+    check(on_hopper, case)
 
 
 @st.composite
@@ -162,7 +175,7 @@ def changed(source: str, path: Path) -> types.ModuleType:
     return module
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", DEFECTS)
 def test_wrong_synchronization_is_found(on_hopper, monkeypatch, tmp_path, name):
     old, new, message = DEFECTS[name]
@@ -172,7 +185,7 @@ def test_wrong_synchronization_is_found(on_hopper, monkeypatch, tmp_path, name):
     monkeypatch.setitem(on_hopper.replaced, "hopper", module.forward)
     case = replace(LONG, storage="bfloat16", sequence=66, past=710, num_heads=1, calibrated_heads=())
     inputs, found = draw(case), []
-    for seed in range(3):
+    for seed in range(2):
         monkeypatch.setattr(gluon_emulator, "order", random.Random(seed))
         try:
             run(on_hopper, case, inputs)
