@@ -79,6 +79,12 @@ class Harness:
         self.call("ActCudaFind", device, kernel.encode(), target)
         return target.value.decode()
 
+    def loaded(self) -> list[str]:
+        """Names of the kernels that were loaded so far."""
+        names = ctypes.create_string_buffer(ERROR_SIZE)
+        self._library.ActCudaLoaded(names)
+        return names.value.decode().split()
+
     def refused(self) -> str:
         """Why the driver took no better image of some kernel; empty where it took the best of each."""
         reason = ctypes.create_string_buffer(ERROR_SIZE)

@@ -47,6 +47,8 @@ class LoadedKernels:
         """In one line; empty where there are none."""
         counts = Counter(self.targets.values())
         text = ", ".join(f"{count} as {target}" for target, count in sorted(counts.items()))
+        if any(name.startswith("hopper.") for name in self.targets):
+            text += ", prompts by the kernel for Hopper"
         return text + (f" ({self.refused})" if self.refused else "")
 
 

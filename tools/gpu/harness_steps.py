@@ -1,4 +1,4 @@
-"""Steps of the plan that need no ONNX Runtime: HARNESS_STEPS images | parity | sanitize TOOL | short.
+"""Steps of the plan that need no ONNX Runtime: HARNESS_STEPS images | parity | hopper | sanitize TOOL | short.
 
 They call the launches in the carried libcuda_harness.so, `CHECK_GPU_HARNESS` in the environment.
 """
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from act_export.ops.cuda.catalogue import read_catalogue
 
 HARNESS, CATALOGUE = "CHECK_GPU_HARNESS", "CHECK_GPU_KERNELS"
 SHORT = ("head size 128", "sinks", "little rest", "holes", "decode", "decode, sinks", "decode, in place", "in place")
+TOKENS = 16  # of a call, more of which are a prompt: as in ops/cuda/specs.py, which needs Triton
+HALF_TYPES = ("bfloat16", "float16")
 FOUND_ERRORS = 99  # the exit code that compute-sanitizer is told to give
 _SANITIZER_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
@@ -45,13 +47,19 @@ def images(harness: Harness, catalogue: Path) -> Found:
     return {"targets": taken, "refused": harness.refused(), "fell back to PTX": fallen}
 
 
-def parity(gpu: Gpu, harness: Harness, cases: Mapping[str, Case], save: Callable[[Found], None]) -> Found:
+def parity(
+    gpu: Gpu,
+    harness: Harness,
+    cases: Mapping[str, Case],
+    save: Callable[[Found], None],
+    storages: Sequence[str] = tuple(TYPES),
+) -> Found:
     """Every case in every type against the reference in float64: errors in root mean square, or what is wrong.
 
     First those whose kernels are machine code, for the driver takes its time with the others.
     """
     found: Found = {"calls": {}, "wrong": {}}
-    rounds = [(storage, has_own) for has_own in (True, False) for storage in TYPES]
+    rounds = [(storage, has_own) for has_own in (True, False) for storage in storages]
     for storage, has_own in rounds:
         for name, base in cases.items():
             if _has_own_kernels(base) != has_own:
@@ -68,6 +76,21 @@ def parity(gpu: Gpu, harness: Harness, cases: Mapping[str, Case], save: Callable
             gpu.free()
         save(found)
     return found
+
+
+def hopper(gpu: Gpu, harness: Harness, cases: Mapping[str, Case], save: Callable[[Found], None]) -> Found:
+    """Parity of the prompts that take the kernel for Hopper, which the environment asks for; it has to be taken."""
+    taken = {name: case for name, case in cases.items() if _takes_hopper(case)}
+    found = parity(gpu, harness, taken, save, HALF_TYPES)
+    loaded = harness.loaded()
+    if not any(name.startswith("hopper.") for name in loaded) or any(name.startswith("forward.") for name in loaded):
+        found["wrong"]["kernels"] = f"{', '.join(loaded)} were taken. {harness.refused()}"
+    save(found)
+    return found
+
+
+def _takes_hopper(case: Case) -> bool:
+    return _has_own_kernels(case) and case.head_size == case.value_size in (64, 128) and case.sequence > TOKENS
 
 
 def _has_own_kernels(case: Case) -> bool:
@@ -114,7 +137,7 @@ def main(arguments: list[str]) -> int:
         if arguments[0] == "short":
             short(gpu, harness)
             return 0
-        found = parity(gpu, harness, CASES, write_result)
+        found = (hopper if arguments[0] == "hopper" else parity)(gpu, harness, CASES, write_result)
         return bool(found["wrong"])
     finally:
         gpu.close()

@@ -51,19 +51,23 @@ def _benchmark(name: str, limit_s: int, *options: str, **environment: str) -> St
 
 
 _GRAPHS = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-n", "1", "--timeout-method", "thread")
+_HOPPER = {"ACT_CUDA_FORWARD": "hopper"}
 _OTHERS = {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0", "ORT_ENABLE_XQA": "0"}
 STEPS = (
     Step("machine", ("tools/gpu/machine.py",), 25),
     Step("images", ("tools/gpu/harness_steps.py", "images"), 25, stops=True),
-    Step("parity", ("tools/gpu/harness_steps.py", "parity"), 75),
-    Step("memcheck", ("tools/gpu/harness_steps.py", "sanitize", "memcheck"), 45),
-    Step("racecheck", ("tools/gpu/harness_steps.py", "sanitize", "racecheck"), 45),
-    Step("times", ("tools/gpu/times.py",), 90),
-    Step("graphs", (*_GRAPHS, "tests/gpu/test_gpu_parity.py", "-k", "replayed_graph or layouts"), 55),
+    Step("parity", ("tools/gpu/harness_steps.py", "parity"), 65),
+    Step("memcheck", ("tools/gpu/harness_steps.py", "sanitize", "memcheck"), 40),
+    Step("racecheck", ("tools/gpu/harness_steps.py", "sanitize", "racecheck"), 40),
+    Step("times", ("tools/gpu/times.py",), 75),
+    Step("graphs", (*_GRAPHS, "tests/gpu/test_gpu_parity.py", "-k", "replayed_graph or layouts"), 45),
     _benchmark("operator, prompts", 35, "--work", "prompt"),
     _benchmark("operator, prompts, Flash-2", 30, "--work", "prompt", **_OTHERS),
     _benchmark("operator, decode, graph", 30, "--work", "decode", "--cuda-graph"),
     _benchmark("operator, decode, graph, no XQA", 20, "--work", "decode", "--cuda-graph", **_OTHERS),
+    # Last: it hasn't been run on a GPU, and may hang.
+    Step("parity, hopper", ("tools/gpu/harness_steps.py", "hopper"), 20, environment=_HOPPER),
+    Step("times, hopper", ("tools/gpu/times.py", "prompt"), 25, environment=_HOPPER),
 )
 
 

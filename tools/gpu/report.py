@@ -24,7 +24,7 @@ def report(results: Result) -> str:
     for name, step in steps.items():
         found = step["result"]
         if found is not None:
-            section = sections.get(name, _operator if "workloads" in found else _plain)
+            section = sections.get(name.partition(",")[0], _operator if "workloads" in found else _plain)
             parts += [f"## {name[0].upper()}{name[1:]}", *section(found)]
         if step["status"] != OK:
             parts += [f"{name}: {step['status']}.", _quoted(step["output"])]

@@ -1,10 +1,13 @@
-"""Times of the kernels without ONNX Runtime: each alone, and calls in CUDA graphs, beside PyTorch's fused attention."""
+"""Times of the kernels without ONNX Runtime: each alone, and calls in CUDA graphs, beside PyTorch's fused attention.
+
+With an argument only of the work that it names, "prompt" or "decode".
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -163,12 +166,14 @@ def measure(harness: Harness, workload: Workload, scratch: Tensor) -> Found:
     return found
 
 
-def main() -> int:
+def main(works: Sequence[str]) -> int:
     """Writes what is found after each workload."""
     harness = Harness(Path(os.environ[HARNESS]))
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
     found: Found = {}
     for workload in WORKLOADS:
+        if works and workload.work not in works:
+            continue
         found[f"{workload}, batch {workload.batch}"] = measure(harness, workload, scratch)
         write_result(found)
         torch.cuda.empty_cache()
@@ -176,4 +181,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

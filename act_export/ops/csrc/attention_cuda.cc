@@ -27,6 +27,9 @@ constexpr int64_t kStrengths = sizeof(Strengths) / sizeof(float);
 constexpr int64_t kMostBlocks = 65535;  // in the second and third dimension of a grid
 constexpr int64_t kSizeMultiple = 16;   // of head sizes that general kernels read in vectors
 
+constexpr unsigned kMapRows = 128;  // of a box that TMA copies for the kernel for Hopper
+constexpr unsigned kMapColumns = 64;
+
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr int64_t kAlignment = 256;
 
@@ -39,6 +42,11 @@ template <typename T>
 const char* TypeName() {
   if constexpr (kWide<T>) return "fp32";
   return std::is_same_v<T, Float16> ? "fp16" : "bf16";
+}
+
+template <typename T>
+TensorMapType MapType() {
+  return std::is_same_v<T, Float16> ? kMapFloat16 : kMapBFloat16;
 }
 
 // Rows, or columns, of the attention map that a program of a kernel takes.
@@ -160,8 +168,26 @@ class Sequence {
  private:
   template <typename... Arguments>
   void Launch(const std::string& kernel, int64_t x, int64_t y, int64_t z, const Arguments&... arguments) {
+    Launch(call_.kernels.Find(kernel), x, y, z, arguments...);
+  }
+
+  template <typename... Arguments>
+  void Launch(const Function& function, int64_t x, int64_t y, int64_t z, const Arguments&... arguments) {
     const Grid grid{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
-    cuda::Launch(call_.kernels.Find(kernel), grid, call_.stream, {Argument(arguments)...});
+    cuda::Launch(function, grid, call_.stream, {Argument(arguments)...});
+  }
+
+  // Of a cache as (rows, head size).
+  TensorMap Map(const T* cache, int64_t rows) const {
+    const Driver& driver = Driver::Get();
+    const uint64_t sizes[] = {static_cast<uint64_t>(a_.head_size), static_cast<uint64_t>(rows)};
+    const uint64_t stride_bytes[] = {sizes[0] * sizeof(T)};
+    const unsigned box[] = {kMapColumns, kMapRows}, steps[] = {1, 1};
+    TensorMap map;
+    driver.Check(driver.cuTensorMapEncodeTiled(&map, MapType<T>(), 2, const_cast<T*>(cache), sizes, stride_bytes, box,
+                                               steps, kMapNoInterleave, kMapSwizzle128, kMapPromote128, kMapFillZero),
+                 "describing the cache of " + std::to_string(rows) + " rows to the GPU");
+    return map;
   }
 
   bool InPlace(const void* past, const void* present) const { return past == present || a_.past_capacity == 0; }
@@ -196,11 +222,24 @@ class Sequence {
     Prepare();
 
     const auto count = Int(a_.calibrated_count);
-    Launch("forward" + family_, BlocksOf(a_.sequence, ForwardRows<T>(head_size_)), a_.num_heads, a_.batch, a_.query,
-           a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_index, calibration_, c_.sink_logits,
-           a_.output, lse, maxima, inverse, rows_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity),
-           Int(a_.num_heads), Int(a_.kv_num_heads), count, calibration_stride_, Int(a_.head_size),
-           Int(a_.value_head_size), window_, scale_, softcap_);
+    const auto forward = [&](const Function& function, const auto&... maps) {
+      Launch(function, BlocksOf(a_.sequence, ForwardRows<T>(head_size_)), a_.num_heads, a_.batch, maps..., a_.query,
+             a_.present_key, a_.present_value, real_before_, bounds_, c_.calibrated_index, calibration_, c_.sink_logits,
+             a_.output, lse, maxima, inverse, rows_output, Int(a_.sequence), Int(a_.total), Int(a_.present_capacity),
+             Int(a_.num_heads), Int(a_.kv_num_heads), count, calibration_stride_, Int(a_.head_size),
+             Int(a_.value_head_size), window_, scale_, softcap_);
+    };
+    const int64_t cache_rows = a_.batch * a_.kv_num_heads * a_.present_capacity;
+    const Function* hopper =
+        cache_rows <= std::numeric_limits<int32_t>::max() ? call_.kernels.FindHopper(family_) : nullptr;
+    if (hopper == nullptr) {
+      forward(call_.kernels.Find("forward" + family_));
+    } else {
+      // Behind each map its sizes and strides, as Triton has them among the parameters.
+      const int64_t size = a_.head_size, one = 1;
+      forward(*hopper, Map(a_.present_key, cache_rows), Int(cache_rows), Int(size), size, one,
+              Map(a_.present_value, cache_rows), Int(cache_rows), Int(size), size, one);
+    }
     if (count == 0) return;
     Launch("columns" + family_, BlocksOf(a_.total, ColumnsColumns<T>(head_size_)), count, a_.batch, a_.query,
            a_.present_key, real_before_, bounds_, c_.calibrated_heads, calibration_, lse, a_.present_sink_scores,

@@ -34,6 +34,9 @@ Driver Load() {
   if (driver.name == nullptr && missing == nullptr) missing = #name;
   ACT_CUDA_FUNCTIONS(ACT_CUDA_FIND)
 #undef ACT_CUDA_FIND
+#define ACT_CUDA_FIND_OPTIONAL(name, ...) Find(library, #name, driver.name);
+  ACT_CUDA_OPTIONAL_FUNCTIONS(ACT_CUDA_FIND_OPTIONAL)
+#undef ACT_CUDA_FIND_OPTIONAL
   if (missing != nullptr) {
     int version = 0;
     const bool known = driver.cuDriverGetVersion != nullptr && driver.cuDriverGetVersion(&version) == kSuccess;

@@ -33,6 +33,13 @@ enum DeviceAttribute {
 };
 enum KernelAttribute { kDynamicSharedBytes = 8 };
 
+// How TMA finds a box of a tensor in memory, in the driver's encoding.
+struct alignas(128) TensorMap {
+  uint64_t opaque[16];
+};
+enum TensorMapType { kMapFloat16 = 6, kMapBFloat16 = 9 };
+enum TensorMapOption { kMapNoInterleave = 0, kMapSwizzle128 = 3, kMapPromote128 = 2, kMapFillZero = 0 };
+
 // Shared memory that a block may have without asking for it.
 constexpr uint32_t kPlainSharedBytes = 48 * 1024;
 
@@ -62,9 +69,16 @@ constexpr uint32_t kPlainSharedBytes = 48 * 1024;
            unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream stream,          \
            void** parameters, void** extra)
 
+// Null where the driver has none: those of CUDA 12.0 have it, and what takes it goes on without.
+#define ACT_CUDA_OPTIONAL_FUNCTIONS(FUNCTION)                                                                     \
+  FUNCTION(cuTensorMapEncodeTiled, TensorMap* map, int type, unsigned rank, void* address, const uint64_t* sizes, \
+           const uint64_t* stride_bytes, const unsigned* box, const unsigned* steps, int interleave, int swizzle, \
+           int promotion, int fill)
+
 struct Driver {
 #define ACT_CUDA_MEMBER(name, ...) int (*name)(__VA_ARGS__) = nullptr;
   ACT_CUDA_FUNCTIONS(ACT_CUDA_MEMBER)
+  ACT_CUDA_OPTIONAL_FUNCTIONS(ACT_CUDA_MEMBER)
 #undef ACT_CUDA_MEMBER
 
   // Loads and starts the driver, once. Throws std::runtime_error, which says what is missing.

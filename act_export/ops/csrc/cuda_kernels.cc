@@ -1,6 +1,7 @@
 #include "cuda_kernels.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <set>
@@ -14,6 +15,22 @@ namespace {
 constexpr int kLeastCapability = 80;
 // From here on machine code is for exactly one compute capability (sm_90a); below, for later minor versions too.
 constexpr int kExactFrom = 90;
+constexpr int kHopper = 90;
+
+// Which kernel computes prompts on Hopper; Triton's is the default until the other one has been run on a GPU.
+constexpr char kForwardVariable[] = "ACT_CUDA_FORWARD";
+constexpr char kTritonForward[] = "triton";
+constexpr char kHopperForward[] = "hopper";
+
+bool AsksForHopper() {
+  const char* given = std::getenv(kForwardVariable);
+  const std::string forward = given == nullptr || *given == 0 ? kTritonForward : given;
+  if (forward != kTritonForward && forward != kHopperForward) {
+    throw std::runtime_error(std::string(kForwardVariable) + " is \"" + forward + "\": set it to \"" + kTritonForward +
+                             "\" or \"" + kHopperForward + "\", or unset it");
+  }
+  return forward == kHopperForward;
+}
 
 std::string CapabilityText(int capability) {
   return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
@@ -76,6 +93,7 @@ Loaded Kernels::AllLoaded() {
 }
 
 Kernels::Kernels(int ordinal) {
+  const bool asks_for_hopper = AsksForHopper();
   const Driver& driver = Driver::Get();
   driver.Check(driver.cuDeviceGet(&device_, ordinal), "finding GPU " + std::to_string(ordinal));
   char name[256] = "";
@@ -87,6 +105,7 @@ Kernels::Kernels(int ordinal) {
     throw std::runtime_error("the GPU (" + device_name_ + ") is older than the CUDA kernels, which need " +
                              CapabilityText(kLeastCapability) + " or newer: run the portable functions instead");
   }
+  takes_hopper_ = asks_for_hopper && capability_ == kHopper && driver.cuTensorMapEncodeTiled != nullptr;
   multiprocessors_ = Attribute(driver, kMultiprocessors, device_);
   most_shared_bytes_ = static_cast<uint32_t>(Attribute(driver, kMostSharedBytes, device_));
   driver.Check(driver.cuDevicePrimaryCtxRetain(&context_, device_), "starting the GPU (" + device_name_ + ")");
@@ -94,6 +113,23 @@ Kernels::Kernels(int ordinal) {
 
 const Function& Kernels::Find(const std::string& name) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  return FindLocked(name);
+}
+
+const Function* Kernels::FindHopper(const std::string& family) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::string name = kHopperForward + family;
+  if (!takes_hopper_ || Choose(name).empty()) return nullptr;
+  try {
+    return &FindLocked(name);
+  } catch (const std::runtime_error& error) {
+    refused_ = error.what();
+    takes_hopper_ = false;
+    return nullptr;
+  }
+}
+
+const Function& Kernels::FindLocked(const std::string& name) {
   const auto found = functions_.find(name);
   if (found != functions_.end()) return found->second;
   const std::vector<const Image*> images = Choose(name);

@@ -19,7 +19,7 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// One launch parameter: what it is ('p' pointer, 'i' int32, 'l' int64, 'f' float) and its bytes.
+// One launch parameter: what it is ('p' pointer, 'i' int32, 'l' int64, 'f' float, 't' map) and its bytes.
 class Argument {
  public:
   template <typename T>
@@ -27,9 +27,16 @@ class Argument {
   Argument(int32_t value) : Argument('i', value) {}
   Argument(int64_t value) : Argument('l', value) {}
   Argument(float value) : Argument('f', value) {}
+  // Is read at the launch.
+  Argument(const TensorMap& map) : Argument('t', &map) {}
 
   char Letter() const { return letter_; }
-  const void* Data() const { return &bytes_; }
+  const void* Data() const {
+    if (letter_ != 't') return &bytes_;
+    const void* map;
+    std::memcpy(&map, &bytes_, sizeof(map));
+    return map;
+  }
 
  private:
   template <typename T>
@@ -73,6 +80,11 @@ class Kernels {
   // Throws std::runtime_error where there is none.
   const Function& Find(const std::string& name);
 
+  // The kernel for Hopper of a name's family (".bf16.128") that takes maps of tensors, where the environment asks for
+  // it
+  // (`ACT_CUDA_FORWARD=hopper`), the GPU is one, and library and driver have what it takes; otherwise null.
+  const Function* FindHopper(const std::string& family);
+
   // Of all GPUs of the process.
   static Loaded AllLoaded();
 
@@ -85,6 +97,8 @@ class Kernels {
   // Those that the GPU runs, the best one first.
   std::vector<const Image*> Choose(const std::string& name) const;
   Function Load(const Image& image) const;
+  // The caller has the mutex.
+  const Function& FindLocked(const std::string& name);
 
   int device_ = 0;
   std::string device_name_;
@@ -95,6 +109,7 @@ class Kernels {
   std::mutex mutex_;
   std::unordered_map<std::string, Function> functions_;
   std::string refused_;
+  bool takes_hopper_ = false;
 };
 
 // Puts a kernel into a stream, of the GPU that it was found for, in the current context. An empty grid is left out.

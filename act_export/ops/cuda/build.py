@@ -23,10 +23,11 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = str(tool("ptxas"))
 
 from act_export.ops.cuda.catalogue import KernelImage, write_catalogue
-from act_export.ops.cuda.specs import DTYPES, HEAD_SIZES, PTX_TARGET, TARGETS, KernelSpec, specs
+from act_export.ops.cuda.specs import DTYPES, HEAD_SIZES, PTX_TARGET, SWIZZLED_BYTES, TARGETS, KernelSpec, specs
 
 PTX = 0  # the target of images that the driver compiles
 _PTX_VERSION = 80  # what drivers of CUDA 12.0 read
+_SWIZZLE_128 = 3  # TMA's number of it
 _LETTERS = {"i32": "i", "i64": "l", "fp32": "f"}
 
 
@@ -80,10 +81,11 @@ def compile_job(job: Job) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon import GluonASTSource, GluonJITFunction
 
     spec = next(spec for spec in specs(job.target or PTX_TARGET) if spec.name == job.name)
     names = list(spec.signature)
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(spec.function, GluonJITFunction) else ASTSource)(
         fn=spec.function,
         signature=spec.signature,
         constexprs={(names.index(name),): value for name, value in spec.constexprs.items()},
@@ -104,6 +106,7 @@ def compile_job(job: Job) -> Compiled:
     metadata = compiled.metadata
     if getattr(metadata, "global_scratch_size", 0):
         raise RuntimeError(f"{job.name} for {_target_name(job.target)} needs scratch memory that nothing gives it")
+    _check_maps(spec, getattr(metadata, "tensordesc_meta", None) or [])
     image = KernelImage(
         name=job.name,
         target=job.target,
@@ -120,9 +123,30 @@ def compile_job(job: Job) -> Compiled:
 
 
 def parameter_letters(spec: KernelSpec) -> str:
-    """The launch parameters of a kernel in order, a letter each: p pointer, i int32, l int64, f float32."""
-    types = [kind for kind in spec.signature.values() if kind != "constexpr"]
-    return "".join("p" if kind.startswith("*") else _LETTERS[kind] for kind in types)
+    """The launch parameters of a kernel in order, a letter each as in `KernelImage`.
+
+    Behind the map of a matrix Triton puts its two dimensions and its two strides.
+    """
+
+    def letters(kind: str) -> str:
+        if kind.startswith("tensordesc"):
+            return "tiill"
+        return "p" if kind.startswith("*") else _LETTERS[kind]
+
+    return "".join(letters(kind) for kind in spec.signature.values() if kind != "constexpr")
+
+
+def _check_maps(spec: KernelSpec, made: Sequence[dict[str, object]]) -> None:
+    """That the maps are as csrc/attention_cuda.cc makes them: boxes of half rows or whole ones, swizzled.
+
+    Raises:
+        RuntimeError: The compiler wants others.
+    """
+    box = [spec.constexprs.get("COLUMNS"), SWIZZLED_BYTES // 2]
+    expected = {"swizzle": _SWIZZLE_128, "elem_size": 2, "block_size": box, "fp4_padded": False, "is_im2col": False}
+    for found in made:
+        if {key: found.get(key) for key in expected} != expected:
+            raise RuntimeError(f"{spec.name} wants maps of tensors with {found}, the launch makes them with {expected}")
 
 
 def _entry_parameters(ptx: str) -> int:

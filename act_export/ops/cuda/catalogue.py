@@ -20,7 +20,7 @@ _HEADER = struct.Struct("<8sIIQ")
 _RECORD = struct.Struct("<8I2Q")
 _IMAGE_ALIGNMENT = 16
 _MOST_THREADS = 1024
-_LETTERS = frozenset("pilf")
+_LETTERS = frozenset("pilft")
 
 
 class CatalogueError(ValueError):
@@ -34,7 +34,8 @@ class KernelImage:
     Attributes:
         name: What the host program calls it, e.g. "forward.bf16.128"; the same for all targets.
         target: Compute capability times ten of the machine code, e.g. 80, 90; 0 for PTX, which the driver compiles.
-        parameters: A letter for each launch parameter in order: p pointer, i int32, l int64, f float32.
+        parameters: A letter for each launch parameter in order: p pointer, i int32, l int64, f float32, t TMA's map of
+            a tensor (128 bytes by value, at a multiple of 64).
         hidden_pointers: Pointers after those, which are passed null.
         threads: Of a block.
         shared_bytes: Shared memory of a block.
@@ -62,7 +63,7 @@ class KernelImage:
             if not (value and value.isascii() and value.isprintable()):
                 raise CatalogueError(f"kernel {self.name!r}: {field} is {value!r}, expected printable ASCII")
         if wrong := sorted(set(self.parameters) - _LETTERS):
-            raise CatalogueError(f"kernel {self.name!r}: parameters has {wrong[0]!r}, expected p, i, l, f")
+            raise CatalogueError(f"kernel {self.name!r}: parameters has {wrong[0]!r}, expected p, i, l, f, t")
         for field, most in (
             ("target", 999),
             ("hidden_pointers", 16),

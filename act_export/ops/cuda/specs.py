@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from act_export.ops.cuda import kernels
+from triton.experimental.gluon import language as gl
+
+from act_export.ops.cuda import hopper, kernels
 
 TARGETS = (80, 90, 100)  # compute capability, times ten, of machine code; other GPUs compile PTX for PTX_TARGET
 PTX_TARGET = 80
@@ -28,6 +30,12 @@ DECODE_COLUMNS = 64  # sections of the cache are multiples of it
 SECTIONS = 64  # that the cache is split into, at the most
 COMBINE_STEP = 8
 
+HOPPER = 90  # the target that `hopper` is for
+HOPPER_DTYPES = ("fp16", "bf16")
+HOPPER_HEAD_SIZES = (64, 128)
+HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_STAGES = 128, 128, 2
+SWIZZLED_BYTES = 128  # of a row of a box that TMA copies, which is narrower than a tile
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -35,8 +43,9 @@ class KernelSpec:
 
     Attributes:
         name: In the catalogue, e.g. "forward.bf16.128", "forward.bf16.general128", "forward.bf16.odd128".
-        function: Triton's function.
-        signature: Argument -> "*bf16", "*fp32", "*i64", "*i32", "i32", "fp32" or "constexpr", in order.
+        function: Triton's function, or Gluon's.
+        signature: Argument -> "*bf16", "*fp32", "*i64", "*i32", "i32", "fp32", "tensordesc<...>" or "constexpr", in
+            order.
         constexprs: Values of the latter.
         aligned: Arguments that are multiples of 16 (pointers: bytes).
         num_warps: Warps of a program.
@@ -136,6 +145,12 @@ SCRATCH = (
 )
 _STORED = ("past_key", "past_value", "key", "value", "present_key", "present_value", "query", "output")
 _FLOATS = ("scale", "softcap")
+_MAPS = ("key_map", "value_map")
+
+
+def _map_type(dtype: str, rows: int, head_size: int) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLED_BYTES, element_bitwidth=16, rank=2)
+    return f"tensordesc<{dtype}[{rows}, {head_size}],{layout!r}>"
 
 
 def _spec(
@@ -152,6 +167,8 @@ def _spec(
     for argument in function.arg_names:
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument in _MAPS:
+            signature[argument] = _map_type(dtype, constants["COLUMNS"], constants["D"])
         elif argument in _STORED:
             signature[argument] = f"*{dtype}"
         elif argument in _POINTERS:
@@ -166,13 +183,23 @@ def _spec(
 
 
 def specs(target: int = PTX_TARGET) -> Iterator[KernelSpec]:
-    """Every kernel for a compute capability; names and arguments are the same for all."""
+    """Every kernel for a compute capability; names and arguments are the same for all, but Hopper has some more."""
     for dtype in DTYPES:
         for head_size in HEAD_SIZES:
             for kind in KINDS:
                 yield from _family(_Family(dtype, head_size, kind), target)
+    if target == HOPPER:
+        for dtype in HOPPER_DTYPES:
+            for head_size in HOPPER_HEAD_SIZES:
+                yield _hopper(dtype, head_size)
     constants = {"BLOCK": SELECT_BLOCK}
     yield _spec("select", kernels.select, constants, dtype="fp32", num_warps=8, num_stages=1)
+
+
+def _hopper(dtype: str, head_size: int) -> KernelSpec:
+    constants = {"D": head_size, "ROWS": HOPPER_ROWS, "COLUMNS": HOPPER_COLUMNS, "STAGES": HOPPER_STAGES}
+    name, function = f"hopper.{dtype}.{head_size}", hopper.forward
+    return _spec(name, function, constants, dtype=dtype, num_warps=4, num_stages=1, architecture=HOPPER)
 
 
 def _family(family: _Family, target: int) -> Iterator[KernelSpec]:

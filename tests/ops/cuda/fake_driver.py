@@ -23,7 +23,9 @@ import ml_dtypes
 import numpy as np
 import triton.language as tl
 from compiled import cmake
+from gluon_emulator import TensorMap, emulated
 from harness_calls import Harness
+from triton.experimental.gluon import GluonJITFunction
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -34,7 +36,7 @@ from act_export.ops.cuda import catalogue as catalogue_file
 from act_export.ops.cuda import kernels
 from act_export.ops.cuda.build import PTX, parameter_letters
 from act_export.ops.cuda.catalogue import KernelImage, write_catalogue
-from act_export.ops.cuda.specs import PTX_TARGET, SCRATCH, TARGETS, KernelSpec, specs
+from act_export.ops.cuda.specs import HOPPER, PTX_TARGET, SCRATCH, TARGETS, KernelSpec, specs
 
 
 def _dot(_: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, *__: Any) -> TensorHandle:
@@ -118,6 +120,7 @@ THREADS_OF_TEST_KERNEL = 64
 LARGE_SHARED_BYTES = 100 * 1024
 LAUNCH_FAILED = 719
 C_TYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int32, "l": ctypes.c_int64, "f": ctypes.c_float}
+MAP_TYPE = ctypes.c_uint64 * 16
 NUMPY_TYPES = {"i": np.int32, "l": np.int64, "f": np.float32}
 TRITON_TYPES = {"i": tl.int32, "l": tl.int64, "f": tl.float32}
 
@@ -161,10 +164,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Libraries:
-    """What `build` made: a driver, one of CUDA 11.8, the kernels as C functions, and the native library."""
+    """What `build` made: a driver, one of CUDA 11.8, one without maps, kernels as C functions, the native library."""
 
     driver: Path
     old_driver: Path
+    mapless_driver: Path
     harness: Path
     act_ops: Path
 
@@ -225,8 +229,8 @@ def build() -> Libraries:
     operators = Path(act_export.ops.__file__).parent
     sources = (SOURCE, SOURCE.parent / "test_host.h", operators / "CMakeLists.txt", operators / "csrc")
     folder = cmake(SOURCE, (repr(images), Path(catalogue_file.__file__), *sources), prepare)
-    driver, old_driver = folder / "fake" / "libcuda.so.1", folder / "old" / "libcuda.so.1"
-    return Libraries(driver, old_driver, folder / "libcuda_harness.so", folder / "ops" / "libact_ops.so")
+    drivers = (folder / name / "libcuda.so.1" for name in ("fake", "old", "mapless"))
+    return Libraries(*drivers, folder / "libcuda_harness.so", folder / "ops" / "libact_ops.so")
 
 
 class FakeDriver(Harness):
@@ -236,6 +240,8 @@ class FakeDriver(Harness):
         library: The driver.
         launches: What was launched since `recording` began.
         interpret: Whether launches are run, and not only recorded.
+        device: Of calls.
+        replaced: Functions that are run in the place of some kernels', by the first part of the kernels' names.
         before_launch: Is called at each, on the thread that it comes from.
     """
 
@@ -257,7 +263,9 @@ class FakeDriver(Harness):
         self.launches: list[Launch] = []
         self.interpret = True
         self.before_launch: Callable[[], object] = lambda: None
-        self._specs = {spec.name: spec for spec in specs(PTX_TARGET)}
+        self.device = 0
+        self.replaced: dict[str, Any] = {}
+        self._specs = {spec.name: spec for target in (HOPPER, PTX_TARGET) for spec in specs(target)}
         self._errors: list[Exception] = []
         self._lock = threading.Lock()  # the interpreter runs one kernel at a time
         self._devices = 0
@@ -270,6 +278,10 @@ class FakeDriver(Harness):
         self.library.FakeCudaAddDevice(major, minor, multiprocessors, shared_bytes)
         self._devices += 1
         return self._devices - 1
+
+    def attention(self, storage: str, call: Any, device: int | None = None, stream: int | None = None) -> None:
+        """As the harness's, on `device` of this where none is given."""
+        super().attention(storage, call, self.device if device is None else device, stream)
 
     def call(self, function: str, *arguments: Any) -> None:
         """Calls a function of the harness.
@@ -299,12 +311,9 @@ class FakeDriver(Harness):
             kernel = name.decode()
             spec = self._specs.get(kernel)
             letters = parameter_letters(spec) if spec else "pilf"
-            values = tuple(
-                ctypes.cast(parameters[i], ctypes.POINTER(C_TYPES[letter])).contents.value
-                for i, letter in enumerate(letters)
-            )
+            values = tuple(_value(parameters[i], letter) for i, letter in enumerate(letters))
             blocks = tuple(grid.contents)
-            names = [name for name, kind in spec.signature.items() if kind != "constexpr"] if spec else []
+            names = parameter_names(spec) if spec else []
             parts = [value for name, value in zip(names, values, strict=False) if name in SCRATCH]
             scratch = frozenset(self.library.FakeCudaAllocation(ctypes.c_uint64(part)) for part in parts)
             self.before_launch()
@@ -314,22 +323,44 @@ class FakeDriver(Harness):
                 )
                 if spec is not None and self.interpret:
                     assert threads == 32 * spec.num_warps, f"{kernel} is launched with {threads} threads"
-                    interpret(spec, blocks, letters, values)
+                    function = self.replaced.get(kernel.partition(".")[0], spec.function)
+                    interpret(spec, function, blocks, letters, values)
         except Exception as error:
             self._errors.append(error)
             return LAUNCH_FAILED
         return 0
 
 
-def interpret(spec: KernelSpec, grid: Sequence[int], letters: str, values: Sequence[int | float]) -> None:
+def _value(parameter: int, letter: str) -> Any:
+    if letter == "t":
+        assert parameter % 64 == 0
+        return tuple(MAP_TYPE.from_address(parameter))
+    return ctypes.cast(parameter, ctypes.POINTER(C_TYPES[letter])).contents.value
+
+
+def parameter_names(spec: KernelSpec) -> list[str]:
+    """As `parameter_letters`: a map has its name, what is behind it has none."""
+    names = []
+    for name, kind in spec.signature.items():
+        if kind != "constexpr":
+            names += [name, *[""] * 4] if kind.startswith("tensordesc") else [name]
+    return names
+
+
+def interpret(spec: KernelSpec, function: Any, grid: Sequence[int], letters: str, values: Sequence[Any]) -> None:
     """Runs a kernel in Triton's interpreter; pointers are addresses of host memory, which it reads and writes.
 
     Raises:
         AssertionError: An address that the kernel was compiled to find aligned isn't.
     """
-    names = [name for name, kind in spec.signature.items() if kind != "constexpr"]
     arguments = dict(spec.constexprs)
-    for name, letter, value in zip(names, letters, values, strict=True):
+    for name, letter, value in zip(parameter_names(spec), letters, values, strict=True):
+        if not name:
+            continue
+        if letter == "t":
+            box = (spec.constexprs["COLUMNS"], spec.constexprs["D"])
+            arguments[name] = TensorMap(value, spec.name.split(".")[1], box)
+            continue
         if letter == "p":
             assert name not in spec.aligned or value % 16 == 0, f"{spec.name}: {name} is at {value:#x}"
             kind = tl.str_to_ty(spec.signature[name], None)
@@ -339,7 +370,9 @@ def interpret(spec: KernelSpec, grid: Sequence[int], letters: str, values: Seque
             handle = TensorHandle(np.array([value], NUMPY_TYPES[letter]), kind)
         arguments[name] = tl.tensor(handle, kind)
     _prepared_modules.clear()
-    spec.function[tuple(grid)](**arguments)
+    if isinstance(function, GluonJITFunction):
+        function = emulated(function)
+    function[tuple(grid)](**arguments)
 
 
 def address(array: np.ndarray | None) -> int | None:

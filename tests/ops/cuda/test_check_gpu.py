@@ -82,6 +82,31 @@ def test_steps_over_the_stand_in(driver):
         gpu.close()
 
 
+def test_the_kernel_for_hopper_has_to_be_taken(driver, monkeypatch):
+    gpu, cases = (
+        Gpu(),
+        {"decode": CASES["decode"], "prompt": replace(CASES["no calibrated head"], batch=1, sequence=70)},
+    )
+    loaded = ["hopper.bf16.64"]
+    monkeypatch.setenv("ACT_CUDA_FORWARD", "hopper")
+    monkeypatch.setattr(driver, "device", driver.add_device(9, 0))
+    monkeypatch.setattr(driver, "loaded", lambda: loaded)  # the driver of the tests has others of before
+    try:
+        with driver.recording() as launches:
+            found = harness_steps.hopper(gpu, driver, cases, lambda _: None)
+        assert [one.kernel for one in launches if "forward" in one.kernel or "hopper" in one.kernel] == [
+            "hopper.bf16.64",
+            "hopper.fp16.64",
+        ]
+        assert list(found["calls"]) == ["prompt, bfloat16", "prompt, float16"]
+        assert found["wrong"] == {}
+        loaded[:] = ["forward.bf16.64"]
+        found = harness_steps.hopper(gpu, driver, {}, lambda _: None)
+        assert found["wrong"]["kernels"].startswith("forward.bf16.64 were taken.")
+    finally:
+        gpu.close()
+
+
 @pytest.fixture(scope="module")
 def packed(libraries: Libraries, tmp_path_factory) -> Path:
     """A folder that was packed from a wheel with a small provider and libraries with placeholders for kernels."""
@@ -147,6 +172,7 @@ def test_the_report_has_every_table():
         "images": {"targets": {"forward": "ptx"}, "refused": "why", "fell back to PTX": ["forward"]},
         "parity": {"calls": {"decode, float16": [1.0, 2.0]}, "wrong": {"holes, float16": "output: 1 of 2"}},
         "times": {"prompt 2048": times},
+        "times, hopper": {"prompt 4096": times},
         "operator": ratios,
     }
     steps = [
@@ -161,6 +187,8 @@ def test_the_report_has_every_table():
         "- holes, float16: output: 1 of 2",
         "| prompt 2048 | 1 | 2 | 1.6 | 2.00 | 1.25 | - |",
         "| prompt 2048 | quarter | forward | 9.0 |",
+        "## Times, hopper",
+        "| prompt 4096 | 1 | 2 | 1.6 | 2.00 | 1.25 | - |",
         "| decode, batch 1, 4096 | quarter / gqa | 1.12 |",
     ):
         assert expected in text

@@ -221,6 +221,15 @@ EXPORT int ActCudaFind(int device, const char* kernel, char* target, char* error
   return Guard(error, [&] { std::snprintf(target, 16, "%s", Kernels::ForDevice(device).Find(kernel).target.c_str()); });
 }
 
+// Names of all kernels that were loaded, with spaces between; to be asked where they are few.
+EXPORT int ActCudaLoaded(char* error) {
+  return Guard(error, [&] {
+    std::string names;
+    for (const auto& loaded : Kernels::AllLoaded().targets) names += loaded.first + " ";
+    std::snprintf(error, kErrorSize, "%s", names.c_str());
+  });
+}
+
 // Why the driver took no better image of some kernel; empty where it took the best of each.
 EXPORT int ActCudaRefused(char* error) {
   return Guard(error, [&] { std::snprintf(error, kErrorSize, "%s", Kernels::AllLoaded().refused.c_str()); });

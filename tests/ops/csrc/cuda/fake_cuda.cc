@@ -83,6 +83,7 @@ struct State {
   std::map<uintptr_t, size_t> memory;
   int64_t allocations_left = INT64_MAX;
   OnLaunch on_launch = nullptr;
+  std::string refused;  // a kernel whose images have no code
   bool started = false;
 };
 
@@ -124,6 +125,9 @@ EXPORT void FakeCudaAddDevice(int major, int minor, int multiprocessors, int mos
 }
 
 EXPORT void FakeCudaOnLaunch(OnLaunch on_launch) { TheState().on_launch = on_launch; }
+
+// From now on images of this kernel load, but have no code that runs; "" for none.
+EXPORT void FakeCudaRefuse(const char* kernel) { TheState().refused = kernel; }
 
 // From now on that many succeed.
 EXPORT void FakeCudaFailAllocations(int64_t after) { TheState().allocations_left = after; }
@@ -280,6 +284,39 @@ EXPORT int cuMemcpyDtoH_v2(void* to, unsigned long long from, size_t bytes) {
 }
 
 #ifndef FAKE_CUDA_11
+#ifndef FAKE_CUDA_WITHOUT_MAPS
+// A map as it is given, as 16 numbers: a mark, type, address, two sizes, stride, box, steps and options. In order to be
+// as strict as the driver, only matrices of 16 bits.
+EXPORT int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes,
+                                  const uint64_t* stride_bytes, const unsigned* box, const unsigned* steps,
+                                  int interleave, int swizzle, int promotion, int fill) {
+  constexpr uint64_t kMark = 0x5041'4D54;
+  const auto start = reinterpret_cast<uintptr_t>(address);
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || start % 16 != 0 || start == 0 || rank != 2) return kInvalidValue;
+  if ((type != 6 && type != 9) || stride_bytes[0] % 16 != 0 || stride_bytes[0] < 2 * sizes[0]) return kInvalidValue;
+  for (int i = 0; i < 2; ++i) {
+    if (sizes[i] == 0 || sizes[i] > UINT32_MAX + 1ull || box[i] == 0 || box[i] > 256) return kInvalidValue;
+    if (steps[i] != 1) return kInvalidValue;
+  }
+  if (swizzle != 3 || 2 * box[0] > 128 || 2 * box[0] % 16 != 0) return kInvalidValue;
+  const uint64_t numbers[16] = {kMark,
+                                static_cast<uint64_t>(type),
+                                start,
+                                sizes[0],
+                                sizes[1],
+                                stride_bytes[0],
+                                box[0],
+                                box[1],
+                                static_cast<uint64_t>(interleave),
+                                static_cast<uint64_t>(swizzle),
+                                static_cast<uint64_t>(promotion),
+                                static_cast<uint64_t>(fill)};
+  std::memcpy(map, numbers, sizeof(numbers));
+  return kSuccess;
+}
+
+#endif
+
 EXPORT int cuLibraryLoadData(void** library, const void* image, int*, void**, unsigned, int*, void**, unsigned) {
   State& state = TheState();
   const std::lock_guard<std::mutex> lock(state.mutex);
@@ -291,7 +328,7 @@ EXPORT int cuLibraryLoadData(void** library, const void* image, int*, void**, un
   }
   if (Current() == nullptr) return kInvalidContext;
   if (!Runs(target, *Current())) return kNoBinaryForGpu;
-  state.kernels.push_back(std::make_unique<Kernel>(Kernel{name, target, damage[0] != 0}));
+  state.kernels.push_back(std::make_unique<Kernel>(Kernel{name, target, damage[0] != 0 || name == state.refused}));
   *library = state.kernels.back().get();
   return kSuccess;
 }
