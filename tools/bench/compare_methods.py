@@ -129,8 +129,8 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--seeds", type=seeds_of, default="0")
     parser.add_argument("--ways", default="few-shot,zerotuning,act,fit")
-    for split in (RANK, CHOOSE, REPORT):
-        parser.add_argument(f"--{split}", type=int)
+    for size in ("--rank", "--choose", "--report"):
+        parser.add_argument(size, type=int)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -69,6 +69,7 @@ def test_cases_of_the_operator(on_hopper, name, storage):
     check(on_hopper, replace(PROMPTS[name], storage=storage))
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", OWN_CASES)
@@ -76,6 +77,7 @@ def test_more_tiles_than_slots(on_hopper, name, storage):
     check(on_hopper, replace(OWN_CASES[name], storage=storage))
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 @pytest.mark.sampled(1)
 def test_padding_of_whole_tiles(on_hopper, monkeypatch, storage):

@@ -105,19 +105,19 @@ BRANCHES = (
 )
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BRANCHES)
 def test_float32(driver, name):
     compare(driver, CASES[name])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in BRANCHES])
 def test_more_in_float32(driver, name):
     compare(driver, CASES[name])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", HALF_CASES)
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_half_types(driver, name, storage):
