@@ -51,4 +51,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES, "__version__"]
-__getattr__, __dir__ = _lazy_names(__name__, _HOMES)
+__getattr__, __dir__ = _lazy_names(__name__, _HOMES, "__version__")

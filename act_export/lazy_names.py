@@ -7,12 +7,15 @@ from importlib import import_module
 from typing import Any
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_names(
+    package: str, homes: Mapping[str, str], *others: str
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """A package's `__getattr__` and `__dir__`.
 
     Args:
         package: Its name.
         homes: By public name, the module that has it, in full.
+        others: Public names that the package has itself.
     """
 
     def getattr_(name: str) -> Any:
@@ -21,6 +24,6 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
         return getattr(import_module(homes[name]), name)
 
     def dir_() -> list[str]:
-        return sorted(homes)
+        return sorted([*homes, *others])
 
     return getattr_, dir_

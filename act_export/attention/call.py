@@ -165,7 +165,7 @@ def positions(attention_mask: Tensor) -> Tensor:
 def flatten_heads(x: Tensor) -> Tensor:
     """(batch, heads, sequence, head_size) -> (batch, sequence, heads * head_size)."""
     x = x.transpose(1, 2)
-    return x.reshape(x.shape[0], x.shape[1], -1)
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2] * x.shape[3])
 
 
 def empty_state(call: AttentionCall, num_calibrated: int) -> LayerState:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-_DEVICES = ("cpu", "cuda", "hpu", "ipu", "maia", "meta", "mps", "mtia", "privateuseone", "vulkan", "xla", "xpu")
+_NO_DEVICES = ("", "gpu", "nvidia", "tpu")  # told before torch is imported; it knows the others, which packages add to
 _SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 
 
@@ -109,7 +109,7 @@ def _check_device(device: torch.device | str | int) -> None:
     refused = ActExportError(
         f"device is {device!r}; pass e.g. cpu, cuda or cuda:1, or as device_map {' or '.join(_SPREADS)}"
     )
-    if isinstance(device, str) and device.partition(":")[0] not in _DEVICES:
+    if isinstance(device, str) and device.partition(":")[0].lower() in _NO_DEVICES:
         raise refused
     import torch
 

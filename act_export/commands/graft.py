@@ -64,7 +64,7 @@ def graft_command(
         heads = "--remove" if remove else f"--calibration {' --calibration '.join(calibration or ['FILE'])}"
         raise ActExportError(f"--out is missing: act-export graft {file} {heads} --out NEW")
     if not file.exists():
-        raise ActExportError(f"there is no model {file}")
+        raise ActExportError(f"there is no model {file}: name an ONNX file, or a folder that has model.onnx")
     if remove:
         values = {
             "--calibration": calibration,

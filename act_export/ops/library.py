@@ -48,7 +48,8 @@ class LoadedKernels:
         counts = Counter(self.targets.values())
         text = ", ".join(f"{count} as {target}" for target, count in sorted(counts.items()))
         if any(name.startswith("hopper.") for name in self.targets):
-            text += ", prompts by the kernel for Hopper"
+            others = any(name.startswith("forward.") for name in self.targets)
+            text += f", {'some ' * others}prompts by the kernel for Hopper"
         return text + (f" ({self.refused})" if self.refused else "")
 
 

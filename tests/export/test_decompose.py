@@ -17,12 +17,15 @@ from act_export.ops.functions import OPSET
 def ready(x):
     """A cast, arithmetic of lengths, several outputs, and what does nothing."""
     x = torch.nn.functional.linear(x, torch.ones(4, 4)).to(torch.float16)
-    x = torch.nn.functional.dropout(x.split(2, 1)[1], 0.5, training=False)
-    return x.reshape(x.shape[0] * 2, 1, -1).flatten(1)
+    x = torch.nn.functional.dropout(x.split(2, 1)[1], 0.5, training=False).chunk(2, 1)[0]
+    return x.reshape(x.shape[0], 1, -1).flatten(1)
 
 
 NOT_READY = {
     "flattened lengths": lambda x: x.flatten(0, 1),
+    "a scalar flattened": lambda x: x.sum().flatten(),
+    "a length to be found": lambda x: x.reshape(-1, 2),
+    "fewer parts than asked for": lambda x: x.chunk(3, 1)[1],
     "in place": lambda x: (x * 2).add_(1),
     "without a translation": lambda x: torch.float_power(x, 1.5),
     "composite without one": lambda x: x.T,
@@ -41,9 +44,9 @@ def decomposed(program: ExportedProgram) -> bool:
     asked = []
     whole = ExportedProgram.run_decompositions
 
-    def run(*arguments):
+    def run(*arguments, **named):
         asked.append(arguments)
-        return whole(*arguments)
+        return whole(*arguments, **named)
 
     ExportedProgram.run_decompositions = run
     try:

@@ -23,7 +23,16 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = str(tool("ptxas"))
 
 from act_export.ops.cuda.catalogue import KernelImage, write_catalogue
-from act_export.ops.cuda.specs import DTYPES, HEAD_SIZES, PTX_TARGET, SWIZZLED_BYTES, TARGETS, KernelSpec, specs
+from act_export.ops.cuda.specs import (
+    DTYPES,
+    HEAD_SIZES,
+    MAP_ROWS,
+    PTX_TARGET,
+    SWIZZLED_BYTES,
+    TARGETS,
+    KernelSpec,
+    specs,
+)
 
 PTX = 0  # the target of images that the driver compiles
 _PTX_VERSION = 80  # what drivers of CUDA 12.0 read
@@ -142,8 +151,11 @@ def _check_maps(spec: KernelSpec, made: Sequence[dict[str, object]]) -> None:
     Raises:
         RuntimeError: The compiler wants others.
     """
-    box = [spec.constexprs.get("COLUMNS"), SWIZZLED_BYTES // 2]
+    box = [MAP_ROWS, SWIZZLED_BYTES // 2]
     expected = {"swizzle": _SWIZZLE_128, "elem_size": 2, "block_size": box, "fp4_padded": False, "is_im2col": False}
+    wanted = sum(kind.startswith("tensordesc") for kind in spec.signature.values())
+    if len(made) != wanted:
+        raise RuntimeError(f"{spec.name} takes {wanted} maps of tensors, but the compiler tells of {len(made)}")
     for found in made:
         if {key: found.get(key) for key in expected} != expected:
             raise RuntimeError(f"{spec.name} wants maps of tensors with {found}, the launch makes them with {expected}")

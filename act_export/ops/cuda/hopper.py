@@ -302,6 +302,8 @@ def forward(
     if log_gamma != 0.0:
         full_start = gl.minimum(gl.maximum(full_start, initial // COLUMNS * COLUMNS + COLUMNS), stop)
         full_stop = gl.maximum(full_stop, full_start)
+    # The first tile is one that needs a mask, though the mask may hide nothing.
+    full_stop = gl.where((full_start == start) & (full_stop == stop), full_stop - COLUMNS, full_stop)
     left = (full_start - start) // COLUMNS
     right_start = full_stop - left * COLUMNS
     masked = left + (stop - full_stop) // COLUMNS

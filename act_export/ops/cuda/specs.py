@@ -34,6 +34,7 @@ HOPPER = 90  # the target that `hopper` is for
 HOPPER_DTYPES = ("fp16", "bf16")
 HOPPER_HEAD_SIZES = (64, 128)
 HOPPER_ROWS, HOPPER_COLUMNS, HOPPER_STAGES = 128, 128, 2
+MAP_ROWS = 128  # of a box that TMA copies: kMapRows of csrc/attention_cuda.cc
 SWIZZLED_BYTES = 128  # of a row of a box that TMA copies, which is narrower than a tile
 
 

@@ -31,6 +31,7 @@ LONG = Case(  # more tiles than slots, twice over, and rows that see some of the
 OWN_CASES = {
     "long": replace(LONG, batch=2),
     "long, no padding": replace(LONG, padding="none", head_size=128),
+    "no tile needs a mask": replace(LONG, sequence=129, past=127, padding="none", gamma=(1.0,)),
     "long, holes": replace(LONG, padding="holes", sink_logits=SINKS[:2]),
     "long, right padding": replace(LONG, batch=2, padding="right", sequence=140, gamma=(1.0,)),
     "long, window": replace(LONG, sliding_window=300, head_size=128),
