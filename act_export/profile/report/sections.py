@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from act_export.calibration.file import Calibration
+from act_export.calibration.recipes import FORMER_RANKINGS
 from act_export.profile.report.accuracy import TaskAccuracy
 from act_export.profile.report.document import ran_with
 from act_export.profile.report.facts import effect_facts, threshold_text
@@ -16,6 +17,13 @@ from act_export.profile.sink_profile import SinkProfile
 from act_export.profile.sink_statistics import ALL, MODES, SinkStatistics
 
 _NOTHING = "\N{EN DASH}"
+
+
+def _method(calibration: Calibration | None) -> str | None:
+    """How its heads were found, as it is called today."""
+    if calibration is None or calibration.provenance is None:
+        return None
+    return FORMER_RANKINGS.get(calibration.provenance.method, calibration.provenance.method)
 
 
 def summary(profile: SinkProfile) -> str:
@@ -39,7 +47,7 @@ def calibration_text(calibration: Calibration | None) -> str:
         return "The calibration has no heads: none is marked."
     betas = sorted({beta for layer in calibration.heads for beta in _betas(calibration, layer)})
     beta = f"beta {betas[0]:g}" if len(betas) == 1 else f"beta {betas[0]:g} to {betas[-1]:g}"
-    found = f", found by {calibration.provenance.method}" if calibration.provenance is not None else ""
+    found = f", found by {_method(calibration)}" if calibration.provenance is not None else ""
     on = (
         f" on {', '.join(calibration.provenance.tasks)}"
         if calibration.provenance and calibration.provenance.tasks
@@ -193,7 +201,7 @@ def how_made(profile: SinkProfile, calibration: Calibration | None) -> str:
         "Model": f"{profile.model_name} ({profile.model.architecture})",
         "Weights": profile.model.fingerprint or "no fingerprint",
         "Thresholds": "; ".join(threshold_text(profile.overall.by[mode]) for mode in MODES),
-        "Calibrated heads found by": calibration.provenance.method if calibration and calibration.provenance else None,
+        "Calibrated heads found by": _method(calibration),
     }
     made |= {name.replace("_", " "): value for name, value in profile.options.items() if name not in MODES}
     made |= {"Versions": ", ".join(f"{name} {version}" for name, version in profile.versions.items()) or None}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from act_export.calibration.file import Calibration, Provenance
+from act_export.calibration.recipes import shipped_recipes
 from act_export.calibration.search_notes import Interval, gain_beyond_control, gain_interval, without_choice_bias
 from act_export.tasks import DEFAULT_TASK
 
@@ -28,17 +29,18 @@ def verdict_section(calibration: Calibration | None, model: str) -> str:
         return _section(f"<p>{html.escape(line)}</p>", [], command.format(model=model))
     origin = calibration.provenance
     if origin is None or origin.plain_accuracy is None or origin.calibrated_accuracy is None:
-        lead = "<p>The calibration says nothing of what it gains.</p>"
+        lead = "<p>What this calibration gains was never measured. In a file that has it, this does:</p>"
         return _section(lead, [], f"act-export eval calibrated.onnx --task {_task(origin)}")
     gain = 100 * (origin.calibrated_accuracy - origin.plain_accuracy)
     interval = gain_interval(origin.notes)
     gained = f"<strong>{gain:+.1f} points</strong>" + (f" ({_interval(interval)})" if interval is not None else "")
     asked = f"{origin.samples.get('report', 0):,} questions of {html.escape(', '.join(origin.tasks))}"
     lead = (
-        f'<p class="lead">{gained} on {asked} that took no part in the search: {origin.plain_accuracy:.1%} plain, '
+        f'<p class="lead">{gained} on {asked} that took no part in its search: {origin.plain_accuracy:.1%} plain, '
         f"{origin.calibrated_accuracy:.1%} calibrated.</p>"
     )
-    command = f"act-export {model} --calibration calibration.json --out calibrated.onnx"
+    known = (recipe.name for recipe in shipped_recipes() if recipe.calibration.heads == calibration.heads)
+    command = f"act-export {model} --calibration {next(known, 'FILE.json')} --out calibrated.onnx"
     return _section(lead, list(_remarks(origin.notes, origin.seed)), command)
 
 
@@ -47,7 +49,8 @@ def _remarks(notes: Mapping[str, Any], seed: int | None) -> Iterator[str]:
     if beyond:
         yield beyond
     if seed is not None:
-        yield f"Found with one draw of questions (seed {seed}); act-export try searches on several."
+        yield f"Found with one draw of questions (seed {seed})."
+    yield "Measured then, not on the prompts of this page: act-export try does it on your own questions."
     costs = notes.get("by_name_only")
     yield f"Elsewhere: {costs}." if costs else "What it costs on other tasks and texts isn't recorded."
 

@@ -30,10 +30,10 @@ def measured(notes: dict[str, Any], **changes: Any) -> Calibration:
 
 def test_a_shipped_recipe() -> None:
     said = words(verdict_section(Calibration.load(MODELS / "smollm2-135m.json"), "smollm2-135m"))
-    assert "+15.0 points (+8.3 to +21.7) on 240 questions of sst2 that took no part in the search: 61.3% plain" in said
+    assert "+15.0 points (+8.3 to +21.7) on 240 questions of sst2 that took no part in its search: 61.3% plain" in said
     assert "lean to an answer taken off: 75.8% plain, 77.9% calibrated." in said
     assert "Elsewhere: it costs likelihood of other text" in said
-    assert "act-export smollm2-135m --calibration calibration.json --out calibrated.onnx Copy" in said
+    assert "act-export smollm2-135m --calibration smollm2-135m --out calibrated.onnx Copy" in said
 
 
 @pytest.mark.parametrize(("low", "shown"), [(-0.0125, "That calibration adds anything isn't shown."), (0.01, "(+1.0")])
@@ -63,7 +63,7 @@ def test_without_heads_it_says_how_to_find_out(calibration: Calibration | None) 
 
 def test_heads_that_were_never_measured() -> None:
     said = words(verdict_section(Calibration({0: (1,)}), "m"))
-    assert "says nothing of what it gains" in said
+    assert "was never measured" in said
     assert "%" not in said
 
 
