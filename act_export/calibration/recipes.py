@@ -133,6 +133,8 @@ def named_recipe(given: str | os.PathLike[str], *, folder: Path | None = None) -
     near = difflib.get_close_matches(wanted, recipes, n=3, cutoff=0.5)
     near += [name for name in recipes if name.startswith(wanted) and name not in near]
     hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(recipes) or 'none'}"
+    if text.endswith(".json") and not near:
+        raise CalibrationError(f"there is no calibration file {text}: act-export search writes one")
     raise CalibrationError(f"there is no calibration file {text}, and no shipped recipe of that name; {hint}")
 
 

@@ -18,9 +18,10 @@ _OTHER_TASKS = re.compile(
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers them to others
 _MODEL_CLASSES = ("AutoConfig", "AutoModelForCausalLM")  # of a checkpoint's own code
 _DEQUANTIZED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # transformers can undo these
+_EXPORTED = "exported already: act-export graft calibrates it; other commands take the checkpoint it was made from"
 _OTHER_FORMATS = {
     "gguf": "pass one .gguf file by its path",
-    "onnx": "it is exported already: act-export graft calibrates it",
+    "onnx": f"it is {_EXPORTED}",
     "safetensors": "transformers looks for model.safetensors: rename it, or save it again with save_pretrained",
     "bin": "transformers looks for pytorch_model.bin: rename it, or save it again with save_pretrained",
     "pt": "load it in PyTorch and save it with save_pretrained",
@@ -188,7 +189,7 @@ def _missing_configuration_message(folder: Path, name: str) -> str:
             f"the tokenizer's files, from where the weights came from"
         )
     graphs = [each for each in names if each.endswith(".onnx")]
-    hint = f"; {graphs[0]} is exported already: act-export graft calibrates it" if graphs else ""
+    hint = f"; {graphs[0]} is {_EXPORTED}" if graphs else ""
     return f"{name} has no config.json, so it isn't a checkpoint folder{hint}"
 
 

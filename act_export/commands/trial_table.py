@@ -108,7 +108,9 @@ def _verdict(
         yield f"To use it, {_REMEDIES[trial.remedy]}."
         if trial.remedy == "offsets":
             yield "Fitted on all questions: " + ", ".join(f"{text!r} {by:+.2f}" for text, by in trial.offsets.items())
-        if trial.found and trial.calibrated.interval[0] > 0:
+        if not trial.found:
+            yield f"No calibration was found: {file} isn't written."
+        elif trial.calibrated.interval[0] > 0:
             yield "Where scores can't be changed, calibration is the other way:"
             yield export
         return
@@ -122,6 +124,8 @@ def _verdict(
         )
     else:
         yield f"Verdict: undecided. Calibration gains {gain}; these questions can't tell that from luck."
+    if not trial.found:
+        yield f"So {file} isn't written."
     if verdict in ("plain", "undecided") and data.different < data.recommended:
         yield (
             f"A gain below about {100 * data.detectable:.0f} points would not have been seen; more questions show "

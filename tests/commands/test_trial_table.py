@@ -92,6 +92,7 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, FLAT, FLAT, found=0, at_chance=True)
     assert any(line.startswith("The plain model may be guessing: 70.0%, and 50.0% is right without") for line in lines)
     assert any("leave the model as it is. No calibration gained more than luck explains" in line for line in lines)
+    assert "So c.json isn't written." in lines
     assert "A gain below about 13 points would not have been seen" in lines[-1]
     assert "leave the model as it is. Calibration gained -10.0 points" in said(capsys, DOWN, DOWN, different=900)[-1]
 
