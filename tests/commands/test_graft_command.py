@@ -132,7 +132,7 @@ def test_what_is_missing(file: Path, calibration: Path, tmp_path: Path) -> None:
     message = refused(file, "--calibration", "no-such-recipe", "--out", tmp_path / "out.onnx")
     assert "no-such-recipe" in message
     message = refused(tmp_path / "gone.onnx", "--calibration", calibration, "--out", tmp_path / "out.onnx")
-    assert message == f"there is no model {tmp_path / 'gone.onnx'}"
+    assert message == f"there is no model {tmp_path / 'gone.onnx'}: name an ONNX file, or a folder that has model.onnx"
 
 
 @pytest.mark.parametrize(

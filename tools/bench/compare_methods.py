@@ -137,30 +137,31 @@ def main() -> None:
     ways = arguments.ways.split(",")
     if unknown := set(ways) - set(WAYS):
         parser.error(f"there is no way {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
-    jobs = {
-        (task, seed): job_of(arguments, task, seed) for task in arguments.task.split(",") for seed in arguments.seeds
-    }
-    for job in jobs.values():
+    for job in jobs_of(arguments).values():
         job.load()  # what can't be had is refused before the model is loaded
 
     checkpoint = load_checkpoint(arguments.model)
     with precision_for_search(checkpoint.model, "auto"):
-        compare(checkpoint, arguments, ways, jobs)
+        compare(checkpoint, arguments, ways)
 
 
 def seeds_of(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")]
 
 
-def job_of(arguments: argparse.Namespace, task: str, seed: int) -> SearchJob:
-    questions = Questions((task,), scoring=arguments.scoring, chat=arguments.chat, seed=seed)
+def jobs_of(arguments: argparse.Namespace) -> dict[tuple[str, int], SearchJob]:
+    """By task and seed."""
     sizes = {split: getattr(arguments, split) for split in (RANK, CHOOSE, REPORT)}
-    return SearchJob(questions, **sizes, options=SearchOptions(precision="own"))
+
+    def job_of(task: str, seed: int) -> SearchJob:
+        questions = Questions((task,), scoring=arguments.scoring, chat=arguments.chat, seed=seed)
+        return SearchJob(questions, **sizes, options=SearchOptions(precision="own"))
+
+    return {(task, seed): job_of(task, seed) for task in arguments.task.split(",") for seed in arguments.seeds}
 
 
-def compare(
-    checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[str], jobs: dict[tuple[str, int], SearchJob]
-) -> None:
+def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[str]) -> None:
+    jobs = jobs_of(arguments)
     rows: list[dict] = []
     heads: dict[tuple[str, str], list[set]] = {}
     answered: dict[tuple[int, str], dict[str, dict[str, Answers]]] = {}
