@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from act_export.commands.console import (
-    note,
-    status,
-)
+from act_export.commands.console import note, status
 
 if TYPE_CHECKING:
     from act_export.calibration.file import Calibration
@@ -58,15 +55,9 @@ def load_model(
 ) -> Checkpoint:
     """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
     from act_export.checkpoint.hub import is_on_hub
+    from act_export.checkpoint.placement import Placement
 
-    check_model(  # before a download
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    Placement(dtype, device, device_map)  # before a download; whether MODEL is there, fetching asks first
     fetched = None
     if is_on_hub(model):
         fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, fits=fits)

@@ -23,9 +23,7 @@ Table = Mapping[Any, Callable[..., Any]]
 
 _ATEN = torch.ops.aten
 # Written as they are, though PyTorch's own decompositions don't list them.
-_TRANSLATED = frozenset(getattr(_ATEN, name).default for name in ("contiguous", "dropout", "expand_as", "reshape")) | {
-    _ATEN.unflatten.int
-}
+_TRANSLATED = {_ATEN.contiguous.default, _ATEN.dropout.default, _ATEN.expand_as.default, _ATEN.unflatten.int}
 _LOCK = threading.RLock()  # an export in another thread waits for this one's trace
 
 

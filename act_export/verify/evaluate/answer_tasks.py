@@ -20,10 +20,7 @@ from act_export.tasks.label_prior import content_free_examples, without_label_pr
 from act_export.tasks.language_model import SessionLanguageModel
 from act_export.tasks.remedies import without_choice_bias
 from act_export.tasks.scoring import score_choices, scores_of_choices
-from act_export.verify.evaluate.answers import (
-    AnswerEvaluation,
-    Evaluation,
-)
+from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation
 from act_export.verify.evaluate.files import is_plain
 from act_export.verify.evaluate.request import CALIBRATED, PLAIN, EvaluationRequest
 from act_export.verify.evaluate.results import (
