@@ -95,6 +95,7 @@ function showBeside(element, entries) {
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 function rove(container, elements, placeOf, entriesOf) {
+  hideTooltip();  // it may speak of an element that these replace, which no pointer will be seen to leave
   const at = new Map(elements.map((element) => [placeOf(element).join(), element]));
   let current = elements[0];
   const enter = (element) => {
