@@ -11,6 +11,9 @@
 - act, gamma, fit: `act-export search --method`;
 - exhaustive: act, heads ranked one by one as the paper does.
 
+A calibration has a second row, with the remedy that is best for the plain model on top: what it adds for a program that
+has the remedy anyway.
+
 For each task and seed: accuracy on the report split, the gain over the plain model and beyond the best cheap remedy
 with their 95% intervals; then the average over tasks, by seed. With several seeds: mean and spread, and how alike the
 head sets are (mean of their intersection over union). With a journal an interrupted run goes on where it stopped.
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -62,9 +66,9 @@ class Bench:
         asked = [(task or self.encoded, split, calibration)]
         return answer(self.checkpoint, asked, self.options, self.workers, step=split)[0]
 
-    def controls(self) -> dict[str, Answers]:
+    def controls(self, calibration: Calibration | None = None) -> dict[str, Answers]:
         splits = [CHOOSE, CONTENT_FREE, REPORT] + [RANK] * have_same_choices(self.encoded)
-        return control_answers(self.encoded, {split: self.answers(split) for split in splits})
+        return control_answers(self.encoded, {split: self.answers(split, calibration) for split in splits})
 
     def by(self, way: str) -> Answers:
         """Answers to the report split."""
@@ -173,8 +177,8 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[st
             bench = Bench(checkpoint, jobs[task, seed], journal)
             controls = bench.controls()
             best = best_control(controls)
-            for way, answers in [*controls.items(), *((way, bench.by(way)) for way in ways)]:
-                found = bench.found.get(way)
+            for way, answers in [*controls.items(), *by_ways(bench, ways, best)]:
+                found = bench.found.get(way.partition(" + ")[0])
                 measures = measures_of(bench.encoded, answers)
                 row = {
                     "task": task,
@@ -189,7 +193,7 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[st
                 }
                 rows.append(row)
                 print_row(row)
-                if found is not None:
+                if way in bench.found:
                     heads.setdefault((task, way), []).append(set(strengths_by_head(found)))
                 per_way = answered.setdefault((seed, way), {})
                 per_way[task] = {"plain": controls["plain"], "control": controls[best], "way": answers}
@@ -198,6 +202,14 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[st
     print_summary(rows, answered, heads)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def by_ways(bench: Bench, ways: list[str], remedy: str) -> Iterator[tuple[str, Answers]]:
+    """Answers by each way, and of calibrations with a remedy too."""
+    for way in ways:
+        yield way, bench.by(way)
+        if way in bench.found:
+            yield f"{way} + remedy", bench.controls(bench.found[way])[remedy]
 
 
 def print_row(row: dict) -> None:
