@@ -26,6 +26,7 @@ from act_export.export.operator import OperatorAttention, translation_table
 from act_export.export.passes.name_dimensions import NameDimensionsPass
 from act_export.export.passes.transpose_weights import TransposeWeightsPass
 from act_export.export.passes.unroll_experts import UnrollExpertsPass
+from act_export.export.promotion import quick_type_promotion
 from act_export.export.rope import traceable_rotation
 from act_export.export.slice_pairs import quick_slice_pairs
 from act_export.onnx_file.names import (
@@ -139,6 +140,7 @@ def trace(
         as_unsupported(model.config.model_type),
         low_memory_told(*EXPORTING),
         decompose.decomposed_where_needed(translations),
+        quick_type_promotion(),
         attention_hook(model, OperatorAttention(heads, sink_logits)) as hooked,
         experts.exportable_experts(model),
         one_rotation(model),
