@@ -198,7 +198,7 @@ def _telling(options: list[str]) -> list[str]:
             kept.append(word)
     if kept and not kept[-1].startswith("-"):
         kept[-1] = Path(kept[-1]).suffix  # the source, last of what CMake says
-    return kept
+    return sorted(kept, key=lambda word: not word.startswith("-std="))  # of which CMake's versions differ in the place
 
 
 if __name__ == "__main__":
