@@ -29,6 +29,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
+@pytest.mark.in_turn(2)
 @given(units=st.lists(st.tuples(st.text(), json_values)), closes=st.sets(st.integers(0, 9)), lost=st.integers(0, 400))
 def test_what_was_recorded_is_read_and_what_was_cut_off_is_not(
     units: Sequence[tuple[str, Any]], closes: set[int], lost: int, tmp_path_factory: pytest.TempPathFactory

@@ -71,6 +71,7 @@ def collect(path: Path, *, seed: str = "1", all_slow: bool = False, cases: str =
     return collector.quick
 
 
+@pytest.mark.in_turn(2)
 def test_what_is_not_drawn_is_slow(tmp_path):
     path = tmp_path / "test_of_a_table.py"
     path.write_text(FILE, encoding="utf-8")
@@ -88,6 +89,7 @@ def test_what_is_not_drawn_is_slow(tmp_path):
     assert [collect(path, cases=f"::test_many[{x}]") for x in (0, 8)] == [["test_many[0]"], ["test_many[8]"]]
 
 
+@pytest.mark.in_turn(2)
 def test_functions_take_turns(tmp_path):
     path = tmp_path / "test_of_turns.py"
     path.write_text(TURNS, encoding="utf-8")

@@ -83,7 +83,7 @@ def test_generation(calibrated):
 
 
 def test_held_out_accuracy_through_onnxruntime(calibrated, sst2_rows):
-    shown = json.loads(act_export("eval", calibrated, "--task", "sst2", "--limit", "80", "--json"))
+    shown = json.loads(act_export("eval", calibrated, "--task", "sst2", "--limit", "40", "--json"))
     (task,) = shown["tasks"]
-    assert len(task["calibrated"]["answers"]) == 80
+    assert len(task["calibrated"]["answers"]) == 40
     assert task["comparison"]["accuracy"]["gain"] >= 0.10

@@ -31,6 +31,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
+@pytest.mark.in_turn(2)
 def test_times_and_roofline(tmp_path):
     path = tmp_path / "bench.json"
     result = run_tool("--lengths", 16, "--shapes", "4x2x8", "--rounds", 1, "--batch", 2, "--roofline", "--json", path)

@@ -37,6 +37,7 @@ def nothing_loads(monkeypatch):
     monkeypatch.setattr("act_export.verify.bench.job._run_child", loaded)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("misfit", MISFITS)
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,6 +21,7 @@ def of(correct: list[bool]) -> Evaluation:
     return Evaluation(((0.0, 0.0),) * len(correct), tuple(map(int, correct)), (1,) * len(correct))
 
 
+@pytest.mark.in_turn(2)
 @given(
     tasks=st.lists(
         st.tuples(st.text("ab-", min_size=1, max_size=50), rights, rights),

@@ -70,6 +70,7 @@ def test_what_can_be_written_as_it_is_is_not_decomposed():
     assert not decomposed(program_of(ready))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NOT_READY)
 def test_what_can_not_is_decomposed(name):
     assert decomposed(program_of(NOT_READY[name]))

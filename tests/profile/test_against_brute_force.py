@@ -87,6 +87,7 @@ def test_two_sources_together_are_one():
     assert (two.overall.prompts, two.overall.tokens, two.overall.shortest, two.overall.longest) == (4, 99, 7, 50)
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.real
 def test_every_statistic_of_smollm2(smollm2):
     examples = load_examples("sst2").examples[:8]

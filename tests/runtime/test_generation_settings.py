@@ -297,6 +297,7 @@ def test_a_neighbours_configuration(tmp_path, monkeypatch):
         assert said == ["no generation_config.json is used, that of owner/name can't be had: no connection"]
 
 
+@pytest.mark.in_turn(2)
 def test_a_model_whose_cache_is_computed_again(tmp_path):
     """Phi-3 with longrope: beyond some length transformers computes the whole sequence with the other frequencies."""
     limit = 16

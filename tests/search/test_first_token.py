@@ -24,6 +24,7 @@ def checkpoint() -> Checkpoint:
     return words_checkpoint()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_first_tokens(checkpoint: Checkpoint, ranking: str) -> None:
     """Nearly all words are choices, or a model that is no language's would hardly say one of them."""

@@ -75,6 +75,7 @@ def log_likelihood(checkpoint: Checkpoint, examples: list[EncodedExample], stren
     return torch.stack(right).mean().item()
 
 
+@pytest.mark.sampled(1)
 def test_the_gradient_is_finite_differences(checkpoint: Checkpoint, task: EncodedTask) -> None:
     examples = list(task.splits[RANK])
     logs = (torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(2)) * 0.3).clamp(max=0.6)

@@ -107,6 +107,7 @@ def test_gradients_are_those_of_the_whole_graph(llama: PreTrainedModel, examples
     torch.testing.assert_close(gradients(llama, examples), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("examples", EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_gradients_are_finite_differences(llama: PreTrainedModel, examples: list[EncodedExample]) -> None:
     step = 1e-3  # the model's own norms are float32, so no smaller one

@@ -156,6 +156,7 @@ def flat(value: Any) -> list[float]:
     return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]
 
 
+@pytest.mark.in_turn(2)
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     """Then one gets other data, then another option, then one has nothing to do: both end with an error each time."""
     checkpoint, rows = save_planted(tmp_path)

@@ -56,6 +56,7 @@ def naive_effects(checkpoint: Checkpoint, task: EncodedTask, beta: float) -> tup
     return effect, torch.tensor([right - plain_right for _, right in others]).view(2, 4)
 
 
+@pytest.mark.sampled(1)
 def test_exhaustive_effects_are_those_of_each_head_alone(checkpoint: Checkpoint, task: EncodedTask) -> None:
     ((effects,),) = rank_heads(checkpoint, [task], OPTIONS, Workers()).own
     assert set(effects.log_likelihood) == set(effects.correct) == {0.2, 1.5}
@@ -90,6 +91,7 @@ def test_confirmed_effects_are_the_exhaustive_ones_of_the_heads_that_gates_rank_
     assert gates.passes < confirmed.passes < gates.passes + exhaustive.passes
 
 
+@pytest.mark.sampled(1)
 def test_gates_give_the_slope_of_the_effects_at_beta_1(task: EncodedTask) -> None:
     """One pass serves all betas."""
     checkpoint = words_checkpoint()
@@ -105,6 +107,7 @@ def test_gates_give_the_slope_of_the_effects_at_beta_1(task: EncodedTask) -> Non
         torch.testing.assert_close(estimated.log_likelihood[beta], (1 - beta) * estimated.log_likelihood[0.0])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_batches_and_checkpointing_change_nothing_but_rounding(
     checkpoint: Checkpoint, task: EncodedTask, ranking: str

@@ -310,6 +310,7 @@ def search_command(folder: tuple[Path, Path], out: Path, journal: Path) -> list[
     ]
 
 
+@pytest.mark.in_turn(2)
 def test_a_killed_search_goes_on(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = save_planted(tmp_path_factory.mktemp("planted"))
     command = search_command(folder, tmp_path / "found.json", tmp_path / "journal")

@@ -117,6 +117,7 @@ def test_the_threshold_that_suits_is_chosen(checkpoint: Checkpoint, planted: Thr
     assert result.reports["planted"].own.accuracy == 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_length_normalized_choices(checkpoint: Checkpoint, ranking: str) -> None:
     """The choice of four tokens would never be chosen by its whole log-likelihood."""
@@ -131,6 +132,7 @@ def test_length_normalized_choices(checkpoint: Checkpoint, ranking: str) -> None
     assert otherwise.reports["planted"].plain_accuracy != found.reports["planted"].plain_accuracy
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_written_answers(checkpoint: Checkpoint, ranking: str) -> None:
     """Their credit is F1, between right and wrong."""
@@ -145,6 +147,7 @@ def test_written_answers(checkpoint: Checkpoint, ranking: str) -> None:
     assert set(report.controls) == {"plain"}
 
 
+@pytest.mark.in_turn(2)
 def test_batch_tokens_change_nothing_but_rounding(checkpoint: Checkpoint) -> None:
     task = planted_task(checkpoint, PLANTED)
     results = [
@@ -157,6 +160,7 @@ def test_batch_tokens_change_nothing_but_rounding(checkpoint: Checkpoint) -> Non
         assert result.units[1] < results[0].units[1]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_search_repeats_and_leaves_the_model_alone(checkpoint: Checkpoint, checkpointing: bool) -> None:
     before = {name: parameter.clone() for name, parameter in checkpoint.model.named_parameters()}

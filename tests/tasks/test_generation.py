@@ -69,6 +69,7 @@ def say(lines: Sequence[Sequence[int]], **options: Any) -> tuple[list[str], Scri
     return generate_answers(model, examples, tokenizer=TOKENIZER, **options), model
 
 
+@pytest.mark.in_turn(2)
 @given(prompts=prompts_of_any_length, batch_size=st.integers(1, 3))
 def test_answers_of_a_session_are_those_of_generate(
     tiny_file_session: Session, prompts: list[tuple[int, ...]], batch_size: int

@@ -122,6 +122,7 @@ def test_it_agrees_with_the_interval_of_right_and_wrong() -> None:
     assert mine == pytest.approx(gain_interval(plain, calibrated), abs=0.01)
 
 
+@pytest.mark.in_turn(3)
 def test_it_covers_the_true_mean_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     covered = 0

@@ -46,6 +46,7 @@ def test_pieces_are_full_and_whole(tensors, most_bytes):
         assert size + sum(4 * prod(pair.tensor.shape) for pair in first) > most_bytes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2moe", "gemma3", "gpt2"])
 def test_a_model_that_is_converted_in_pieces(tmp_path, monkeypatch, capfd, architecture):
     """transformers' loader never gives more than a piece, or a parameter, and the model is the one that was written."""

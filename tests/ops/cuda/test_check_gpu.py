@@ -144,6 +144,7 @@ def test_too_much_is_refused(tmp_path, monkeypatch):
         pack.pack(CHECK, None, 1, tmp_path / "packed")
 
 
+@pytest.mark.in_turn(2)
 def test_a_run_from_end_to_end(packed, libraries, tmp_path):
     """Of the steps that the stand-in has what they need for; its launches do nothing."""
     sanitizer = tmp_path / "compute-sanitizer"

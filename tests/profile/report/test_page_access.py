@@ -14,7 +14,7 @@ from act_export.profile.report.page import plotting_library
 from act_export.profile.report.theme import RAMP_ON_DARK, RAMP_ON_LIGHT
 from act_export.profile.report.token_text import visible_text
 
-pytestmark = pytest.mark.in_turn(3)
+pytestmark = pytest.mark.in_turn(5)
 
 HOSTILE = (
     "</script><script>window.broken = 1</script>",

@@ -15,7 +15,7 @@ from profiles import random_profile
 from act_export.profile.report.facts import effect_facts, key_facts
 from act_export.profile.sink_profile import SinkProfile
 
-pytestmark = pytest.mark.in_turn(3)
+pytestmark = pytest.mark.in_turn(5)
 
 CHARTS = (
     "heads-chart",

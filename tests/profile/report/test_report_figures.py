@@ -56,6 +56,7 @@ def test_figures_as_png_are_as_wide_as_columns_of_a_paper(tmp_path: Path) -> Non
         assert 0.75 * inches < width / 300 < 1.1 * inches, path.stem
 
 
+@pytest.mark.in_turn(2)
 @settings(max_examples=20)  # each draws three figures
 @given(shape=st.tuples(st.integers(1, 4), st.integers(1, 5)), longest=st.integers(2, 40))
 def test_figures_of_any_shape(tmp_path_factory, shape: tuple[int, int], longest: int) -> None:

@@ -25,6 +25,7 @@ def model(tiny_file) -> SessionLanguageModel:
     return SessionLanguageModel(Session.open(tiny_file))
 
 
+@pytest.mark.in_turn(2)
 @given(asked=continuations, batch_tokens=st.one_of(st.none(), st.integers(1, 100)))
 @example(asked=[Continuation((6, 7, 8, 9), (3,)), Continuation((4, 5), (23, 13, 13, 37, 3))], batch_tokens=None)
 def test_log_likelihoods_are_those_of_choices(

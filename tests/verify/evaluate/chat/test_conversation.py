@@ -87,6 +87,7 @@ def test_log_likelihood_is_pytorchs_plain(tiny, chats, monkeypatch, positions, p
     assert log_likelihood(chats.session, prompt, tokens) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.in_turn(2)
 def test_rotary_frequencies_of_long_sequences_are_those_of_the_whole(tmp_path):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
     checkpoint = tiny_checkpoint("phi3", rope_parameters=rope, original_max_position_embeddings=8)
