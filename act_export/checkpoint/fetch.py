@@ -129,6 +129,11 @@ def check_source(
         if weights:
             check_is_checkpoint(path, source)
             weight_files([file.name for file in path.iterdir()], path, source)
+    elif path.is_file() and path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{source} is an ONNX file; MODEL is the checkpoint that it was exported from, which `act-export inspect "
+            f"{source}` names"
+        )
     elif path.is_file():
         raise CheckpointError(f"{source} is a file but not a .gguf file; pass the checkpoint's folder")
     else:

@@ -236,6 +236,8 @@ def _notes(report: EvaluationReport) -> list[str]:
     lines += [line for name, line in _CONTROL_NOTES.items() if name in controls]
     if chosen and _compared(report):
         lines.append(f"Vs: gain beyond what is best without calibration, in hindsight: {_beyond(report)}.")
+    if report.others:
+        lines.append(f"The file's default is plain; --calibration measures another: {', '.join(report.others)}.")
     if report.request.split == "all":
         lines.append("Split all: questions that heads were ranked or chosen with are counted too.")
     return lines

@@ -18,6 +18,8 @@ FORM = (
 )
 MOST_CHOICES = 1000  # of a question
 _LONGEST_LINE = 16 << 20  # bytes
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+_OF_TABLES = "JSON Lines are read, an object a line; a table is the `path` of a task file: --task FILE.json"
 
 
 class TaskError(ActExportError):
@@ -124,6 +126,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
         TaskError: If the file can't be read, or naming the line that isn't a JSON object, or is too long.
     """
     rows, lines = [], 0
+    advice = _OF_TABLES if Path(path).suffix.lower() in _TABLES else ""
     with others_errors(f"can't read {path}", error=TaskError), Path(path).open("rb") as file:
         while line := file.readline(_LONGEST_LINE + 1):
             lines += 1
@@ -131,7 +134,12 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 row = parse_object(
-                    line, f"{path}, line {lines}:", error=TaskError, largest_bytes=_LONGEST_LINE, repeats=True
+                    line,
+                    f"{path}, line {lines}:",
+                    error=TaskError,
+                    advice=advice,
+                    largest_bytes=_LONGEST_LINE,
+                    repeats=True,
                 )
                 rows.append((lines, row))
     return rows

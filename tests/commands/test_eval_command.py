@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import CALIBRATION
 from typer.testing import CliRunner
 
+from act_export.calibration.calibration_set import CalibrationSet
 from act_export.commands.main import app
+from act_export.export import build_model
 
 KEYS = {"name", "questions", "calibrated", "plain", "comparison", "controls", "best_control", "beyond_best_control"}
 
@@ -56,6 +59,16 @@ def test_several_tasks_in_one_run(tiny_file, tiny_plain_file, checkpoint_folder,
     for words in ("choosing.jsonl", "exact match", "average", "gain, points"):
         assert words in table.stdout
     assert "eval: choosing.jsonl, calibrated" in table.stderr
+
+
+def test_a_file_whose_default_is_plain_names_its_other_calibrations(tiny, checkpoint_folder, rows, tmp_path) -> None:
+    path = tmp_path / "model.onnx"
+    build_model(tiny, CalibrationSet.of({"found": CALIBRATION}, default="plain"), path, source="tiny")
+    asked = [path, "--tokenizer", checkpoint_folder, "--data", rows[0], "--limit", 4]
+    advice = "The file's default is plain; --calibration measures another: found."
+    assert advice in run(*asked).stdout
+    for named in ("plain", "found"):
+        assert advice not in run(*asked, "--calibration", named).stdout
 
 
 def test_tasks_by_comma_and_the_default_one(

@@ -62,6 +62,13 @@ def test_a_row_may_say_what_it_asks(tmp_path: Path) -> None:
     assert (plain.question, plain.content_free) == ("2 + 2 =", "")
 
 
+def test_a_table_is_told_what_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.CSV"
+    path.write_text("text,label\nhello,1\n")
+    with pytest.raises(TaskError, match=r"rows\.CSV, line 1: isn't JSON.*; JSON Lines are read.*--task FILE\.json"):
+        read_rows(path)
+
+
 def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:
     path = write(tmp_path, "\ufeff", json.dumps(GOOD) + "\r", "", '{"a": 1}', "")
     assert [number for number, _ in read_rows(path)] == [2, 4]

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from act_export.calibration.file import Calibration
+from act_export.calibration.strengths import PLAIN as PLAIN_NAME
 from act_export.progress import Progress
 from act_export.tasks import Questions
 from act_export.tasks.examples import TaskExamples
 from act_export.tasks.splits import place
 from act_export.verify.evaluate.files import read_files
 from act_export.verify.evaluate.held_out import held_out
-from act_export.verify.evaluate.request import EvaluationRequest
+from act_export.verify.evaluate.request import CALIBRATED, EvaluationRequest
 
 if TYPE_CHECKING:
     from act_export.verify.evaluate.results import EvaluationReport
@@ -36,7 +37,11 @@ def evaluate_files(request: EvaluationRequest, *, progress: Progress = lambda _s
     tasks = [_questions(task, list(calibrations.values()), request) for task in asked]
     from act_export.verify.evaluate.answer_tasks import answer_tasks  # with torch
 
-    return answer_tasks(request, files, calibrations, tasks, progress)
+    report = answer_tasks(request, files, calibrations, tasks, progress)
+    own = files[CALIBRATED].record.calibrations
+    if len(files) > 1 or own is None or request.calibration is not None:
+        return report
+    return replace(report, others=tuple(name for name in own.names if name != PLAIN_NAME))
 
 
 def _seed(questions: Questions, calibrations: Sequence[Calibration | None]) -> int:

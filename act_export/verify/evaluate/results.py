@@ -100,11 +100,13 @@ class EvaluationReport:
         request: What was asked for.
         tasks: In the order of the request.
         average: Over them.
+        others: Where the file's default, the plain model, was measured alone: its calibrations.
     """
 
     request: EvaluationRequest
     tasks: tuple[TaskResult, ...]
     average: Average
+    others: tuple[str, ...] = ()
 
 
 def average_over(results: Sequence[TaskResult]) -> Average:
