@@ -65,7 +65,8 @@ def test_a_wheel_for_another_architecture(tiny_file, tmp_path):
         pytest.skip("the wheel was built; ACT_AARCH64_PYTHON, see act_export/docs/wheels.md, would run it")
     packages = os.pathsep.join([str(tmp_path / "unpacked"), os.environ["ACT_AARCH64_PACKAGES"]])
     command = [*shlex.split(python), "-c", PROGRAM, str(tiny_file)]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": packages})
+    environment = {**os.environ, "PYTHONPATH": packages}
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     with Session.open(tiny_file) as session:
         assert ran.stdout.strip() == str(generate(session, [[5, 17, 42]], max_new_tokens=6)[0])

@@ -134,6 +134,11 @@ def test_every_built_in_model_says_how_to_get_it(name):
     assert f"`{name}`" in (Path(__file__).parents[3] / "README.md").read_text()
 
 
+def test_an_exported_file_is_no_checkpoint(tiny_file):
+    with pytest.raises(CheckpointError, match=f"is an ONNX file; MODEL is the checkpoint.*inspect {tiny_file}"):
+        load_checkpoint(str(tiny_file))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
