@@ -12,7 +12,7 @@ import typer.core
 from act_export.commands.console import (
     progress_bar,
 )
-from act_export.commands.loading import check_model, fetch_model
+from act_export.commands.loading import AskedModel
 from act_export.commands.options import (
     DeviceOption,
     FileArgument,
@@ -88,10 +88,11 @@ def bench_command(
     from act_export.checkpoint.hub import is_on_hub
 
     if pytorch is not None:
-        check_model(pytorch, revision=revision, trust_remote_code=trust_remote_code)
-    if pytorch is not None and is_on_hub(pytorch):  # before the processes that are measured, and with a bar
-        fetched = fetch_model(pytorch, revision=revision, trust_remote_code=trust_remote_code)
-        request = replace(request, pytorch=fetched.name, revision=fetched.revision)
+        asked_model = AskedModel(pytorch, revision=revision, trust_remote_code=trust_remote_code)
+        asked_model.check()
+        if is_on_hub(pytorch):  # before the processes that are measured, and with a bar
+            fetched = asked_model.fetch()
+            request = replace(request, pytorch=fetched.name, revision=fetched.revision)
     with progress_bar("bench") as progress:
         report = bench_file(request, progress=progress)
     print_bench_report(report)

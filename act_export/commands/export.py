@@ -13,7 +13,7 @@ from act_export.commands.console import (
     progress_bar,
     status,
 )
-from act_export.commands.loading import check_device, check_model, load_model
+from act_export.commands.loading import AskedModel, check_device
 from act_export.commands.options import (
     AccuracyLevelOption,
     BetaOption,
@@ -103,13 +103,12 @@ def export_command(
     given = named_calibrations(calibration or ())
     if default is not None and (plain or calibration):
         CalibrationSet.of(given, default=default)  # refused before long work
-    check_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    asked_model = AskedModel(model, revision=revision, trust_remote_code=trust_remote_code)
+    asked_model.check()
     tasks = asked_questions(request)
     if verify or quantization is not None:
         check_device(device if verify else None)
-    checkpoint = load_model(
-        model, revision=revision, trust_remote_code=trust_remote_code, stream=stream, fits=tuple(given.values())
-    )
+    checkpoint = asked_model.load(stream=stream, fits=tuple(given.values()))
     from act_export.attention.hook import check_supported
     from act_export.checkpoint.text_tower import check_takes_embeddings
     from act_export.export.experts import check_experts

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from act_export.commands.console import note, status
 
@@ -25,77 +26,59 @@ def check_device(device: str | None) -> None:
         prepare_cuda(onnxruntime, place.index, native=True)
 
 
-def check_model(
-    model: str,
-    *,
-    dtype: str = "float32",
-    device: str | None = None,
-    device_map: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> None:
-    """Refuses, before torch is imported, a MODEL that isn't there, or can't be loaded as it is asked for."""
-    from act_export.checkpoint.fetch import check_source
-    from act_export.checkpoint.placement import Placement
+@dataclass(frozen=True)
+class AskedModel:
+    """MODEL, and how it is to be loaded; see `act_export.checkpoint.load_checkpoint`."""
 
-    Placement(dtype, device, device_map)
-    check_source(model, revision=revision, trust_remote_code=trust_remote_code)
+    name: str
+    dtype: str = "float32"
+    device: str | None = None
+    device_map: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
+    def check(self) -> None:
+        """Refuses, before torch is imported, a model that isn't there, or can't be loaded as it is asked for."""
+        from act_export.checkpoint.fetch import check_source
+        from act_export.checkpoint.placement import Placement
 
-def load_model(
-    model: str,
-    *,
-    dtype: str = "float32",
-    device: str | None = None,
-    device_map: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    stream: bool | None = False,
-    fits: Sequence[Calibration] = (),
-) -> Checkpoint:
-    """Loads MODEL, saying so; see `act_export.checkpoint.load_checkpoint`."""
-    from act_export.checkpoint.hub import is_on_hub
-    from act_export.checkpoint.placement import Placement
+        Placement(self.dtype, self.device, self.device_map)
+        check_source(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
-    Placement(dtype, device, device_map)  # before a download; whether MODEL is there, fetching asks first
-    fetched = None
-    if is_on_hub(model):
-        fetched = fetch_model(model, revision=revision, trust_remote_code=trust_remote_code, fits=fits)
-    with status() as step:
-        step(f"loading {model}")
-        from act_export.checkpoint.load import load_checkpoint, load_fetched
+    def fetch(self, *, fits: Sequence[Calibration] = ()) -> Fetched:
+        """Gets its files, while the hub client shows its own bars; see `act_export.checkpoint.fetch_checkpoint`."""
+        from act_export.checkpoint.hub import is_on_hub
 
-        if fetched is not None:
-            return load_fetched(fetched, dtype=dtype, device=device, device_map=device_map, stream=stream)
-        loaded = load_checkpoint(
-            model,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            stream=stream,
-            fits=fits,
-        )
-    from act_export.checkpoint.gguf.convert import remarks_of
+        if is_on_hub(self.name):
+            note(f"looking for {self.name} on the hub, or in its cache")
+        from act_export.checkpoint.fetch import fetch_checkpoint
 
-    for remark in remarks_of(Path(loaded.model.name_or_path or model)):
-        note(f"note: {remark}")
-    return loaded
+        return fetch_checkpoint(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, fits=fits)
 
+    def load(self, *, stream: bool | None = False, fits: Sequence[Calibration] = ()) -> Checkpoint:
+        """Loads it, saying so."""
+        from act_export.checkpoint.hub import is_on_hub
+        from act_export.checkpoint.placement import Placement
 
-def fetch_model(
-    model: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    fits: Sequence[Calibration] = (),
-) -> Fetched:
-    """Gets MODEL's files, while the hub client shows its own bars; see `act_export.checkpoint.fetch_checkpoint`."""
-    from act_export.checkpoint.hub import is_on_hub
+        Placement(self.dtype, self.device, self.device_map)  # before a download; whether it is there, that asks first
+        fetched = self.fetch(fits=fits) if is_on_hub(self.name) else None
+        placed: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "device_map": self.device_map,
+            "stream": stream,
+        }
+        with status() as step:
+            step(f"loading {self.name}")
+            from act_export.checkpoint.load import load_checkpoint, load_fetched
 
-    if is_on_hub(model):
-        note(f"looking for {model} on the hub, or in its cache")
-    from act_export.checkpoint.fetch import fetch_checkpoint
+            if fetched is not None:
+                return load_fetched(fetched, **placed)
+            loaded = load_checkpoint(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, fits=fits, **placed
+            )
+        from act_export.checkpoint.gguf.convert import remarks_of
 
-    return fetch_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code, fits=fits)
+        for remark in remarks_of(Path(loaded.model.name_or_path or self.name)):
+            note(f"note: {remark}")
+        return loaded

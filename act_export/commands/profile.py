@@ -9,7 +9,7 @@ import typer
 
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar, status
-from act_export.commands.loading import check_model, load_model
+from act_export.commands.loading import AskedModel
 from act_export.errors import ActExportError
 from act_export.files import check_replaceable, check_writable
 
@@ -91,27 +91,13 @@ def profile_command(
         ),
     )
     _check_profile_output(out, report=report)
-    check_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    asked_model = AskedModel(model, dtype, device, device_map, revision, trust_remote_code)
+    asked_model.check()
     given = [named_calibration(calibration)] if calibration is not None else []  # refused before long work
     questions = load_prompts(job)
     if report:
         from act_export.profile.report import write_report  # refused before long work, where it isn't installed
-    checkpoint = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        fits=given,
-    )
+    checkpoint = asked_model.load(fits=given)
     from act_export.attention.hook import check_supported
 
     check_supported(checkpoint.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer.core
 
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar
-from act_export.commands.loading import check_model, load_model
+from act_export.commands.loading import AskedModel
 from act_export.commands.search_table import print_search_result
 from act_export.errors import ActExportError
 
@@ -114,14 +115,8 @@ def search_command(
     several = len(job.questions.sources) > 1
     target = out or Path("calibrations" if several else "calibration.json")
     check_output(target, job)
-    check_model(
-        model,
-        dtype=dtype or "float32",
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    asked_model = AskedModel(model, dtype or "float32", device, device_map, revision, trust_remote_code)
+    asked_model.check()
     if weights is not None and not model_file(weights).is_file():
         raise ActExportError(f"there is no model {model_file(weights)}; pass a file of --dtype int4 or int8")
     tasks = job.load()
@@ -132,14 +127,7 @@ def search_command(
     if weights is not None:
         check_quantized(model_file(weights))
     with process_group():
-        checkpoint = load_model(
-            model,
-            dtype=dtype or "float32",
-            device=own_device(device, device_map),
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        checkpoint = replace(asked_model, device=own_device(device, device_map)).load()
         check_supported(checkpoint.model)
         if weights is not None:
             checkpoint = dequantized(model_file(weights), checkpoint).checkpoint

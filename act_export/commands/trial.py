@@ -10,7 +10,7 @@ import typer
 
 from act_export.commands import options
 from act_export.commands.console import note, progress_bar
-from act_export.commands.loading import check_model, load_model
+from act_export.commands.loading import AskedModel
 from act_export.commands.trial_table import print_trial, trial_json
 
 
@@ -63,14 +63,8 @@ def try_command(
     if out.is_dir():
         raise ActExportError(f"{out} is a folder; pass a file, e.g. --out {out / 'calibration.json'}")
     check_replaceable(out)
-    check_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    asked_model = AskedModel(model, dtype, device, device_map, revision, trust_remote_code)
+    asked_model.check()
     how = SearchOptions(
         batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
         precision="auto" if dtype == "float32" else "own",
@@ -81,14 +75,7 @@ def try_command(
         f"{questions.name}: {questions.different} different questions, {questions.reported} of them to report on, in "
         f"{searches} searches{few}. Gains below about {100 * questions.detectable:.0f} points can't be told from luck."
     )
-    checkpoint = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    checkpoint = asked_model.load()
     from act_export.attention.hook import check_supported
     from act_export.search.trial import elsewhere, run_trial
 

@@ -14,7 +14,7 @@ from act_export.commands.console import (
     note,
     status,
 )
-from act_export.commands.loading import check_device, check_model, load_model
+from act_export.commands.loading import AskedModel, check_device
 from act_export.commands.options import (
     DeviceOption,
     FileArgument,
@@ -38,9 +38,10 @@ def verify_command(
     from act_export.onnx_file.inspect import inspect_file
 
     found = inspect_file(file)
-    check_model(against, revision=revision, trust_remote_code=trust_remote_code)
+    asked_model = AskedModel(against, revision=revision, trust_remote_code=trust_remote_code)
+    asked_model.check()
     check_device(device)
-    checkpoint = load_model(against, revision=revision, trust_remote_code=trust_remote_code)
+    checkpoint = asked_model.load()
     if found.identity.differences(checkpoint.identity):
         raise ActExportError(
             f"{file} was exported from another model: {found.identity}, and {against} is {checkpoint.identity}"

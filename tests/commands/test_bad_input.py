@@ -172,8 +172,7 @@ def test_bad_precision_or_device(checkpoint_folder, tmp_path, options, message):
 
 def test_a_gpu_that_cant_be_used_is_told_before_any_work(checkpoint_folder, exported, tmp_path, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    for command in ("export", "verify"):
-        monkeypatch.setattr(f"act_export.commands.{command}.load_model", None)
+    monkeypatch.setattr("act_export.commands.loading.AskedModel.load", None)
     model = checkpoint_folder
     for command in ((model, "--out", tmp_path / "m.onnx"), ("verify", exported, "--against", model)):
         result = run(*command, "--device", "cuda")

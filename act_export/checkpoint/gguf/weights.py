@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ def save_weights(gguf: GgufFile, pairs: Sequence[Pair], model: PreTrainedModel, 
     pieces = list(pieces_of(pairs))
     places: dict[str, str] = {}
     for number, piece in enumerate(pieces, 1):
-        weights = _converted(gguf, piece, model, own / f"piece-{number}.gguf")
+        with _one_table_of_names():
+            weights = _converted(gguf, piece, model, own / f"piece-{number}.gguf")
         name = WHOLE_WEIGHTS[0] if len(pieces) == 1 else f"model-{number:05d}-of-{len(pieces):05d}.safetensors"
         save_file(weights, made / name, {"format": "pt"})
         places |= dict.fromkeys(weights, name)
@@ -55,6 +57,19 @@ def save_weights(gguf: GgufFile, pairs: Sequence[Pair], model: PreTrainedModel, 
     if len(pieces) > 1:
         index = {"metadata": {"total_size": sum(map(_size_bytes, pairs))}, "weight_map": places}
         (made / WEIGHT_INDICES[0]).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _one_table_of_names() -> Iterator[None]:
+    """Has gguf make its table of an architecture's names once, where transformers asks for it at each of the modules."""
+    import gguf
+
+    make = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(make)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = make
 
 
 def pieces_of(pairs: Sequence[Pair], most_bytes: int | None = None) -> Iterator[list[Pair]]:
