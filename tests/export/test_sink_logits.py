@@ -19,6 +19,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LOGITS = ([2.0, -1.0, 0.5, 3.0], [0.25, 1.5, -2.0, 4.0])
 
 
+@pytest.mark.in_turn(2)
 def test_the_graph_computes_what_pytorch_does(tmp_path):
     checkpoint = tiny_checkpoint("gpt_oss", sliding_window=7, **EXPERTS)
     for layer, logits in zip(checkpoint.model.model.layers, LOGITS, strict=True):

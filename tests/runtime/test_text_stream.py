@@ -152,6 +152,7 @@ def test_a_step_decodes_the_last_tokens_alone(kind):
     assert len(stream._shown) > 900
 
 
+@pytest.mark.in_turn(2)
 @given(st.text(max_size=12))
 @example("e\u0301 👨\u200d👩\u200d👧 नि ข้ \u202eabc")
 def test_letters_of_several_tokens(text):
@@ -205,6 +206,7 @@ def test_a_tokenizer_that_changes_what_was_certain():
         stream.end()
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.real
 @given(st.lists(st.integers(0, 49151), max_size=40))
 @settings(max_examples=25)

@@ -293,6 +293,7 @@ def test_another_model(tiny_file, tmp_path):
         bench_file(request(tiny_file, tmp_path / "deep.onnx"))
 
 
+@pytest.mark.in_turn(2)
 def test_another_model_in_pytorch(tiny_file, tmp_path):
     other = save_checkpoint(tmp_path / "other", seed=5)
     with pytest.raises(ActExportError, match="exported from another model"):

@@ -96,6 +96,7 @@ def verify(checkpoint, path):
     return verify_sessions(checkpoint, CALIBRATION, {"native": lambda: Session.open(path)})
 
 
+@pytest.mark.in_turn(2)
 def test_a_window_is_verified(windowed, windowed_file):
     report = verify(windowed, windowed_file)
     assert report.passed
