@@ -75,10 +75,14 @@ def print_trial(data: TrialData, trial: Trial, cost: Elsewhere | None, *, model:
 
 def _facts(data: TrialData, trial: Trial, cost: Elsewhere | None) -> Iterator[str]:
     if trial.at_chance:
-        yield (
-            f"The plain model may be guessing: {trial.plain:.1%}, and {data.chance:.1%} is right without reading the "
-            f"questions. Another wording, --shots, --chat or another --scoring may do more than any calibration."
-        )
+        chance = f"{trial.plain:.1%}, and {data.chance:.1%} is right without reading the questions."
+        if any(gain.interval[0] > 0 for gain in (*trial.remedies.values(), trial.calibrated)):
+            yield f"The plain model answers as if it guessed: {chance} What gains shows that it knows more than that."
+        else:
+            yield (
+                f"The plain model may be guessing: {chance} Another wording, --shots, --chat or another --scoring may "
+                f"do more than any calibration."
+            )
     yield f"{trial.found} of {len(data.searches)} searches found heads to calibrate."
     if trial.found and trial.remedies:
         yield f"Beyond the best of the others, {_named(trial.remedy)}: {trial.beyond.points}."

@@ -82,6 +82,12 @@ def test_a_remedy_does_it(capsys: pytest.CaptureFixture[str], remedy: str, how: 
     assert (lines[-1] == EXPORT) == (calibrated is UP)
 
 
+def test_a_model_that_leans_is_not_said_to_guess(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, FLAT, FLAT, {"offsets": UP}, at_chance=True)
+    assert not any("may be guessing" in line for line in lines)
+    assert any(line.startswith("The plain model answers as if it guessed: 70.0%, and 50.0% is right") for line in lines)
+
+
 def test_either(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, UP, FLAT, {"offsets": FLAT})
     assert any("calibration helps" in line and "more than the plain model isn't shown" in line for line in lines)

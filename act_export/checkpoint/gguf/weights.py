@@ -61,7 +61,7 @@ def save_weights(gguf: GgufFile, pairs: Sequence[Pair], model: PreTrainedModel, 
 
 @contextmanager
 def _one_table_of_names() -> Iterator[None]:
-    """Has gguf make its table of an architecture's names once, where transformers asks for it at each of the modules."""
+    """Has gguf make a table of an architecture's names once, where transformers asks for it at each of the modules."""
     import gguf
 
     make = gguf.get_tensor_name_map
