@@ -29,7 +29,7 @@ _LOCK = threading.RLock()  # an export in another thread waits for this one's tr
 
 @contextmanager
 def decomposed_where_needed(own: Table) -> Iterator[None]:
-    """Has `ExportedProgram.run_decompositions` return a program itself that `is_ready`.
+    """Has `ExportedProgram.run_decompositions` return a program itself that `made_ready`.
 
     Args:
         own: Translations to ONNX beyond the exporter's, by operator.
@@ -40,7 +40,7 @@ def decomposed_where_needed(own: Table) -> Iterator[None]:
         def run_decompositions(
             program: ExportedProgram, decomp_table: Table | None = None, *more: Any, **named: Any
         ) -> ExportedProgram:
-            if decomp_table is not None and is_ready(program, decomp_table, own):
+            if decomp_table is not None and made_ready(program, decomp_table, own):
                 return program
             return decompose(program, decomp_table, *more, **named)
 
@@ -51,8 +51,10 @@ def decomposed_where_needed(own: Table) -> Iterator[None]:
             ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
 
 
-def is_ready(program: ExportedProgram, table: Table, own: Table) -> bool:
+def made_ready(program: ExportedProgram, table: Table, own: Table) -> bool:
     """Whether each operator of a program can be written as it is, and none changes what it is given.
+
+    For that, lengths that reshaping would have to find, but are known, are written out.
 
     Args:
         program: As it was traced.

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from act_export.calibration.calibration_set import CalibrationSet
 from act_export.export import decompose, trace
-from act_export.export.decompose import decomposed_where_needed, is_ready
+from act_export.export.decompose import decomposed_where_needed, made_ready
 from act_export.ops.functions import OPSET
 
 
@@ -93,10 +93,10 @@ def test_the_graph_has_the_nodes_of_a_decomposed_one(monkeypatch):
         verdicts = []
 
         def judged(*arguments, answer=answer, verdicts=verdicts):
-            verdicts.append(is_ready(*arguments))
+            verdicts.append(made_ready(*arguments))
             return verdicts[0] if answer is None else answer
 
-        monkeypatch.setattr(decompose, "is_ready", judged)
+        monkeypatch.setattr(decompose, "made_ready", judged)
         traced = trace.trace(tiny.tiny_checkpoint().model, heads)
         assert verdicts == [True]
         nodes.append(Counter(node.op_type for node in traced.graph))
