@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,6 @@ from hypothesis import HealthCheck, settings
 from sampled import draw_samples
 from shared_traces import SharedTraces
 from tiny import CALIBRATION, save_checkpoint, tiny_checkpoint
-from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from act_export.checkpoint.load import Checkpoint, load_checkpoint
 from act_export.export import build_model
@@ -98,7 +98,10 @@ def _shared_traces(tmp_path_factory) -> Iterator[SharedTraces]:
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         # Read once: the exporter parses the sources of all its operators for each model.
-        patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
+        with suppress(ImportError, AttributeError):
+            from torch.onnx._internal._lazy_import import onnxscript_apis
+
+            patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
         traces = SharedTraces(folder, torch.onnx.export)
         patch.setattr(torch.onnx, "export", traces)
         yield traces

@@ -76,7 +76,7 @@ def print_trial(data: TrialData, trial: Trial, cost: Elsewhere | None, *, model:
 def _facts(data: TrialData, trial: Trial, cost: Elsewhere | None) -> Iterator[str]:
     if trial.at_chance:
         chance = f"{trial.plain:.1%}, and {data.chance:.1%} is right without reading the questions."
-        if any(gain.interval[0] > 0 for gain in (*trial.remedies.values(), trial.calibrated)):
+        if trial.leans:
             yield f"The plain model answers as if it guessed: {chance} What gains shows that it knows more than that."
         else:
             yield (

@@ -22,7 +22,9 @@ def quick_type_promotion() -> Iterator[None]:
         yield
         return
     interpreter: Any = getattr(type_promotion, "_TypePromotionInterpreter", None)
-    if interpreter is None or not {"run_node", "_maybe_promote_node"} <= vars(interpreter).keys():
+    rule_of: Any = getattr(type_promotion, "get_type_promotion_rule", None)
+    methods = ("run_node", "_maybe_promote_node", "_set_current_node")
+    if rule_of is None or not all(hasattr(interpreter, method) for method in methods):
         yield
         return
     run = interpreter.run_node
@@ -31,7 +33,7 @@ def quick_type_promotion() -> Iterator[None]:
         if node.op != "call_function" or node.meta.get("val") is None:
             return run(self, node)
         with self._set_current_node(node):
-            rule = type_promotion.get_type_promotion_rule(node, self.type_promotion_table)
+            rule = rule_of(node, self.type_promotion_table)
             if rule is not None:
                 self._maybe_promote_node(node, rule)  # where it changes something it runs what changed
         return node.meta["val"]

@@ -49,6 +49,8 @@ class Trial:
             none where these have different choices.
         found: In how many searches a set of heads was found.
         calibration: The one with the smallest p; None where none was found.
+        leans: Whether the plain model only leans: `at_chance`, but with a remedy or calibration, whose gain isn't luck,
+            above it.
     """
 
     plain: float
@@ -60,6 +62,7 @@ class Trial:
     offsets: Mapping[str, float]
     found: int
     calibration: Calibration | None
+    leans: bool = False
 
     @property
     def verdict(self) -> str:
@@ -139,18 +142,26 @@ def summarize(data: TrialData, results: Sequence[SearchResult]) -> Trial:
         for number, result in enumerate(results)
         if result.calibrations[data.name].heads
     ]
-    right = round(sum(plain.credits))
-    at_chance = data.chance is not None and accuracy_interval(right, len(plain.credits))[0] <= data.chance
+    count = len(plain.credits)
+
+    def is_above_chance(accuracy: float) -> bool:
+        return data.chance is None or accuracy_interval(round(accuracy * count), count)[0] > data.chance
+
+    gains = {name: gain_of(plain, of) for name, of in remedies.items() if name != PLAIN}
+    gained = gain_of(plain, calibrated)
+    at_chance = not is_above_chance(plain.accuracy)
+    leans = any(gain.interval[0] > 0 and is_above_chance(gain.accuracy) for gain in (*gains.values(), gained))
     return Trial(
         round(plain.accuracy, 4),
         at_chance,
-        {name: gain_of(plain, of) for name, of in remedies.items() if name != PLAIN},
+        gains,
         best,
-        gain_of(plain, calibrated),
+        gained,
         gain_of(remedies[best], calibrated),
         _offsets(data, plain),
         len(found),
         results[min(found)[1]].calibrations[data.name] if found else None,
+        at_chance and leans,
     )
 
 

@@ -18,7 +18,7 @@ FORM = (
 )
 MOST_CHOICES = 1000  # of a question
 _LONGEST_LINE = 16 << 20  # bytes
-_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+TABLES = (".parquet", ".arrow", ".csv")  # that task files may name
 _OF_TABLES = "JSON Lines are read, an object a line; a table is the `path` of a task file: --task FILE.json"
 
 
@@ -106,7 +106,8 @@ def read_examples(path: str | os.PathLike[str]) -> TaskExamples:
             is wrong.
     """
     examples = []
-    for number, row in read_rows(path):
+    advice = _OF_TABLES if Path(path).suffix in TABLES else ""
+    for number, row in read_rows(path, advice=advice):
         try:
             examples.append(_example(row, f"line {number} of {Path(path).name}"))
             if bool(examples[0].references) != bool(examples[-1].references):
@@ -119,14 +120,17 @@ def read_examples(path: str | os.PathLike[str]) -> TaskExamples:
     return TaskExamples(Path(path).name, tuple(examples), generation=generation)
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+def read_rows(path: str | os.PathLike[str], *, advice: str = "") -> list[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file, each with its line number.
+
+    Args:
+        path: The file.
+        advice: What to do, at the end of messages on lines that aren't objects.
 
     Raises:
         TaskError: If the file can't be read, or naming the line that isn't a JSON object, or is too long.
     """
     rows, lines = [], 0
-    advice = _OF_TABLES if Path(path).suffix.lower() in _TABLES else ""
     with others_errors(f"can't read {path}", error=TaskError), Path(path).open("rb") as file:
         while line := file.readline(_LONGEST_LINE + 1):
             lines += 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from act_export.files import cache_folder, write_whole
 from act_export.json_file import MOST_VALUES, kind_of, parse_json, read_bytes
-from act_export.tasks.examples import TaskError, read_rows
+from act_export.tasks.examples import TABLES, TaskError, read_rows
 from act_export.tasks.row_form import RowForm
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LARGEST_JSON = 1 << 30
 SHOT_ROWS = 512  # of a training split, drawn from all of it
-_LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+_LOADERS = {suffix: suffix[1:] for suffix in TABLES}
 
 
 class HubError(TaskError):

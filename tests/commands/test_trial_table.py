@@ -34,12 +34,13 @@ def said(
     cost: Elsewhere | None = None,
     different: int = 60,
     at_chance: bool = False,
+    leans: bool = False,
 ) -> list[str]:
     remedies = remedies or {}
     best = next((name for name, gain in remedies.items() if gain is UP), "plain")
     offsets = {" no": -0.5, " yes": 0.5}
     calibration = Calibration({0: (1,)}) if found else None
-    trial = Trial(0.7, at_chance, remedies, best, calibrated, beyond, offsets, found, calibration)
+    trial = Trial(0.7, at_chance, remedies, best, calibrated, beyond, offsets, found, calibration, leans)
     print_trial(data(different), trial, cost, model="m", source="--data mine.jsonl", file="c.json")
     return capsys.readouterr().out.splitlines()
 
@@ -83,7 +84,7 @@ def test_a_remedy_does_it(capsys: pytest.CaptureFixture[str], remedy: str, how: 
 
 
 def test_a_model_that_leans_is_not_said_to_guess(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, FLAT, FLAT, {"offsets": UP}, at_chance=True)
+    lines = said(capsys, FLAT, FLAT, {"offsets": UP}, at_chance=True, leans=True)
     assert not any("may be guessing" in line for line in lines)
     assert any(line.startswith("The plain model answers as if it guessed: 70.0%, and 50.0% is right") for line in lines)
 

@@ -18,6 +18,7 @@ class Mixed(torch.nn.Module):
     def forward(self, x: torch.Tensor, half: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rooted = x / whole.sqrt() + half
         counted = (whole * 2).sum(-1, keepdim=True) + (x > 0)
+        counted = counted * x.shape[0] / whole.shape[0]
         return rooted.pow(2).mean(-1), counted * 0.5, (whole > 1).sum(-1) + rooted.clamp(min=1).sum(-1)
 
 

@@ -33,7 +33,8 @@ def build(folder: Path, *arguments: str) -> Path:
     )
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("*.whl")
-    assert "-py3-none-manylinux_2_2" in wheel.name
+    (glibc,) = re.findall(r"-py3-none-manylinux_2_(\d+)_", wheel.name)
+    assert int(glibc) <= 28
     return wheel
 
 
@@ -63,7 +64,7 @@ def test_a_wheel_for_another_architecture(tiny_file, tmp_path):
     python = os.environ.get("ACT_AARCH64_PYTHON")
     if python is None:
         pytest.skip("the wheel was built; ACT_AARCH64_PYTHON, see act_export/docs/wheels.md, would run it")
-    packages = os.pathsep.join([str(tmp_path / "unpacked"), os.environ["ACT_AARCH64_PACKAGES"]])
+    packages = os.pathsep.join([str(tmp_path / "unpacked"), os.environ.get("ACT_AARCH64_PACKAGES", "")])
     command = [*shlex.split(python), "-c", PROGRAM, str(tiny_file)]
     environment = {**os.environ, "PYTHONPATH": packages}
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)

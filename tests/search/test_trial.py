@@ -130,6 +130,18 @@ def test_searches_are_taken_together_and_nothing_found_is_the_plain_model() -> N
     assert a == -b
 
 
+@pytest.mark.parametrize(
+    ("remedied", "leans"),
+    [("W" * 16 + "R" * 24, False), ("R" * 36 + "W" * 4, True)],
+    ids=["the other answer each time", "nearly all right"],
+)
+def test_only_what_is_above_chance_shows_that_a_model_leans(remedied: str, leans: bool) -> None:
+    """Of 40 questions, 24 have the answer that the plain model never gives."""
+    trial = summarize(data_of([40], chance=0.6), [result("R" * 16 + "W" * 24, None, remedied)])
+    assert trial.at_chance
+    assert trial.leans == leans
+
+
 def test_planted_heads_on_questions_that_no_search_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("act_export.search.job.cache_folder", lambda: tmp_path)
     checkpoint = words_checkpoint()

@@ -63,10 +63,10 @@ def test_a_row_may_say_what_it_asks(tmp_path: Path) -> None:
 
 
 def test_a_table_is_told_what_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "rows.CSV"
+    path = tmp_path / "rows.csv"
     path.write_text("text,label\nhello,1\n")
-    with pytest.raises(TaskError, match=r"rows\.CSV, line 1: isn't JSON.*; JSON Lines are read.*--task FILE\.json"):
-        read_rows(path)
+    with pytest.raises(TaskError, match=r"rows\.csv, line 1: isn't JSON.*; JSON Lines are read.*--task FILE\.json"):
+        read_examples(path)
 
 
 def test_blank_lines_count_but_are_no_rows(tmp_path: Path) -> None:

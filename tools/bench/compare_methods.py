@@ -11,8 +11,8 @@
 - act, gamma, fit: `act-export search --method`;
 - exhaustive: act, heads ranked one by one as the paper does.
 
-A calibration has a second row, with the remedy that is best for the plain model on top: what it adds for a program that
-has the remedy anyway.
+A calibration has a second row, with the remedy on top that is best for the plain model on the reported questions; the
+same row again where none is. That is what it adds for a program that has the remedy anyway.
 
 For each task and seed: accuracy on the report split, the gain over the plain model and beyond the best cheap remedy
 with their 95% intervals; then the average over tasks, by seed. With several seeds: mean and spread, and how alike the
@@ -35,7 +35,7 @@ from act_export.commands.console import run_program
 from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import CHOOSE, CONTENT_FREE, RANK, REPORT, Answers, EncodedTask, answer, encode_task
-from act_export.search.controls import best_control, control_answers, have_same_choices, measures_of
+from act_export.search.controls import PLAIN, best_control, control_answers, have_same_choices, measures_of
 from act_export.search.job import SearchJob
 from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers
@@ -207,9 +207,10 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[st
 def by_ways(bench: Bench, ways: list[str], remedy: str) -> Iterator[tuple[str, Answers]]:
     """Answers by each way, and of calibrations with a remedy too."""
     for way in ways:
-        yield way, bench.by(way)
+        answers = bench.by(way)
+        yield way, answers
         if way in bench.found:
-            yield f"{way} + remedy", bench.controls(bench.found[way])[remedy]
+            yield f"{way} + remedy", answers if remedy == PLAIN else bench.controls(bench.found[way])[remedy]
 
 
 def print_row(row: dict) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 1 << 30  # of weights in float32; a parameter with more is a piece by itself
 _FLOAT32_BYTES = 4
+_LOCK = threading.RLock()  # a conversion in another thread waits for this one's piece
 
 
 def save_weights(gguf: GgufFile, pairs: Sequence[Pair], model: PreTrainedModel, own: Path, made: Path) -> None:
@@ -64,12 +66,13 @@ def _one_table_of_names() -> Iterator[None]:
     """Has gguf make a table of an architecture's names once, where transformers asks for it at each of the modules."""
     import gguf
 
-    make = gguf.get_tensor_name_map
-    gguf.get_tensor_name_map = cache(make)
-    try:
-        yield
-    finally:
-        gguf.get_tensor_name_map = make
+    with _LOCK:
+        make = gguf.get_tensor_name_map
+        gguf.get_tensor_name_map = cache(make)
+        try:
+            yield
+        finally:
+            gguf.get_tensor_name_map = make
 
 
 def pieces_of(pairs: Sequence[Pair], most_bytes: int | None = None) -> Iterator[list[Pair]]:
