@@ -72,19 +72,25 @@ def test_a_comparison_of_two_seeds(
 ) -> None:
     places = {"json": tmp_path / "rows.json", "journal": tmp_path / "journal"}
     arguments = Namespace(task=task, scoring=None, chat=False, seeds=[0, 1], **SIZES, **places)
-    compare(checkpoint, arguments, ["few-shot", "zerotuning", "act"])
+    compare(checkpoint, arguments, ["few-shot", "zerotuning", "act", "fit"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["seed"] for row in rows} == {0, 1}
     ways = [row["way"].removesuffix(" (best remedy)") for row in rows if row["seed"] == 0]
     assert ways == ["plain", "label prior", "choice bias", "offsets", "few-shot"] + [
-        way + more for way in ("zerotuning", "act") for more in ("", " + remedy")
+        way + more for way in ("zerotuning", "act", "fit") for more in ("", " + remedy")
     ]
     best = max(row["accuracy"] for row in rows[:4])
     assert [row["accuracy"] for row in rows[:4] if row["way"].endswith("(best remedy)")] == [best]
-    for row in rows[:9]:
+    for row in rows[:11]:
         assert row["gain"]["gain"] == pytest.approx(row["accuracy"] - rows[0]["accuracy"], abs=1e-4)
         assert row["beyond"]["gain"] == pytest.approx(row["accuracy"] - best, abs=1e-4)
     printed = capsys.readouterr().out
     assert "zerotuning, 2 seeds: gain " in printed
-    compare(checkpoint, arguments, ["few-shot", "zerotuning", "act"])  # from its journal
+    accuracies = {(row["seed"], row["way"]): row["accuracy"] for row in rows}
+    for seed in (0, 1):
+        assert (
+            f"seed {seed}: fit over act, on average {100 * (accuracies[seed, 'fit'] - accuracies[seed, 'act']):+.1f}, "
+            in printed
+        )
+    compare(checkpoint, arguments, ["few-shot", "zerotuning", "act", "fit"])  # from its journal
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
