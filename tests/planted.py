@@ -34,8 +34,8 @@ class Words:
     added_tokens_encoder: dict[str, int] = {}  # noqa: RUF012
     eos_token_id = None
 
-    def __call__(self, text: str) -> Any:
-        return SimpleNamespace(input_ids=[int(word[1:]) for word in text.split()])
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        return SimpleNamespace(input_ids=[int(word[1:] or 0) for word in text.split()])
 
     def decode(self, tokens: list[int], *, skip_special_tokens: bool = False) -> str:
         return " ".join(f"w{token}" for token in tokens)

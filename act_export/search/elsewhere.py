@@ -18,6 +18,7 @@ from act_export.search.processes import Workers
 from act_export.search.request import SearchOptions, SearchTask
 from act_export.search.results import Gain, gain_of
 from act_export.tasks import Example, Splits, encode_examples, load_examples, unused
+from act_export.tasks.encoding import sequence_beginning
 from act_export.tasks.splits import drawn
 from act_export.tasks.statistics import mean_interval
 
@@ -76,6 +77,8 @@ def cost_in_answers(
 def pieces_of(checkpoint: Checkpoint, text: str | None, most: int) -> list[list[int]]:
     """Pieces of a text of `PIECE` tokens, evenly spread; fewer where it is short.
 
+    Each begins as the tokenizer begins every sequence.
+
     Args:
         checkpoint: Whose tokenizer cuts it.
         text: None for the passages of the task squad.
@@ -87,9 +90,11 @@ def pieces_of(checkpoint: Checkpoint, text: str | None, most: int) -> list[list[
     if text is None:
         text = "\n".join(dict.fromkeys(example.group for example in load_examples("squad").examples))
     assert checkpoint.tokenizer is not None
-    tokens = checkpoint.tokenizer(text).input_ids
-    starts = range(0, len(tokens) - PIECE + 1, PIECE)
-    return [tokens[start : start + PIECE] for start in starts[:: max(1, len(starts) // most)]][:most]
+    tokens = checkpoint.tokenizer(text, add_special_tokens=False).input_ids
+    first = sequence_beginning(checkpoint.tokenizer)
+    step = PIECE - len(first)
+    starts = range(0, len(tokens) - step + 1, step)
+    return [[*first, *tokens[start : start + step]] for start in starts[:: max(1, len(starts) // most)]][:most]
 
 
 def cost_in_text(

@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import CHOICES, PLANTED, planted_task, reference_scores, words_checkpoint
+from planted import CHOICES, PLANTED, Words, planted_task, reference_scores, words_checkpoint
 
 from act_export.calibration.file import Calibration
 from act_export.errors import ActExportError
@@ -207,6 +209,21 @@ def test_pieces_are_spread_over_the_text() -> None:
     pieces = pieces_of(words_checkpoint(), words, 2)
     assert [(piece[0], len(piece)) for piece in pieces] == [(0, 256), (512, 256)]
     assert pieces_of(words_checkpoint(), "w1 w2", 2) == []
+
+
+class BegunWords(Words):
+    all_special_ids = (63,)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        ids = super().__call__(text).input_ids
+        return SimpleNamespace(input_ids=[63, *ids] if add_special_tokens else ids)
+
+
+def test_every_piece_begins_as_the_tokenizer_begins_a_sequence() -> None:
+    words = " ".join(f"w{number % 60}" for number in range(255 * 3))
+    pieces = pieces_of(replace(words_checkpoint(), tokenizer=BegunWords()), words, 3)
+    assert [(piece[0], len(piece)) for piece in pieces] == [(63, 256)] * 3
+    assert [token for piece in pieces for token in piece[1:]] == [number % 60 for number in range(255 * 3)]
 
 
 def test_costs_elsewhere_name_what_could_not_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
