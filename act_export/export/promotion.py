@@ -13,7 +13,7 @@ import torch
 def quick_type_promotion() -> Iterator[None]:
     """Has the pass that writes type promotion as casts run the nodes alone that it changes; it writes the same.
 
-    To know types it runs every node anew, a third of a trace, though each node holds the type and shape it has. Where
+    To know types it runs every node anew, a sixth of a trace, though each node holds the type and shape it has. Where
     torch has no such pass, nothing is done.
     """
     try:
