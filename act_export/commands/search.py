@@ -29,6 +29,13 @@ def search_command(
     method: Annotated[
         str | None, typer.Option(metavar="act|gamma|fit", help="What to try, several by comma; else act and fit.")
     ] = None,
+    goal: Annotated[
+        str,
+        typer.Option(
+            metavar="accuracy|beyond-remedy",
+            help="Of the model as it is, or what it adds where your program puts an offset on each answer.",
+        ),
+    ] = "accuracy",
     ranking: Annotated[
         str, typer.Option(metavar="gradient|gradient+confirm|exhaustive", help="How act ranks heads.")
     ] = "gradient",
@@ -101,6 +108,7 @@ def search_command(
         batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
         gradient_checkpointing=gradient_checkpointing,
         random_draws=random_draws,
+        goal=goal,
         precision="auto" if dtype is None and weights is None else "own",
     )
     job = SearchJob(

@@ -59,7 +59,10 @@ def _details(name: str, report: TaskReport) -> Iterator[str]:
     controls = ", ".join(f"{accuracy:.1%} {control}" for control, accuracy in report.controls.items())
     yield f"{name}: controls of the plain model: {controls}"
     if report.beyond is not None and report.beyond.interval[0] <= 0:
-        yield f"{name}: that calibration adds anything beyond the best control, {report.control}, isn't shown"
+        yield f"{name}: that calibration alone gains more than the best control, {report.control}, isn't shown"
+    if report.with_remedy is not None and report.control != "plain":
+        accuracy, points = report.with_remedy.accuracy, report.with_remedy.points
+        yield f"{name}: calibrated and with {report.control} {accuracy:.1%}: {points} beyond {report.control} alone"
     if report.measures is not None:
         plain, own = report.measures
         for label, of, form in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,17 @@ class Choice:
     p: float
 
 
-def choose(proposals: Sequence[Proposal], plain: Sequence[Answers], answers: Sequence[Sequence[Answers]]) -> Choice:
-    """Picks the candidate with the highest accuracy, of equals the likeliest answers, unless its gain may be luck.
+Worth = Callable[[int, Answers], Sequence[float]]
+"""What each answer to a task, by its index, is worth."""
+
+
+def choose(
+    proposals: Sequence[Proposal],
+    plain: Sequence[Answers],
+    answers: Sequence[Sequence[Answers]],
+    worth: Worth = lambda _, answers: answers.credits,
+) -> Choice:
+    """Picks the candidate with the best answers, of equals those with the likeliest, unless its gain may be luck.
 
     It is refused unless its gain over the plain model has p < 0.05 in a permutation test that picks the best candidate
     anew each time, so that trying more candidates doesn't make a chance finding more likely. All tasks count the same.
@@ -63,16 +72,15 @@ def choose(proposals: Sequence[Proposal], plain: Sequence[Answers], answers: Seq
         proposals: That were tried.
         plain: By task, the plain model's answers.
         answers: By proposal and task.
+        worth: Best by what; else accuracy.
     """
     nothing = Candidate(None, tuple(plain))
     tried = [Candidate(proposal, tuple(row)) for proposal, row in zip(proposals, answers, strict=True)]
     if not tried:
         return Choice(nothing, (nothing,), 1.0)
-    best = max(tried, key=lambda candidate: (candidate.accuracy, candidate.log_likelihood))
     weights = np.concatenate([np.full(len(part.credits), 1 / len(part.credits)) for part in plain])
-    p = best_gain_p(_credits(nothing), [_credits(candidate) for candidate in tried], weights=weights)
+    worths = [np.concatenate([worth(*part) for part in enumerate(c.answers)]) for c in (nothing, *tried)]
+    totals = [round(float(each @ weights), 9) for each in worths[1:]]  # equal ones may differ by rounding
+    best = max(zip(totals, tried, strict=True), key=lambda pair: (pair[0], pair[1].log_likelihood))[1]
+    p = best_gain_p(worths[0], worths[1:], weights=weights)
     return Choice(best if p < SIGNIFICANCE else nothing, (nothing, *tried), p)
-
-
-def _credits(candidate: Candidate) -> list[float]:
-    return [credit for answers in candidate.answers for credit in answers.credits]

@@ -14,7 +14,13 @@ import numpy as np
 from act_export.search.answers import CHOOSE, CONTENT_FREE, RANK, REPORT, Answers, EncodedTask
 from act_export.tasks.label_prior import without_label_prior
 from act_export.tasks.measures import Measures, measure
-from act_export.tasks.remedies import fitted_offsets, same_choices, with_offsets, without_choice_bias
+from act_export.tasks.remedies import (
+    fitted_offsets,
+    remedied_log_likelihoods,
+    same_choices,
+    with_offsets,
+    without_choice_bias,
+)
 from act_export.tasks.scoring import predicted_choice
 
 PLAIN = "plain"
@@ -62,6 +68,15 @@ def with_scores(task: EncodedTask, answers: Answers, scores: Sequence[tuple[floa
     """Answers to the reported questions by other scores: the likeliest choice."""
     right = (float(predicted_choice(row) == e.answer) for row, e in zip(scores, task.splits[REPORT], strict=True))
     return replace(answers, scores=tuple(scores), credits=tuple(right), valid=None)
+
+
+def log_likelihoods_beyond_remedy(task: EncodedTask, split: str, answers: Answers) -> tuple[float, ...]:
+    """By example of the split, what its right answer is worth where neither lean nor confidence counts.
+
+    See `act_export.tasks.remedies.remedied_log_likelihoods`.
+    """
+    right = [example.answer for example in task.splits[split]]
+    return remedied_log_likelihoods(answers.scores, right, offsets=have_same_choices(task))
 
 
 def choice_bias_accuracies(

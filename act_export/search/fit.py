@@ -13,7 +13,7 @@ sinks is taken as it is. The first step's gradient is the ranking's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,11 +31,12 @@ from act_export.calibration.file import STRENGTHS
 from act_export.checkpoint.load import Checkpoint
 from act_export.journal import are_numbers
 from act_export.search.answers import EncodedTask, cost_of
-from act_export.search.gates import likelihood_gradient
+from act_export.search.gates import Offsets, likelihood_gradient
 from act_export.search.processes import Unit, Workers
 from act_export.search.rank import GRADIENT_COST, compares_per_token, gradient_batches, name_of
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample
+from act_export.tasks.remedies import fitted_offsets
 
 STEP_COST = GRADIENT_COST + 1  # of a batch, in forward passes: attention is computed twice
 _LEARNING_RATE = 0.15  # of log strengths
@@ -98,6 +99,7 @@ def fit_strengths(
     l2: float,
     options: SearchOptions,
     workers: Workers,
+    offsets: Mapping[str, Offsets] | None = None,
 ) -> dict[int, Tensor]:
     """Strengths after so many steps, fitted on the ranking questions of all these tasks; each task counts the same.
 
@@ -109,6 +111,7 @@ def fit_strengths(
         l2: How strongly strengths are drawn back to 1.
         options: `fit_steps`, `fit_l1`.
         workers: Who computes the gradients.
+        offsets: As `act_export.search.rank.rank_heads`. After a step, those that are best for its strengths are used.
 
     Returns:
         By step, of those in `options.fit_steps`: beta and gamma, float64 (2, layers, heads).
@@ -120,8 +123,11 @@ def fit_strengths(
     optimizer = torch.optim.Adam([logs], lr=_LEARNING_RATE)
     least = _LEARNING_RATE * options.fit_l1 * slopes.abs().max()
     found: dict[int, Tensor] = {}
+    offsets = offsets or {}
     for step in range(1, max(options.fit_steps) + 1):
-        gained = slopes if step == 1 else _gradient(checkpoint, tasks, logs, threshold, options, workers)
+        gained = slopes
+        if step > 1:
+            gained, offsets = _gradient(checkpoint, tasks, logs, threshold, options, workers, offsets)
         logs.grad = 2 * l2 * logs - gained
         optimizer.step()
         logs.copy_(torch.clamp(logs, _LOWEST, _HIGHEST))
@@ -153,35 +159,46 @@ def _gradient(
     threshold: Threshold,
     options: SearchOptions,
     workers: Workers,
-) -> Tensor:
-    """Mean derivative of the right answers' log-likelihood by log strengths."""
+    offsets: Mapping[str, Offsets],
+) -> tuple[Tensor, dict[str, Offsets]]:
+    """Mean derivative of the right answers' log-likelihood by log strengths; offsets that are best with these."""
     at = hashlib.sha256(logs.numpy().tobytes()).hexdigest()[:16]
 
     def compute(task: EncodedTask, batch: Sequence[EncodedExample]) -> list[float]:
         parameter = logs.to(checkpoint.model.device, torch.float32)
-        gradient = likelihood_gradient(
+        found = likelihood_gradient(
             checkpoint.model,
             FittedAttention(parameter, threshold),
             parameter,
             batch,
             length_normalized=compares_per_token(task),
             checkpointed_layers=checkpoint.identity.num_layers if options.gradient_checkpointing else None,
+            offsets=offsets.get(task.name),
         )
-        values: list[float] = gradient.flatten().tolist()
-        return values
+        values: list[float] = found.gradient.flatten().tolist()
+        return values + [score for row in found.scores for score in row] if offsets.get(task.name) else values
+
+    def length(task: EncodedTask, batch: Sequence[EncodedExample]) -> int:
+        return logs.numel() + (sum(len(e.choices) for e in batch) if offsets.get(task.name) else 0)
 
     plan = [(task, number, batch) for task in tasks for number, batch in enumerate(gradient_batches(task, options))]
     units = [
         Unit(
-            f"fit {name_of(task, threshold)} {number} {at}",
+            f"fit {name_of(task, threshold, offsets)} {number} {at}",
             STEP_COST * cost_of(batch),
             lambda task=task, batch=batch: compute(task, batch),  # type: ignore[misc]
-            lambda value: are_numbers(value, logs.numel()),
+            lambda value, task=task, batch=batch: are_numbers(value, length(task, batch)),  # type: ignore[misc]
         )
         for task, number, batch in plan
     ]
     total = torch.zeros_like(logs)
-    for (task, _, _), values in zip(plan, workers.run("fitting strengths", units), strict=True):
+    scores: dict[str, list[list[float]]] = {}
+    answers: dict[str, list[int]] = {}
+    for (task, _, batch), values in zip(plan, workers.run("fitting strengths", units), strict=True):
         counted = len(tasks) * sum(len(batch) for batch in gradient_batches(task, options))
-        total += torch.tensor(values, dtype=torch.float64).view(logs.shape) / counted
-    return total
+        total += torch.tensor(values[: logs.numel()], dtype=torch.float64).view(logs.shape) / counted
+        said, width = values[logs.numel() :], (len(values) - logs.numel()) // len(batch)
+        scores.setdefault(task.name, []).extend(said[row * width :][:width] for row in range(len(batch)))
+        answers.setdefault(task.name, []).extend(example.answer for example in batch)
+    better = {name: fitted_offsets(scores[name], answers[name]) if own else own for name, own in offsets.items()}
+    return total, better

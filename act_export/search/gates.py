@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +34,26 @@ from act_export.errors import ActExportError
 from act_export.search.decoder_layers import checkpointed
 from act_export.tasks import EncodedExample
 from act_export.tasks.language_model import TorchLanguageModel
-from act_export.tasks.scoring import choice_scores
+from act_export.tasks.scoring import choice_scores, scores_of_choices
 
 # float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
 _LOSS_SCALES = (4096, 64, 1)
+
+
+Offsets = tuple[float, ...]
+"""By choice, nats that are added to its log-likelihood; none where the choices of questions differ."""
+
+
+class Slopes(NamedTuple):
+    """What a backward pass gives.
+
+    Attributes:
+        gradient: float64, of the parameter's shape.
+        scores: By example, log-likelihoods of its choices.
+    """
+
+    gradient: Tensor
+    scores: list[list[float]]
 
 
 class GatedAttention:
@@ -96,6 +113,7 @@ def gate_gradients(
     threshold_mode: str = "absolute",
     length_normalized: bool = False,
     gradient_checkpointing: bool = False,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Derivative of the right answers' log-likelihood with respect to each head's two gates, summed over one batch.
 
@@ -112,6 +130,7 @@ def gate_gradients(
         threshold_mode: The same.
         length_normalized: Compare choices by log-likelihood per token.
         gradient_checkpointing: Compute each layer twice to keep one layer's activations instead of all layers'.
+        offsets: As `log_likelihoods`.
 
     Returns:
         float64 (2, num_layers, num_heads): first positive where calibrating the head's later sinks makes the right
@@ -130,7 +149,8 @@ def gate_gradients(
         batch,
         length_normalized=length_normalized,
         checkpointed_layers=num_layers if gradient_checkpointing else None,
-    )
+        offsets=offsets,
+    ).gradient
 
 
 def likelihood_gradient(
@@ -141,7 +161,8 @@ def likelihood_gradient(
     *,
     length_normalized: bool = False,
     checkpointed_layers: int | None = None,
-) -> Tensor:
+    offsets: Offsets | None = None,
+) -> Slopes:
     """Derivative of the right answers' log-likelihood, summed over one batch, by a parameter of an attention hook.
 
     Args:
@@ -151,9 +172,7 @@ def likelihood_gradient(
         batch: Examples that run together.
         length_normalized: Compare choices by log-likelihood per token.
         checkpointed_layers: The model's layers, to compute each twice and keep one layer's activations; None not to.
-
-    Returns:
-        float64, of the parameter's shape.
+        offsets: As `log_likelihoods`.
 
     Raises:
         ActExportError: If a score isn't finite, naming the prompt, or a gradient, naming those of its batch.
@@ -163,30 +182,38 @@ def likelihood_gradient(
         saving = checkpointed(model, checkpointed_layers) if checkpointed_layers is not None else nullcontext()
         with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
             scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
-            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores).sum(), parameter)
+            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores, offsets).sum(), parameter)
         gradient: Tensor = scaled.double() / scale
         if gradient.isfinite().all():
-            return gradient.cpu()
+            said = scores_of_choices([row.detach().double().tolist() for row in scores], batch)
+            return Slopes(gradient.cpu(), [list(row) for row in said])
     raise ActExportError(
         f"a gradient is not finite among the prompts {', '.join(example.text for example in batch)}; the weights "
         f"or their precision are at fault, float32 or bfloat16 may help"
     )
 
 
-def log_likelihoods(examples: Sequence[EncodedExample], scores: Sequence[Tensor]) -> Tensor:
-    """Log-likelihood of each example's right answer, as its accuracy would have it.
+def log_likelihoods(
+    examples: Sequence[EncodedExample], scores: Sequence[Tensor], offsets: Offsets | None = None
+) -> Tensor:
+    """Log-likelihood of each example's right answer, as its accuracy would have it; with offsets as a remedy would.
 
-    Among the choices, or its own where it is the only one (a generation task's reference answer). Its own too where
-    first tokens are compared: there it has to beat the whole vocabulary, so what counts against it isn't the other
-    choices alone, nor them and the one other token that happens to be the likeliest.
+    Without offsets among the choices, or its own where it is the only one (a generation task's reference answer). Its
+    own too where first tokens are compared: there it has to beat the whole vocabulary, so what counts against it isn't
+    the other choices alone, nor them and the one other token that happens to be the likeliest.
 
     Args:
         examples: n of them.
         scores: By example, as `act_export.tasks.scoring.choice_scores` gives them.
+        offsets: Count the choices alone, with these added to them; None to count as accuracy does.
 
     Returns:
         (n,).
     """
+    if offsets is not None:
+        rows = [row[: len(example.choices)] for row, example in zip(scores, examples, strict=True)]
+        shifted = [row + row.new_tensor(offsets or 0.0) for row in rows]
+        return torch.stack([row.log_softmax(0)[e.answer] for row, e in zip(shifted, examples, strict=True)])
     return torch.stack(
         [
             row[example.answer] if example.first_token or len(row) == 1 else row.log_softmax(0)[example.answer]

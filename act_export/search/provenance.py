@@ -63,6 +63,8 @@ def search_provenance(
             "truncate": asked.truncate,
         },
     }
+    if options.goal != "accuracy":
+        notes["goal"] = options.goal
     if chosen is not None and chosen.method == "fit":
         notes["fit"] = {"l1": options.fit_l1, "l2": list(options.fit_l2)}
     if checkpoint.weights:
@@ -124,12 +126,19 @@ def _gain_notes(report: TaskReport) -> dict[str, Any]:
     """What stands in a calibration's provenance beside its accuracy."""
     assert report.own is not None  # only a set of heads has a gain
     assert report.beyond is not None
+    assert report.with_remedy is not None
     notes: dict[str, Any] = {
         "gain_beyond_control": {
             "control": report.control,
             "accuracy": report.controls[report.control],
             "gain": report.beyond.gain,
             "interval_95": list(report.beyond.interval),
+        },
+        "gain_with_remedy_on_both": {
+            "remedy": report.control,
+            "accuracy": report.with_remedy.accuracy,
+            "gain": report.with_remedy.gain,
+            "interval_95": list(report.with_remedy.interval),
         },
         "gain_interval_95": list(report.own.interval),
     }

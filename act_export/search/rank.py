@@ -13,7 +13,7 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.journal import are_numbers
 from act_export.search.answers import RANK, EncodedTask, cost_of
 from act_export.search.exhaustive import PlainRun
-from act_export.search.gates import gate_gradients
+from act_export.search.gates import Offsets, gate_gradients
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample
@@ -67,6 +67,7 @@ def rank_heads(
     workers: Workers,
     *,
     joint: bool = False,
+    offsets: Mapping[str, Offsets] | None = None,
 ) -> Ranking:
     """Effects of all heads on the tasks' ranking splits, by the ranking and the methods of the options.
 
@@ -76,24 +77,26 @@ def rank_heads(
         options: Methods, ranking, betas, thresholds.
         workers: Who does it.
         joint: The ranking for all tasks together will be used: "gradient+confirm" measures its first heads too.
+        offsets: By task, as `act_export.search.gates.log_likelihoods`; None for effects on accuracy as it is.
 
     Raises:
         ActExportError: If a score or a gradient isn't finite; if the method needs the model's decoder layers and can't
             find them.
     """
-    estimated = _by_gates(checkpoint, tasks, options, workers) if _takes_gradients(options) else None
+    offsets = offsets or {}
+    estimated = _by_gates(checkpoint, tasks, options, workers, offsets) if _takes_gradients(options) else None
     if estimated is not None and (options.ranking == "gradient" or "act" not in options.methods):
         return Ranking(estimated, _together(estimated))
     first: list[list[Mapping[float, Heads] | None]] = [[None] * len(options.thresholds)] * len(tasks)
     if estimated is not None and options.ranking == "gradient+confirm":
         first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
-    own = _with_slopes(_exact(checkpoint, tasks, options, workers, first), estimated)
+    own = _with_slopes(_exact(checkpoint, tasks, options, workers, offsets, first), estimated)
     if not joint:
         return Ranking(own, ())
     if estimated is None or options.ranking == "exhaustive":
         return Ranking(own, _together(own))
     shared = [_first(effects, options.confirm) for effects in _together(estimated)]
-    exact = _exact(checkpoint, tasks, options, workers, [shared] * len(tasks))
+    exact = _exact(checkpoint, tasks, options, workers, offsets, [shared] * len(tasks))
     return Ranking(own, _together(_with_slopes(exact, estimated)))
 
 
@@ -179,13 +182,17 @@ def compares_per_token(task: EncodedTask) -> bool:
     return task.task.length_normalized or task.task.generation is not None
 
 
-def name_of(task: EncodedTask, threshold: Threshold) -> str:
-    """What a journal's keys call both."""
-    return f"{task.name} {threshold.mode} {threshold.value}"
+def name_of(task: EncodedTask, threshold: Threshold, offsets: Mapping[str, Offsets]) -> str:
+    """What a journal's keys call them; offsets follow from the plain model's answers to the task."""
+    return f"{task.name} {threshold.mode} {threshold.value}{' with offsets' if task.name in offsets else ''}"
 
 
 def _by_gates(
-    checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions, workers: Workers
+    checkpoint: Checkpoint,
+    tasks: Sequence[EncodedTask],
+    options: SearchOptions,
+    workers: Workers,
+    offsets: Mapping[str, Offsets],
 ) -> tuple[tuple[Effects, ...], ...]:
     """By task and threshold."""
     shape = (checkpoint.identity.num_layers, checkpoint.identity.num_heads)
@@ -201,6 +208,7 @@ def _by_gates(
             threshold_mode=threshold.mode,
             length_normalized=compares_per_token(task),
             gradient_checkpointing=options.gradient_checkpointing,
+            offsets=offsets.get(task.name),
         )
         values: list[float] = gradient.flatten().tolist()
         return values
@@ -213,7 +221,7 @@ def _by_gates(
     ]
     units = [
         Unit(
-            f"gates {name_of(task, threshold)} {number}",
+            f"gates {name_of(task, threshold, offsets)} {number}",
             GRADIENT_COST * cost_of(batch),
             lambda task=task, threshold=threshold, batch=batch: compute(task, threshold, batch),  # type: ignore[misc]
             lambda value: are_numbers(value, 2 * shape[0] * shape[1]),
@@ -223,12 +231,12 @@ def _by_gates(
     totals: dict[str, Tensor] = {}
     for (task, threshold, _, _), values in zip(plan, workers.run("ranking heads", units), strict=True):
         gradient = torch.tensor(values, dtype=torch.float64).view(2, *shape)
-        name = name_of(task, threshold)
+        name = name_of(task, threshold, offsets)
         totals[name] = totals[name] + gradient if name in totals else gradient
 
     def effects(task: EncodedTask, threshold: Threshold) -> Effects:
         count = len(task.splits[RANK])
-        erased, log_gamma = totals[name_of(task, threshold)] / count
+        erased, log_gamma = totals[name_of(task, threshold, offsets)] / count
         slopes = torch.stack([-erased, log_gamma])  # an open gate takes beta from 1 to 0
         return Effects({beta: (1 - beta) * erased for beta in options.betas}, {}, GRADIENT_COST * count, slopes)
 
@@ -263,6 +271,7 @@ def _exact(
     tasks: Sequence[EncodedTask],
     options: SearchOptions,
     workers: Workers,
+    offsets: Mapping[str, Offsets],
     wanted: Sequence[Sequence[Mapping[float, Heads] | None]],
 ) -> tuple[tuple[Effects, ...], ...]:
     """Effects, by task and threshold, of switching on each head that is wanted there for a beta (None for all)."""
@@ -279,7 +288,9 @@ def _exact(
                         heads = [h for h in range(num_heads) if chosen is None or (layer, h) in chosen[beta]]
                         if heads:
                             plan.append((t, k, beta, layer, heads))
-                            units.append(_exact_unit(runs, task, threshold, number, batch, beta, layer, heads, options))
+                            units.append(
+                                _exact_unit(runs, task, threshold, number, batch, beta, layer, heads, options, offsets)
+                            )
     shape = (num_layers, num_heads)
     gained = {key: torch.full(shape, float("-inf"), dtype=torch.float64) for key in {p[:3] for p in plan}}
     correct = {key: torch.zeros(shape, dtype=torch.int64) for key in gained}
@@ -315,15 +326,20 @@ def _exact_unit(
     layer: int,
     heads: list[int],
     options: SearchOptions,
+    offsets: Mapping[str, Offsets],
 ) -> Unit:
+    name = name_of(task, threshold, offsets)
+
     def compute() -> list[list[float]]:
-        plain = runs.get(f"{name_of(task, threshold)} {number}", batch, threshold, compares_per_token(task))
-        effects = plain.effects(layer, heads, beta=beta, batch_tokens=options.batch_tokens)
+        plain = runs.get(f"{name} {number}", batch, threshold, compares_per_token(task))
+        effects = plain.effects(
+            layer, heads, beta=beta, batch_tokens=options.batch_tokens, offsets=offsets.get(task.name)
+        )
         return [list(effects.log_likelihood), list(effects.correct), [effects.passes]]
 
     num_layers = runs.checkpoint.identity.num_layers
     share = (num_layers - layer) / num_layers
-    key = f"exact {name_of(task, threshold)} {beta} {number} {layer} {heads}"
+    key = f"exact {name} {beta} {number} {layer} {heads}"
     num_heads = runs.checkpoint.identity.num_heads
     return Unit(key, cost_of(batch) * len(heads) * share, compute, lambda value: _are_effects(value, num_heads))
 

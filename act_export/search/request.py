@@ -12,6 +12,7 @@ from act_export.tasks import Generation, Questions, Splits
 
 METHODS = ("act", "gamma", "fit")
 PRECISIONS = ("auto", "own")
+GOALS = ("accuracy", "beyond-remedy")
 RANKINGS = ("gradient", "gradient+confirm", "exhaustive")
 HEAD_COUNTS = (1, 3, 10, 20, 40, 80)
 BATCH_TOKENS = 2048
@@ -107,6 +108,9 @@ class SearchOptions:
         random_draws: How often as many random heads are measured instead, as a control.
         precision: "own" searches in the model's own; "auto" in bfloat16 where that is faster, see
             `act_export.search.precision`.
+        goal: "accuracy" of the model as it is; or "beyond-remedy", what calibration adds for a program that puts an
+            offset on each answer anyway: heads are ranked, strengths fitted and candidates chosen by how well they tell
+            answers apart, whatever the model leans to and however sure it is.
     """
 
     methods: tuple[str, ...] = ("act", "fit")
@@ -123,6 +127,7 @@ class SearchOptions:
     gradient_checkpointing: bool = False
     random_draws: int = 1
     precision: str = "auto"
+    goal: str = "accuracy"
 
     def __post_init__(self) -> None:
         """Checks every value.
@@ -143,6 +148,8 @@ class SearchOptions:
             raise ActExportError(f"there is no ranking {self.ranking!r}; it must be {', '.join(RANKINGS)}")
         if self.precision not in PRECISIONS:
             raise ActExportError(f"precision is {self.precision!r}; it must be {' or '.join(PRECISIONS)}")
+        if self.goal not in GOALS:
+            raise ActExportError(f"the goal is {self.goal!r}; it must be {' or '.join(GOALS)}")
         for name in ("methods", "betas", "gammas", "thresholds", "head_counts", "fit_steps", "fit_l2"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

@@ -13,6 +13,7 @@ from act_export.tasks.measures import Measures
 from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
 
 CONTROL = "control "
+WITH_REMEDY = "own with remedy"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class TaskReport:
             `act_export.search.controls`.
         control: The best of them.
         beyond: What the task's own set gains over the best; None where no set helped.
-        joint_beyond: The same of the joint set.
+        with_remedy: What the task's own set adds for a program that has the best control's remedy anyway: with that
+            remedy on both models, fitted to each.
+        joint_beyond: As `beyond`, of the joint set.
         measures: Of the plain model and with the task's own set; None where answers are generated.
         invalid: Shares of first tokens that begin no choice, plain and calibrated, and the accuracies of the others;
             None where first tokens aren't compared.
@@ -88,6 +91,7 @@ class TaskReport:
     controls: Mapping[str, float]
     control: str
     beyond: Gain | None
+    with_remedy: Gain | None
     joint_beyond: Gain | None
     measures: tuple[Measures, Measures | None] | None
     invalid: tuple[Invalid, Invalid | None] | None
@@ -115,8 +119,8 @@ class SearchResult:
         joint_beyond: As `average_beyond`, for the joint set.
         units: How many units of work this run computed, and how many there were.
         damaged: Lines of the journal that were left out.
-        answers: By task, answers to its reported questions: "plain", "own" where a set helped, and of each control by
-            `CONTROL` and its name.
+        answers: By task, answers to its reported questions: "plain", "own" where a set helped, `WITH_REMEDY` for that
+            with the best control's remedy, and of each control by `CONTROL` and its name.
     """
 
     calibrations: Mapping[str, Calibration]

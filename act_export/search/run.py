@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from act_export.calibration.file import Calibration
-from act_export.checkpoint.identity import fingerprint
 from act_export.checkpoint.load import Checkpoint
 from act_export.errors import ActExportError
 from act_export.journal import Journal, own_journal
@@ -28,20 +24,21 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, choose
-from act_export.search.controls import have_same_choices
+from act_export.search.controls import have_same_choices, log_likelihoods_beyond_remedy
 from act_export.search.fit import fit_strengths, fitting_cost
+from act_export.search.gates import Offsets
+from act_export.search.journal_description import describe_search
 from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
-from act_export.search.provenance import package_versions, search_provenance
+from act_export.search.provenance import search_provenance
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.request import SearchOptions, SearchTask, Threshold
 from act_export.search.results import CONTROL, Gain, SearchResult, TaskReport, average_gain
-from act_export.search.task_report import JOINT, answers_with_controls, task_report
+from act_export.search.task_report import JOINT, OWN, answers_with_controls, task_report
 from act_export.tasks import Example, question_digests
 from act_export.tasks.batching import Batching, batches
-
-_JOURNAL_VERSION = 3  # another one where the same key may stand for another result
+from act_export.tasks.remedies import fitted_offsets
 
 
 def search_heads(
@@ -86,6 +83,12 @@ def search_heads(
     """
     options = options or SearchOptions()
     names = [task.name for task in tasks]
+    generated = [task.name for task in tasks if task.generation is not None]
+    if generated and options.goal != "accuracy":
+        raise ActExportError(
+            f"the goal is {options.goal}, but answers to {generated[0]} are generated, and no remedy takes a lean off "
+            f"such; search for accuracy"
+        )
     if not names or len(set(names)) < len(names):
         raise ActExportError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
     with precision_for_search(checkpoint.model, options.precision):
@@ -114,25 +117,6 @@ def search_heads(
         return result
 
 
-def describe_search(checkpoint: Checkpoint, tasks: Sequence[EncodedTask], options: SearchOptions) -> dict[str, Any]:
-    """What a journal is recognised by: all that a unit's result depends on and its key doesn't say.
-
-    Method, betas, thresholds and numbers of heads are in the keys, so a search with others goes on from the same
-    journal.
-    """
-    own = {"weights": fingerprint(checkpoint.model)} if checkpoint.weights else {}
-    return {
-        "journal": _JOURNAL_VERSION,
-        "model": checkpoint.identity.fingerprint,
-        **own,
-        "configuration": _configuration_digest(checkpoint),
-        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-        "questions": {task.name: task.digest for task in tasks},
-        "batch_tokens": options.batch_tokens,
-        "versions": package_versions(),
-    }
-
-
 @dataclass(frozen=True)
 class _Found:
     """A decision: the calibration, and the choice that led to it."""
@@ -150,13 +134,16 @@ class _Search:
     workers: Workers
 
     def run(self, *, own: bool, joint: bool) -> SearchResult:
-        ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint)
+        offsets = self._offsets()
+        ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint, offsets=offsets)
         plain = self._answer("choosing", [(task, CHOOSE, None) for task in self.tasks])
         found = {
-            task.name: self._choose([task], effects, [answers]) if own else self._found(choose([], [answers], []))
+            task.name: self._choose([task], effects, [answers], offsets)
+            if own
+            else self._found(choose([], [answers], []))
             for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
         }
-        together = self._choose(self.tasks, ranking.joint, plain) if joint else None
+        together = self._choose(self.tasks, ranking.joint, plain, offsets) if joint else None
         answered = self._report(found, together)
         reports = {
             task.name: task_report(task, found[task.name].choice, answered[task.name], sum(e.passes for e in effects))
@@ -189,25 +176,50 @@ class _Search:
             answered,
         )
 
-    def _choose(self, tasks: Sequence[EncodedTask], effects: Sequence[Effects], plain: Sequence[Answers]) -> _Found:
+    def _offsets(self) -> dict[str, Offsets]:
+        """By task, the plain model's best offsets on the ranking questions; nothing where accuracy is the goal."""
+        if self.options.goal == "accuracy":
+            return {}
+        same = [task for task in self.tasks if have_same_choices(task)]
+        answered = self._answer("answering plainly", [(task, RANK, None) for task in same])
+        found: dict[str, Offsets] = {task.name: () for task in self.tasks}
+        for task, answers in zip(same, answered, strict=True):
+            found[task.name] = fitted_offsets(answers.scores, [example.answer for example in task.splits[RANK]])
+        return found
+
+    def _choose(
+        self,
+        tasks: Sequence[EncodedTask],
+        effects: Sequence[Effects],
+        plain: Sequence[Answers],
+        offsets: Mapping[str, Offsets],
+    ) -> _Found:
         """The decision on these tasks together.
 
         Args:
             tasks: One, or all.
             effects: By threshold.
             plain: By task, the plain model's answers.
+            offsets: By task, see `_offsets`.
         """
+        offsets = {task.name: offsets[task.name] for task in tasks if task.name in offsets}
         proposals = [
             proposal
             for threshold, of_threshold in zip(self.options.thresholds, effects, strict=True)
-            for proposal in self._propose(tasks, threshold, of_threshold)
+            for proposal in self._propose(tasks, threshold, of_threshold, offsets)
         ]
         flat = self._answer(
             "choosing" if len(tasks) == 1 else "choosing a joint set",
             [(task, CHOOSE, proposal.calibration) for proposal in proposals for task in tasks],
         )
         rows = [flat[start : start + len(tasks)] for start in range(0, len(flat), len(tasks))]
-        return self._found(choose(proposals, plain, rows))
+        if self.options.goal == "accuracy":
+            return self._found(choose(proposals, plain, rows))
+
+        def worth(index: int, answers: Answers) -> tuple[float, ...]:
+            return log_likelihoods_beyond_remedy(tasks[index], CHOOSE, answers)
+
+        return self._found(choose(proposals, plain, rows, worth))
 
     def _found(self, choice: Choice) -> _Found:
         if choice.chosen.proposal is not None:
@@ -216,7 +228,9 @@ class _Search:
         nothing = Calibration({}, self.options.betas[0], first.value, first.mode, self.checkpoint.identity)
         return _Found(nothing, choice)
 
-    def _propose(self, tasks: Sequence[EncodedTask], threshold: Threshold, effects: Effects) -> list[Proposal]:
+    def _propose(
+        self, tasks: Sequence[EncodedTask], threshold: Threshold, effects: Effects, offsets: Mapping[str, Offsets]
+    ) -> list[Proposal]:
         """What each method has to offer at this threshold."""
         options, model = self.options, self.checkpoint.identity
         proposals: list[Proposal] = []
@@ -228,7 +242,9 @@ class _Search:
         if "fit" in options.methods:
             assert effects.slopes is not None
             for l2 in options.fit_l2:
-                strengths = fit_strengths(self.checkpoint, tasks, effects.slopes, threshold, l2, options, self.workers)
+                strengths = fit_strengths(
+                    self.checkpoint, tasks, effects.slopes, threshold, l2, options, self.workers, offsets
+                )
                 said = f", L2 {l2:g}" if len(options.fit_l2) > 1 else ""
                 proposals += fitted(strengths, said, threshold, model)
         if len(options.thresholds) > 1:
@@ -253,6 +269,9 @@ class _Search:
             own = found[task.name].calibration
             if own.heads:
                 ask(task, "own", own)
+                ask(task, OWN + CONTENT_FREE, own, CONTENT_FREE)
+                if have_same_choices(task):
+                    ask(task, OWN + RANK, own, RANK)
                 for draw in range(self.options.random_draws):
                     seed = task.task.questions.drawing_seed + draw
                     ask(task, f"random {draw}", other_heads(own, self.checkpoint.identity, seed=seed))
@@ -318,8 +337,8 @@ def _planned_cost(
     times = {
         CHOOSE: 1 + candidates * (own + joint),
         REPORT: 1 + own * (1 + options.random_draws) + published + joint,
-        RANK: 1,
-        CONTENT_FREE: 1,
+        RANK: 1 + own,
+        CONTENT_FREE: 1 + own,
     }
     total = 0.0
     for task in tasks:
@@ -331,16 +350,6 @@ def _planned_cost(
             parts = batches(examples, Batching(None, options.batch_tokens))
             total += count * sum(cost_of([examples[index] for index in part]) for part in parts)
     return total
-
-
-def _configuration_digest(checkpoint: Checkpoint) -> str:
-    """Different where the same weights compute something else: other windows, rotary scaling, tokens that end."""
-    settings = checkpoint.model.config.to_dict()
-    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"):
-        settings.pop(name, None)
-    generation = checkpoint.model.generation_config
-    ends = generation.eos_token_id if generation is not None else None
-    return hashlib.sha256(json.dumps([settings, ends], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _apart(tasks: Sequence[SearchTask]) -> list[SearchTask]:

@@ -14,22 +14,30 @@ from act_export.search.controls import (
     predicted_shares,
 )
 from act_export.search.provenance import tried
-from act_export.search.results import CONTROL, TaskReport, gain_of, invalid_of
+from act_export.search.results import CONTROL, WITH_REMEDY, TaskReport, gain_of, invalid_of
 
 JOINT = "joint"
+OWN = "own "  # and a split's name: answers with the own set to that split
 
 
 def answers_with_controls(task: EncodedTask, answers: Mapping[str, Answers], choice: Choice) -> dict[str, Answers]:
-    """The plain model's answers with each remedy, called `CONTROL` and the remedy's name.
+    """The plain model's answers with each remedy, called `CONTROL` and its name; `WITH_REMEDY`: "own" with the best.
 
     Args:
         task: The task.
-        answers: By label: "plain", and by the names of other splits the plain model's to these.
-        choice: Has the plain model's answers to the choose split.
+        answers: By label: "plain" and "own", by the names of other splits the plain model's to these, and by `OWN` and
+            such a name those with the own set.
+        choice: Has answers to the choose split.
     """
     plain = {REPORT: answers["plain"], CHOOSE: choice.candidates[0].answers[0]}
     plain |= {split: answers[split] for split in (RANK, CONTENT_FREE) if split in answers}
-    return {CONTROL + name: of for name, of in control_answers(task, plain).items()}
+    controls = control_answers(task, plain)
+    found = {CONTROL + name: of for name, of in controls.items()}
+    if "own" in answers:
+        own = {REPORT: answers["own"], CHOOSE: choice.chosen.answers[0]}
+        own |= {split: answers[OWN + split] for split in (RANK, CONTENT_FREE) if OWN + split in answers}
+        found[WITH_REMEDY] = control_answers(task, own)[best_control(controls)]
+    return found
 
 
 def task_report(task: EncodedTask, choice: Choice, answers: Mapping[str, Answers], passes: float) -> TaskReport:
@@ -57,6 +65,7 @@ def task_report(task: EncodedTask, choice: Choice, answers: Mapping[str, Answers
         controls={name.removeprefix(CONTROL): round(a.accuracy, 4) for name, a in controls.items()},
         control=best.removeprefix(CONTROL),
         beyond=gain_of(controls[best], own) if own is not None else None,
+        with_remedy=gain_of(controls[best], answers[WITH_REMEDY]) if own is not None else None,
         joint_beyond=gain_of(controls[best], answers[JOINT]) if JOINT in answers else None,
         measures=None if measures is None else (measures, measures_of(task, own) if own is not None else None),
         invalid=None if invalid is None else (invalid, invalid_of(own) if own is not None else None),

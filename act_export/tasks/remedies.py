@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from act_export.tasks.encoding import EncodedExample
 
 LARGEST_TEMPERATURE = 100.0
-_PENALTY = 0.1  # of an offset's square: as if offsets were drawn with a standard deviation of 3 nats
+_PENALTY = 0.1  # of a square: as if offsets, and sharpness about 1, were drawn with a standard deviation of 3
 _ENOUGH = 1e-14  # of the mean loss: what a step has to promise
 _STEPS = 100
 
@@ -54,8 +54,6 @@ def with_offsets(scores: Sequence[Sequence[float]], offsets: Sequence[float]) ->
 def fitted_offsets(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> tuple[float, ...]:
     """The offset per choice that makes right answers likeliest: least sum of -log p(answer) + 0.05 * offset².
 
-    Newton's method, which finds the only minimum of this convex sum.
-
     Args:
         scores: By example, log-likelihoods of the choices, which are the same for all.
         answers: By example, index of the right choice.
@@ -64,27 +62,73 @@ def fitted_offsets(scores: Sequence[Sequence[float]], answers: Sequence[int]) ->
         One for each choice, in nats; their sum is 0.
     """
     logs = _among_choices(scores)
-    right = np.eye(logs.shape[1])[np.asarray(answers)]
+    choices = logs.shape[1]
+    features = np.broadcast_to(np.eye(choices), (len(logs), choices, choices))
+    return tuple(_fitted(logs, features, np.asarray(answers), np.zeros(choices)).tolist())
 
-    def loss(offsets: Rows) -> float:
-        shifted = logs + offsets
-        missed = np.logaddexp.reduce(shifted, axis=1) - (shifted * right).sum(1)
-        return float(missed.sum() + _PENALTY / 2 * offsets @ offsets)
 
-    offsets = np.zeros(logs.shape[1])
+def remedied_log_likelihoods(
+    scores: Sequence[Sequence[float]], answers: Sequence[int], *, offsets: bool
+) -> tuple[float, ...]:
+    """Log-probability of each right answer among its choices, once the best temperature and offsets are put right.
+
+    What is left of a model's worth when neither its lean nor its confidence counts. Both are fitted to these very
+    answers, so two models are compared only if both are treated so.
+
+    Args:
+        scores: By example, log-likelihoods of its choices.
+        answers: By example, index of the right choice.
+        offsets: Fit an offset for each choice too; all examples have the same choices.
+
+    Returns:
+        By example, at most 0.
+    """
+    if offsets:
+        logs, right = _among_choices(scores), np.asarray(answers)
+        identity = np.broadcast_to(np.eye(logs.shape[1]), (*logs.shape, logs.shape[1]))
+        features, plain = np.concatenate([logs[..., None], identity], 2), np.eye(1, 1 + logs.shape[1])[0]
+        found = _fitted(np.zeros_like(logs), features, right, plain)
+        if found[0] < 0:  # the likelier, the less likely: nothing is the best that a temperature can make of it
+            features = features * (np.arange(features.shape[2]) > 0)
+            found = _fitted(np.zeros_like(logs), features, right, np.zeros_like(plain))
+        rows: list[Rows] = list(features @ found)
+    else:
+        rows = [np.asarray(row) for row in with_temperature(scores, fitted_temperature(scores, answers))]
+    return tuple(float(row[a] - np.logaddexp.reduce(row)) for row, a in zip(rows, answers, strict=True))
+
+
+def _fitted(base: Rows, features: Rows, answers: NDArray[np.int_], start: Rows) -> Rows:
+    """Weights w, near the start, that make right answers likeliest when choices score base + features @ w.
+
+    Newton's method, which finds the only minimum of this convex sum.
+
+    Args:
+        base: (examples, choices).
+        features: (examples, choices, weights).
+        answers: (examples,), index of the right choice.
+        start: (weights,).
+    """
+    right = np.eye(base.shape[1])[answers]
+
+    def loss(weights: Rows) -> float:
+        missed = -(_among_choices(base + features @ weights) * right).sum()
+        return float(missed + _PENALTY / 2 * (weights - start) @ (weights - start))
+
+    weights = start
     for _ in range(_STEPS):
-        shares = np.exp(_among_choices(logs + offsets))
-        slope = (shares - right).sum(0) + _PENALTY * offsets
-        curvature = np.diag(shares.sum(0) + _PENALTY) - shares.T @ shares
-        step = -np.linalg.solve(curvature, slope)
+        shares = np.exp(_among_choices(base + features @ weights))
+        slope = np.einsum("nk,nkw->w", shares - right, features) + _PENALTY * (weights - start)
+        mean = np.einsum("nk,nkw->nw", shares, features)
+        curvature = np.einsum("nk,nkw,nkv->wv", shares, features, features) - mean.T @ mean
+        step = -np.linalg.solve(curvature + _PENALTY * np.eye(len(weights)), slope)
         promise = float(slope @ step)
-        if promise > -_ENOUGH * len(logs):
+        if promise > -_ENOUGH * len(base):
             break
-        before, length = loss(offsets), 1.0
-        while loss(offsets + length * step) > before + length * promise / 4 and length > 1e-9:
+        before, length = loss(weights), 1.0
+        while loss(weights + length * step) > before + length * promise / 4 and length > 1e-9:
             length /= 2
-        offsets = offsets + length * step
-    return tuple(float(offset) for offset in offsets)
+        weights = weights + length * step
+    return weights
 
 
 def with_temperature(scores: Sequence[Sequence[float]], temperature: float) -> list[tuple[float, ...]]:

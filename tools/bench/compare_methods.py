@@ -1,7 +1,7 @@
 """Ways to better answers, side by side: the same rows to learn from, the same rows to report on.
 
     .venv/bin/python tools/bench/compare_methods.py --task sst2,rte [--model smollm2-135m] [--scoring first-token]
-        [--seeds 0,1,2] [--ways act,fit,zerotuning] [--chat] [--rank 96]
+        [--seeds 0,1,2] [--ways act,fit,zerotuning] [--goal beyond-remedy] [--chat] [--rank 96]
         [--choose 128] [--report 240] [--journal FOLDER] [--json FILE]
 
 - few-shot: the plain model with four examples before each question;
@@ -37,11 +37,11 @@ from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import CHOOSE, CONTENT_FREE, RANK, REPORT, Answers, EncodedTask, answer, encode_task
 from act_export.search.controls import PLAIN, best_control, control_answers, have_same_choices, measures_of
 from act_export.search.job import SearchJob
+from act_export.search.journal_description import describe_search
 from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers
 from act_export.search.proposals import strengths_by_head
 from act_export.search.results import average_gain, gain_of
-from act_export.search.run import describe_search
 from act_export.tasks import Questions, load_examples
 
 SHOTS = 4
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--seeds", type=seeds_of, default="0")
     parser.add_argument("--ways", default="few-shot,zerotuning,act,fit")
+    parser.add_argument("--goal", default="accuracy")
     for size in ("--rank", "--choose", "--report"):
         parser.add_argument(size, type=int)
     parser.add_argument("--journal", type=Path)
@@ -159,7 +160,7 @@ def jobs_of(arguments: argparse.Namespace) -> dict[tuple[str, int], SearchJob]:
 
     def job_of(task: str, seed: int) -> SearchJob:
         questions = Questions((task,), scoring=arguments.scoring, chat=arguments.chat, seed=seed)
-        return SearchJob(questions, **sizes, options=SearchOptions(precision="own"))
+        return SearchJob(questions, **sizes, options=SearchOptions(precision="own", goal=arguments.goal))
 
     return {(task, seed): job_of(task, seed) for task in arguments.task.split(",") for seed in arguments.seeds}
 

@@ -27,9 +27,9 @@ from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task
 from act_export.search.job import SearchJob
+from act_export.search.journal_description import describe_search
 from act_export.search.processes import Workers
 from act_export.search.rank import rank_heads
-from act_export.search.run import describe_search
 from act_export.tasks import Questions
 
 NAIVE_HEADS = 4
