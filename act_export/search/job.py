@@ -13,7 +13,7 @@ from act_export.calibration.recipes import PUBLISHED, find_recipes
 from act_export.errors import ActExportError
 from act_export.files import cache_folder, check_replaceable, check_writable, write_whole
 from act_export.progress import Progress
-from act_export.search.request import SearchOptions, SearchTask
+from act_export.search.request import SearchOptions, SearchTask, check_goal
 from act_export.tasks import Questions, TaskExamples, split_examples
 from act_export.tasks.splits import check_sizes
 
@@ -56,13 +56,15 @@ class SearchJob:
         """The questions, drawn into splits.
 
         Raises:
-            ActExportError: If the results of two tasks would have the same file name.
+            ActExportError: If the results of two tasks would have the same file name; as `check_goal`.
             TaskError: If there is no such task or file, its questions can't be had, or there are too few.
         """
         found = self.questions.load()
         if len(found) > 1:
             _calibration_files(task.name for task in found)
-        return [self._split(task) for task in found]
+        tasks = [self._split(task) for task in found]
+        check_goal(self.options.goal, tasks)
+        return tasks
 
     def _split(self, task: TaskExamples) -> SearchTask:
         seed = self.questions.drawing_seed

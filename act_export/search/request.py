@@ -56,6 +56,20 @@ class SearchTask:
                     )
 
 
+def check_goal(goal: str, tasks: Sequence[SearchTask]) -> None:
+    """Refuses a goal that makes no sense for a task.
+
+    Raises:
+        ActExportError: Naming the task.
+    """
+    generated = [task.name for task in tasks if task.generation is not None]
+    if generated and goal != "accuracy":
+        raise ActExportError(
+            f"the goal is {goal}, but answers to {generated[0]} are generated, and there is no remedy that sets a lean "
+            f"right in such; pass --goal accuracy"
+        )
+
+
 @dataclass(frozen=True)
 class Threshold:
     """What a later sink is: a threshold of the sink score, and its mode, as in `act_export.Calibration`."""

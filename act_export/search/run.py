@@ -33,7 +33,7 @@ from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
 from act_export.search.provenance import search_provenance
 from act_export.search.rank import Effects, rank_heads, ranking_cost
-from act_export.search.request import SearchOptions, SearchTask, Threshold
+from act_export.search.request import SearchOptions, SearchTask, Threshold, check_goal
 from act_export.search.results import CONTROL, Gain, SearchResult, TaskReport, average_gain
 from act_export.search.task_report import JOINT, OWN, answers_with_controls, task_report
 from act_export.tasks import Example, question_digests
@@ -83,12 +83,7 @@ def search_heads(
     """
     options = options or SearchOptions()
     names = [task.name for task in tasks]
-    generated = [task.name for task in tasks if task.generation is not None]
-    if generated and options.goal != "accuracy":
-        raise ActExportError(
-            f"the goal is {options.goal}, but answers to {generated[0]} are generated, and no remedy takes a lean off "
-            f"such; search for accuracy"
-        )
+    check_goal(options.goal, tasks)
     if not names or len(set(names)) < len(names):
         raise ActExportError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
     with precision_for_search(checkpoint.model, options.precision):

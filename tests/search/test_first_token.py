@@ -53,3 +53,24 @@ def test_first_tokens(checkpoint: Checkpoint, ranking: str) -> None:
         assert {len(row) for row in found.scores} == {len(choices)}
     letters = replace(encoded, splits={REPORT: [replace(e, first_token=False) for e in encoded.splits[REPORT]]})
     assert encoded.digest != letters.digest
+
+
+def test_beyond_a_remedy_heads_are_found_that_no_answer_shows(checkpoint: Checkpoint) -> None:
+    """The model says a word that is no choice, and of the choices the first; its heads know better."""
+    task = planted_task(checkpoint, PLANTED, choices=(" w97", " w98"), first_token=True)
+    output = checkpoint.model.get_output_embeddings()
+    bias = torch.zeros(output.out_features)
+    bias[50], bias[97] = 20.0, 5.0
+    output.bias = torch.nn.Parameter(bias)
+    as_it_is, beyond = (
+        search_heads(checkpoint, [task], replace(OPTIONS, methods=("act", "fit"), goal=goal))
+        for goal in ("accuracy", "beyond-remedy")
+    )
+    assert not as_it_is.calibrations["planted"].heads  # no answer is valid
+    report, found = beyond.reports["planted"], beyond.calibrations["planted"]
+    assert found.heads
+    assert found.provenance.notes["goal"] == "beyond-remedy"
+    assert report.control in ("choice bias", "offsets", "label prior")
+    assert report.own.accuracy < 0.1
+    assert report.with_remedy.accuracy > report.controls[report.control]
+    assert found.provenance.notes["gain_with_remedy_on_both"]["gain"] == report.with_remedy.gain

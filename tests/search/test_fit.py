@@ -68,20 +68,29 @@ def task(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> EncodedTask:
     )
 
 
-def log_likelihood(checkpoint: Checkpoint, examples: list[EncodedExample], strengths: torch.Tensor) -> float:
+def log_likelihood(
+    checkpoint: Checkpoint,
+    examples: list[EncodedExample],
+    strengths: torch.Tensor,
+    offsets: tuple[float, ...] = (0.0, 0.0),
+) -> float:
     """Mean over the examples, each alone and token by token, through the reference hook."""
     rows = reference_scores(checkpoint, every_head(strengths, Threshold()), examples, length_normalized=True)
-    right = [torch.tensor(row).double().log_softmax(0)[e.answer] for row, e in zip(rows, examples, strict=True)]
+    moved = [torch.tensor(row).double() + torch.tensor(offsets) for row in rows]
+    right = [row.log_softmax(0)[e.answer] for row, e in zip(moved, examples, strict=True)]
     return torch.stack(right).mean().item()
 
 
-@pytest.mark.sampled(1)
-def test_the_gradient_is_finite_differences(checkpoint: Checkpoint, task: EncodedTask) -> None:
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("offsets", [None, (0.7, -0.7)], ids=["as it is", "with offsets"])
+def test_the_gradient_is_finite_differences(
+    checkpoint: Checkpoint, task: EncodedTask, offsets: tuple[float, ...] | None
+) -> None:
     examples = list(task.splits[RANK])
     logs = (torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(2)) * 0.3).clamp(max=0.6)
     gradient = likelihood_gradient(
-        checkpoint.model, FittedAttention(logs, Threshold()), logs, examples, length_normalized=True
-    )
+        checkpoint.model, FittedAttention(logs, Threshold()), logs, examples, length_normalized=True, offsets=offsets
+    ).gradient
     gradient = gradient / len(examples)
     logs = logs.detach().double()
     step = 2e-3
@@ -89,7 +98,9 @@ def test_the_gradient_is_finite_differences(checkpoint: Checkpoint, task: Encode
     for place in product(range(2), range(2), range(4)):
         moved = torch.zeros_like(logs)
         moved[place] = step
-        above, below = (log_likelihood(checkpoint, examples, (logs + sign * moved).exp()) for sign in (1, -1))
+        above, below = (
+            log_likelihood(checkpoint, examples, (logs + sign * moved).exp(), offsets or (0.0, 0.0)) for sign in (1, -1)
+        )
         measured[place] = (above - below) / (2 * step)
     assert measured.abs().max() > 1e-2
     torch.testing.assert_close(gradient, measured, atol=2e-3, rtol=2e-2)
@@ -101,7 +112,7 @@ def test_at_one_the_gradient_is_the_rankings(checkpoint: Checkpoint, task: Encod
     logs = torch.zeros(2, 2, 4)
     gradient = likelihood_gradient(
         checkpoint.model, FittedAttention(logs, Threshold()), logs, examples, length_normalized=True
-    )
+    ).gradient
     gradient = gradient / len(examples)
     assert effects.slopes is not None
     assert_close(gradient, effects.slopes, 1e-5)

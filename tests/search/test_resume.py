@@ -146,6 +146,7 @@ def test_a_finished_search_is_only_read(
         {"confirm": 2},
         {"fit_steps": (1, 2)},
         {"fit_l2": (0.1,)},
+        {"goal": "beyond-remedy"},
         {"seed": 5},
         {"random_draws": 5},
         {"gradient_checkpointing": True},

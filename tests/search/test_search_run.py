@@ -252,6 +252,7 @@ def test_a_model_without_finite_scores_is_refused(checkpoint: Checkpoint, rankin
         ({"fit_steps": (3, 0)}, ActExportError, "fit_steps is 0; it must be at least 1"),
         ({"fit_l2": (-1.0,)}, ActExportError, "fit_l2 is -1.0; it must be at least 0"),
         ({"precision": "half"}, ActExportError, "precision is .half.; it must be auto or own"),
+        ({"goal": "more"}, ActExportError, "the goal is 'more'; it must be accuracy or beyond-remedy"),
         ({"fit_l1": -0.1}, ActExportError, "fit_l1 is -0.1; it must be at least 0"),
         ({"betas": ()}, ActExportError, r"betas are \(\); name at least one"),
         ({"betas": (0.4, 0.4)}, ActExportError, r"betas are \(0.4, 0.4\); .* none twice"),
@@ -291,6 +292,8 @@ def test_what_cannot_be_searched_is_refused(checkpoint: Checkpoint) -> None:
         search_heads(checkpoint, [task, task])
     with pytest.raises(TaskError, match="the model has no tokenizer"):
         search_heads(replace(checkpoint, tokenizer=None), [task])
+    with pytest.raises(ActExportError, match="the goal is beyond-remedy, but answers to written are generated"):
+        search_heads(checkpoint, [task, written_by(checkpoint, None)], replace(OPTIONS, goal="beyond-remedy"))
     splits = task.splits
     long = Splits((Example("w5 " * 299 + "w5", CHOICES, 0),), splits.choose, splits.report)
     with pytest.raises(TaskError, match="has 301 tokens; the model takes 256"):

@@ -12,6 +12,7 @@ from act_export.tasks import EncodedExample
 from act_export.tasks.remedies import (
     fitted_offsets,
     fitted_temperature,
+    remedied_log_likelihoods,
     same_choices,
     with_offsets,
     with_temperature,
@@ -141,3 +142,41 @@ def test_an_overconfident_models_temperature_is_known() -> None:
     assert found == pytest.approx(10 / math.log(3))
     assert fitted_temperature([(0.0, 1.0)], [1]) == pytest.approx(0.01)
     assert fitted_temperature([(0.0, 1.0)], [0]) == pytest.approx(100)
+
+
+@settings(max_examples=20)
+@given(of=answered(choices=2), sharpness=st.sampled_from([0.0, 0.05, 0.3, 1.0, 2.5]))
+def test_no_temperature_with_offsets_makes_right_answers_likelier(
+    of: tuple[list[tuple[float, ...]], list[int]], sharpness: float
+) -> None:
+    """Of a grid, each point as in a textbook."""
+    scores, answers = of
+    least = -sum(remedied_log_likelihoods(scores, answers, offsets=True))
+    for offset in (-4.0, -1.0, -0.2, 0.0, 0.2, 1.0, 4.0):
+        sharp = [(sharpness * first, sharpness * second) for first, second in scores]
+        far = 0.05 * (2 * offset**2 + (sharpness - 1) ** 2)
+        assert least <= missed(sharp, answers, (-offset, offset)) + far + 0.06  # at sharpness 0 the start is 0, not 1
+
+
+def test_neither_lean_nor_confidence_counts_beyond_a_remedy() -> None:
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 3, 400).tolist()
+    scores = rng.normal(size=(400, 3)) + np.eye(3)[answers]
+    plain = remedied_log_likelihoods(scores.tolist(), answers, offsets=True)
+    leaning = remedied_log_likelihoods((3 * scores + [4.0, -1.0, 0.0]).tolist(), answers, offsets=True)
+    assert leaning == pytest.approx(plain, abs=0.05)
+    better = remedied_log_likelihoods((scores + 0.5 * np.eye(3)[answers]).tolist(), answers, offsets=True)
+    assert np.mean(better) > np.mean(plain) + 0.05
+
+
+def test_a_model_that_is_wrong_for_sure_is_worth_as_much_as_one_that_knows_nothing() -> None:
+    answers = [0, 1, 1, 1] * 20
+    wrong = [(-1.0, 0.0) if answer == 0 else (0.0, -1.0) for answer in answers]
+    shares = [math.log(0.25), *[math.log(0.75)] * 3] * 20
+    assert remedied_log_likelihoods(wrong, answers, offsets=True) == pytest.approx(shares, abs=0.02)
+
+
+def test_where_choices_differ_only_confidence_is_put_right() -> None:
+    scores = [(0.0, 10.0), (0.0, 10.0, -5000.0), (0.0, 10.0), (0.0, 10.0)]
+    found = remedied_log_likelihoods(scores, [1, 1, 1, 0], offsets=False)
+    assert found == pytest.approx([math.log(0.75)] * 3 + [math.log(0.25)])

@@ -240,9 +240,12 @@ def print_summary(rows: list[dict], answered: dict, heads: dict[tuple[str, str],
             }
         )
     for seed in sorted({seed for seed, _ in answered}):
-        if {(seed, "act"), (seed, "fit")} <= answered.keys():
-            act, fit = ({task: a["way"] for task, a in answered[seed, way].items()} for way in ("act", "fit"))
-            print(f"seed {seed}: fit over act, on average {points(vars(average_gain(act, fit)))}")
+        for said in ("", " + remedy"):
+            if {(seed, "act" + said), (seed, "fit" + said)} <= answered.keys():
+                act, fit = (
+                    {task: a["way"] for task, a in answered[seed, way + said].items()} for way in ("act", "fit")
+                )
+                print(f"seed {seed}: fit{said} over act{said}, on average {points(vars(average_gain(act, fit)))}")
     for way, of_seeds in averages.items():
         if len(of_seeds) > 1:
             gain, beyond = ([100 * pair[which] for pair in of_seeds] for which in (0, 1))

@@ -57,6 +57,7 @@ def search(**reports: tuple[Gain | None, Gain | None]) -> str:
             controls={"plain": 0.5},
             control="plain",
             beyond=own,
+            with_remedy=own,
             joint_beyond=joint,
             measures=None,
             invalid=None,
