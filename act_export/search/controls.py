@@ -18,6 +18,7 @@ from act_export.tasks.remedies import (
     fitted_offsets,
     remedied_log_likelihoods,
     same_choices,
+    share_choices,
     with_offsets,
     without_choice_bias,
 )
@@ -27,8 +28,13 @@ PLAIN = "plain"
 
 
 def have_same_choices(task: EncodedTask) -> bool:
-    """Whether all questions of a task have the same choices, so that a lean to one can be told and taken off."""
+    """Whether all questions of a task have the same choices, in the same order."""
     return task.task.generation is None and same_choices([e for split in task.splits.values() for e in split])
+
+
+def can_lean(task: EncodedTask) -> bool:
+    """Whether a task's questions share their choices, so that a lean to one can be told and taken off."""
+    return task.task.generation is None and share_choices([e for split in task.splits.values() for e in split])
 
 
 def control_answers(task: EncodedTask, plain: Mapping[str, Answers]) -> dict[str, Answers]:
@@ -36,7 +42,7 @@ def control_answers(task: EncodedTask, plain: Mapping[str, Answers]) -> dict[str
 
     Args:
         task: The task.
-        plain: The plain model's answers by split; of the ranking split only where all have the same choices.
+        plain: The plain model's answers by split; of the ranking split only where it `can_lean`.
 
     Returns:
         By name: "plain"; "choices only" where first tokens are compared: no other token may be the answer; "label
@@ -51,7 +57,7 @@ def control_answers(task: EncodedTask, plain: Mapping[str, Answers]) -> dict[str
     if task.splits[CONTENT_FREE]:
         neutral = plain[CONTENT_FREE].scores
         rows["label prior"] = tuple(without_label_prior(answers.scores, task.task.splits.report, neutral))
-    if have_same_choices(task):
+    if can_lean(task):
         rows["choice bias"] = tuple(without_choice_bias(answers.scores, plain[CHOOSE].scores))
         labelled = [e.answer for split in (RANK, CHOOSE) for e in task.splits[split]]  # as many as a calibration has
         offsets = fitted_offsets([*plain[RANK].scores, *plain[CHOOSE].scores], labelled)
@@ -76,7 +82,7 @@ def log_likelihoods_beyond_remedy(task: EncodedTask, split: str, answers: Answer
     See `act_export.tasks.remedies.remedied_log_likelihoods`.
     """
     right = [example.answer for example in task.splits[split]]
-    return remedied_log_likelihoods(answers.scores, right, offsets=have_same_choices(task))
+    return remedied_log_likelihoods(answers.scores, right, offsets=can_lean(task))
 
 
 def choice_bias_accuracies(
@@ -84,9 +90,9 @@ def choice_bias_accuracies(
 ) -> tuple[float, float] | None:
     """Accuracies of the plain and the calibrated model on the report split without their mean preference on the other.
 
-    None where the questions have different choices.
+    None where the questions don't share their choices.
     """
-    if not have_same_choices(task):
+    if not can_lean(task):
         return None
     plain, calibrated = (
         with_scores(task, mine, without_choice_bias(mine.scores, others.scores)).accuracy

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -197,8 +198,8 @@ def _gradient(
     for (task, _, batch), values in zip(plan, workers.run("fitting strengths", units), strict=True):
         counted = len(tasks) * sum(len(batch) for batch in gradient_batches(task, options))
         total += torch.tensor(values[: logs.numel()], dtype=torch.float64).view(logs.shape) / counted
-        said, width = values[logs.numel() :], (len(values) - logs.numel()) // len(batch)
-        scores.setdefault(task.name, []).extend(said[row * width :][:width] for row in range(len(batch)))
+        said = iter(values[logs.numel() :])
+        scores.setdefault(task.name, []).extend(list(islice(said, len(example.choices))) for example in batch)
         answers.setdefault(task.name, []).extend(example.answer for example in batch)
     better = {name: fitted_offsets(scores[name], answers[name]) if own else own for name, own in offsets.items()}
     return total, better

@@ -41,7 +41,7 @@ _LOSS_SCALES = (4096, 64, 1)
 
 
 Offsets = tuple[float, ...]
-"""By choice, nats that are added to its log-likelihood; none where the choices of questions differ."""
+"""By choice, nats that are added to its log-likelihood; none where questions don't share their choices."""
 
 
 class Slopes(NamedTuple):
@@ -212,7 +212,7 @@ def log_likelihoods(
     """
     if offsets is not None:
         rows = [row[: len(example.choices)] for row, example in zip(scores, examples, strict=True)]
-        shifted = [row + row.new_tensor(offsets or 0.0) for row in rows]
+        shifted = [row + row.new_tensor(offsets[: len(row)]) if offsets else row for row in rows]
         return torch.stack([row.log_softmax(0)[e.answer] for row, e in zip(shifted, examples, strict=True)])
     return torch.stack(
         [

@@ -24,7 +24,7 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, choose
-from act_export.search.controls import have_same_choices, log_likelihoods_beyond_remedy
+from act_export.search.controls import can_lean, log_likelihoods_beyond_remedy
 from act_export.search.fit import fit_strengths, fitting_cost
 from act_export.search.gates import Offsets
 from act_export.search.journal_description import describe_search
@@ -175,7 +175,7 @@ class _Search:
         """By task, the plain model's best offsets on the ranking questions; nothing where accuracy is the goal."""
         if self.options.goal == "accuracy":
             return {}
-        same = [task for task in self.tasks if have_same_choices(task)]
+        same = [task for task in self.tasks if can_lean(task)]
         answered = self._answer("answering plainly", [(task, RANK, None) for task in same])
         found: dict[str, Offsets] = {task.name: () for task in self.tasks}
         for task, answers in zip(same, answered, strict=True):
@@ -259,13 +259,13 @@ class _Search:
         for task in self.tasks:
             ask(task, "plain", None)
             ask(task, CONTENT_FREE, None, CONTENT_FREE)
-            if have_same_choices(task):
+            if can_lean(task):
                 ask(task, RANK, None, RANK)
             own = found[task.name].calibration
             if own.heads:
                 ask(task, "own", own)
                 ask(task, OWN + CONTENT_FREE, own, CONTENT_FREE)
-                if have_same_choices(task):
+                if can_lean(task):
                     ask(task, OWN + RANK, own, RANK)
                 for draw in range(self.options.random_draws):
                     seed = task.task.questions.drawing_seed + draw

@@ -22,40 +22,54 @@ Rows = NDArray[np.float64]
 
 
 def same_choices(examples: Sequence[EncodedExample]) -> bool:
-    """Whether all examples have the same choices, in the same order; only then is there a bias to speak of."""
+    """Whether all examples have the same choices, in the same order."""
     return len({example.choices for example in examples}) == 1
+
+
+def share_choices(examples: Sequence[EncodedExample]) -> bool:
+    """Whether all examples have the same choices, some perhaps not the last ones, as letters of questions with fewer.
+
+    Only then is there a bias to speak of.
+    """
+    longest = max((example.choices for example in examples), key=len, default=())
+    return bool(longest) and all(example.choices == longest[: len(example.choices)] for example in examples)
 
 
 def without_choice_bias(
     scores: Sequence[Sequence[float]], others: Sequence[Sequence[float]] | None = None
 ) -> list[tuple[float, ...]]:
-    """Log-probabilities among the choices, less their mean over other questions.
+    """Log-probabilities among the choices, less their mean over other questions that have the choice.
 
     It needs no right answer (Zhou et al., "Batch Calibration", ICLR 2024).
 
     Args:
         scores: By example, log-likelihoods of the choices.
-        others: The same of other examples, with the same choices. None for each example's others among `scores`; of
-            one example alone nothing is taken off.
+        others: The same of other examples, with the same choices (`share_choices`). None for each example's others
+            among `scores`; from a choice that no other has nothing is taken off.
     """
     logs = _among_choices(scores)
-    if others is not None:
-        return _tuples(logs - _among_choices(others).mean(0))
-    if len(logs) == 1:
-        return _tuples(logs)
-    return _tuples((logs - logs.mean(0)) * len(logs) / (len(logs) - 1))  # the same as with the others' mean, of each
+    theirs = logs if others is None else _among_choices(others)
+    present = np.isfinite(theirs)
+    counts = np.zeros(max(logs.shape[1], theirs.shape[1]))
+    sums = np.zeros_like(counts)
+    counts[: theirs.shape[1]], sums[: theirs.shape[1]] = present.sum(0), np.where(present, theirs, 0).sum(0)
+    counts, sums = counts[: logs.shape[1]], sums[: logs.shape[1]]
+    if others is None:  # of each, without its own
+        counts, sums = counts - 1, sums - np.where(present, logs, 0)
+    return _rows(logs - sums / np.maximum(counts, 1), scores)
 
 
 def with_offsets(scores: Sequence[Sequence[float]], offsets: Sequence[float]) -> list[tuple[float, ...]]:
-    """Log-likelihoods of the choices with an offset added to each choice's."""
-    return _tuples(np.asarray(scores, np.float64) + np.asarray(offsets))
+    """Log-likelihoods of the choices with an offset added to each choice's, as far as it has one."""
+    padded = [*offsets, *[0.0] * max(map(len, scores), default=0)]
+    return [tuple(score + padded[choice] for choice, score in enumerate(row)) for row in scores]
 
 
 def fitted_offsets(scores: Sequence[Sequence[float]], answers: Sequence[int]) -> tuple[float, ...]:
     """The offset per choice that makes right answers likeliest: least sum of -log p(answer) + 0.05 * offset².
 
     Args:
-        scores: By example, log-likelihoods of the choices, which are the same for all.
+        scores: By example, log-likelihoods of the choices, which are the same for all (`share_choices`).
         answers: By example, index of the right choice.
 
     Returns:
@@ -78,20 +92,21 @@ def remedied_log_likelihoods(
     Args:
         scores: By example, log-likelihoods of its choices.
         answers: By example, index of the right choice.
-        offsets: Fit an offset for each choice too; all examples have the same choices.
+        offsets: Fit an offset for each choice too; the examples `share_choices`.
 
     Returns:
         By example, at most 0.
     """
     if offsets:
         logs, right = _among_choices(scores), np.asarray(answers)
+        absent, logs = np.where(np.isfinite(logs), 0, -np.inf), np.where(np.isfinite(logs), logs, 0)
         identity = np.broadcast_to(np.eye(logs.shape[1]), (*logs.shape, logs.shape[1]))
         features, plain = np.concatenate([logs[..., None], identity], 2), np.eye(1, 1 + logs.shape[1])[0]
-        found = _fitted(np.zeros_like(logs), features, right, plain)
+        found = _fitted(absent, features, right, plain)
         if found[0] < 0:  # the likelier, the less likely: nothing is the best that a temperature can make of it
             features = features * (np.arange(features.shape[2]) > 0)
-            found = _fitted(np.zeros_like(logs), features, right, np.zeros_like(plain))
-        rows: list[Rows] = list(features @ found)
+            found = _fitted(absent, features, right, np.zeros_like(plain))
+        rows: list[Rows] = list(absent + features @ found)
     else:
         rows = [np.asarray(row) for row in with_temperature(scores, fitted_temperature(scores, answers))]
     return tuple(float(row[a] - np.logaddexp.reduce(row)) for row, a in zip(rows, answers, strict=True))
@@ -111,7 +126,7 @@ def _fitted(base: Rows, features: Rows, answers: NDArray[np.int_], start: Rows) 
     right = np.eye(base.shape[1])[answers]
 
     def loss(weights: Rows) -> float:
-        missed = -(_among_choices(base + features @ weights) * right).sum()
+        missed = -_among_choices(base + features @ weights)[np.arange(len(base)), answers].sum()
         return float(missed + _PENALTY / 2 * (weights - start) @ (weights - start))
 
     weights = start
@@ -159,9 +174,12 @@ def fitted_temperature(scores: Sequence[Sequence[float]], answers: Sequence[int]
 
 
 def _among_choices(scores: Sequence[Sequence[float]] | Rows) -> Rows:
-    values = np.asarray(scores, dtype=np.float64)
+    """Log-probabilities (examples, most choices): minus infinity where an example has fewer."""
+    values = np.full((len(scores), max(map(len, scores))), -np.inf)
+    for row, given in zip(values, scores, strict=True):
+        row[: len(given)] = given
     return values - np.logaddexp.reduce(values, axis=1, keepdims=True)
 
 
-def _tuples(rows: Rows) -> list[tuple[float, ...]]:
-    return [tuple(row) for row in rows.tolist()]
+def _rows(values: Rows, like: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+    return [tuple(row[: len(given)]) for row, given in zip(values.tolist(), like, strict=True)]

@@ -14,6 +14,7 @@ from act_export.tasks.remedies import (
     fitted_temperature,
     remedied_log_likelihoods,
     same_choices,
+    share_choices,
     with_offsets,
     with_temperature,
     without_choice_bias,
@@ -180,3 +181,40 @@ def test_where_choices_differ_only_confidence_is_put_right() -> None:
     scores = [(0.0, 10.0), (0.0, 10.0, -5000.0), (0.0, 10.0), (0.0, 10.0)]
     found = remedied_log_likelihoods(scores, [1, 1, 1, 0], offsets=False)
     assert found == pytest.approx([math.log(0.75)] * 3 + [math.log(0.25)])
+
+
+def test_questions_with_fewer_choices_share_them() -> None:
+    letters = [((1,), (2,)), ((1,), (2,), (3,)), ((1,),)]
+    examples = [EncodedExample((9,), choices, 0) for choices in letters]
+    assert share_choices(examples)
+    assert not same_choices(examples)
+    assert not share_choices([*examples, EncodedExample((9,), ((2,), (1,)), 0)])
+    assert not share_choices([])
+
+
+@given(of=answered(choices=3), other=answered(choices=2))
+def test_a_missing_choice_is_one_that_nothing_makes_likely(
+    of: tuple[list[tuple[float, ...]], list[int]], other: tuple[list[tuple[float, ...]], list[int]]
+) -> None:
+    """All remedies treat a question with fewer choices as one whose others have no probability."""
+    scores, answers = [*of[0], *other[0]], [*of[1], *other[1]]
+    whole = [*of[0], *[(*row, -1e4) for row in other[0]]]
+    assert fitted_offsets(scores, answers) == pytest.approx(fitted_offsets(whole, answers), abs=1e-6)
+    for ragged, padded in zip(
+        with_offsets(scores, (1.0, -2.0, 0.5)), with_offsets(whole, (1.0, -2.0, 0.5)), strict=True
+    ):
+        assert ragged == pytest.approx(padded[: len(ragged)])
+    few, many = (without_choice_bias(rows, of[0]) for rows in (scores, whole))
+    for ragged, padded in zip(few, many, strict=True):
+        assert ragged == pytest.approx(padded[: len(ragged)], abs=1e-6)
+    found = remedied_log_likelihoods(scores, answers, offsets=True)
+    assert all(math.isfinite(each) and each <= 0 for each in found)
+    assert with_offsets([(0.0, 1.0, 2.0)], (1.0,)) == [(1.0, 1.0, 2.0)]
+
+
+def test_the_mean_of_the_others_is_of_those_that_have_the_choice() -> None:
+    first, second, third = without_choice_bias([(0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0)])
+    half, share = math.log(1 / 2), math.log(1 / 3)
+    assert first == pytest.approx([half - (share + half) / 2] * 2)
+    assert second == pytest.approx([share - half, share - half, share])
+    assert third == pytest.approx(first)

@@ -35,7 +35,7 @@ from act_export.commands.console import run_program
 from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import CHOOSE, CONTENT_FREE, RANK, REPORT, Answers, EncodedTask, answer, encode_task
-from act_export.search.controls import PLAIN, best_control, control_answers, have_same_choices, measures_of
+from act_export.search.controls import PLAIN, best_control, can_lean, control_answers, measures_of
 from act_export.search.job import SearchJob
 from act_export.search.journal_description import describe_search
 from act_export.search.precision import precision_for_search
@@ -67,7 +67,7 @@ class Bench:
         return answer(self.checkpoint, asked, self.options, self.workers, step=split)[0]
 
     def controls(self, calibration: Calibration | None = None) -> dict[str, Answers]:
-        splits = [CHOOSE, CONTENT_FREE, REPORT] + [RANK] * have_same_choices(self.encoded)
+        splits = [CHOOSE, CONTENT_FREE, REPORT] + [RANK] * can_lean(self.encoded)
         return control_answers(self.encoded, {split: self.answers(split, calibration) for split in splits})
 
     def by(self, way: str) -> Answers:

@@ -18,7 +18,7 @@ from act_export.tasks.examples import TaskExamples
 from act_export.tasks.generation import generate_answers
 from act_export.tasks.label_prior import content_free_examples, without_label_prior
 from act_export.tasks.language_model import SessionLanguageModel
-from act_export.tasks.remedies import without_choice_bias
+from act_export.tasks.remedies import share_choices, without_choice_bias
 from act_export.tasks.scoring import score_choices, scores_of_choices
 from act_export.verify.evaluate.answers import AnswerEvaluation, Evaluation
 from act_export.verify.evaluate.files import is_plain
@@ -184,6 +184,6 @@ def _evaluate(
         rows = score_choices(model, work.content_free, replace(batching, done=counter), length_normalized=per_token)
         priors = scores_of_choices(rows, work.content_free)
         controls[LABEL_PRIOR] = without_label_prior(evaluation.log_likelihoods, work.task.examples, priors)
-    if controlled and evaluation.same_choices and len(scores) > 1:
+    if controlled and share_choices(work.encoded) and len(scores) > 1:
         controls[CHOICE_BIAS] = without_choice_bias(evaluation.log_likelihoods)
     return evaluation, {name: Evaluation.of(rows, work.encoded) for name, rows in controls.items()}
