@@ -32,11 +32,12 @@ from act_export.attention.hook import HookedModel, attention_hook
 from act_export.calibration.reference import calibrate_one_at_a_time, calibrate_with_state
 from act_export.calibration.reference_operator import attention_probabilities
 from act_export.search.decoder_layers import Forward, decoder_layers, interposed, with_hidden
-from act_export.search.gates import Offsets, log_likelihoods
+from act_export.search.gates import log_likelihoods
 from act_export.search.request import Threshold
 from act_export.tasks import EncodedExample
 from act_export.tasks.batching import Batching, batches
 from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.remedies import Remedy
 from act_export.tasks.scoring import choice_scores, predicted_choice
 
 
@@ -112,7 +113,7 @@ class PlainRun:
         *,
         beta: float,
         batch_tokens: int | None = None,
-        offsets: Offsets | None = None,
+        remedy: Remedy | None = None,
     ) -> LayerEffects:
         """What calibrating each of these heads alone changes.
 
@@ -121,7 +122,7 @@ class PlainRun:
             beta: How strongly.
             heads: Query heads; None for all. Those left out get 0.
             batch_tokens: Positions that run together at the most, as in `act_export.tasks.batching`.
-            offsets: As `act_export.search.gates.log_likelihoods`.
+            remedy: As `act_export.search.gates.log_likelihoods`.
 
         Raises:
             ActExportError: If a score isn't finite, naming the prompt.
@@ -133,13 +134,13 @@ class PlainRun:
             if self.has_sinks[layer, example, head]
         ]
         gains, correct = [0.0] * self.num_heads, [0] * self.num_heads
-        plain = log_likelihoods(self.batch, self.scores, offsets).tolist()
+        plain = log_likelihoods(self.batch, self.scores, remedy).tolist()
         for indices in batches([self.batch[example] for example, _ in pairs], Batching(None, batch_tokens)):
             together = [pairs[index] for index in indices]
             copies = [self.batch[example] for example, _ in together]
             scores = self._scores_from(layer, together, beta)
             for (example, head), copy, row, gained in zip(
-                together, copies, scores, log_likelihoods(copies, scores, offsets).tolist(), strict=True
+                together, copies, scores, log_likelihoods(copies, scores, remedy).tolist(), strict=True
             ):
                 gains[head] += gained - plain[example]
                 right = predicted_choice(row.tolist()) == copy.answer

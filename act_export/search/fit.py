@@ -32,12 +32,12 @@ from act_export.calibration.file import STRENGTHS
 from act_export.checkpoint.load import Checkpoint
 from act_export.journal import are_numbers
 from act_export.search.answers import EncodedTask, cost_of
-from act_export.search.gates import Offsets, likelihood_gradient
+from act_export.search.gates import likelihood_gradient
 from act_export.search.processes import Unit, Workers
 from act_export.search.rank import GRADIENT_COST, compares_per_token, gradient_batches, name_of
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample
-from act_export.tasks.remedies import fitted_offsets
+from act_export.tasks.remedies import Remedy, fitted_remedy
 
 STEP_COST = GRADIENT_COST + 1  # of a batch, in forward passes: attention is computed twice
 _LEARNING_RATE = 0.15  # of log strengths
@@ -100,7 +100,7 @@ def fit_strengths(
     l2: float,
     options: SearchOptions,
     workers: Workers,
-    offsets: Mapping[str, Offsets] | None = None,
+    remedies: Mapping[str, Remedy] | None = None,
 ) -> dict[int, Tensor]:
     """Strengths after so many steps, fitted on the ranking questions of all these tasks; each task counts the same.
 
@@ -112,7 +112,8 @@ def fit_strengths(
         l2: How strongly strengths are drawn back to 1.
         options: `fit_steps`, `fit_l1`.
         workers: Who computes the gradients.
-        offsets: As `act_export.search.rank.rank_heads`. After a step, those that are best for its strengths are used.
+        remedies: As `act_export.search.rank.rank_heads`, for the plain model. From the third step on, each task's is
+            the best for the strengths of the step before, as the gradient there showed.
 
     Returns:
         By step, of those in `options.fit_steps`: beta and gamma, float64 (2, layers, heads).
@@ -124,11 +125,11 @@ def fit_strengths(
     optimizer = torch.optim.Adam([logs], lr=_LEARNING_RATE)
     least = _LEARNING_RATE * options.fit_l1 * slopes.abs().max()
     found: dict[int, Tensor] = {}
-    offsets = offsets or {}
+    remedies = remedies or {}
     for step in range(1, max(options.fit_steps) + 1):
         gained = slopes
         if step > 1:
-            gained, offsets = _gradient(checkpoint, tasks, logs, threshold, options, workers, offsets)
+            gained, remedies = _gradient(checkpoint, tasks, logs, threshold, options, workers, remedies)
         logs.grad = 2 * l2 * logs - gained
         optimizer.step()
         logs.copy_(torch.clamp(logs, _LOWEST, _HIGHEST))
@@ -160,9 +161,9 @@ def _gradient(
     threshold: Threshold,
     options: SearchOptions,
     workers: Workers,
-    offsets: Mapping[str, Offsets],
-) -> tuple[Tensor, dict[str, Offsets]]:
-    """Mean derivative of the right answers' log-likelihood by log strengths; offsets that are best with these."""
+    remedies: Mapping[str, Remedy],
+) -> tuple[Tensor, dict[str, Remedy]]:
+    """Mean derivative of the right answers' log-likelihood by log strengths; remedies that are best with these."""
     at = hashlib.sha256(logs.numpy().tobytes()).hexdigest()[:16]
 
     def compute(task: EncodedTask, batch: Sequence[EncodedExample]) -> list[float]:
@@ -174,18 +175,18 @@ def _gradient(
             batch,
             length_normalized=compares_per_token(task),
             checkpointed_layers=checkpoint.identity.num_layers if options.gradient_checkpointing else None,
-            offsets=offsets.get(task.name),
+            remedy=remedies.get(task.name),
         )
         values: list[float] = found.gradient.flatten().tolist()
-        return values + [score for row in found.scores for score in row] if offsets.get(task.name) else values
+        return values + [score for row in found.scores for score in row] if task.name in remedies else values
 
     def length(task: EncodedTask, batch: Sequence[EncodedExample]) -> int:
-        return logs.numel() + (sum(len(e.choices) for e in batch) if offsets.get(task.name) else 0)
+        return logs.numel() + (sum(len(e.choices) for e in batch) if task.name in remedies else 0)
 
     plan = [(task, number, batch) for task in tasks for number, batch in enumerate(gradient_batches(task, options))]
     units = [
         Unit(
-            f"fit {name_of(task, threshold, offsets)} {number} {at}",
+            f"fit {name_of(task, threshold, remedies)} {number} {at}",
             STEP_COST * cost_of(batch),
             lambda task=task, batch=batch: compute(task, batch),  # type: ignore[misc]
             lambda value, task=task, batch=batch: are_numbers(value, length(task, batch)),  # type: ignore[misc]
@@ -201,5 +202,9 @@ def _gradient(
         said = iter(values[logs.numel() :])
         scores.setdefault(task.name, []).extend(list(islice(said, len(example.choices))) for example in batch)
         answers.setdefault(task.name, []).extend(example.answer for example in batch)
-    better = {name: fitted_offsets(scores[name], answers[name]) if own else own for name, own in offsets.items()}
+    better = {
+        name: fitted_remedy(scores[name], answers[name], offsets=bool(remedies[name].offsets))
+        for name in scores
+        if name in remedies
+    }
     return total, better

@@ -34,14 +34,11 @@ from act_export.errors import ActExportError
 from act_export.search.decoder_layers import checkpointed
 from act_export.tasks import EncodedExample
 from act_export.tasks.language_model import TorchLanguageModel
+from act_export.tasks.remedies import Remedy
 from act_export.tasks.scoring import choice_scores, scores_of_choices
 
 # float16 has no room for the small gradients inside the model: they are computed for a loss that is a multiple.
 _LOSS_SCALES = (4096, 64, 1)
-
-
-Offsets = tuple[float, ...]
-"""By choice, nats that are added to its log-likelihood; none where questions don't share their choices."""
 
 
 class Slopes(NamedTuple):
@@ -113,7 +110,7 @@ def gate_gradients(
     threshold_mode: str = "absolute",
     length_normalized: bool = False,
     gradient_checkpointing: bool = False,
-    offsets: Offsets | None = None,
+    remedy: Remedy | None = None,
 ) -> Tensor:
     """Derivative of the right answers' log-likelihood with respect to each head's two gates, summed over one batch.
 
@@ -130,7 +127,7 @@ def gate_gradients(
         threshold_mode: The same.
         length_normalized: Compare choices by log-likelihood per token.
         gradient_checkpointing: Compute each layer twice to keep one layer's activations instead of all layers'.
-        offsets: As `log_likelihoods`.
+        remedy: As `log_likelihoods`.
 
     Returns:
         float64 (2, num_layers, num_heads): first positive where calibrating the head's later sinks makes the right
@@ -149,7 +146,7 @@ def gate_gradients(
         batch,
         length_normalized=length_normalized,
         checkpointed_layers=num_layers if gradient_checkpointing else None,
-        offsets=offsets,
+        remedy=remedy,
     ).gradient
 
 
@@ -161,7 +158,7 @@ def likelihood_gradient(
     *,
     length_normalized: bool = False,
     checkpointed_layers: int | None = None,
-    offsets: Offsets | None = None,
+    remedy: Remedy | None = None,
 ) -> Slopes:
     """Derivative of the right answers' log-likelihood, summed over one batch, by a parameter of an attention hook.
 
@@ -172,7 +169,7 @@ def likelihood_gradient(
         batch: Examples that run together.
         length_normalized: Compare choices by log-likelihood per token.
         checkpointed_layers: The model's layers, to compute each twice and keep one layer's activations; None not to.
-        offsets: As `log_likelihoods`.
+        remedy: As `log_likelihoods`.
 
     Raises:
         ActExportError: If a score isn't finite, naming the prompt, or a gradient, naming those of its batch.
@@ -182,7 +179,7 @@ def likelihood_gradient(
         saving = checkpointed(model, checkpointed_layers) if checkpointed_layers is not None else nullcontext()
         with torch.enable_grad(), attention_hook(model, hook) as hooked, saving:
             scores = choice_scores(TorchLanguageModel(hooked), batch, length_normalized=length_normalized)
-            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores, offsets).sum(), parameter)
+            (scaled,) = torch.autograd.grad(scale * log_likelihoods(batch, scores, remedy).sum(), parameter)
         gradient: Tensor = scaled.double() / scale
         if gradient.isfinite().all():
             said = scores_of_choices([row.detach().double().tolist() for row in scores], batch)
@@ -194,26 +191,28 @@ def likelihood_gradient(
 
 
 def log_likelihoods(
-    examples: Sequence[EncodedExample], scores: Sequence[Tensor], offsets: Offsets | None = None
+    examples: Sequence[EncodedExample], scores: Sequence[Tensor], remedy: Remedy | None = None
 ) -> Tensor:
-    """Log-likelihood of each example's right answer, as its accuracy would have it; with offsets as a remedy would.
+    """Log-likelihood of each example's right answer, as its accuracy would have it, or among the choices with a remedy.
 
-    Without offsets among the choices, or its own where it is the only one (a generation task's reference answer). Its
-    own too where first tokens are compared: there it has to beat the whole vocabulary, so what counts against it isn't
-    the other choices alone, nor them and the one other token that happens to be the likeliest.
+    As accuracy has it: among the choices, or its own where it is the only one (a generation task's reference answer).
+    Its own too where first tokens are compared: there it has to beat the whole vocabulary, so what counts against it
+    isn't the other choices alone, nor them and the one other token that happens to be the likeliest.
 
     Args:
         examples: n of them.
         scores: By example, as `act_export.tasks.scoring.choice_scores` gives them.
-        offsets: Count the choices alone, with these added to them; None to count as accuracy does.
+        remedy: To apply to the choices; None to count as accuracy does.
 
     Returns:
         (n,).
     """
-    if offsets is not None:
+    if remedy is not None:
+        widest = max(len(example.choices) for example in examples)
+        offsets = [*remedy.offsets, *[0.0] * widest]
         rows = [row[: len(example.choices)] for row, example in zip(scores, examples, strict=True)]
-        shifted = [row + row.new_tensor(offsets[: len(row)]) if offsets else row for row in rows]
-        return torch.stack([row.log_softmax(0)[e.answer] for row, e in zip(shifted, examples, strict=True)])
+        rows = [remedy.sharpness * row + row.new_tensor(offsets[: len(row)]) for row in rows]
+        return torch.stack([row.log_softmax(0)[e.answer] for row, e in zip(rows, examples, strict=True)])
     return torch.stack(
         [
             row[example.answer] if example.first_token or len(row) == 1 else row.log_softmax(0)[example.answer]

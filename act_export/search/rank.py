@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,12 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.journal import are_numbers
 from act_export.search.answers import RANK, EncodedTask, cost_of
 from act_export.search.exhaustive import PlainRun
-from act_export.search.gates import Offsets, gate_gradients
+from act_export.search.gates import gate_gradients
 from act_export.search.processes import Unit, Workers
 from act_export.search.request import SearchOptions, Threshold
 from act_export.tasks import EncodedExample
 from act_export.tasks.batching import Batching, batches
+from act_export.tasks.remedies import Remedy
 
 GRADIENT_COST = 3  # of a batch, in forward passes: the backward pass computes twice what the forward pass does
 
@@ -67,7 +69,7 @@ def rank_heads(
     workers: Workers,
     *,
     joint: bool = False,
-    offsets: Mapping[str, Offsets] | None = None,
+    remedies: Mapping[str, Remedy] | None = None,
 ) -> Ranking:
     """Effects of all heads on the tasks' ranking splits, by the ranking and the methods of the options.
 
@@ -77,26 +79,26 @@ def rank_heads(
         options: Methods, ranking, betas, thresholds.
         workers: Who does it.
         joint: The ranking for all tasks together will be used: "gradient+confirm" measures its first heads too.
-        offsets: By task, as `act_export.search.gates.log_likelihoods`; None for effects on accuracy as it is.
+        remedies: By task, as `act_export.search.gates.log_likelihoods`; None for effects on accuracy as it is.
 
     Raises:
         ActExportError: If a score or a gradient isn't finite; if the method needs the model's decoder layers and can't
             find them.
     """
-    offsets = offsets or {}
-    estimated = _by_gates(checkpoint, tasks, options, workers, offsets) if _takes_gradients(options) else None
+    remedies = remedies or {}
+    estimated = _by_gates(checkpoint, tasks, options, workers, remedies) if _takes_gradients(options) else None
     if estimated is not None and (options.ranking == "gradient" or "act" not in options.methods):
         return Ranking(estimated, _together(estimated))
     first: list[list[Mapping[float, Heads] | None]] = [[None] * len(options.thresholds)] * len(tasks)
     if estimated is not None and options.ranking == "gradient+confirm":
         first = [[_first(effects, options.confirm) for effects in of_task] for of_task in estimated]
-    own = _with_slopes(_exact(checkpoint, tasks, options, workers, offsets, first), estimated)
+    own = _with_slopes(_exact(checkpoint, tasks, options, workers, remedies, first), estimated)
     if not joint:
         return Ranking(own, ())
     if estimated is None or options.ranking == "exhaustive":
         return Ranking(own, _together(own))
     shared = [_first(effects, options.confirm) for effects in _together(estimated)]
-    exact = _exact(checkpoint, tasks, options, workers, offsets, [shared] * len(tasks))
+    exact = _exact(checkpoint, tasks, options, workers, remedies, [shared] * len(tasks))
     return Ranking(own, _together(_with_slopes(exact, estimated)))
 
 
@@ -182,9 +184,13 @@ def compares_per_token(task: EncodedTask) -> bool:
     return task.task.length_normalized or task.task.generation is not None
 
 
-def name_of(task: EncodedTask, threshold: Threshold, offsets: Mapping[str, Offsets]) -> str:
-    """What a journal's keys call them; offsets follow from the plain model's answers to the task."""
-    return f"{task.name} {threshold.mode} {threshold.value}{' with offsets' if task.name in offsets else ''}"
+def name_of(task: EncodedTask, threshold: Threshold, remedies: Mapping[str, Remedy]) -> str:
+    """What a journal's keys call them."""
+    name = f"{task.name} {threshold.mode} {threshold.value}"
+    if task.name not in remedies:
+        return name
+    numbers = [round(number, 6) for number in (remedies[task.name].sharpness, *remedies[task.name].offsets)]
+    return f"{name} remedy {hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]}"
 
 
 def _by_gates(
@@ -192,7 +198,7 @@ def _by_gates(
     tasks: Sequence[EncodedTask],
     options: SearchOptions,
     workers: Workers,
-    offsets: Mapping[str, Offsets],
+    remedies: Mapping[str, Remedy],
 ) -> tuple[tuple[Effects, ...], ...]:
     """By task and threshold."""
     shape = (checkpoint.identity.num_layers, checkpoint.identity.num_heads)
@@ -208,7 +214,7 @@ def _by_gates(
             threshold_mode=threshold.mode,
             length_normalized=compares_per_token(task),
             gradient_checkpointing=options.gradient_checkpointing,
-            offsets=offsets.get(task.name),
+            remedy=remedies.get(task.name),
         )
         values: list[float] = gradient.flatten().tolist()
         return values
@@ -221,7 +227,7 @@ def _by_gates(
     ]
     units = [
         Unit(
-            f"gates {name_of(task, threshold, offsets)} {number}",
+            f"gates {name_of(task, threshold, remedies)} {number}",
             GRADIENT_COST * cost_of(batch),
             lambda task=task, threshold=threshold, batch=batch: compute(task, threshold, batch),  # type: ignore[misc]
             lambda value: are_numbers(value, 2 * shape[0] * shape[1]),
@@ -231,12 +237,12 @@ def _by_gates(
     totals: dict[str, Tensor] = {}
     for (task, threshold, _, _), values in zip(plan, workers.run("ranking heads", units), strict=True):
         gradient = torch.tensor(values, dtype=torch.float64).view(2, *shape)
-        name = name_of(task, threshold, offsets)
+        name = name_of(task, threshold, remedies)
         totals[name] = totals[name] + gradient if name in totals else gradient
 
     def effects(task: EncodedTask, threshold: Threshold) -> Effects:
         count = len(task.splits[RANK])
-        erased, log_gamma = totals[name_of(task, threshold, offsets)] / count
+        erased, log_gamma = totals[name_of(task, threshold, remedies)] / count
         slopes = torch.stack([-erased, log_gamma])  # an open gate takes beta from 1 to 0
         return Effects({beta: (1 - beta) * erased for beta in options.betas}, {}, GRADIENT_COST * count, slopes)
 
@@ -271,7 +277,7 @@ def _exact(
     tasks: Sequence[EncodedTask],
     options: SearchOptions,
     workers: Workers,
-    offsets: Mapping[str, Offsets],
+    remedies: Mapping[str, Remedy],
     wanted: Sequence[Sequence[Mapping[float, Heads] | None]],
 ) -> tuple[tuple[Effects, ...], ...]:
     """Effects, by task and threshold, of switching on each head that is wanted there for a beta (None for all)."""
@@ -289,7 +295,7 @@ def _exact(
                         if heads:
                             plan.append((t, k, beta, layer, heads))
                             units.append(
-                                _exact_unit(runs, task, threshold, number, batch, beta, layer, heads, options, offsets)
+                                _exact_unit(runs, task, threshold, number, batch, beta, layer, heads, options, remedies)
                             )
     shape = (num_layers, num_heads)
     gained = {key: torch.full(shape, float("-inf"), dtype=torch.float64) for key in {p[:3] for p in plan}}
@@ -326,14 +332,14 @@ def _exact_unit(
     layer: int,
     heads: list[int],
     options: SearchOptions,
-    offsets: Mapping[str, Offsets],
+    remedies: Mapping[str, Remedy],
 ) -> Unit:
-    name = name_of(task, threshold, offsets)
+    name = name_of(task, threshold, remedies)
 
     def compute() -> list[list[float]]:
         plain = runs.get(f"{name} {number}", batch, threshold, compares_per_token(task))
         effects = plain.effects(
-            layer, heads, beta=beta, batch_tokens=options.batch_tokens, offsets=offsets.get(task.name)
+            layer, heads, beta=beta, batch_tokens=options.batch_tokens, remedy=remedies.get(task.name)
         )
         return [list(effects.log_likelihood), list(effects.correct), [effects.passes]]
 

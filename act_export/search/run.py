@@ -26,7 +26,6 @@ from act_export.search.answers import (
 from act_export.search.choose import Choice, choose
 from act_export.search.controls import can_lean, log_likelihoods_beyond_remedy
 from act_export.search.fit import fit_strengths, fitting_cost
-from act_export.search.gates import Offsets
 from act_export.search.journal_description import describe_search
 from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers, process_index, same_everywhere
@@ -38,7 +37,7 @@ from act_export.search.results import CONTROL, Gain, SearchResult, TaskReport, a
 from act_export.search.task_report import JOINT, OWN, answers_with_controls, task_report
 from act_export.tasks import Example, question_digests
 from act_export.tasks.batching import Batching, batches
-from act_export.tasks.remedies import fitted_offsets
+from act_export.tasks.remedies import Remedy, fitted_remedy
 
 
 def search_heads(
@@ -129,16 +128,16 @@ class _Search:
     workers: Workers
 
     def run(self, *, own: bool, joint: bool) -> SearchResult:
-        offsets = self._offsets()
-        ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint, offsets=offsets)
+        remedies = self._remedies()
+        ranking = rank_heads(self.checkpoint, self.tasks, self.options, self.workers, joint=joint, remedies=remedies)
         plain = self._answer("choosing", [(task, CHOOSE, None) for task in self.tasks])
         found = {
-            task.name: self._choose([task], effects, [answers], offsets)
+            task.name: self._choose([task], effects, [answers], remedies)
             if own
             else self._found(choose([], [answers], []))
             for task, effects, answers in zip(self.tasks, ranking.own, plain, strict=True)
         }
-        together = self._choose(self.tasks, ranking.joint, plain, offsets) if joint else None
+        together = self._choose(self.tasks, ranking.joint, plain, remedies) if joint else None
         answered = self._report(found, together)
         reports = {
             task.name: task_report(task, found[task.name].choice, answered[task.name], sum(e.passes for e in effects))
@@ -171,23 +170,22 @@ class _Search:
             answered,
         )
 
-    def _offsets(self) -> dict[str, Offsets]:
-        """By task, the plain model's best offsets on the ranking questions; nothing where accuracy is the goal."""
+    def _remedies(self) -> dict[str, Remedy]:
+        """By task, the plain model's best on the ranking questions; nothing where accuracy is the goal."""
         if self.options.goal == "accuracy":
             return {}
-        same = [task for task in self.tasks if can_lean(task)]
-        answered = self._answer("answering plainly", [(task, RANK, None) for task in same])
-        found: dict[str, Offsets] = {task.name: () for task in self.tasks}
-        for task, answers in zip(same, answered, strict=True):
-            found[task.name] = fitted_offsets(answers.scores, [example.answer for example in task.splits[RANK]])
-        return found
+        answered = self._answer("answering plainly", [(task, RANK, None) for task in self.tasks])
+        return {
+            task.name: fitted_remedy(answers.scores, [e.answer for e in task.splits[RANK]], offsets=can_lean(task))
+            for task, answers in zip(self.tasks, answered, strict=True)
+        }
 
     def _choose(
         self,
         tasks: Sequence[EncodedTask],
         effects: Sequence[Effects],
         plain: Sequence[Answers],
-        offsets: Mapping[str, Offsets],
+        remedies: Mapping[str, Remedy],
     ) -> _Found:
         """The decision on these tasks together.
 
@@ -195,13 +193,12 @@ class _Search:
             tasks: One, or all.
             effects: By threshold.
             plain: By task, the plain model's answers.
-            offsets: By task, see `_offsets`.
+            remedies: By task, see `_remedies`.
         """
-        offsets = {task.name: offsets[task.name] for task in tasks if task.name in offsets}
         proposals = [
             proposal
             for threshold, of_threshold in zip(self.options.thresholds, effects, strict=True)
-            for proposal in self._propose(tasks, threshold, of_threshold, offsets)
+            for proposal in self._propose(tasks, threshold, of_threshold, remedies)
         ]
         flat = self._answer(
             "choosing" if len(tasks) == 1 else "choosing a joint set",
@@ -224,7 +221,7 @@ class _Search:
         return _Found(nothing, choice)
 
     def _propose(
-        self, tasks: Sequence[EncodedTask], threshold: Threshold, effects: Effects, offsets: Mapping[str, Offsets]
+        self, tasks: Sequence[EncodedTask], threshold: Threshold, effects: Effects, remedies: Mapping[str, Remedy]
     ) -> list[Proposal]:
         """What each method has to offer at this threshold."""
         options, model = self.options, self.checkpoint.identity
@@ -238,7 +235,7 @@ class _Search:
             assert effects.slopes is not None
             for l2 in options.fit_l2:
                 strengths = fit_strengths(
-                    self.checkpoint, tasks, effects.slopes, threshold, l2, options, self.workers, offsets
+                    self.checkpoint, tasks, effects.slopes, threshold, l2, options, self.workers, remedies
                 )
                 said = f", L2 {l2:g}" if len(options.fit_l2) > 1 else ""
                 proposals += fitted(strengths, said, threshold, model)

@@ -7,6 +7,7 @@ runs. What a calibrated model gains over the plain one with a remedy isn't its l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from act_export.tasks.encoding import EncodedExample
 
 LARGEST_TEMPERATURE = 100.0
 _PENALTY = 0.1  # of a square: as if offsets, and sharpness about 1, were drawn with a standard deviation of 3
+_LEAST_SHARPNESS = 1e-3  # in units of how far choices are apart: nothing, but it still says which way is better
 _ENOUGH = 1e-14  # of the mean loss: what a step has to promise
 _STEPS = 100
 
@@ -40,7 +42,8 @@ def without_choice_bias(
 ) -> list[tuple[float, ...]]:
     """Log-probabilities among the choices, less their mean over other questions that have the choice.
 
-    It needs no right answer (Zhou et al., "Batch Calibration", ICLR 2024).
+    Where there are fewer choices each is likelier, so the mean is of how much likelier than by chance a choice is. It
+    needs no right answer (Zhou et al., "Batch Calibration", ICLR 2024).
 
     Args:
         scores: By example, log-likelihoods of the choices.
@@ -50,12 +53,13 @@ def without_choice_bias(
     logs = _among_choices(scores)
     theirs = logs if others is None else _among_choices(others)
     present = np.isfinite(theirs)
+    theirs = theirs + np.log(present.sum(1, keepdims=True))
     counts = np.zeros(max(logs.shape[1], theirs.shape[1]))
     sums = np.zeros_like(counts)
     counts[: theirs.shape[1]], sums[: theirs.shape[1]] = present.sum(0), np.where(present, theirs, 0).sum(0)
     counts, sums = counts[: logs.shape[1]], sums[: logs.shape[1]]
     if others is None:  # of each, without its own
-        counts, sums = counts - 1, sums - np.where(present, logs, 0)
+        counts, sums = counts - 1, sums - np.where(present, theirs, 0)
     return _rows(logs - sums / np.maximum(counts, 1), scores)
 
 
@@ -81,35 +85,61 @@ def fitted_offsets(scores: Sequence[Sequence[float]], answers: Sequence[int]) ->
     return tuple(_fitted(logs, features, np.asarray(answers), np.zeros(choices)).tolist())
 
 
-def remedied_log_likelihoods(
-    scores: Sequence[Sequence[float]], answers: Sequence[int], *, offsets: bool
-) -> tuple[float, ...]:
-    """Log-probability of each right answer among its choices, once the best temperature and offsets are put right.
+class Remedy(NamedTuple):
+    """What sets a model's confidence and its lean right: sharpness * log-likelihood + offset.
 
-    What is left of a model's worth when neither its lean nor its confidence counts. Both are fitted to these very
-    answers, so two models are compared only if both are treated so.
+    Attributes:
+        sharpness: 1 / temperature, above 0.
+        offsets: By choice, in nats; none where questions don't share their choices.
+    """
+
+    sharpness: float
+    offsets: tuple[float, ...] = ()
+
+
+def fitted_remedy(scores: Sequence[Sequence[float]], answers: Sequence[int], *, offsets: bool) -> Remedy:
+    """The temperature, and the offset per choice, that make right answers likeliest.
+
+    Both are drawn a little: offsets to taking off the mean preference for a choice, the sharpness to 1 in units of how
+    far choices are apart without it. So a model that is surer, or leans more, comes to the same answers.
 
     Args:
         scores: By example, log-likelihoods of its choices.
         answers: By example, index of the right choice.
-        offsets: Fit an offset for each choice too; the examples `share_choices`.
+        offsets: Fit offsets too; the examples `share_choices`.
+    """
+    logs, right = _among_choices(scores), np.asarray(answers)
+    present = np.isfinite(logs)
+    absent, logs = np.where(present, 0, -np.inf), np.where(present, logs, 0)
+    apart = np.where(present, logs - logs.sum(1, keepdims=True) / present.sum(1, keepdims=True), 0)
+    means = apart.sum(0) / np.maximum(present.sum(0), 1) if offsets else np.zeros(logs.shape[1])
+    apart = np.where(present, apart - means, 0)
+    scale = float(np.sqrt((apart**2).sum() / present.sum())) or 1.0
+    count = logs.shape[1] if offsets else 0
+    identity = np.broadcast_to(np.eye(logs.shape[1])[:, :count], (*logs.shape, count))
+    features, start = np.concatenate([apart[..., None] / scale, identity], 2), np.eye(1, 1 + count)[0]
+    found = _fitted(absent, features, right, start)
+    if found[0] < _LEAST_SHARPNESS:  # the likelier, the less often right: the best is to ignore it
+        found = _fitted(absent, features * (np.arange(1 + count) > 0), right, np.zeros_like(start))
+    sharpness = max(float(found[0]), _LEAST_SHARPNESS) / scale
+    return Remedy(sharpness, tuple((found[1:] - sharpness * means).tolist()) if offsets else ())
+
+
+def remedied_log_likelihoods(
+    scores: Sequence[Sequence[float]], answers: Sequence[int], *, offsets: bool
+) -> tuple[float, ...]:
+    """Log-probability of each right answer among its choices, once the best remedy is applied.
+
+    What is left of a model's worth when neither its lean nor its confidence counts. The remedy is fitted to these very
+    answers, so two models are compared only if both are treated so. Arguments as of `fitted_remedy`.
 
     Returns:
         By example, at most 0.
     """
-    if offsets:
-        logs, right = _among_choices(scores), np.asarray(answers)
-        absent, logs = np.where(np.isfinite(logs), 0, -np.inf), np.where(np.isfinite(logs), logs, 0)
-        identity = np.broadcast_to(np.eye(logs.shape[1]), (*logs.shape, logs.shape[1]))
-        features, plain = np.concatenate([logs[..., None], identity], 2), np.eye(1, 1 + logs.shape[1])[0]
-        found = _fitted(absent, features, right, plain)
-        if found[0] < 0:  # the likelier, the less likely: nothing is the best that a temperature can make of it
-            features = features * (np.arange(features.shape[2]) > 0)
-            found = _fitted(absent, features, right, np.zeros_like(plain))
-        rows: list[Rows] = list(absent + features @ found)
-    else:
-        rows = [np.asarray(row) for row in with_temperature(scores, fitted_temperature(scores, answers))]
-    return tuple(float(row[a] - np.logaddexp.reduce(row)) for row, a in zip(rows, answers, strict=True))
+    remedy = fitted_remedy(scores, answers, offsets=offsets)
+    sharp = [[remedy.sharpness * score for score in row] for row in scores]
+    logs = _among_choices(with_offsets(sharp, remedy.offsets))
+    return tuple(logs[np.arange(len(logs)), np.asarray(answers)].tolist())
 
 
 def _fitted(base: Rows, features: Rows, answers: NDArray[np.int_], start: Rows) -> Rows:

@@ -23,6 +23,7 @@ from act_export.search.processes import Workers
 from act_export.search.proposals import strengths_by_head, with_strengths
 from act_export.search.rank import rank_heads
 from act_export.tasks import EncodedExample
+from act_export.tasks.remedies import Remedy
 
 PLANTED = Calibration({0: (1,)}, beta=0.0, gamma=4.0)
 SIZES = (12, 12, 4)
@@ -72,24 +73,23 @@ def log_likelihood(
     checkpoint: Checkpoint,
     examples: list[EncodedExample],
     strengths: torch.Tensor,
-    offsets: tuple[float, ...] = (0.0, 0.0),
+    remedy: Remedy | None = None,
 ) -> float:
     """Mean over the examples, each alone and token by token, through the reference hook."""
     rows = reference_scores(checkpoint, every_head(strengths, Threshold()), examples, length_normalized=True)
-    moved = [torch.tensor(row).double() + torch.tensor(offsets) for row in rows]
+    sharpness, offsets = remedy or (1.0, (0.0, 0.0))
+    moved = [sharpness * torch.tensor(row).double() + torch.tensor(offsets) for row in rows]
     right = [row.log_softmax(0)[e.answer] for row, e in zip(moved, examples, strict=True)]
     return torch.stack(right).mean().item()
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("offsets", [None, (0.7, -0.7)], ids=["as it is", "with offsets"])
-def test_the_gradient_is_finite_differences(
-    checkpoint: Checkpoint, task: EncodedTask, offsets: tuple[float, ...] | None
-) -> None:
+@pytest.mark.parametrize("remedy", [None, Remedy(2.0, (0.7, -0.7))], ids=["as it is", "with a remedy"])
+def test_the_gradient_is_finite_differences(checkpoint: Checkpoint, task: EncodedTask, remedy: Remedy | None) -> None:
     examples = list(task.splits[RANK])
     logs = (torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(2)) * 0.3).clamp(max=0.6)
     gradient = likelihood_gradient(
-        checkpoint.model, FittedAttention(logs, Threshold()), logs, examples, length_normalized=True, offsets=offsets
+        checkpoint.model, FittedAttention(logs, Threshold()), logs, examples, length_normalized=True, remedy=remedy
     ).gradient
     gradient = gradient / len(examples)
     logs = logs.detach().double()
@@ -98,9 +98,7 @@ def test_the_gradient_is_finite_differences(
     for place in product(range(2), range(2), range(4)):
         moved = torch.zeros_like(logs)
         moved[place] = step
-        above, below = (
-            log_likelihood(checkpoint, examples, (logs + sign * moved).exp(), offsets or (0.0, 0.0)) for sign in (1, -1)
-        )
+        above, below = (log_likelihood(checkpoint, examples, (logs + sign * moved).exp(), remedy) for sign in (1, -1))
         measured[place] = (above - below) / (2 * step)
     assert measured.abs().max() > 1e-2
     torch.testing.assert_close(gradient, measured, atol=2e-3, rtol=2e-2)

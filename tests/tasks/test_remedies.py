@@ -146,28 +146,34 @@ def test_an_overconfident_models_temperature_is_known() -> None:
 
 
 @settings(max_examples=20)
-@given(of=answered(choices=2), sharpness=st.sampled_from([0.0, 0.05, 0.3, 1.0, 2.5]))
-def test_no_temperature_with_offsets_makes_right_answers_likelier(
+@given(of=answered(choices=2), sharpness=st.sampled_from([0.01, 0.05, 0.3, 1.0, 2.5]))
+def test_no_remedy_makes_right_answers_likelier(
     of: tuple[list[tuple[float, ...]], list[int]], sharpness: float
 ) -> None:
     """Of a grid, each point as in a textbook."""
     scores, answers = of
     least = -sum(remedied_log_likelihoods(scores, answers, offsets=True))
+    halves = np.array([(second - first) / 2 for first, second in scores])
+    scale, lean = float(halves.std()) or 1.0, float(halves.mean())
     for offset in (-4.0, -1.0, -0.2, 0.0, 0.2, 1.0, 4.0):
         sharp = [(sharpness * first, sharpness * second) for first, second in scores]
-        far = 0.05 * (2 * offset**2 + (sharpness - 1) ** 2)
-        assert least <= missed(sharp, answers, (-offset, offset)) + far + 0.06  # at sharpness 0 the start is 0, not 1
+        far = 0.05 * (2 * (offset + sharpness * lean) ** 2 + (sharpness * scale - 1) ** 2)
+        assert least <= missed(sharp, answers, (-offset, offset)) + far + 0.06  # where it ignores scores it starts at 0
 
 
-def test_neither_lean_nor_confidence_counts_beyond_a_remedy() -> None:
+@pytest.mark.parametrize("factor", [0.01, 0.3, 3.0, 100.0])
+def test_neither_lean_nor_confidence_counts_beyond_a_remedy(factor: float) -> None:
     rng = np.random.default_rng(0)
-    answers = rng.integers(0, 3, 400).tolist()
-    scores = rng.normal(size=(400, 3)) + np.eye(3)[answers]
-    plain = remedied_log_likelihoods(scores.tolist(), answers, offsets=True)
-    leaning = remedied_log_likelihoods((3 * scores + [4.0, -1.0, 0.0]).tolist(), answers, offsets=True)
-    assert leaning == pytest.approx(plain, abs=0.05)
-    better = remedied_log_likelihoods((scores + 0.5 * np.eye(3)[answers]).tolist(), answers, offsets=True)
-    assert np.mean(better) > np.mean(plain) + 0.05
+    answers = rng.integers(0, 3, 100).tolist()
+    scores = rng.normal(size=(100, 3)) + np.eye(3)[answers]
+    for offsets in (True, False):
+        plain = remedied_log_likelihoods(scores.tolist(), answers, offsets=offsets)
+        lean = [4.0, -1.0, 0.0] if offsets else [0.0] * 3
+        leaning = remedied_log_likelihoods((factor * scores + lean).tolist(), answers, offsets=offsets)
+        assert leaning == pytest.approx(plain, abs=0.1)
+        assert np.mean(leaning) == pytest.approx(np.mean(plain), abs=0.005)
+        better = remedied_log_likelihoods((scores + 0.5 * np.eye(3)[answers]).tolist(), answers, offsets=offsets)
+        assert np.mean(better) > np.mean(plain) + 0.05
 
 
 def test_a_model_that_is_wrong_for_sure_is_worth_as_much_as_one_that_knows_nothing() -> None:
@@ -178,9 +184,9 @@ def test_a_model_that_is_wrong_for_sure_is_worth_as_much_as_one_that_knows_nothi
 
 
 def test_where_choices_differ_only_confidence_is_put_right() -> None:
-    scores = [(0.0, 10.0), (0.0, 10.0, -5000.0), (0.0, 10.0), (0.0, 10.0)]
-    found = remedied_log_likelihoods(scores, [1, 1, 1, 0], offsets=False)
-    assert found == pytest.approx([math.log(0.75)] * 3 + [math.log(0.25)])
+    scores = [(0.0, 10.0), (0.0, 10.0, -20.0), (0.0, 10.0), (0.0, 10.0)]
+    found = remedied_log_likelihoods(scores * 20, [1, 1, 1, 0] * 20, offsets=False)
+    assert found == pytest.approx(([math.log(0.75)] * 3 + [math.log(0.25)]) * 20, abs=0.1)
 
 
 def test_questions_with_fewer_choices_share_them() -> None:
@@ -212,9 +218,8 @@ def test_a_missing_choice_is_one_that_nothing_makes_likely(
     assert with_offsets([(0.0, 1.0, 2.0)], (1.0,)) == [(1.0, 1.0, 2.0)]
 
 
-def test_the_mean_of_the_others_is_of_those_that_have_the_choice() -> None:
-    first, second, third = without_choice_bias([(0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0)])
-    half, share = math.log(1 / 2), math.log(1 / 3)
-    assert first == pytest.approx([half - (share + half) / 2] * 2)
-    assert second == pytest.approx([share - half, share - half, share])
-    assert third == pytest.approx(first)
+def test_a_model_that_says_nothing_leans_to_nothing_however_many_choices_there_are() -> None:
+    nothing = [(0.0, 0.0), (0.0, 0.0, 0.0, 0.0), (1.0, 1.0)]
+    for rows in (without_choice_bias(nothing), without_choice_bias(nothing, nothing[:1])):
+        for row in rows:
+            assert row == pytest.approx([math.log(1 / len(row))] * len(row))
