@@ -15,7 +15,7 @@ from typing import Any
 
 from act_export.calibration.calibration_set import CalibrationSet
 from act_export.calibration.file import Calibration, CalibrationError, ModelIdentity
-from act_export.calibration.search_notes import gain_beyond_control, without_choice_bias
+from act_export.calibration.search_notes import Interval, gain_beyond_control, gain_with_remedy, without_choice_bias
 from act_export.calibration.strengths import CalibratedHeads
 from act_export.errors import shown
 
@@ -269,11 +269,22 @@ def describe_calibration(calibration: Calibration, *, measured: bool) -> str:
 def _beyond_control(notes: Mapping[str, Any]) -> str:
     """What a search measured beyond the plain model's best cheap remedy; empty where the notes don't say."""
     if (beyond := gain_beyond_control(notes)) is not None:
-        low, high = beyond.interval or (None, None)
-        among = "" if low is None or high is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+        among = _among(beyond.interval)
         over = f"the best control, {shown(beyond.control)}" if beyond.control else "the best controls"
-        return f"; beyond {over}: {100 * beyond.gain:+.1f} points{among}"
+        return f"; beyond {over}: {100 * beyond.gain:+.1f} points{among}{_with_remedy(notes)}"
     if (unbiased := without_choice_bias(notes)) is not None:
         plain, calibrated = unbiased
         return f"; with the choice bias taken off both: {100 * (calibrated - plain):+.1f} points"
     return ""
+
+
+def _with_remedy(notes: Mapping[str, Any]) -> str:
+    """The same with that remedy on both models; empty where there is none or the notes don't say."""
+    gain = gain_with_remedy(notes)
+    if gain is None or gain.control == "plain":
+        return ""
+    return f", with that remedy on both: {100 * gain.gain:+.1f}{_among(gain.interval)}"
+
+
+def _among(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"

@@ -36,6 +36,16 @@ def gain_beyond_control(notes: Mapping[str, Any]) -> GainBeyond | None:
     return None
 
 
+def gain_with_remedy(notes: Mapping[str, Any]) -> GainBeyond | None:
+    """The gain of a task, or the mean of several, where the best remedy is on the calibrated model too."""
+    for key in ("gain_with_remedy_on_both", "average_gain_with_remedies_on_both"):
+        found = notes.get(key)
+        if isinstance(found, Mapping) and (gain := _number(found.get("gain"))) is not None:
+            named, accuracy = found.get("remedy"), _number(found.get("accuracy"))
+            return GainBeyond(gain, _interval(found), named if isinstance(named, str) else "", accuracy)
+    return None
+
+
 def without_choice_bias(notes: Mapping[str, Any]) -> tuple[float, float] | None:
     """Accuracies of the plain and the calibrated model, each without its lean to an answer."""
     controls = notes.get("controls")

@@ -36,6 +36,10 @@ def print_search_result(result: SearchResult) -> None:
             table.add_row("with one set", *_average(result, *gains, found=bool(result.joint.heads)))
     console = PlainConsole()
     console.print(table)
+    remedied = {"average": result.average_with_remedy, "with one set": result.joint_with_remedy}
+    for name, gain in remedied.items():
+        if gain is not None:
+            console.say(f"{name}: with each task's best control on both models {gain.points}")
     for name, report in result.reports.items():
         for line in _details(name, report):
             console.say(line)

@@ -107,7 +107,7 @@ def _verdict(
     elif verdict == "remedy":
         yield (
             f"Verdict: {_named(trial.remedy)} does it, without calibration: {trial.remedies[trial.remedy].points}. "
-            f"That calibration adds anything beyond isn't shown."
+            f"That calibration gains more than that isn't shown."
         )
         yield f"To use it, {_REMEDIES[trial.remedy]}."
         if trial.remedy == "offsets":

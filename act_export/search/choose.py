@@ -21,10 +21,12 @@ class Candidate:
     Attributes:
         proposal: None for the plain model.
         answers: By task.
+        worth: What the choice is made by: mean of what each answer is worth, over the tasks.
     """
 
     proposal: Proposal | None
     answers: tuple[Answers, ...]
+    worth: float
 
     @property
     def accuracy(self) -> float:
@@ -74,13 +76,15 @@ def choose(
         answers: By proposal and task.
         worth: Best by what; else accuracy.
     """
-    nothing = Candidate(None, tuple(plain))
-    tried = [Candidate(proposal, tuple(row)) for proposal, row in zip(proposals, answers, strict=True)]
+    weights = np.concatenate([np.full(len(part.credits), 1 / len(part.credits) / len(plain)) for part in plain])
+    rows = [tuple(plain), *map(tuple, answers)]
+    worths = [np.concatenate([worth(*part) for part in enumerate(row)]) for row in rows]
+    nothing, *tried = (
+        Candidate(proposal, row, round(float(each @ weights), 9))  # equal ones may differ by rounding
+        for proposal, row, each in zip((None, *proposals), rows, worths, strict=True)
+    )
     if not tried:
         return Choice(nothing, (nothing,), 1.0)
-    weights = np.concatenate([np.full(len(part.credits), 1 / len(part.credits)) for part in plain])
-    worths = [np.concatenate([worth(*part) for part in enumerate(c.answers)]) for c in (nothing, *tried)]
-    totals = [round(float(each @ weights), 9) for each in worths[1:]]  # equal ones may differ by rounding
-    best = max(zip(totals, tried, strict=True), key=lambda pair: (pair[0], pair[1].log_likelihood))[1]
+    best = max(tried, key=lambda candidate: (candidate.worth, candidate.log_likelihood))
     p = best_gain_p(worths[0], worths[1:], weights=weights)
     return Choice(best if p < SIGNIFICANCE else nothing, (nothing, *tried), p)

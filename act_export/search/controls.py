@@ -38,11 +38,11 @@ def can_lean(task: EncodedTask) -> bool:
 
 
 def control_answers(task: EncodedTask, plain: Mapping[str, Answers]) -> dict[str, Answers]:
-    """Answers of the plain model to the reported questions with each remedy that fits the task, and with none.
+    """Answers of a model to the reported questions with each remedy that fits the task, and with none.
 
     Args:
         task: The task.
-        plain: The plain model's answers by split; of the ranking split only where it `can_lean`.
+        plain: The model's answers by split, mostly the plain one's; of the ranking split only where it `can_lean`.
 
     Returns:
         By name: "plain"; "choices only" where first tokens are compared: no other token may be the answer; "label

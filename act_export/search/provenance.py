@@ -14,9 +14,11 @@ from act_export.checkpoint.load import Checkpoint
 from act_export.search.answers import CHOOSE, RANK, REPORT
 from act_export.search.choose import Choice
 from act_export.search.request import SearchOptions, SearchTask
-from act_export.search.results import Gain, TaskReport
+from act_export.search.results import NO_AVERAGES, Averages, Gain, TaskReport
 from act_export.tasks import question_digests
 from act_export.version import __version__
+
+_AVERAGES = ("average_gain", "average_gain_beyond_controls", "average_gain_with_remedies_on_both")
 
 
 def search_provenance(
@@ -28,8 +30,7 @@ def search_provenance(
     gains: Sequence[Gain | None],
     *,
     options: SearchOptions,
-    average: Gain | None = None,
-    average_beyond: Gain | None = None,
+    averages: Averages = NO_AVERAGES,
 ) -> Provenance:
     """The record of a search.
 
@@ -41,8 +42,7 @@ def search_provenance(
         reports: By task.
         gains: By task, on questions that took no part; None where no set helped.
         options: How it was searched.
-        average: Mean gain over the tasks, where the set was found on all of them together.
-        average_beyond: The same over the best control of each task.
+        averages: Where the set was found on several tasks together.
     """
     asked, chosen = tasks[0].questions, choice.chosen.proposal
     used = {digest for t in tasks for e in (*t.splits.rank, *t.splits.choose) for digest in question_digests(e)}
@@ -65,6 +65,9 @@ def search_provenance(
     }
     if options.goal != "accuracy":
         notes["goal"] = options.goal
+        notes["choose_log_likelihood_with_remedy"] = {
+            label: round(c.worth, 4) for label, c in zip(tried(choice), choice.candidates, strict=True)
+        }
     if chosen is not None and chosen.method == "fit":
         notes["fit"] = {"l1": options.fit_l1, "l2": list(options.fit_l2)}
     if checkpoint.weights:
@@ -73,10 +76,9 @@ def search_provenance(
         notes["model"] = model
     if not calibration.heads:
         notes["result"] = "no head is calibrated: nothing tried gained more on the choose split than luck explains"
-    elif average is not None and average_beyond is not None:
-        notes["average_gain"] = {"gain": average.gain, "interval_95": list(average.interval)}
-        beyond = {"gain": average_beyond.gain, "interval_95": list(average_beyond.interval)}
-        notes["average_gain_beyond_controls"] = beyond
+    elif any(averages):
+        for name, average in zip(_AVERAGES, filter(None, averages), strict=True):
+            notes[name] = {"gain": average.gain, "interval_95": list(average.interval)}
         notes["controls"] = {report.task: dict(report.controls) for report in reports}
         notes["gains"] = {
             report.task: [gain.gain, *gain.interval] for gain, report in zip(gains, reports, strict=True) if gain

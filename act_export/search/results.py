@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from act_export.tasks.measures import Measures
 from act_export.tasks.statistics import gain_interval, mcnemar_p, mean_interval
 
 CONTROL = "control "
-WITH_REMEDY = "own with remedy"
+WITH_REMEDY = " with remedy"
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ class TaskReport:
         with_remedy: What the task's own set adds for a program that has the best control's remedy anyway: with that
             remedy on both models, fitted to each.
         joint_beyond: As `beyond`, of the joint set.
+        joint_with_remedy: As `with_remedy`, of the joint set.
         measures: Of the plain model and with the task's own set; None where answers are generated.
         invalid: Shares of first tokens that begin no choice, plain and calibrated, and the accuracies of the others;
             None where first tokens aren't compared.
         choice_bias: Accuracies of the plain model and with the task's own set, both without their mean preference for a
-            choice, see `act_export.tasks.remedies`; None where questions have different choices.
+            choice, see `act_export.tasks.remedies`; None where questions don't share their choices.
         published: Accuracies with the head sets that others published for this model, by name.
         predicted_shares: How often each choice is given, plain and calibrated.
         p: Of the choice of the own set.
@@ -93,6 +95,7 @@ class TaskReport:
     beyond: Gain | None
     with_remedy: Gain | None
     joint_beyond: Gain | None
+    joint_with_remedy: Gain | None
     measures: tuple[Measures, Measures | None] | None
     invalid: tuple[Invalid, Invalid | None] | None
     choice_bias: tuple[float, float] | None
@@ -105,6 +108,17 @@ class TaskReport:
     duplicates: int
 
 
+class Averages(NamedTuple):
+    """Mean gains over tasks: over plain, beyond each task's best control, and with that control's remedy on both."""
+
+    gain: Gain | None = None
+    beyond: Gain | None = None
+    with_remedy: Gain | None = None
+
+
+NO_AVERAGES = Averages()
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """All that a search found.
@@ -115,12 +129,14 @@ class SearchResult:
         reports: By task.
         average: Mean gain of the tasks' own sets over all tasks, 0 counting for those without; None for one task.
         average_beyond: Their mean gain over the best control of each task.
+        average_with_remedy: The same with that control's remedy on both models.
         joint_average: As `average`, for the joint set.
         joint_beyond: As `average_beyond`, for the joint set.
+        joint_with_remedy: As `average_with_remedy`, for the joint set.
         units: How many units of work this run computed, and how many there were.
         damaged: Lines of the journal that were left out.
-        answers: By task, answers to its reported questions: "plain", "own" where a set helped, `WITH_REMEDY` for that
-            with the best control's remedy, and of each control by `CONTROL` and its name.
+        answers: By task, answers to its reported questions: "plain", "own" where a set helped, "own" and `WITH_REMEDY`
+            for that with the best control's remedy, and of each control by `CONTROL` and its name.
     """
 
     calibrations: Mapping[str, Calibration]
@@ -128,8 +144,10 @@ class SearchResult:
     reports: Mapping[str, TaskReport]
     average: Gain | None = None
     average_beyond: Gain | None = None
+    average_with_remedy: Gain | None = None
     joint_average: Gain | None = None
     joint_beyond: Gain | None = None
+    joint_with_remedy: Gain | None = None
     units: tuple[int, int] = field(default=(0, 0), compare=False)
     damaged: int = field(default=0, compare=False)
     answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict, compare=False, repr=False)

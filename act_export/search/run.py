@@ -33,8 +33,17 @@ from act_export.search.proposals import Proposal, first_heads_by_beta, first_hea
 from act_export.search.provenance import search_provenance
 from act_export.search.rank import Effects, rank_heads, ranking_cost
 from act_export.search.request import SearchOptions, SearchTask, Threshold, check_goal
-from act_export.search.results import CONTROL, Gain, SearchResult, TaskReport, average_gain
-from act_export.search.task_report import JOINT, OWN, answers_with_controls, task_report
+from act_export.search.results import (
+    CONTROL,
+    NO_AVERAGES,
+    WITH_REMEDY,
+    Averages,
+    Gain,
+    SearchResult,
+    TaskReport,
+    average_gain,
+)
+from act_export.search.task_report import JOINT, OWN, answers_with_controls, on_split, task_report
 from act_export.tasks import Example, question_digests
 from act_export.tasks.batching import Batching, batches
 from act_export.tasks.remedies import Remedy, fitted_remedy
@@ -148,23 +157,26 @@ class _Search:
             for task in self.tasks
         }
 
-        def average(kind: str, *, beyond: bool = False) -> Gain:
-            over = {name: a[CONTROL + reports[name].control if beyond else "plain"] for name, a in answered.items()}
-            return average_gain(over, {name: a.get(kind, a["plain"]) for name, a in answered.items()})
+        def averages(kind: str) -> Averages:
+            plain = {name: of["plain"] for name, of in answered.items()}
+            control = {name: of[CONTROL + reports[name].control] for name, of in answered.items()}
+            as_it_is = {name: of.get(kind, plain[name]) for name, of in answered.items()}
+            remedied = {name: of.get(kind + WITH_REMEDY, control[name]) for name, of in answered.items()}
+            return Averages(
+                average_gain(plain, as_it_is), average_gain(control, as_it_is), average_gain(control, remedied)
+            )
 
-        shared = joint_average = joint_beyond = None
+        shared, of_joint = None, NO_AVERAGES
         if together is not None:
-            joint_average, joint_beyond = average(JOINT), average(JOINT, beyond=True)
+            of_joint = averages(JOINT)
             gains = [report.joint for report in reports.values()]
-            shared = self._recorded(self.tasks, together, reports, gains, joint_average, joint_beyond)
+            shared = self._recorded(self.tasks, together, reports, gains, of_joint)
         return SearchResult(
             calibrations,
             shared,
             reports,
-            average("own") if len(self.tasks) > 1 else None,
-            average("own", beyond=True) if len(self.tasks) > 1 else None,
-            joint_average,
-            joint_beyond,
+            *(averages(OWN) if len(self.tasks) > 1 else NO_AVERAGES),
+            *of_joint,
             (self.workers.computed, len(self.workers.needed)),
             self.workers.journal.damaged if self.workers.journal is not None else 0,
             answered,
@@ -254,28 +266,31 @@ class _Search:
             labels.append((task.name, label))
 
         for task in self.tasks:
-            ask(task, "plain", None)
-            ask(task, CONTENT_FREE, None, CONTENT_FREE)
-            if can_lean(task):
-                ask(task, RANK, None, RANK)
             own = found[task.name].calibration
+            shared = together.calibration if together is not None else None
+            asked = {"plain": None, OWN: own, JOINT: shared}
+            for label, calibration in asked.items():
+                if label == "plain" or (calibration is not None and calibration.heads):
+                    ask(task, label, calibration)
+                    for split in (CONTENT_FREE, *([RANK] if can_lean(task) else [])):
+                        ask(task, on_split(label, split), calibration, split)
             if own.heads:
-                ask(task, "own", own)
-                ask(task, OWN + CONTENT_FREE, own, CONTENT_FREE)
-                if can_lean(task):
-                    ask(task, OWN + RANK, own, RANK)
                 for draw in range(self.options.random_draws):
                     seed = task.task.questions.drawing_seed + draw
                     ask(task, f"random {draw}", other_heads(own, self.checkpoint.identity, seed=seed))
-            if together is not None and together.calibration.heads:
-                ask(task, JOINT, together.calibration)
             for name, calibration in self.published.items():
                 ask(task, f"published {name}", calibration)
         reported: dict[str, dict[str, Answers]] = {}
         for (task_name, label), answers in zip(labels, self._answer("measuring the gain", requests), strict=True):
             reported.setdefault(task_name, {})[label] = answers
-        for task in self.tasks:
-            reported[task.name] |= answers_with_controls(task, reported[task.name], found[task.name].choice)
+        for number, task in enumerate(self.tasks):
+            own_choice = found[task.name].choice
+            chosen = {"plain": own_choice.candidates[0].answers[0], OWN: own_choice.chosen.answers[0]}
+            if together is not None:
+                chosen[JOINT] = together.choice.chosen.answers[number]
+            of_task = reported[task.name]
+            chosen = {label: answers for label, answers in chosen.items() if label in of_task}
+            of_task |= answers_with_controls(task, of_task, chosen)
         return reported
 
     def _recorded(
@@ -284,8 +299,7 @@ class _Search:
         found: _Found,
         reports: Mapping[str, TaskReport],
         gains: Sequence[Gain | None],
-        average: Gain | None = None,
-        average_beyond: Gain | None = None,
+        averages: Averages = NO_AVERAGES,
     ) -> Calibration:
         """What was found, with where it came from."""
         of_tasks = [reports[task.name] for task in tasks]
@@ -297,8 +311,7 @@ class _Search:
             of_tasks,
             gains,
             options=self.options,
-            average=average,
-            average_beyond=average_beyond,
+            averages=averages,
         )
         return replace(found.calibration, provenance=provenance)
 
@@ -329,8 +342,8 @@ def _planned_cost(
     times = {
         CHOOSE: 1 + candidates * (own + joint),
         REPORT: 1 + own * (1 + options.random_draws) + published + joint,
-        RANK: 1 + own,
-        CONTENT_FREE: 1 + own,
+        RANK: 1 + own + joint,
+        CONTENT_FREE: 1 + own + joint,
     }
     total = 0.0
     for task in tasks:

@@ -17,27 +17,38 @@ from act_export.search.provenance import tried
 from act_export.search.results import CONTROL, WITH_REMEDY, TaskReport, gain_of, invalid_of
 
 JOINT = "joint"
-OWN = "own "  # and a split's name: answers with the own set to that split
+OWN = "own"
 
 
-def answers_with_controls(task: EncodedTask, answers: Mapping[str, Answers], choice: Choice) -> dict[str, Answers]:
-    """The plain model's answers with each remedy, called `CONTROL` and its name; `WITH_REMEDY`: "own" with the best.
+def on_split(label: str, split: str) -> str:
+    """What answers to another split than the reported one are called."""
+    return f"{label}, {split}"
+
+
+def answers_with_controls(
+    task: EncodedTask, answers: Mapping[str, Answers], chosen: Mapping[str, Answers]
+) -> dict[str, Answers]:
+    """The plain model's answers with each remedy, called `CONTROL` and its name, and calibrated ones with the best.
 
     Args:
         task: The task.
-        answers: By label: "plain" and "own", by the names of other splits the plain model's to these, and by `OWN` and
-            such a name those with the own set.
-        choice: Has answers to the choose split.
+        answers: By label, "plain" and where there are such `OWN` and `JOINT`, to the report split, and by `on_split` to
+            others.
+        chosen: By the same labels, to the choose split.
+
+    Returns:
+        The calibrated ones by label and `WITH_REMEDY`.
     """
-    plain = {REPORT: answers["plain"], CHOOSE: choice.candidates[0].answers[0]}
-    plain |= {split: answers[split] for split in (RANK, CONTENT_FREE) if split in answers}
-    controls = control_answers(task, plain)
-    found = {CONTROL + name: of for name, of in controls.items()}
-    if "own" in answers:
-        own = {REPORT: answers["own"], CHOOSE: choice.chosen.answers[0]}
-        own |= {split: answers[OWN + split] for split in (RANK, CONTENT_FREE) if OWN + split in answers}
-        found[WITH_REMEDY] = control_answers(task, own)[best_control(controls)]
-    return found
+    remedied = {}
+    for label in chosen:
+        given = {REPORT: answers[label], CHOOSE: chosen[label]}
+        others = {split: answers.get(on_split(label, split)) for split in (RANK, CONTENT_FREE)}
+        given |= {split: of for split, of in others.items() if of is not None}
+        remedied[label] = control_answers(task, given)
+    plain = remedied.pop("plain")
+    best = best_control(plain)
+    found = {CONTROL + name: of for name, of in plain.items()}
+    return found | {label + WITH_REMEDY: of[best] for label, of in remedied.items()}
 
 
 def task_report(task: EncodedTask, choice: Choice, answers: Mapping[str, Answers], passes: float) -> TaskReport:
@@ -46,11 +57,11 @@ def task_report(task: EncodedTask, choice: Choice, answers: Mapping[str, Answers
     Args:
         task: The task.
         choice: Of the task's own set.
-        answers: To the report split by label: "plain", "own", `JOINT`, "random N", "published NAME", and those of
+        answers: To the report split by label: "plain", `OWN`, `JOINT`, "random N", "published NAME", and those of
             `answers_with_controls`.
         passes: That ranking took.
     """
-    plain, own = answers["plain"], answers.get("own")
+    plain, own = answers["plain"], answers.get(OWN)
     splits = task.task.splits
     generated = task.task.generation is not None
     controls = {name: a for name, a in answers.items() if name.startswith(CONTROL)}
@@ -65,8 +76,9 @@ def task_report(task: EncodedTask, choice: Choice, answers: Mapping[str, Answers
         controls={name.removeprefix(CONTROL): round(a.accuracy, 4) for name, a in controls.items()},
         control=best.removeprefix(CONTROL),
         beyond=gain_of(controls[best], own) if own is not None else None,
-        with_remedy=gain_of(controls[best], answers[WITH_REMEDY]) if own is not None else None,
+        with_remedy=gain_of(controls[best], answers[OWN + WITH_REMEDY]) if own is not None else None,
         joint_beyond=gain_of(controls[best], answers[JOINT]) if JOINT in answers else None,
+        joint_with_remedy=gain_of(controls[best], answers[JOINT + WITH_REMEDY]) if JOINT in answers else None,
         measures=None if measures is None else (measures, measures_of(task, own) if own is not None else None),
         invalid=None if invalid is None else (invalid, invalid_of(own) if own is not None else None),
         choice_bias=choice_bias_accuracies(

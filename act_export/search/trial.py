@@ -46,7 +46,7 @@ class Trial:
         calibrated: What calibration gains over the plain model.
         beyond: What it gains over the best remedy.
         offsets: By answer, what to add to the plain model's log-likelihood of it, in nats, fitted on all questions;
-            none where these have different choices.
+            none where these don't share their choices.
         found: In how many searches a set of heads was found.
         calibration: The one with the smallest p; None where none was found.
         leans: Whether the plain model only leans: `at_chance`, but with a remedy or calibration, whose gain isn't luck,
@@ -208,10 +208,11 @@ def _together(parts: Sequence[Answers]) -> Answers:
 
 def _offsets(data: TrialData, plain: Answers) -> dict[str, float]:
     reported = [example for task in data.searches for example in task.splits.report]
-    if data.searches[0].generation is not None or len({example.choices for example in reported}) > 1:
+    longest = max((example.choices for example in reported), key=len)
+    if data.searches[0].generation is not None or any(e.choices != longest[: len(e.choices)] for e in reported):
         return {}
     offsets = fitted_offsets(plain.scores, [example.answer for example in reported])
-    return dict(zip(reported[0].choices, (round(offset, 4) for offset in offsets), strict=True))
+    return dict(zip(longest, (round(offset, 4) for offset in offsets), strict=True))
 
 
 def _part(progress: Progress | None, number: int, count: int) -> Progress | None:

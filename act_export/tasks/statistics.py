@@ -91,10 +91,10 @@ def best_gain_p(plain: ArrayLike, candidates: ArrayLike, *, weights: ArrayLike |
 
     A permutation test: plain and calibrated answers are exchanged, question by question and for all candidates at once,
     and the best candidate is picked anew. So the p-value already pays for having looked at many candidates, however
-    alike they are. With one candidate it is the one-sided McNemar test.
+    alike they are. With one candidate and answers that are right or wrong it is the one-sided McNemar test.
 
     Args:
-        plain: (examples,): 1 where answered rightly without calibration, 0 where not, or between.
+        plain: (examples,): what each answer is worth without calibration, as 1 where it is right and 0 where not.
         candidates: (candidates, examples): with each candidate.
         weights: (examples,): what each example counts; None for the same.
         seed: Of the permutations.

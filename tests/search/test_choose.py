@@ -11,6 +11,7 @@ from act_export.calibration.file import Calibration
 from act_export.search.answers import Answers
 from act_export.search.choose import Choice, choose
 from act_export.search.proposals import Proposal
+from act_export.tasks.remedies import remedied_log_likelihoods
 
 
 def answers(credits: list[float], log_likelihood: float = -1.0) -> Answers:
@@ -116,3 +117,28 @@ def test_credits_between_right_and_wrong_count() -> None:
     choice = choose([proposal()], [plain], [[after]])
     assert heads_chosen(choice) == {0: (0,)}
     assert choice.chosen.accuracy == pytest.approx(0.7125)
+
+
+@pytest.mark.parametrize(("questions", "choices", "signal"), [(48, 5, 0.5), (48, 2, 0.0), (128, 2, 1.0)])
+def test_beyond_a_remedy_chance_is_seldom_taken_for_a_gain(questions: int, choices: int, signal: float) -> None:
+    """Candidates as good as the leaning plain model, each in its own way and with its own lean and confidence."""
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(100):
+        right = rng.integers(0, choices, questions)
+        common = rng.normal(size=(questions, choices)) + signal * np.eye(choices)[right]
+
+        def model(common: np.ndarray = common) -> list[tuple[float, ...]]:
+            own = rng.normal(size=common.shape) * 0.5
+            scores = rng.uniform(0.3, 5) * (common + own) + rng.normal(size=common.shape[1]) * 3
+            return [tuple(row) for row in scores.tolist()]
+
+        plain, *tried = (Answers(tuple(model()), (0.0,) * questions, 0.0) for _ in range(5))
+        choice = choose(
+            [proposal(count) for count in range(1, 5)],
+            [plain],
+            [[one] for one in tried],
+            lambda _, of, right=right: remedied_log_likelihoods(of.scores, right.tolist(), offsets=True),
+        )
+        found += choice.chosen.proposal is not None
+    assert found <= 11  # of 5 on average: more is drawn once in 200 times

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from planted import (
     CHOICES,
     GENERATION,
@@ -220,6 +221,72 @@ def test_what_a_set_gains_beyond_the_best_remedy(
     noted = result.calibrations["first"].provenance.notes
     assert noted["gain_beyond_control"]["gain"] == first.beyond.gain
     assert noted["measures"]["calibrated"]["auroc"] == first.measures[1].auroc >= first.measures[0].auroc
+
+
+def test_the_best_remedy_on_both_models(checkpoint: Checkpoint) -> None:
+    """The plain model leans, so the best remedy is more than none: an offset, or less its mean."""
+    tasks = [
+        planted_task(checkpoint, PLANTED, name=name, content_free="", seed=seed)
+        for seed, name in enumerate(("first", "second"))
+    ]
+    output = checkpoint.model.get_output_embeddings()
+    output.bias = torch.nn.Parameter(torch.eye(output.out_features)[97] * 2)
+    try:
+        result = search_heads(checkpoint, tasks, replace(OPTIONS, random_draws=0, goal="beyond-remedy"))
+        report, choose, rank = (
+            encode_examples(checkpoint.tokenizer, getattr(tasks[0].splits, name))
+            for name in ("report", "choose", "rank")
+        )
+        first = result.reports["first"]
+        assert first.control in ("choice bias", "offsets")
+
+        def accuracy_of(calibration: Calibration) -> float:
+            rows = log_shares(reference_scores(checkpoint, calibration, report))
+            seen = log_shares(reference_scores(checkpoint, calibration, [*choose, *rank]))
+            if first.control == "offsets":
+                labels = np.array([e.answer for e in (*choose, *rank)])
+                leans = np.linspace(-10, 10, 4001)
+                sides = np.where(labels == 0, 1, -1)[:, None]
+                odds = (seen[:, :1] - seen[:, 1:]) + leans
+                lean = leans[(np.logaddexp(0, -sides * odds).sum(0) + 0.05 * leans**2 / 2).argmin()]
+                rows = rows + np.array([lean / 2, -lean / 2])
+            else:
+                rows = rows - seen[: len(choose)].mean(0)
+            return float(np.mean([int(row.argmax()) == e.answer for row, e in zip(rows, report, strict=True)]))
+
+        for gain, found in ((first.with_remedy, result.calibrations["first"]), (first.joint_with_remedy, result.joint)):
+            assert gain.accuracy == pytest.approx(accuracy_of(found), abs=0.011)  # a question may lie on the edge
+            assert gain.gain == pytest.approx(gain.accuracy - first.controls[first.control], abs=1e-4)
+        average = np.mean([report.with_remedy.gain if report.with_remedy else 0 for report in result.reports.values()])
+        assert result.average_with_remedy.gain == pytest.approx(average, abs=1e-4)
+        noted = result.joint.provenance.notes["average_gain_with_remedies_on_both"]
+        assert noted["gain"] == result.joint_with_remedy.gain
+    finally:
+        output.bias = None
+
+
+@pytest.mark.parametrize("goal", ["accuracy", "beyond-remedy"])
+def test_questions_with_fewer_choices(checkpoint: Checkpoint, goal: str) -> None:
+    """As letters: every third question lacks the last one. A lean is told and taken off all the same."""
+    task = planted_task(checkpoint, PLANTED, choices=(" w97", " w98", " w5"))
+
+    def shortened(examples: Sequence[Example]) -> tuple[Example, ...]:
+        few = (index % 3 == 0 and e.answer < 2 for index, e in enumerate(examples))
+        return tuple(replace(e, choices=e.choices[:2]) if short else e for short, e in zip(few, examples, strict=True))
+
+    splits = {name: shortened(getattr(task.splits, name)) for name in ("rank", "choose", "report")}
+    ragged = replace(task, splits=replace(task.splits, **splits))
+    assert len({len(e.choices) for e in ragged.splits.report}) == 2
+    result = search_heads(checkpoint, [ragged], replace(OPTIONS, methods=("act", "fit"), goal=goal))
+    report = result.reports["planted"]
+    assert {"choice bias", "offsets"} <= set(report.controls)
+    assert report.measures[0].auroc is None
+    assert report.own.accuracy > report.plain_accuracy
+    assert report.with_remedy.accuracy > report.controls[report.control]
+    assert next(iter(report.choose_accuracy)) == "plain"
+    worth = result.calibrations["planted"].provenance.notes.get("choose_log_likelihood_with_remedy")
+    assert (worth is not None) == (goal == "beyond-remedy")
+    assert worth is None or max(worth.values()) > worth["plain"]
 
 
 def test_first_tokens_that_are_no_answer_are_counted(checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@
 - label prior, choice bias, offsets, choices only: cheap remedies, see act_export/docs/search.md;
 - zerotuning: gamma for the same 40% of heads in all layers, those whose gamma of 2 alone changes the ranking questions'
   accuracy most, up or down; gamma from a grid, by the choosing questions (Han et al., arXiv 2505.11739);
-- act, gamma, fit: `act-export search --method`;
+- act, gamma, fit: `act-export search --method`; what they and zerotuning's gamma are chosen by is `--goal`;
 - exhaustive: act, heads ranked one by one as the paper does.
 
 A calibration has a second row, with the remedy on top that is best for the plain model on the reported questions; the
@@ -35,7 +35,14 @@ from act_export.commands.console import run_program
 from act_export.journal import Journal
 from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import CHOOSE, CONTENT_FREE, RANK, REPORT, Answers, EncodedTask, answer, encode_task
-from act_export.search.controls import PLAIN, best_control, can_lean, control_answers, measures_of
+from act_export.search.controls import (
+    PLAIN,
+    best_control,
+    can_lean,
+    control_answers,
+    log_likelihoods_beyond_remedy,
+    measures_of,
+)
 from act_export.search.job import SearchJob
 from act_export.search.journal_description import describe_search
 from act_export.search.precision import precision_for_search
@@ -114,7 +121,10 @@ class Bench:
         order = sorted(effect, key=lambda head: -effect[head] if up else effect[head])
         tried = {gamma: tuned(order[: max(1, round(SHARE * heads))], gamma) for gamma in (UP if up else DOWN)}
         scored = {gamma: self.answers(CHOOSE, calibration) for gamma, calibration in tried.items()}
-        best = max(scored, key=lambda gamma: (scored[gamma].accuracy, scored[gamma].log_likelihood))
+        worth = {gamma: (of.accuracy, of.log_likelihood) for gamma, of in scored.items()}
+        if self.options.goal != "accuracy":
+            worth = {g: (mean(log_likelihoods_beyond_remedy(self.encoded, CHOOSE, of)),) for g, of in scored.items()}
+        best = max(worth, key=lambda gamma: worth[gamma])
         return tried[best]
 
 
@@ -184,6 +194,7 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace, ways: list[st
                 row = {
                     "task": task,
                     "seed": seed,
+                    "goal": arguments.goal,
                     "way": way + (" (best remedy)" if way == best else ""),
                     "accuracy": answers.accuracy,
                     "gain": vars(gain_of(controls["plain"], answers)),

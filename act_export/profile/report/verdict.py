@@ -8,7 +8,13 @@ from typing import Any
 
 from act_export.calibration.file import Calibration, Provenance
 from act_export.calibration.recipes import shipped_recipes
-from act_export.calibration.search_notes import Interval, gain_beyond_control, gain_interval, without_choice_bias
+from act_export.calibration.search_notes import (
+    Interval,
+    gain_beyond_control,
+    gain_interval,
+    gain_with_remedy,
+    without_choice_bias,
+)
 from act_export.tasks import DEFAULT_TASK
 
 _NO_CALIBRATION = (
@@ -62,7 +68,11 @@ def _beyond(notes: Mapping[str, Any]) -> str:
         accuracy = "" if beyond.accuracy is None else f" ({beyond.accuracy:.1%})"
         of = f", {beyond.control}{accuracy}" if beyond.control else " of each task"
         gained = f"{100 * beyond.gain:+.1f} points ({_interval(beyond.interval)})"
-        shown = "" if beyond.interval[0] > 0 else " That calibration adds anything isn't shown."
+        added = gain_with_remedy(notes)
+        if added is not None and added.interval is not None and added.control != "plain":
+            gained += f"; with that remedy on both models {100 * added.gain:+.1f} ({_interval(added.interval)})"
+        lower = max(each.interval[0] for each in (beyond, added) if each is not None and each.interval is not None)
+        shown = "" if lower > 0 else " That calibration adds anything isn't shown."
         return f"Beyond the best cheap remedy{of}: {gained}.{shown}"
     if (unbiased := without_choice_bias(notes)) is not None:
         plain, calibrated = unbiased

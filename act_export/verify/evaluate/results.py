@@ -23,7 +23,7 @@ class TaskResult:
         calibrated: Of the file.
         plain: Of the file it is compared with, on the same questions.
         controls: The plain model's answers with a cheap remedy, by its name: "label_prior", where each question has a
-            content-free prompt, see `act_export.tasks.label_prior`; "choice_bias", where all have the same choices, its
+            content-free prompt, see `act_export.tasks.label_prior`; "choice_bias", where all share their choices, its
             mean taken over the other questions, see `act_export.tasks.remedies`. None where no file is plain.
     """
 

@@ -59,6 +59,7 @@ def search(**reports: tuple[Gain | None, Gain | None]) -> str:
             beyond=own,
             with_remedy=own,
             joint_beyond=joint,
+            joint_with_remedy=joint,
             measures=None,
             invalid=None,
             choice_bias=None,
