@@ -79,6 +79,7 @@ def test_a_remedy_does_it(capsys: pytest.CaptureFixture[str], remedy: str, how: 
     lines = said(capsys, calibrated, FLAT, {"other": FLAT, remedy: UP})
     assert f"Verdict: {remedy} does it, without calibration: +10.0 points (+5.0 to +15.0). That" in " ".join(lines)
     assert any(line.startswith(how) for line in lines)
+    assert lines[-1].endswith("--goal beyond-remedy")
     assert ("Fitted on all questions: ' no' -0.50, ' yes' +0.50" in lines) == (remedy == "offsets")
     assert (lines[-1] == EXPORT) == (calibrated is UP)
 
