@@ -117,9 +117,8 @@ def _verdict(
         elif trial.calibrated.interval[0] > 0:
             yield "Where scores can't be changed, calibration is the other way:"
             yield export
-        if data.searches[0].generation is None:
-            yield "Whether calibration adds to it:"
-            yield f"  act-export search {model} {source} --goal beyond-remedy"
+        yield "Whether calibration adds to it:"
+        yield f"  act-export search {model} {source} --goal beyond-remedy"
         return
     elif verdict == "either":
         yield f"Verdict: calibration helps, {gain}; that it does more than {_named(trial.remedy)} isn't shown."

@@ -81,7 +81,7 @@ def test_a_remedy_does_it(capsys: pytest.CaptureFixture[str], remedy: str, how: 
     assert any(line.startswith(how) for line in lines)
     assert lines[-1].endswith("--goal beyond-remedy")
     assert ("Fitted on all questions: ' no' -0.50, ' yes' +0.50" in lines) == (remedy == "offsets")
-    assert (lines[-1] == EXPORT) == (calibrated is UP)
+    assert (EXPORT in lines) == (calibrated is UP)
 
 
 def test_a_model_that_leans_is_not_said_to_guess(capsys: pytest.CaptureFixture[str]) -> None:
