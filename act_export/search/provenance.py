@@ -65,9 +65,7 @@ def search_provenance(
     }
     if options.goal != "accuracy":
         notes["goal"] = options.goal
-        notes["choose_log_likelihood_with_remedy"] = {
-            label: round(c.worth, 4) for label, c in zip(tried(choice), choice.candidates, strict=True)
-        }
+        notes["choose_log_likelihood_with_remedy"] = tried(choice, by_worth=True)
     if chosen is not None and chosen.method == "fit":
         notes["fit"] = {"l1": options.fit_l1, "l2": list(options.fit_l2)}
     if checkpoint.weights:
@@ -109,10 +107,11 @@ def methods_tried(choice: Choice) -> list[str]:
     return list(named) or ["none"]
 
 
-def tried(choice: Choice) -> dict[str, float]:
-    """Accuracy on the choose split by what was tried."""
+def tried(choice: Choice, *, by_worth: bool = False) -> dict[str, float]:
+    """Accuracy on the choose split by what was tried, or what the choice was made by."""
     labels = [c.proposal.label if c.proposal is not None else "plain" for c in choice.candidates]
-    return {label: round(c.accuracy, 4) for label, c in zip(labels, choice.candidates, strict=True)}
+    values = [c.worth if by_worth else c.accuracy for c in choice.candidates]
+    return {label: round(value, 4) for label, value in zip(labels, values, strict=True)}
 
 
 def package_versions() -> dict[str, str]:
