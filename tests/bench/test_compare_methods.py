@@ -71,7 +71,7 @@ def test_a_comparison_of_two_seeds(
     checkpoint: Checkpoint, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"json": tmp_path / "rows.json", "journal": tmp_path / "journal"}
-    arguments = Namespace(task=task, scoring=None, chat=False, seeds=[0, 1], **SIZES, **places)
+    arguments = Namespace(task=task, scoring=None, chat=False, goal="beyond-remedy", seeds=[0, 1], **SIZES, **places)
     compare(checkpoint, arguments, ["few-shot", "zerotuning", "act", "fit"])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {row["seed"] for row in rows} == {0, 1}
