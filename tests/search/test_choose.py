@@ -119,6 +119,7 @@ def test_credits_between_right_and_wrong_count() -> None:
     assert choice.chosen.accuracy == pytest.approx(0.7125)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("questions", "choices", "signal"), [(48, 5, 0.5), (48, 2, 0.0), (128, 2, 1.0)])
 def test_beyond_a_remedy_chance_is_seldom_taken_for_a_gain(questions: int, choices: int, signal: float) -> None:
     """Candidates as good as the leaning plain model, each in its own way and with its own lean and confidence."""
