@@ -28,22 +28,12 @@ class GainBeyond:
 
 def gain_beyond_control(notes: Mapping[str, Any]) -> GainBeyond | None:
     """The gain beyond the best control of a task, or in the mean of several."""
-    for key in ("gain_beyond_control", "average_gain_beyond_controls"):
-        found = notes.get(key)
-        if isinstance(found, Mapping) and (gain := _number(found.get("gain"))) is not None:
-            named, accuracy = found.get("control"), _number(found.get("accuracy"))
-            return GainBeyond(gain, _interval(found), named if isinstance(named, str) else "", accuracy)
-    return None
+    return _gain(notes, "gain_beyond_control", "average_gain_beyond_controls")
 
 
 def gain_with_remedy(notes: Mapping[str, Any]) -> GainBeyond | None:
-    """The gain of a task, or the mean of several, where the best remedy is on the calibrated model too."""
-    for key in ("gain_with_remedy_on_both", "average_gain_with_remedies_on_both"):
-        found = notes.get(key)
-        if isinstance(found, Mapping) and (gain := _number(found.get("gain"))) is not None:
-            named, accuracy = found.get("remedy"), _number(found.get("accuracy"))
-            return GainBeyond(gain, _interval(found), named if isinstance(named, str) else "", accuracy)
-    return None
+    """The same with that control's remedy on the calibrated model too."""
+    return _gain(notes, "gain_with_remedy_on_both", "average_gain_with_remedies_on_both")
 
 
 def without_choice_bias(notes: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -60,6 +50,15 @@ def gain_interval(notes: Mapping[str, Any]) -> Interval | None:
     """The 95% interval of the gain over the plain model, of a task or in the mean of several."""
     average = notes.get("average_gain")
     return _interval(notes, "gain_interval_95") or (_interval(average) if isinstance(average, Mapping) else None)
+
+
+def _gain(notes: Mapping[str, Any], *keys: str) -> GainBeyond | None:
+    for key in keys:
+        found = notes.get(key)
+        if isinstance(found, Mapping) and (gain := _number(found.get("gain"))) is not None:
+            named, accuracy = found.get("control"), _number(found.get("accuracy"))
+            return GainBeyond(gain, _interval(found), named if isinstance(named, str) else "", accuracy)
+    return None
 
 
 def _interval(notes: Mapping[str, Any], name: str = "interval_95") -> Interval | None:

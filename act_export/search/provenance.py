@@ -128,21 +128,12 @@ def _gain_notes(report: TaskReport) -> dict[str, Any]:
     assert report.own is not None  # only a set of heads has a gain
     assert report.beyond is not None
     assert report.with_remedy is not None
+    control = {"control": report.control, "accuracy": report.controls[report.control]}
     notes: dict[str, Any] = {
-        "gain_beyond_control": {
-            "control": report.control,
-            "accuracy": report.controls[report.control],
-            "gain": report.beyond.gain,
-            "interval_95": list(report.beyond.interval),
-        },
-        "gain_with_remedy_on_both": {
-            "remedy": report.control,
-            "accuracy": report.with_remedy.accuracy,
-            "gain": report.with_remedy.gain,
-            "interval_95": list(report.with_remedy.interval),
-        },
-        "gain_interval_95": list(report.own.interval),
+        name: {**control, "gain": gain.gain, "interval_95": list(gain.interval)}
+        for name, gain in (("gain_beyond_control", report.beyond), ("gain_with_remedy_on_both", report.with_remedy))
     }
+    notes["gain_interval_95"] = list(report.own.interval)
     if report.own.p is not None:
         notes["mcnemar_p"] = report.own.p
     if report.predicted_shares is not None:

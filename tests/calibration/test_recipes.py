@@ -358,11 +358,11 @@ def test_accuracies_are_said_of_the_weights_that_they_are_of(calibration, model,
         (
             {
                 "gain_beyond_control": BEYOND,
-                "gain_with_remedy_on_both": {"remedy": "label prior", "gain": 0.03, "interval_95": [0.01, 0.05]},
+                "gain_with_remedy_on_both": {"control": "label prior", "gain": 0.03, "interval_95": [0.01, 0.05]},
             },
             "+2.0 points (-3.0 to +7.0), with that remedy on both: +3.0 (+1.0 to +5.0)",
         ),
-        ({"gain_beyond_control": BEYOND, "gain_with_remedy_on_both": {"remedy": "plain", "gain": 0.03}}, "to +7.0)"),
+        ({"gain_beyond_control": BEYOND, "gain_with_remedy_on_both": {"control": "plain", "gain": 0.03}}, "to +7.0)"),
         ({"average_gain_beyond_controls": {"gain": 0.1}}, "beyond the best controls: +10.0 points"),
         ({"controls": {"without_choice_bias": {"plain": 0.75, "calibrated": 0.77}}}, "taken off both: +2.0 points"),
         ({"gain_beyond_control": "much", "controls": 3}, None),
