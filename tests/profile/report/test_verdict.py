@@ -48,6 +48,14 @@ def test_what_is_gained_beyond_the_best_remedy(low: float, shown: str) -> None:
     assert "isn't recorded" in said
 
 
+@pytest.mark.parametrize("low", [-0.01, 0.02])
+def test_what_is_gained_with_the_remedy_on_both_models(low: float) -> None:
+    beyond, both = {**BEYOND, "interval_95": [-0.4, -0.2]}, {**BEYOND, "gain": 0.07, "interval_95": [low, 0.13]}
+    said = words(verdict_section(measured({"gain_beyond_control": beyond, "gain_with_remedy_on_both": both}), "m"))
+    assert f"with that remedy on both models +7.0 ({100 * low:+.1f} to +13.0)" in said
+    assert ("That calibration adds anything isn't shown." in said) == (low < 0)
+
+
 def test_a_joint_set() -> None:
     average = {"gain": 0.03, "interval_95": [0.01, 0.05]}
     notes = {"average_gain": average, "average_gain_beyond_controls": {"gain": 0.01, "interval_95": [-0.01, 0.03]}}
