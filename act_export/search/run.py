@@ -27,6 +27,7 @@ from act_export.search.choose import Choice, choose
 from act_export.search.controls import can_lean, log_likelihoods_beyond_remedy
 from act_export.search.fit import fit_strengths, fitting_cost
 from act_export.search.journal_description import describe_search
+from act_export.search.memory import freed_memory_kept
 from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers, process_index, same_everywhere
 from act_export.search.proposals import Proposal, first_heads_by_beta, first_heads_by_gamma, fitted, other_heads
@@ -94,7 +95,7 @@ def search_heads(
     check_goal(options.goal, tasks)
     if not names or len(set(names)) < len(names):
         raise ActExportError(f"the tasks are {', '.join(names) or 'none'}; name at least one, and none twice")
-    with precision_for_search(checkpoint.model, options.precision):
+    with freed_memory_kept(), precision_for_search(checkpoint.model, options.precision):
         encoded = [encode_task(checkpoint, task) for task in _apart(tasks)]
         description = describe_search(checkpoint, encoded, options)
         joint = joint and len(encoded) > 1

@@ -47,13 +47,16 @@ def test_the_model_is_itself_again_afterwards():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
-def test_the_output_layer_gets_contiguous_rows(architecture):
+@pytest.mark.parametrize(
+    "prompts", [1, 2]
+)  # PyTorch calls a single row contiguous, and goes by its strides all the same
+def test_the_output_layer_gets_rows_with_the_strides_of_a_new_tensor(architecture, prompts):
     model = tiny_model(architecture)
-    ids, mask = padded_batch()
+    ids, mask = (of[-prompts:] for of in padded_batch())
     seen = []
     with torch.no_grad(), attention_hook(model, ReferenceAttention(None)) as hooked:
         handle = model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, rows: seen.append(rows[0].is_contiguous())
+            lambda _, rows: seen.append(rows[0].stride() == torch.empty(rows[0].shape).stride())
         )
         kept = hooked(ids, mask, logits_to_keep=1).logits
         handle.remove()
