@@ -6,7 +6,7 @@ CALIBRATION is a file or a shipped recipe; without one, every recipe that fits t
 of every task with rows offline that no search of it used, and on a text (without --text the passages of SQuAD), in
 pieces of 256 tokens, each token calibrated with what stands before it. The last column says whether anything is lost
 beyond luck: an interval of a task's gain, or of the text's gain in log-likelihood, that lies below 0. Tasks by choices
-are scored by likelihood; written answers aren't measured.
+are scored by likelihood, in bfloat16 where the processor is fast at that; written answers aren't measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from act_export.calibration.recipes import find_recipes, named_calibration
 from act_export.checkpoint.load import load_checkpoint
 from act_export.commands.console import run_program
 from act_export.search.elsewhere import cost_in_answers, cost_in_text, pieces_of, questions_elsewhere, used_questions
+from act_export.search.memory import freed_memory_kept
+from act_export.search.precision import precision_for_search
 from act_export.tasks.task import load_task, packaged_tasks
 
 
@@ -45,7 +47,8 @@ def main() -> None:
         if "likelihood" not in load_task(task).scorings:
             continue
         questions = questions_elsewhere(task, arguments.questions, used)
-        plain, gains = cost_in_answers(checkpoint, task, questions, calibrations)
+        with freed_memory_kept(), precision_for_search(checkpoint.model, "auto"):
+            plain, gains = cost_in_answers(checkpoint, task, questions, calibrations)
         for name, gain in zip(named, gains, strict=True):
             if gain.interval[1] < 0:
                 lost[name].append(task)
