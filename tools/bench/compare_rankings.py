@@ -1,9 +1,10 @@
 """Gates against the paper's exhaustive search: the same order of heads, at what cost?
 
     .venv/bin/python tools/bench/compare_rankings.py [--model smollm2-135m] [--task sst2] [--journal FOLDER]
+        [--rankings "gradient,exhaustive,gradient in bfloat16"]
 
-Ranks all heads of the model on one task's ranking split in both ways, prints Spearman's correlation, what each
-took in forward passes of one prompt, the time, and the held-out accuracy that each's own search reaches. The
+Ranks all heads of the model on one task's ranking split in each way, prints Spearman's correlation of each two, what
+each took in forward passes of one prompt, the time, and the held-out accuracy that each's own search reaches. The
 paper's loop, every head switched on for all prompts, is timed on a few heads. With a journal an interrupted run goes on
 where it stopped; times are then those of the last run alone.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task
 from act_export.search.job import SearchJob
 from act_export.search.journal_description import describe_search
+from act_export.search.precision import precision_for_search
 from act_export.search.processes import Workers
 from act_export.search.rank import rank_heads
 from act_export.tasks import Questions
@@ -41,18 +44,23 @@ def main() -> None:
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--scoring")
     parser.add_argument("--journal", type=Path, help="a folder that keeps finished work")
+    parser.add_argument("--rankings", default="gradient,exhaustive")
     arguments = parser.parse_args()
 
     (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     checkpoint = load_checkpoint(arguments.model)
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
     orders, rows = {}, []
-    for ranking in ("gradient", "exhaustive"):
-        options = SearchOptions(methods=("act",), ranking=ranking, precision="own")
+    for ranking in arguments.rankings.split(","):
+        way, _, rounded = ranking.partition(" in ")
+        options = SearchOptions(methods=("act",), ranking=way, precision="own")
         encoded = encode_task(checkpoint, task)
         journal = arguments.journal / ranking if arguments.journal is not None else None
-        kept = Journal(journal, describe_search(checkpoint, [encoded], options)) if journal is not None else None
-        with ProgressBar(console=Console(stderr=True)) as bar:
+        with (
+            precision_for_search(checkpoint.model, "auto" if rounded else "own"),
+            ProgressBar(console=Console(stderr=True)) as bar,
+        ):
+            kept = Journal(journal, describe_search(checkpoint, [encoded], options)) if journal is not None else None
             row = bar.add_task(ranking, total=1.0)
             workers = Workers(kept, planned_cost=1.0)
             started = time.monotonic()
@@ -89,8 +97,9 @@ def main() -> None:
             f"{accuracy:.1%}",
         )
     Console(width=140).print(table)
-    agreement = float(((orders["gradient"] > 0) == (orders["exhaustive"] > 0)).double().mean())
-    print(f"Spearman {spearman(orders['gradient'], orders['exhaustive']):.3f}, same sign {agreement:.1%}")
+    for one, other in combinations(orders, 2):
+        agreement = float(((orders[one] > 0) == (orders[other] > 0)).double().mean())
+        print(f"{one}, {other}: Spearman {spearman(orders[one], orders[other]):.3f}, same sign {agreement:.1%}")
     print(f"{torch.get_num_threads()} threads")
 
 
