@@ -1,4 +1,4 @@
-"""PyTorch in another type, and on another device, beside the loaded model."""
+"""PyTorch in a half type, and on another device, beside the loaded model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SPARE = 1.75  # the weights, half of them again, and what a prompt needs
-_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def half_model(model: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """A copy with the parameters in "float16", "bfloat16" or "float64"; buffers, such as rotary frequencies, stay.
+    """A copy with the parameters rounded to "float16" or "bfloat16"; buffers, such as rotary frequencies, stay.
 
-    As transformers loads it with that dtype. Takes half the memory of the float32 model beside it, float64 twice.
+    As transformers loads it with that dtype. Takes half the memory of the float32 model beside it.
     """
     dtype = _TYPES[precision]
     # What deepcopy finds in its memo it takes instead of copying: tied weights stay tied, no float32 copy is made.
