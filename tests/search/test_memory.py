@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
 import platform
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
+# In a process of its own: how glibc allocates is the whole process's.
+MEASURE = """
+import ctypes, json, os, resource
 from act_export.search.memory import freed_memory_kept
 
-SIZE = 1 << 27  # bytes
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+
+def faults(size, rounds=8):
+    # page faults of using and freeing a block of so many bytes again and again, but for the first time
+    for round in range(rounds):
+        if round == 1:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        place = ctypes.c_void_p(library.malloc(ctypes.c_size_t(size)))
+        library.memset(place, 1, ctypes.c_size_t(size))
+        library.free(place)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+LARGE, SMALL = 1 << 27, 1 << 20
+found = {"start": resident(), "large before": faults(LARGE), "small before": faults(SMALL)}
+with freed_memory_kept():
+    found |= {"large": faults(LARGE), "small": faults(SMALL), "kept": resident()}
+found |= {"end": resident(), "large after": faults(LARGE), "small after": faults(SMALL)}
+print(json.dumps(found))
+"""
 
 
-def resident() -> int:
-    """Bytes that the process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def use_and_free(library: ctypes.CDLL) -> None:
-    library.malloc.restype = ctypes.c_void_p
-    place = ctypes.c_void_p(library.malloc(ctypes.c_size_t(SIZE)))
-    library.memset(place, 1, ctypes.c_size_t(SIZE))
-    library.free(place)
+def measured(**settings: str) -> dict[str, int]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | settings
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 def test_freed_memory_is_kept_for_the_block_and_given_back_after_it() -> None:
-    library = ctypes.CDLL(None)
-    before = resident()
-    use_and_free(library)
-    assert resident() - before < SIZE / 2
-    with freed_memory_kept():
-        use_and_free(library)
-        kept = resident() - before
-    assert kept > SIZE / 2 > resident() - before
-    use_and_free(library)
-    assert resident() - before < SIZE / 2
+    found = measured(GLIBC_TUNABLES="", LD_PRELOAD="")
+    assert found["large"] < found["large before"] / 10
+    assert found["kept"] - found["start"] > 1 << 26 > found["end"] - found["start"]
+    assert found["large after"] > found["large"]
+    assert found["small after"] <= found["small before"] + 8  # no slower than before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_what_the_environment_says_stays() -> None:
+    found = measured(MALLOC_ARENA_MAX="2")
+    assert found["large"] > found["large before"] / 2

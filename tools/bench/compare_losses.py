@@ -4,7 +4,7 @@
         [--rank 64] [--report 160] [--seed 0]
 
 - likelihood: the right answer's log-likelihood among the choices, which `--method fit` takes;
-- per token: the same of choices' log-likelihoods by their number of tokens, whatever the scoring;
+- per token: the same of choices' log-likelihoods divided by their number of tokens;
 - margin: how far the right answer leads the best other one, by 1 at the most.
 
 For each, the gain in accuracy on the report split after each number of steps, without choosing any: what a search
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="obqa,arc_easy,csqa")
-    parser.add_argument("--scoring")
+    parser.add_argument("--scoring", choices=("letter", "likelihood"), default="likelihood")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--report", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,12 +80,12 @@ def main() -> None:
             encoded = encode_task(checkpoint, task)
             (plain[task.name],) = answer(checkpoint, [(encoded, REPORT, None)], options, Workers(), step=REPORT)
             for name, loss in LOSSES.items():
-                gates.log_likelihoods = loss  # type: ignore[assignment]
-                ((effects,),) = rank_heads(checkpoint, [encoded], options, Workers()).own
-                assert effects.slopes is not None  # of the gradient
-                strengths = fit_strengths(
-                    checkpoint, [encoded], effects.slopes, threshold, options.fit_l2[0], options, Workers()
-                )
+                with patch.object(gates, "log_likelihoods", loss):
+                    ((effects,),) = rank_heads(checkpoint, [encoded], options, Workers()).own
+                    assert effects.slopes is not None  # of the gradient
+                    strengths = fit_strengths(
+                        checkpoint, [encoded], effects.slopes, threshold, options.fit_l2[0], options, Workers()
+                    )
                 cells = []
                 for steps, of_step in strengths.items():
                     (proposal,) = fitted({steps: of_step}, "", threshold, checkpoint.identity)

@@ -30,7 +30,7 @@ from act_export.search import SearchOptions, search_heads
 from act_export.search.answers import RANK, answer, encode_task
 from act_export.search.job import SearchJob
 from act_export.search.journal_description import describe_search
-from act_export.search.precision import precision_for_search
+from act_export.search.precision import bfloat16_is_fast, precision_for_search
 from act_export.search.processes import Workers
 from act_export.search.rank import rank_heads
 from act_export.tasks import Questions
@@ -53,6 +53,10 @@ def main() -> None:
     orders, rows = {}, []
     for ranking in arguments.rankings.split(","):
         way, _, rounded = ranking.partition(" in ")
+        if rounded and not (rounded == "bfloat16" and bfloat16_is_fast(checkpoint.model)):
+            parser.error(
+                f"there is no ranking {ranking!r} here: a search is in float32, or in bfloat16 where that is fast"
+            )
         options = SearchOptions(methods=("act",), ranking=way, precision="own")
         encoded = encode_task(checkpoint, task)
         journal = arguments.journal / ranking if arguments.journal is not None else None

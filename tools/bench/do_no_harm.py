@@ -49,11 +49,14 @@ def main() -> None:
         questions = questions_elsewhere(task, arguments.questions, used)
         with freed_memory_kept(), precision_for_search(checkpoint.model, "auto"):
             plain, gains = cost_in_answers(checkpoint, task, questions, calibrations)
+            precision = str(checkpoint.model.dtype).removeprefix("torch.")
         for name, gain in zip(named, gains, strict=True):
             if gain.interval[1] < 0:
                 lost[name].append(task)
         row = [f"{100 * g.gain:+.1f}, {100 * g.interval[0]:+.1f} to {100 * g.interval[1]:+.1f}" for g in gains]
-        print(f"| {task} ({len(questions)}) | {plain.accuracy:.1%} | " + " | ".join(row) + " |", flush=True)
+        print(
+            f"| {task} ({len(questions)}, {precision}) | {plain.accuracy:.1%} | " + " | ".join(row) + " |", flush=True
+        )
     pieces = pieces_of(checkpoint, text, arguments.pieces)
     cost = cost_in_text(checkpoint, pieces, calibrations)
     cells = []
