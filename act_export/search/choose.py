@@ -47,7 +47,7 @@ class Choice:
         chosen: The best candidate; the plain model where no candidate gains more than luck explains.
         candidates: All that were tried, the plain model first.
         p: How often the best candidate would gain this much if calibration changed nothing, see
-            `act_export.tasks.statistics.best_gain_p`.
+            `act_export.tasks.statistics.best_gain_p`; 1 where it has no more right answers.
     """
 
     chosen: Candidate
@@ -64,6 +64,7 @@ def choose(
     plain: Sequence[Answers],
     answers: Sequence[Sequence[Answers]],
     worth: Worth = lambda _, answers: answers.credits,
+    right: Worth | None = None,
 ) -> Choice:
     """Picks the candidate with the best answers, of equals those with the likeliest, unless its gain may be luck.
 
@@ -75,6 +76,8 @@ def choose(
         plain: By task, the plain model's answers.
         answers: By proposal and task.
         worth: Best by what; else accuracy.
+        right: Which answers are right, where `worth` is something else that one question can decide: a candidate that
+            has no more of them than the plain model is refused.
     """
     weights = np.concatenate([np.full(len(part.credits), 1 / len(part.credits) / len(plain)) for part in plain])
     rows = [tuple(plain), *map(tuple, answers)]
@@ -86,5 +89,12 @@ def choose(
     if not tried:
         return Choice(nothing, (nothing,), 1.0)
     best = max(tried, key=lambda candidate: (candidate.worth, candidate.log_likelihood))
+    if right is not None:
+        more = sum(
+            float(np.mean(right(task, after))) - float(np.mean(right(task, before)))
+            for task, (before, after) in enumerate(zip(plain, best.answers, strict=True))
+        )
+        if more <= 1e-9:
+            return Choice(nothing, (nothing, *tried), 1.0)
     p = best_gain_p(worths[0], worths[1:], weights=weights)
     return Choice(best if p < SIGNIFICANCE else nothing, (nothing, *tried), p)

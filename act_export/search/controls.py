@@ -16,6 +16,7 @@ from act_export.tasks.label_prior import without_label_prior
 from act_export.tasks.measures import Measures, measure
 from act_export.tasks.remedies import (
     fitted_offsets,
+    fitted_remedy,
     remedied_log_likelihoods,
     same_choices,
     share_choices,
@@ -83,6 +84,14 @@ def log_likelihoods_beyond_remedy(task: EncodedTask, split: str, answers: Answer
     """
     right = [example.answer for example in task.splits[split]]
     return remedied_log_likelihoods(answers.scores, right, offsets=can_lean(task))
+
+
+def credits_with_remedy(task: EncodedTask, split: str, answers: Answers) -> tuple[float, ...]:
+    """By example of the split, 1 where its answer is right with the same remedy, else 0."""
+    right = [example.answer for example in task.splits[split]]
+    remedy = fitted_remedy(answers.scores, right, offsets=can_lean(task))
+    said = with_offsets(answers.scores, [offset / remedy.sharpness for offset in remedy.offsets])
+    return tuple(float(predicted_choice(row) == answer) for row, answer in zip(said, right, strict=True))
 
 
 def choice_bias_accuracies(

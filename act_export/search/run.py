@@ -24,7 +24,7 @@ from act_export.search.answers import (
     encode_task,
 )
 from act_export.search.choose import Choice, choose
-from act_export.search.controls import can_lean, log_likelihoods_beyond_remedy
+from act_export.search.controls import can_lean, credits_with_remedy, log_likelihoods_beyond_remedy
 from act_export.search.fit import fit_strengths, fitting_cost
 from act_export.search.journal_description import describe_search
 from act_export.search.memory import freed_memory_kept
@@ -224,7 +224,10 @@ class _Search:
         def worth(index: int, answers: Answers) -> tuple[float, ...]:
             return log_likelihoods_beyond_remedy(tasks[index], CHOOSE, answers)
 
-        return self._found(choose(proposals, plain, rows, worth))
+        def right(index: int, answers: Answers) -> tuple[float, ...]:
+            return credits_with_remedy(tasks[index], CHOOSE, answers)
+
+        return self._found(choose(proposals, plain, rows, worth, right))
 
     def _found(self, choice: Choice) -> _Found:
         if choice.chosen.proposal is not None:

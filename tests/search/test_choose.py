@@ -119,6 +119,25 @@ def test_credits_between_right_and_wrong_count() -> None:
     assert choice.chosen.accuracy == pytest.approx(0.7125)
 
 
+def test_likelier_answers_that_are_no_more_often_right_are_refused() -> None:
+    """All answers a little likelier, as p says beyond luck; the same 30 of 40 right."""
+    plain, after = right(30), right(30)
+    worths = {id(plain): np.linspace(-2, -1, 40), id(after): np.linspace(-1.9, -0.8, 40)}
+
+    def worth(_: int, of: Answers) -> list[float]:
+        return worths[id(of)].tolist()
+
+    def credit(_: int, of: Answers) -> tuple[float, ...]:
+        return of.credits
+
+    assert heads_chosen(choose([proposal()], [plain], [[after]], worth)) == {0: (0,)}
+    refused = choose([proposal()], [plain], [[after]], worth, credit)
+    assert (heads_chosen(refused), refused.p, len(refused.candidates)) == ({}, 1.0, 2)
+    more = right(31)
+    worths[id(more)] = worths[id(after)]
+    assert heads_chosen(choose([proposal()], [plain], [[more]], worth, credit)) == {0: (0,)}
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("questions", "choices", "signal"), [(48, 5, 0.5), (48, 2, 0.0), (128, 2, 1.0)])
 def test_beyond_a_remedy_chance_is_seldom_taken_for_a_gain(questions: int, choices: int, signal: float) -> None:
