@@ -11,6 +11,9 @@ import pytest
 
 PROGRAMS = Path(__file__).parents[2] / "tools" / "bench"
 BAD = [
+    ("compare_losses.py --task notask", "there is no task 'notask'"),
+    ("compare_losses.py --task mood.json --rank 4000", "there are 40 different prompts"),
+    ("compare_losses.py --task mood.json --rank 8 --report 8 --model nomodel", "there is no model nomodel"),
     ("compare_methods.py --task notask", "there is no task 'notask'"),
     ("compare_methods.py --task mood.json --rank 4000", "there are 40 different prompts"),
     ("compare_methods.py --task mood.json --rank 8 --choose 8 --report 8 --model nomodel", "there is no model nomodel"),
@@ -18,6 +21,7 @@ BAD = [
     ("compare_methods.py --ways noway", "there is no way noway"),
     ("compare_rankings.py --task notask", "there is no task 'notask'"),
     ("compare_rankings.py --task mood.json --model nomodel", "there is no model nomodel"),
+    ("compare_rankings.py --rankings 'gradient in float16'", "there is no ranking 'gradient in float16'"),
     ("do_no_harm.py nomodel", "there is no model nomodel"),
     ("do_no_harm.py {folder} norecipe", "no shipped recipe"),
     ("do_no_harm.py {folder} --text notext.txt", "can't use notext.txt: No such file"),

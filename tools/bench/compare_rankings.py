@@ -33,6 +33,7 @@ from act_export.search.journal_description import describe_search
 from act_export.search.precision import bfloat16_is_fast, precision_for_search
 from act_export.search.processes import Workers
 from act_export.search.rank import rank_heads
+from act_export.search.request import RANKINGS
 from act_export.tasks import Questions
 
 NAIVE_HEADS = 4
@@ -47,16 +48,18 @@ def main() -> None:
     parser.add_argument("--rankings", default="gradient,exhaustive")
     arguments = parser.parse_args()
 
+    for ranking in arguments.rankings.split(","):
+        if ranking not in (*RANKINGS, "gradient in bfloat16"):
+            parser.error(f"there is no ranking {ranking!r}; there are {', '.join(RANKINGS)} and gradient in bfloat16")
+
     (task,) = SearchJob(Questions((arguments.task,), scoring=arguments.scoring)).load()
     checkpoint = load_checkpoint(arguments.model)
     layers, heads = checkpoint.identity.num_layers, checkpoint.identity.num_heads
     orders, rows = {}, []
     for ranking in arguments.rankings.split(","):
         way, _, rounded = ranking.partition(" in ")
-        if rounded and not (rounded == "bfloat16" and bfloat16_is_fast(checkpoint.model)):
-            parser.error(
-                f"there is no ranking {ranking!r} here: a search is in float32, or in bfloat16 where that is fast"
-            )
+        if rounded and not bfloat16_is_fast(checkpoint.model):
+            parser.error(f"{ranking}: a search of this model is in float32 here")
         options = SearchOptions(methods=("act",), ranking=way, precision="own")
         encoded = encode_task(checkpoint, task)
         journal = arguments.journal / ranking if arguments.journal is not None else None
