@@ -90,11 +90,8 @@ def choose(
         return Choice(nothing, (nothing,), 1.0)
     best = max(tried, key=lambda candidate: (candidate.worth, candidate.log_likelihood))
     if right is not None:
-        more = sum(
-            float(np.mean(right(task, after))) - float(np.mean(right(task, before)))
-            for task, (before, after) in enumerate(zip(plain, best.answers, strict=True))
-        )
-        if more <= 1e-9:
+        before, after = (np.concatenate([right(*p) for p in enumerate(row)]) @ weights for row in (plain, best.answers))
+        if after <= before + 1e-9:  # equal ones may differ by rounding
             return Choice(nothing, (nothing, *tried), 1.0)
     p = best_gain_p(worths[0], worths[1:], weights=weights)
     return Choice(best if p < SIGNIFICANCE else nothing, (nothing, *tried), p)

@@ -47,9 +47,7 @@ def test_the_model_is_itself_again_afterwards():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize(
-    "prompts", [1, 2]
-)  # PyTorch calls a single row contiguous, and goes by its strides all the same
+@pytest.mark.parametrize("prompts", [1, 2])  # a single row counts as contiguous whatever its strides
 def test_the_output_layer_gets_rows_with_the_strides_of_a_new_tensor(architecture, prompts):
     model = tiny_model(architecture)
     ids, mask = (of[-prompts:] for of in padded_batch())
